@@ -1,0 +1,59 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "py_system.h"
+
+namespace torch_spheres::bindings {
+
+void bind_system(py::module_& module) {
+  py::register_exception<StoppedError>(module, "StoppedError", PyExc_RuntimeError);
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Timeout& error) {
+      PyErr_SetString(PyExc_TimeoutError, error.what());
+    }
+  });
+  module.attr("INBOX_CAPACITY") = Sphere::kInboxCapacity;
+  module.attr("BATCHES_IN_FLIGHT") = kBatchesInFlight;
+
+  module.def(
+      "current_sphere", [] { return System::current() ? System::current()->id : kNoSphere; },
+      "The id of the sphere whose thread is calling, or -1.");
+  module.def("set_thread_hooks", &SphereGil::set_hooks, py::arg("enter"), py::arg("leave"),
+             "Called on a sphere's thread before its first and after its last Python call.");
+
+  py::class_<PySystem, std::shared_ptr<PySystem>>(module, "System",
+                                                  "The running hierarchy; see KissingSpheres.")
+      .def(py::init<int, int>(), py::arg("levels"), py::arg("concurrency"))
+      .def_property_readonly("concurrency",
+                             [](const PySystem& self) { return self.core().concurrency(); })
+      .def("start", &PySystem::start)
+      .def("stop", &PySystem::stop, py::arg("timeout") = py::none())
+      .def("running", &PySystem::running)
+      .def("forked", [](const PySystem& self) { return self.core().forked(); })
+      .def("on_own_thread", [](const PySystem& self) { return self.core().on_own_thread(); })
+      .def("submit", &PySystem::submit, py::arg("fn"), py::arg("items"), py::arg("collect"))
+      .def("submit_native", &PySystem::submit_native, py::arg("fn"), py::arg("items"))
+      .def("cancel", &PySystem::cancel, py::arg("work"))
+      .def("wait", &PySystem::wait, py::arg("timeout") = py::none())
+      .def("require_running", &PySystem::require_running, py::arg("what"))
+      .def("require_outside", &PySystem::require_outside, py::arg("what"))
+      .def("barrier", &PySystem::barrier, py::arg("level"), py::arg("timeout") = py::none())
+      .def("epoch", &PySystem::epoch, py::arg("timeout") = py::none())
+      .def("send", &PySystem::send, py::arg("source"), py::arg("target"), py::arg("value"))
+      .def("receive", &PySystem::receive, py::arg("sphere"), py::arg("timeout") = py::none())
+      .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
+      .def("gradients_complete", &PySystem::gradients_complete)
+      .def_property_readonly("starts", &PySystem::starts)
+      .def("stats", [](const PySystem& self) {
+        std::vector<SphereStats> all;
+        for (SphereId id = 0; id < self.core().topology().total(); ++id) {
+          all.push_back(self.core().stats(id));
+        }
+        return all;
+      });
+}
+
+}  // namespace torch_spheres::bindings

@@ -1,0 +1,67 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+
+#include "bindings.h"
+#include "py_system.h"
+
+namespace torch_spheres::bindings {
+
+namespace {
+
+struct Tally {
+  std::atomic<std::int64_t> count{0};
+  std::atomic<std::int64_t> sum{0};
+};
+
+void tally_item(void* context, std::int64_t item) {
+  auto& tally = *static_cast<Tally*>(context);
+  tally.count.fetch_add(1, std::memory_order_relaxed);
+  tally.sum.fetch_add(item, std::memory_order_relaxed);
+}
+
+void do_nothing(void*, std::int64_t) {}
+
+}  // namespace
+
+void bind_work(py::module_& module) {
+  py::class_<NativeFunction>(
+      module, "NativeFunction",
+      "A C function `void f(void *context, int64_t item)` by its address, as from ctypes or Numba. "
+      "Spheres call it without the GIL.")
+      .def(py::init([](std::uintptr_t address, std::uintptr_t context, py::object owner) {
+             if (address == 0) throw std::invalid_argument("address must not be 0");
+             return NativeFunction{reinterpret_cast<NativeFunction::Pointer>(address),
+                                   reinterpret_cast<void*>(context), std::move(owner)};
+           }),
+           py::arg("address"), py::arg("context") = 0, py::arg("owner") = py::none())
+      .def_property_readonly("address", [](const NativeFunction& self) {
+        return reinterpret_cast<std::uintptr_t>(self.pointer);
+      });
+
+  py::class_<Tally>(module, "Tally", "Counts and sums native items: for tests and benchmarks.")
+      .def(py::init<>())
+      .def_property_readonly("count", [](const Tally& self) { return self.count.load(); })
+      .def_property_readonly("sum", [](const Tally& self) { return self.sum.load(); })
+      .def("function", [](py::object self) {
+        return NativeFunction{&tally_item, self.cast<Tally*>(), self};
+      });
+  module.def(
+      "noop", [] { return NativeFunction{&do_nothing, nullptr, py::none()}; },
+      "A native function that does nothing: for benchmarks.");
+
+  py::class_<PyBatch>(module, "Work", "What distribute_work() returns: one batch under way.")
+      .def("done", &PyBatch::done, "Whether all items have been run, or will never be.")
+      .def("wait", &PyBatch::wait, py::arg("timeout") = py::none(),
+           "Waits until the batch is finished. Raises what its first failed item raised, "
+           "TimeoutError after `timeout` seconds (the work goes on), or StoppedError if items were "
+           "not run because the spheres were stopped.")
+      .def_property_readonly("items", [](const PyBatch& self) { return self.core()->items(); })
+      .def_property_readonly(
+          "cancelled", [](const PyBatch& self) { return self.core()->cancelled(); },
+          "Items that will never run, because of an error or of stop().")
+      .def_property_readonly("results", &PyBatch::results);
+}
+
+}  // namespace torch_spheres::bindings

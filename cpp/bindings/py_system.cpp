@@ -1,0 +1,359 @@
+#include "py_system.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace torch_spheres::bindings {
+
+namespace {
+
+class PyLetter final : public Letter {
+ public:
+  explicit PyLetter(py::object sent) : value(std::move(sent)) {}
+  ~PyLetter() override {
+    const py::gil_scoped_acquire gil;
+    value = py::object();
+  }
+  py::object value;
+};
+
+/// Systems that were dropped on one of their own threads, which cannot join itself.  The next
+/// system that is made, or the end of the interpreter, joins them.
+struct Graveyard {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<System>> systems;
+};
+Graveyard& graveyard() {
+  static auto* instance = new Graveyard;
+  return *instance;
+}
+
+std::string in_seconds(double seconds) {
+  std::string text = std::to_string(seconds);
+  text.erase(text.find_last_not_of('0') + 1);
+  if (text.back() == '.') text.pop_back();
+  return text + " s";
+}
+
+}  // namespace
+
+// ---- PyBatch ----
+
+void PyBatch::wait(Seconds timeout) const {
+  if (!batch_->done()) {
+    const Sphere* here = System::current();
+    if (here != nullptr) {
+      throw std::runtime_error("wait() called on sphere " + Topology::path_string(here->id) +
+                               ", from inside a work item, might wait for itself; wait on the "
+                               "thread that submitted the work");
+    }
+    if (!wait_interruptibly(timeout, [&](Milliseconds time) { return batch_->wait_for(time); })) {
+      throw Timeout("the work was not finished after " + in_seconds(*timeout) +
+                    "; it goes on, wait() again");
+    }
+  }
+  check();
+}
+
+void PyBatch::check() const {
+  if (batch_->failed()) {
+    if (work_) work_->raise();
+    std::rethrow_exception(batch_->error());
+  }
+  if (batch_->cancelled() > 0) {
+    throw StoppedError(std::to_string(batch_->cancelled()) + " of " +
+                       std::to_string(batch_->items()) +
+                       " work items were not run: the spheres were stopped, or the work cancelled, "
+                       "before they began");
+  }
+}
+
+// ---- PySystem ----
+
+PySystem::PySystem(int levels, int concurrency) {
+  std::vector<std::unique_ptr<System>> dead;
+  {
+    const std::lock_guard lock(graveyard().mutex);
+    dead.swap(graveyard().systems);
+  }
+  const py::gil_scoped_release release;  // its threads may need the GIL to end
+  dead.clear();
+  system_ = std::make_unique<System>(levels, concurrency);
+  system_->on_thread_exit(&SphereGil::leave_thread);
+}
+
+PySystem::~PySystem() {
+  outstanding_.clear();
+  if (system_->forked()) {
+    (void)system_.release();  // its threads are in the parent: nothing to join, nothing to free
+    return;
+  }
+  if (system_->on_own_thread()) {
+    system_->request_stop();
+    const std::lock_guard lock(graveyard().mutex);
+    graveyard().systems.push_back(std::move(system_));
+    return;
+  }
+  const py::gil_scoped_release release;
+  system_.reset();
+}
+
+void PySystem::require_running(const char* what) const {
+  if (system_->forked()) {
+    throw std::runtime_error(
+        std::string(what) +
+        ": these spheres were started before fork(), and their threads live in the parent process "
+        "only; make a new KissingSpheres in the child, or start the process with the 'spawn' or "
+        "'forkserver' method");
+  }
+  if (!system_->running()) {
+    throw StoppedError(std::string(what) +
+                       ": the spheres are not running; call start(), or use them in a 'with' block");
+  }
+}
+
+void PySystem::require_outside(const char* what) const {
+  if (!system_->on_own_thread()) return;
+  throw std::runtime_error(
+      std::string(what) + " called on sphere " + Topology::path_string(System::current()->id) +
+      ", from inside a work item, would wait for itself; call it from the thread that hands out "
+      "the work (distribute_work() does not wait and may be called here)");
+}
+
+void PySystem::start() {
+  if (system_->forked()) require_running("start()");
+  require_outside("start()");
+  if (system_->running()) return;
+  starts_.fetch_add(1);
+  sums_.store(0);
+  const py::gil_scoped_release release;
+  system_->start();
+}
+
+std::int64_t PySystem::stop(Seconds timeout) {
+  if (system_->forked()) require_running("stop()");
+  if (!system_->running()) return 0;
+  require_outside("stop()");
+  {
+    const py::gil_scoped_release release;
+    system_->request_stop();
+  }
+  if (!wait_interruptibly(timeout, [&](Milliseconds time) { return system_->join_for(time); })) {
+    throw Timeout("stop(): work items were still running after " + in_seconds(*timeout) +
+                  "; no new ones begin, call stop() again");
+  }
+  std::int64_t cancelled = 0;
+  const std::lock_guard lock(outstanding_mutex_);
+  for (const PyBatch& batch : outstanding_) {
+    if (batch.core()->stopped()) cancelled += batch.core()->cancelled();
+  }
+  outstanding_.clear();
+  return cancelled;
+}
+
+std::shared_ptr<Batch> PySystem::submit_core(const std::shared_ptr<Work>& work, std::int64_t items,
+                                             const char* what) {
+  require_running(what);
+  auto batch = std::make_shared<Batch>(work, items);
+  for (;;) {
+    Submitted submitted = Submitted::kStopped;
+    {
+      const py::gil_scoped_release release;
+      submitted = system_->try_submit(batch);
+    }
+    if (submitted == Submitted::kAccepted) return batch;
+    require_running(what);
+    if (submitted == Submitted::kStopped) {
+      throw StoppedError(std::string(what) + ": the spheres are being stopped");
+    }
+    if (system_->on_own_thread()) {
+      throw std::runtime_error(std::string(what) + " called from inside a work item while " +
+                               std::to_string(kBatchesInFlight) +
+                               " batches are in flight, the most there can be: waiting for room "
+                               "here could wait for ever");
+    }
+    wait_interruptibly({}, [&](Milliseconds time) { return system_->wait_for_room(time); });
+  }
+}
+
+PyBatch PySystem::submit(py::object fn, py::tuple items, bool collect) {
+  const auto count = static_cast<std::int64_t>(items.size());
+  py::object results = py::none();
+  if (collect) {
+    py::list list(items.size());
+    for (std::size_t i = 0; i < items.size(); ++i) list[i] = py::none();
+    results = std::move(list);
+  }
+  auto work = std::make_shared<PythonWork>(std::move(fn), std::move(items), std::move(results));
+  PyBatch batch(submit_core(work, count, collect ? "map()" : "distribute_work()"), work);
+  if (!collect) remember(batch);
+  return batch;
+}
+
+PyBatch PySystem::submit_native(const NativeFunction& function, py::object items) {
+  std::vector<std::int64_t> values;
+  std::int64_t count = 0;
+  if (py::isinstance<py::int_>(items)) {
+    count = items.cast<std::int64_t>();
+  } else {
+    values = items.cast<std::vector<std::int64_t>>();
+    count = static_cast<std::int64_t>(values.size());
+  }
+  auto work = std::make_shared<NativeWork>(function, std::move(values));
+  PyBatch batch(submit_core(work, count, "distribute_work()"), nullptr);
+  remember(batch);
+  return batch;
+}
+
+void PySystem::cancel(const PyBatch& batch) {
+  const py::gil_scoped_release release;
+  system_->cancel(batch.core());
+}
+
+void PySystem::remember(PyBatch batch) {
+  const std::lock_guard lock(outstanding_mutex_);
+  // Bounded: what is in flight, plus the first batch that failed and has not been waited for.
+  bool error_kept = false;
+  std::erase_if(outstanding_, [&](const PyBatch& old) {
+    if (!old.done()) return false;
+    return !old.core()->failed() || std::exchange(error_kept, true);
+  });
+  outstanding_.push_back(std::move(batch));
+}
+
+void PySystem::forget(const std::shared_ptr<Batch>& batch) {
+  const std::lock_guard lock(outstanding_mutex_);
+  std::erase_if(outstanding_, [&](const PyBatch& old) { return old.core() == batch; });
+}
+
+void PySystem::wait(Seconds timeout) {
+  if (system_->forked()) require_running("wait()");
+  require_outside("wait()");
+  const auto start = std::chrono::steady_clock::now();
+  for (;;) {
+    std::optional<PyBatch> next;
+    {
+      const std::lock_guard lock(outstanding_mutex_);
+      if (outstanding_.empty()) return;
+      next = outstanding_.front();
+    }
+    Seconds left = timeout;
+    if (left) {
+      const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+      left = std::max(0.0, *timeout - spent.count());
+    }
+    const auto& core = next->core();
+    if (!wait_interruptibly(left, [&](Milliseconds time) { return core->wait_for(time); })) {
+      throw Timeout("wait(): work was not finished after " + in_seconds(*timeout) +
+                    "; it goes on, wait() again");
+    }
+    forget(core);
+    next->check();
+  }
+}
+
+std::uint32_t PySystem::open_meeting(const char* what, Seconds timeout, int level) {
+  require_running(what);
+  require_outside(what);
+  std::uint32_t meeting = 0;
+  const bool opened = wait_interruptibly(timeout, [&](Milliseconds) {
+    meeting = level < 0 ? system_->try_open_epoch() : system_->try_open_barrier(level);
+    if (meeting == 0) std::this_thread::sleep_for(Milliseconds(1));
+    return meeting != 0 || !system_->running() || system_->stop_requested();
+  });
+  if (!opened) {
+    throw Timeout(std::string(what) + ": another barrier was still held after " +
+                  in_seconds(*timeout));
+  }
+  if (meeting == 0) throw StoppedError(std::string(what) + ": the spheres were stopped");
+  return meeting;
+}
+
+void PySystem::meet(std::uint32_t meeting, const char* what, Seconds timeout) {
+  Meeting outcome = Meeting::kPending;
+  wait_interruptibly(timeout, [&](Milliseconds time) {
+    outcome = system_->wait_meeting_for(meeting, time);
+    return outcome != Meeting::kPending;
+  });
+  if (outcome == Meeting::kPending) {
+    throw Timeout(std::string(what) + ": not all spheres had arrived after " +
+                  in_seconds(*timeout));
+  }
+  if (outcome == Meeting::kReleased) return;
+  if (system_->stop_requested() || !system_->running()) {
+    throw StoppedError(std::string(what) + ": the spheres were stopped before all had arrived");
+  }
+  std::optional<PyBatch> failed;
+  {
+    const std::lock_guard lock(outstanding_mutex_);
+    for (const PyBatch& batch : outstanding_) {
+      if (!failed && batch.core()->was_failing()) failed = batch;
+    }
+  }
+  if (failed) {
+    wait_interruptibly({}, [&](Milliseconds time) { return failed->core()->wait_for(time); });
+    forget(failed->core());
+    failed->check();
+  }
+  throw std::runtime_error(std::string(what) +
+                           ": given up because a work item failed; its own wait raises the error");
+}
+
+bool PySystem::barrier(int level, Seconds timeout) {
+  meet(open_meeting("barrier()", timeout, level), "barrier()", timeout);
+  return true;
+}
+
+std::uint64_t PySystem::epoch(Seconds timeout) {
+  meet(open_meeting("epoch()", timeout, -1), "epoch()", timeout);
+  return system_->epochs();
+}
+
+void PySystem::gradient_ready(std::int32_t leaf) {
+  if (running()) system_->gradient_ready(leaf);
+}
+
+// Each sum reports every leaf once before it comes here, so when the n-th has come, every leaf has
+// reported n times and the root will have counted n rounds, whatever the order among several.
+void PySystem::gradients_complete() {
+  const std::uint64_t round = sums_.fetch_add(1) + 1;
+  wait_interruptibly({}, [&](Milliseconds time) {
+    return system_->wait_gradient_rounds_for(round, time);
+  });
+}
+
+void PySystem::send(SphereId source, SphereId target, py::object value) {
+  if (system_->forked()) require_running("send()");
+  std::unique_ptr<Letter> letter = std::make_unique<PyLetter>(std::move(value));
+  if (system_->try_send(source, target, letter) == Sent::kFull) {
+    throw std::overflow_error("send(): the mailbox of sphere " + std::to_string(target) +
+                              " is full: " + std::to_string(Sphere::kInboxCapacity) +
+                              " messages wait there; receive(" + std::to_string(target) +
+                              ") takes them out");
+  }
+}
+
+py::object PySystem::receive(SphereId sphere, Seconds timeout) {
+  if (!system_->topology().contains(sphere)) {
+    throw std::invalid_argument("there is no sphere " + std::to_string(sphere) + "; ids are 0 to " +
+                                std::to_string(system_->topology().total() - 1));
+  }
+  if (system_->forked()) require_running("receive()");
+  std::unique_ptr<Letter> letter = system_->try_receive(sphere);
+  if (!letter) {
+    const bool got = wait_interruptibly(timeout, [&](Milliseconds time) {
+      system_->wait_for_mail(sphere, time);
+      letter = system_->try_receive(sphere);
+      return letter != nullptr || system_->stop_requested();
+    });
+    if (!got) {
+      throw Timeout("receive(): no message for sphere " + std::to_string(sphere) + " within " +
+                    in_seconds(*timeout));
+    }
+    if (!letter) throw StoppedError("receive(): the spheres were stopped");
+  }
+  return static_cast<PyLetter&>(*letter).value;
+}
+
+}  // namespace torch_spheres::bindings

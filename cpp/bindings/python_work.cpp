@@ -1,0 +1,153 @@
+#include "python_work.h"
+
+#include <stdexcept>
+
+#include "system.h"
+
+namespace torch_spheres::bindings {
+
+namespace {
+
+thread_local PyThreadState* sphere_state = nullptr;
+
+// Leaked on purpose: spheres may use them as long as the interpreter lives.
+struct Hooks {
+  py::object enter, leave;
+};
+Hooks& hooks() {
+  static auto* instance = new Hooks;
+  return *instance;
+}
+
+/// Python's own switch interval: how long a C-only loop may keep others waiting.
+constexpr std::uint64_t kSwitchNs = 5'000'000;
+
+}  // namespace
+
+void SphereGil::set_hooks(py::function enter, py::function leave) {
+  hooks().enter = std::move(enter);
+  hooks().leave = std::move(leave);
+}
+
+void SphereGil::acquire() {
+  if (sphere_state != nullptr) {
+    PyEval_RestoreThread(sphere_state);
+    return;
+  }
+  PyGILState_Ensure();  // made once, released in leave_thread()
+  sphere_state = PyThreadState_Get();
+  const std::string name = "sphere " + Topology::path_string(System::current()->id);
+  try {
+    if (hooks().enter) hooks().enter(name);
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable("torch_spheres: entering a sphere's thread");
+  }
+}
+
+void SphereGil::release() { PyEval_SaveThread(); }
+
+void SphereGil::leave_thread() {
+  if (sphere_state == nullptr) return;
+  PyEval_RestoreThread(sphere_state);
+  try {
+    if (hooks().leave) hooks().leave();
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable("torch_spheres: leaving a sphere's thread");
+  }
+  sphere_state = nullptr;
+  PyGILState_Release(PyGILState_UNLOCKED);
+}
+
+PythonWork::PythonWork(py::object fn, py::tuple items, py::object results)
+    : fn_(std::move(fn)), items_(std::move(items)), results_(std::move(results)) {}
+
+PythonWork::~PythonWork() {
+  const py::gil_scoped_acquire gil;
+  fn_ = py::object();
+  items_ = py::object();
+  results_ = py::object();
+  error_ = py::object();
+}
+
+void PythonWork::run(Claimer& claimer) {
+  Chunk chunk;
+  if (!claimer.next(chunk)) return;  // before the GIL: most visits find nothing
+  SphereGil gil;
+  std::uint64_t last_switch = now_ns();
+  do {
+    for (std::int64_t i = 0; i < chunk.count; ++i) {
+      const std::int64_t item = chunk.first + i * chunk.stride;
+      claimer.at(item);
+      PyObject* argument = PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(item));
+      PyObject* result = PyObject_CallOneArg(fn_.ptr(), argument);
+      if (result == nullptr) {
+        record_error(item, claimer.sphere());
+        claimer.ran_of_chunk(i);
+        throw std::runtime_error("a Python work item raised an exception");
+      }
+      if (results_.is_none()) {
+        Py_DECREF(result);
+      } else {
+        PyList_SetItem(results_.ptr(), static_cast<Py_ssize_t>(item), result);
+      }
+    }
+    if (const std::uint64_t now = now_ns(); now - last_switch > kSwitchNs) {
+      gil.yield();
+      last_switch = now_ns();
+    }
+  } while (claimer.next(chunk));
+}
+
+void PythonWork::record_error(std::int64_t item, SphereId sphere) {
+  py::error_already_set raised;  // takes the pending exception
+  py::object error = raised.value();
+  if (raised.trace()) PyException_SetTraceback(error.ptr(), raised.trace().ptr());
+  std::string shown;
+  try {
+    shown = py::repr(items_[py::int_(item)]).cast<std::string>();
+  } catch (const py::error_already_set&) {
+    shown = "whose repr() failed";
+  }
+  if (shown.size() > 100) shown = shown.substr(0, 97) + "...";
+  const std::string note = "raised by work item " + std::to_string(item) + " (" + shown +
+                           ") on sphere " + Topology::path_string(sphere) + " (id " +
+                           std::to_string(sphere) + ")";
+  const std::lock_guard lock(error_mutex_);
+  if (error_) {
+    // One exception is raised, the first; the others are not to vanish.
+    if (error_.is(error)) return;
+    const std::string also =
+        "also: " + py::repr(error).cast<std::string>() + " " + note;
+    error_.attr("add_note")(also);
+    return;
+  }
+  error.attr("add_note")(note);
+  error_ = std::move(error);
+}
+
+void PythonWork::raise() {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error_.ptr())), error_.ptr());
+  throw py::error_already_set();
+}
+
+NativeWork::~NativeWork() {
+  const py::gil_scoped_acquire gil;
+  owner_ = py::object();
+}
+
+void NativeWork::run(Claimer& claimer) {
+  Chunk chunk;
+  while (claimer.next(chunk)) {
+    if (values_.empty()) {
+      for (std::int64_t i = 0, item = chunk.first; i < chunk.count; ++i, item += chunk.stride) {
+        pointer_(context_, item);
+      }
+    } else {
+      for (std::int64_t i = 0; i < chunk.count; ++i) {
+        pointer_(context_, values_[static_cast<std::size_t>(chunk.first + i * chunk.stride)]);
+      }
+    }
+  }
+}
+
+}  // namespace torch_spheres::bindings

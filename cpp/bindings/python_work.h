@@ -1,0 +1,93 @@
+// Work items that are Python calls, and how a sphere's thread holds the GIL for them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "work_queue.h"
+
+namespace torch_spheres::bindings {
+
+namespace py = pybind11;
+
+/// Holds the GIL on a sphere's thread, with the one thread state that the sphere keeps for life.
+class SphereGil {
+ public:
+  SphereGil() { acquire(); }
+  ~SphereGil() { release(); }
+  SphereGil(const SphereGil&) = delete;
+  SphereGil& operator=(const SphereGil&) = delete;
+  /// Gives other threads a chance.
+  void yield() {
+    release();
+    acquire();
+  }
+
+  /// Called on a sphere's thread before it ends: gives the thread state back.
+  static void leave_thread();
+  /// Python callables for a sphere's first and last moment with Python: enter(name), leave().
+  static void set_hooks(py::function enter, py::function leave);
+
+ private:
+  static void acquire();
+  static void release();
+};
+
+/// fn(item) for each of a list of Python objects.
+class PythonWork final : public Work {
+ public:
+  /// GIL held.  `items` is ours alone; `results`, if given, has as many places.
+  PythonWork(py::object fn, py::tuple items, py::object results);
+  ~PythonWork() override;
+
+  void run(Claimer& claimer) override;
+  // Few: an item can hide behind a slow one of the same chunk, and the cost of a claim is small
+  // beside a Python call.
+  std::int64_t max_chunk() const override { return 8; }
+
+  /// GIL held: raises the item's own exception object again.
+  [[noreturn]] void raise();
+  const py::object& results() const { return results_; }
+
+ private:
+  void record_error(std::int64_t item, SphereId sphere);
+
+  py::object fn_;
+  py::object items_;    // a tuple
+  py::object results_;  // list or None
+  std::mutex error_mutex_;
+  py::object error_;  // the first
+};
+
+/// A C function: void(void* context, int64_t item).  Never touches the GIL.
+struct NativeFunction {
+  using Pointer = void (*)(void*, std::int64_t);
+  Pointer pointer = nullptr;
+  void* context = nullptr;
+  py::object owner;  // keeps the code and the context alive
+};
+
+class NativeWork final : public Work {
+ public:
+  NativeWork(const NativeFunction& function, std::vector<std::int64_t> values)
+      : pointer_(function.pointer),
+        context_(function.context),
+        values_(std::move(values)),
+        owner_(function.owner) {}
+  ~NativeWork() override;
+  void run(Claimer& claimer) override;
+  std::int64_t max_chunk() const override { return 64; }
+
+ private:
+  const NativeFunction::Pointer pointer_;
+  void* const context_;
+  const std::vector<std::int64_t> values_;  // empty: item k is k itself
+  py::object owner_;
+};
+
+}  // namespace torch_spheres::bindings

@@ -1,0 +1,92 @@
+// A list of gradient sums, cut into pieces that spheres take as work items.
+//
+//     SumJob job(depth);                      // 12^depth shards
+//     job.add(segment); ...                   // buffers stay alive until the job has run
+//     job.run_here();                         // or hand std::make_shared<SumWork>(job) to spheres
+//
+// Every element is summed by sum_range alone, so neither the pieces nor who takes them can change
+// a bit.  Small tensors share a piece; a large one is cut into several.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "gradient_sum.h"
+#include "work_queue.h"
+
+namespace torch_spheres {
+
+class SumJob {
+ public:
+  explicit SumJob(int depth) : depth_(depth), leaves_(std::size_t(Topology::count(depth))) {}
+
+  std::size_t leaves() const { return leaves_; }
+
+  /// `shards` holds leaves() pointers, null for absent ones.
+  void add(const SumSegment& segment, const std::vector<const void*>& shards) {
+    shards_.push_back(std::make_unique<std::vector<const void*>>(shards));
+    segments_.push_back(segment);
+    segments_.back().shards = shards_.back()->data();
+    const std::size_t index = segments_.size() - 1;
+    bytes_ += segment.numel * element_size(segment.dtype) * leaves_;
+    for (std::size_t begin = 0; begin < segment.numel;) {
+      if (items_.empty() || filled_ >= kItemElements) {
+        items_.push_back(pieces_.size());
+        filled_ = 0;
+      }
+      const std::size_t end = std::min(segment.numel, begin + (kItemElements - filled_));
+      pieces_.push_back({index, begin, end});
+      filled_ += end - begin;
+      begin = end;
+    }
+  }
+
+  /// Bytes that the sum reads if no shard is absent.
+  std::size_t bytes() const { return bytes_; }
+  std::int64_t items() const { return static_cast<std::int64_t>(items_.size()); }
+
+  void run_item(std::int64_t item) const {
+    const auto i = static_cast<std::size_t>(item);
+    const std::size_t last = i + 1 < items_.size() ? items_[i + 1] : pieces_.size();
+    for (std::size_t p = items_[i]; p < last; ++p) {
+      sum_range(segments_[pieces_[p].segment], depth_, pieces_[p].begin, pieces_[p].end);
+    }
+  }
+  void run_here() const {
+    for (const SumSegment& segment : segments_) sum_range(segment, depth_, 0, segment.numel);
+  }
+
+ private:
+  /// Large enough that a claim costs nothing beside it, small enough to spread over many spheres.
+  static constexpr std::size_t kItemElements = 32 * 1024;
+  struct Piece {
+    std::size_t segment, begin, end;
+  };
+  const int depth_;
+  const std::size_t leaves_;
+  std::vector<SumSegment> segments_;
+  std::vector<std::unique_ptr<std::vector<const void*>>> shards_;
+  std::vector<Piece> pieces_;
+  std::vector<std::size_t> items_;  // first piece of each item
+  std::size_t filled_ = 0;          // elements in the last item
+  std::size_t bytes_ = 0;
+};
+
+class SumWork final : public Work {
+ public:
+  explicit SumWork(const SumJob& job) : job_(job) {}
+  void run(Claimer& claimer) override {
+    Chunk chunk;
+    while (claimer.next(chunk)) {
+      for (std::int64_t i = 0; i < chunk.count; ++i) job_.run_item(chunk.first + i * chunk.stride);
+    }
+  }
+  State state() const override { return State::kAccumulating; }
+
+ private:
+  const SumJob& job_;
+};
+
+}  // namespace torch_spheres

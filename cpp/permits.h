@@ -1,0 +1,73 @@
+// Who may run: at most `concurrency` leaves at once, and which leaf is next.
+//
+//     parent:        permits.mark_ready(leaf...);  dispatch();
+//     running leaf:  ...no work left...            permits.release();  dispatch();
+//     dispatch:      while (permits.any_ready() && permits.try_acquire()) pick one, wake it
+//
+// Any thread: everything.   Lock-free.
+//
+// Ordering: a marker writes the ready bit and then looks for a permit; a releaser gives the permit
+// and then looks for ready bits; all four are seq_cst, so at least one of the two sees the other
+// and no ready leaf is left behind while a permit is free.
+#pragma once
+
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <memory>
+
+namespace torch_spheres {
+
+class Permits {
+ public:
+  Permits(std::int32_t leaves, std::int32_t permits)
+      : words_((leaves + 63) / 64),
+        ready_(std::make_unique<std::atomic<std::uint64_t>[]>(static_cast<std::size_t>(words_))),
+        free_(permits) {}
+
+  void mark_ready(std::int32_t leaf) {
+    ready_[static_cast<std::size_t>(leaf / 64)].fetch_or(std::uint64_t{1} << (leaf % 64));
+  }
+  bool any_ready() const {
+    for (std::int32_t w = 0; w < words_; ++w) {
+      if (ready_[static_cast<std::size_t>(w)].load() != 0) return true;
+    }
+    return false;
+  }
+  /// Takes the lowest ready leaf off the list, or -1.  The lowest first, always: the same few
+  /// threads stay warm when there are fewer permits than leaves.
+  std::int32_t pop_ready() {
+    for (std::int32_t w = 0; w < words_; ++w) {
+      auto& word = ready_[static_cast<std::size_t>(w)];
+      std::uint64_t seen = word.load();
+      while (seen != 0) {
+        const std::uint64_t lowest = seen & (~seen + 1);
+        const std::uint64_t before = word.fetch_and(~lowest);
+        if ((before & lowest) != 0) return w * 64 + std::countr_zero(lowest);
+        seen = before & ~lowest;  // another dispatcher took it
+      }
+    }
+    return -1;
+  }
+
+  bool try_acquire() {
+    std::int32_t free = free_.load();
+    while (free > 0) {
+      if (free_.compare_exchange_weak(free, free - 1)) return true;
+    }
+    return false;
+  }
+  void release() { free_.fetch_add(1); }
+  /// Before the spheres start: everything as new.
+  void reset(std::int32_t permits) {
+    for (std::int32_t w = 0; w < words_; ++w) ready_[static_cast<std::size_t>(w)].store(0);
+    free_.store(permits);
+  }
+
+ private:
+  const std::int32_t words_;
+  const std::unique_ptr<std::atomic<std::uint64_t>[]> ready_;
+  alignas(64) std::atomic<std::int32_t> free_;
+};
+
+}  // namespace torch_spheres

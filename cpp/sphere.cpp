@@ -1,0 +1,285 @@
+#include "sphere.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <exception>
+#include <string>
+
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#endif
+
+#include "system.h"
+
+namespace torch_spheres {
+
+namespace {
+
+Siblings siblings_of(SphereId id, std::int32_t offset) {
+  if (id == 0) return {0, 1, 1};
+  const std::int32_t step = Topology::count(Topology::level(id) - 1);
+  return {offset - Topology::group(id) * step, step, kKissing};
+}
+
+void name_this_thread(SphereId id) {
+  // The kernel keeps 15 characters; "sphere 11.11.11" has exactly that many.
+  const std::string name = "sphere " + Topology::path_string(id);
+#if defined(__linux__)
+  pthread_setname_np(pthread_self(), name.c_str());
+#elif defined(__APPLE__)
+  pthread_setname_np(name.c_str());
+#endif
+}
+
+/// True unless the work threw.
+bool run_guarded(Work& work, Claimer& claimer) {
+  try {
+    work.run(claimer);
+    return true;
+#if defined(__GLIBCXX__)
+  } catch (const abi::__forced_unwind&) {
+    throw;  // pthread_exit: not ours to stop
+#endif
+  } catch (...) {
+    claimer.fail(std::current_exception());
+    return false;
+  }
+}
+
+}  // namespace
+
+Sphere::Sphere(System& system, SphereId sphere_id)
+    : id(sphere_id),
+      offset(Topology::offset(sphere_id)),
+      is_leaf(system.topology().is_leaf(sphere_id)),
+      siblings(siblings_of(sphere_id, offset)),
+      system_(system) {}
+
+void Sphere::run() {
+  name_this_thread(id);
+  clock.transition(State::kReady);
+  seen_ticket_ = system_.ring_.oldest();
+  work_deferred_ = standing_ = false;
+  meeting_ = 0;
+  gradients_from_ = {};
+  while (!system_.stopping()) {
+    bool progress = read_messages();
+    if (granted.load(std::memory_order_acquire)) {
+      take_turn();
+      progress = true;
+    }
+    arrive_if_ready();
+    if (progress || system_.stopping()) continue;
+    clock.transition(standing_ ? State::kWaiting : State::kIdle);
+    parker.park();
+    clock.transition(State::kReady);
+  }
+  read_messages();
+  pass_down({MessageKind::kStop, 0, id, 0});
+  clock.transition(State::kTerminating);
+}
+
+bool Sphere::read_messages() {
+  bool any = false;
+  Message message;
+  while (mailbox.try_pop(message)) {
+    messages_received.add(1);
+    handle(message);
+    any = true;
+  }
+  return any;
+}
+
+void Sphere::handle(const Message& message) {
+  if (is_of_meeting(message.kind)) system_.meeting_messages_.fetch_sub(1);
+  switch (message.kind) {
+    case MessageKind::kWork:
+      doorbell.exchange(false);  // before looking, so that what comes now rings again
+      if (standing_) {
+        work_deferred_ = true;
+      } else {
+        hand_down();
+      }
+      return;
+    case MessageKind::kGradientReady:
+      count_gradients(message);
+      return;
+    case MessageKind::kBarrier:
+    case MessageKind::kEpochEnd:
+      if (message.source == Topology::parent(id) || message.source == kNoSphere) {
+        begin_meeting(message);
+      } else {
+        epoch_reported(message.meeting);
+      }
+      return;
+    case MessageKind::kEpochBegin:
+      pass_down(message);  // the rest is for arrive_if_ready(), which sees that the barrier is open
+      return;
+    case MessageKind::kStop:
+      return;  // run() sees that the system is stopping, and passes it down
+  }
+}
+
+void Sphere::pass_down(Message message) {
+  if (is_leaf) return;
+  message.source = id;
+  for (int group = 0; group < kKissing; ++group) {
+    system_.post(Topology::child(id, group), message);
+  }
+}
+
+/// Passes news of work to the children whose subtrees have items in the batches not seen yet.
+void Sphere::hand_down() {
+  if (is_leaf) return;  // its parent has marked it ready already
+  const std::uint64_t newest = system_.ring_.newest();
+  std::int64_t most = 0;
+  for (std::uint64_t t = std::max(seen_ticket_, system_.ring_.oldest()); t < newest; ++t) {
+    if (Slot* slot = system_.ring_.find(t)) {
+      most = std::max(most, slot->items.load(std::memory_order_relaxed));
+    }
+  }
+  seen_ticket_ = newest;
+  bool marked = false;
+  for (int group = 0; group < kKissing; ++group) {
+    Sphere& child = system_.sphere(Topology::child(id, group));
+    if (child.offset >= most) continue;
+    if (child.is_leaf) {
+      const std::int64_t queued = system_.ring_.was_queued(child.offset);
+      child.queue_high_water.raise_to(static_cast<std::uint64_t>(queued));
+      if (queued == 0) continue;  // its siblings were faster than this message
+      system_.permits_.mark_ready(child.offset);
+      marked = true;
+    }
+    system_.ring_doorbell(id, child.id);
+  }
+  if (marked) system_.dispatch();
+}
+
+void Sphere::begin_meeting(const Message& message) {
+  const bool is_epoch = message.kind == MessageKind::kEpochEnd;
+  const int level = Topology::level(id);
+  const int goal = is_epoch ? system_.topology().leaf_level() : message.level;
+  if (level < goal) {
+    pass_down(message);
+    if (!is_epoch) return;
+  }
+  // A new meeting is called only after the last one was released, which this sphere may have slept
+  // through.
+  leave_meeting();
+  epoch_reports_ = 0;
+  meeting_ = message.meeting;
+  meeting_is_epoch_ = is_epoch;
+}
+
+/// The meeting is over: on with the work that came meanwhile.
+void Sphere::leave_meeting() {
+  meeting_ = 0;
+  if (!standing_) return;
+  standing_ = false;
+  if (is_leaf) {
+    busy.store(false);
+    if (system_.ring_.had_work(siblings)) ask_for_turn();
+  } else if (work_deferred_) {
+    work_deferred_ = false;
+    hand_down();
+  }
+}
+
+/// A child's subtree has finished the epoch.
+void Sphere::epoch_reported(std::uint32_t meeting) {
+  // A report cannot overtake the call, which came through this sphere; one from a meeting that was
+  // aborted is for nobody.
+  if (meeting == meeting_) ++epoch_reports_;
+}
+
+void Sphere::arrive_if_ready() {
+  if (meeting_ == 0) return;
+  Barrier& barrier = system_.barrier_;
+  if (barrier.was_released(meeting_)) {
+    leave_meeting();
+    return;
+  }
+  if (standing_) return;
+  if (is_leaf) {
+    // From here on nobody gives it a turn; if somebody just has, that turn comes first.
+    if (busy.exchange(true)) return;
+    if (system_.ring_.had_own_work(offset)) {
+      busy.store(false);
+      insists.store(true);
+      ask_for_turn();
+      return;
+    }
+    insists.store(false);
+  } else if (meeting_is_epoch_ && epoch_reports_ < kKissing) {
+    return;
+  }
+  standing_ = true;
+  if (!meeting_is_epoch_) {
+    if (barrier.arrive(meeting_)) system_.open_barrier(meeting_, Topology::level(id));
+  } else if (id != 0) {
+    system_.post(Topology::parent(id), {MessageKind::kEpochEnd, 0, id, meeting_});
+  } else {
+    system_.epochs_.fetch_add(1);
+    barrier.release(meeting_);
+    pass_down({MessageKind::kEpochBegin, 0, id, meeting_});
+    system_.tell_news();
+  }
+  parker.wake();  // look again before sleeping: the meeting may be over already
+}
+
+void Sphere::count_gradients(const Message& message) {
+  Sphere& child = system_.sphere(message.source);
+  gradients_from_[static_cast<std::size_t>(Topology::group(child.id))] +=
+      child.gradients_ready.exchange(0);
+  for (;;) {
+    for (std::uint32_t count : gradients_from_) {
+      if (count == 0) return;
+    }
+    for (std::uint32_t& count : gradients_from_) --count;
+    system_.report_gradients(*this);
+  }
+}
+
+/// Runs what there is, with the permit that came along, then lets the next one have it.
+void Sphere::take_turn() {
+  granted.store(false, std::memory_order_relaxed);  // ours: nobody grants while busy
+  insists.store(false);
+  while (!system_.stopping() && run_available()) {
+  }
+  clock.transition(State::kReady);
+  busy.store(false);
+  system_.permits_.release();
+  // Work published for this leaf while it was still busy was not offered to it; seq_cst with
+  // dispatch(), which looks at `busy` after the work was published.
+  if (system_.ring_.had_work(siblings)) system_.permits_.mark_ready(offset);
+  system_.dispatch();
+}
+
+/// One pass over the batches in flight, oldest first; true if it found anything to do.
+bool Sphere::run_available() {
+  bool any = false;
+  WorkRing& ring = system_.ring_;
+  for (std::uint64_t t = ring.oldest(), end = ring.newest(); t < end; ++t) {
+    Slot* slot = ring.find(t);
+    if (slot == nullptr || !WorkRing::enter(*slot)) continue;
+    Claimer claimer(ring, *slot, id, offset, siblings, system_.leaf_counters_.data());
+    const std::shared_ptr<Work>& work = slot->batch->work();
+    if (claimer.had_work()) {
+      clock.transition(State::kReady);
+      clock.transition(work->state());
+      // Before the batch can be complete: a barrier that is opened after it is not concerned.
+      if (!run_guarded(*work, claimer)) system_.abort_meeting();
+    }
+    any = any || claimer.took_any();
+    if (ring.leave(*slot, claimer.finished())) system_.completed();
+  }
+  return any;
+}
+
+void Sphere::ask_for_turn() {
+  system_.permits_.mark_ready(offset);
+  system_.dispatch();
+}
+
+}  // namespace torch_spheres

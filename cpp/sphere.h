@@ -1,0 +1,117 @@
+// One sphere: a thread, its mailbox, its inbox for users, its state and its counters.
+//
+// The thread's loop: read messages; run work if it was given a turn; arrive at a barrier if one is
+// asked for and the own queue is empty; otherwise sleep.  Everything that others may want to know
+// or change is atomic; the rest stands under "owner only".
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#include "mailbox.h"
+#include "park.h"
+#include "stats.h"
+#include "topology.h"
+#include "work_queue.h"
+
+namespace torch_spheres {
+
+class System;
+
+/// What the runtime tells its spheres.  Messages travel along edges only.
+enum class MessageKind : std::uint8_t {
+  kWork,           ///< down: batches have been published that have items for your subtree
+  kGradientReady,  ///< up: gradients of my whole subtree are there
+  kBarrier,        ///< down: spheres of level `level` meet
+  kEpochEnd,       ///< down: finish what you have; up: my subtree has finished
+  kEpochBegin,     ///< down: the epoch barrier is open again
+  kStop,           ///< down: leave
+};
+
+struct Message {
+  MessageKind kind = MessageKind::kStop;
+  std::int8_t level = 0;
+  SphereId source = kNoSphere;
+  std::uint32_t meeting = 0;
+};
+
+/// What users send each other; the core only carries it.
+class Letter {
+ public:
+  virtual ~Letter() = default;
+};
+
+/// Messages of which those of one meeting at a time are under way (see System::try_open_barrier).
+inline bool is_of_meeting(MessageKind kind) {
+  return kind == MessageKind::kBarrier || kind == MessageKind::kEpochEnd ||
+         kind == MessageKind::kEpochBegin;
+}
+
+class Sphere {
+ public:
+  /// Most messages that can wait at once: one kWork, kBarrier, kEpochEnd, kEpochBegin and kStop
+  /// from above (each is sent again only after it was read, see System) and one kEpochEnd and one
+  /// kGradientReady from each of twelve children.
+  static constexpr std::size_t kMailboxCapacity = 32;
+  static constexpr std::size_t kInboxCapacity = 128;
+
+  Sphere(System& system, SphereId id);
+
+  /// The thread's whole life.
+  void run();
+
+  const SphereId id;
+  const std::int32_t offset;  // its leaf number, if it is one
+  const bool is_leaf;
+  const Siblings siblings;
+
+  Parker parker;
+  Mailbox<Message> mailbox{kMailboxCapacity};
+  Mailbox<std::unique_ptr<Letter>> inbox{kInboxCapacity};
+  StateClock clock;
+  WorkCounters counters;
+  SharedCounter messages_sent;
+  SharedCounter messages_received;
+  OwnerCounter queue_high_water;  // written by who hands work down: the parent's thread
+
+  /// A kWork message waits in the mailbox: no second one is needed.
+  std::atomic<bool> doorbell{false};
+  /// A permit was handed to this leaf, or it stands at a barrier: nobody gives it another turn.
+  std::atomic<bool> busy{false};
+  /// The permit that came with `busy`.
+  std::atomic<bool> granted{false};
+  /// It waits for its turn although somebody else may take all its items: wake it all the same.
+  std::atomic<bool> insists{false};
+  /// Complete sets of gradients of this subtree that the parent has not read yet.
+  std::atomic<std::uint32_t> gradients_ready{0};
+  std::thread thread;
+
+ private:
+  bool read_messages();
+  void handle(const Message& message);
+  void pass_down(Message message);
+  void hand_down();
+  void begin_meeting(const Message& message);
+  void arrive_if_ready();
+  void leave_meeting();
+  void epoch_reported(std::uint32_t meeting);
+  void count_gradients(const Message& message);
+  void take_turn();
+  bool run_available();
+  void ask_for_turn();
+
+  // Owner only.
+  System& system_;
+  std::uint64_t seen_ticket_ = 0;    // inner: batches below it have been handed down
+  bool work_deferred_ = false;       // inner: kWork read while standing at a barrier
+  std::uint32_t meeting_ = 0;        // the meeting it must go to, 0: none
+  bool meeting_is_epoch_ = false;
+  bool standing_ = false;            // it has arrived there
+  std::uint32_t epoch_reports_ = 0;  // children that reported for meeting_
+  std::array<std::uint32_t, kKissing> gradients_from_{};
+};
+
+}  // namespace torch_spheres

@@ -1,0 +1,141 @@
+// What a sphere is doing, has done, and for how long.
+//
+// Counters are written by the sphere they belong to with plain relaxed adds, or (where others
+// count for it: stolen_from, messages) with relaxed fetch_add; nobody orders anything by them, so
+// relaxed is enough everywhere in this file.  A snapshot is a value and never changes.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#include "topology.h"
+
+namespace torch_spheres {
+
+/// Every moment of a sphere's thread belongs to exactly one state.
+enum class State : std::uint8_t {
+  kReady,         ///< awake: reading messages, handing work down, looking for work
+  kProcessing,    ///< running work items
+  kIdle,          ///< asleep: nothing to do
+  kWaiting,       ///< asleep at a barrier that other spheres have not reached yet
+  kAccumulating,  ///< summing gradients
+  kTerminating,   ///< leaving: the thread ends; also the state before start()
+};
+inline constexpr int kStates = 6;
+
+inline const char* state_name(State state) {
+  static constexpr const char* names[kStates] = {"READY",   "PROCESSING",   "IDLE",
+                                                 "WAITING", "ACCUMULATING", "TERMINATING"};
+  return names[static_cast<int>(state)];
+}
+
+/// The one table of transitions.  READY is the hub: a sphere is awake between any two jobs.
+inline bool transition_allowed(State from, State to) {
+  constexpr auto bit = [](State s) { return 1u << static_cast<int>(s); };
+  constexpr unsigned hub = bit(State::kReady);
+  constexpr std::array<unsigned, kStates> to_states = {
+      /* READY        */ bit(State::kProcessing) | bit(State::kIdle) | bit(State::kWaiting) |
+          bit(State::kAccumulating) | bit(State::kTerminating),
+      /* PROCESSING   */ hub,
+      /* IDLE         */ hub,
+      /* WAITING      */ hub,
+      /* ACCUMULATING */ hub,
+      /* TERMINATING  */ hub,  // start() of a new thread for the same sphere
+  };
+  return (to_states[static_cast<std::size_t>(from)] & bit(to)) != 0;
+}
+
+inline std::uint64_t now_ns() {
+  return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                        std::chrono::steady_clock::now().time_since_epoch())
+                                        .count());
+}
+
+/// A sphere's state and the time spent in each.   Owner: transition.   Any thread: state, times.
+class StateClock {
+ public:
+  /// Changes the state; the only place that does.  An illegal change is a bug of ours: abort.
+  void transition(State to) {
+    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
+    const State from = unpack_state(packed);
+    if (from == to) return;
+    if (!transition_allowed(from, to)) {
+      std::fprintf(stderr, "torch_spheres: illegal transition %s -> %s\n", state_name(from),
+                   state_name(to));
+      std::abort();
+    }
+    const std::uint64_t now = now_ns();
+    auto& spent = ns_[static_cast<std::size_t>(from)];
+    spent.store(spent.load(std::memory_order_relaxed) + (now - (packed >> kStateBits)),
+                std::memory_order_relaxed);
+    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_relaxed);
+  }
+
+  State state() const { return unpack_state(packed_.load(std::memory_order_relaxed)); }
+
+  /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.
+  std::array<std::uint64_t, kStates> times() const {
+    std::array<std::uint64_t, kStates> result{};
+    for (std::size_t i = 0; i < kStates; ++i) result[i] = ns_[i].load(std::memory_order_relaxed);
+    result[static_cast<std::size_t>(State::kTerminating)] = 0;
+    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
+    const std::uint64_t since = packed >> kStateBits;
+    const std::uint64_t now = now_ns();
+    if (unpack_state(packed) != State::kTerminating && now > since) {
+      result[static_cast<std::size_t>(unpack_state(packed))] += now - since;
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int kStateBits = 3;  // state and "since" in one word, so they are read together
+  static State unpack_state(std::uint64_t packed) {
+    return static_cast<State>(packed & ((1u << kStateBits) - 1));
+  }
+  std::atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
+  std::array<std::atomic<std::uint64_t>, kStates> ns_{};
+};
+
+/// A count that one thread writes and any thread reads.
+class OwnerCounter {
+ public:
+  void add(std::uint64_t n) {
+    value_.store(value_.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
+  }
+  void raise_to(std::uint64_t n) {
+    if (n > value_.load(std::memory_order_relaxed)) value_.store(n, std::memory_order_relaxed);
+  }
+  std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<std::uint64_t> value_{0};
+};
+
+/// A count that any thread writes.
+class SharedCounter {
+ public:
+  void add(std::uint64_t n) { value_.fetch_add(n, std::memory_order_relaxed); }
+  std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<std::uint64_t> value_{0};
+};
+
+/// One sphere's figures at one moment.
+struct SphereStats {
+  SphereId id = 0;
+  State state = State::kTerminating;
+  std::uint64_t items_run = 0;          ///< items this sphere ran, stolen ones included
+  std::uint64_t items_stolen = 0;       ///< of those, items that belonged to a sibling
+  std::uint64_t items_given = 0;        ///< items of its own that siblings took
+  std::uint64_t messages_sent = 0;      ///< messages along edges from this sphere
+  std::uint64_t messages_received = 0;  ///< messages taken out of its mailbox
+  std::uint64_t queue_high_water = 0;   ///< most items ever waiting in its queue at hand-down
+  std::array<std::uint64_t, kStates> state_ns{};
+};
+
+}  // namespace torch_spheres

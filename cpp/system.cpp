@@ -1,0 +1,389 @@
+#include "system.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
+
+namespace torch_spheres {
+
+namespace {
+
+thread_local const Sphere* current_sphere = nullptr;
+thread_local const System* current_system = nullptr;
+
+std::atomic<std::uint64_t> forks{0};
+
+std::uint64_t fork_generation() {
+  // Only counts, so it is safe in the child of a process with many threads.
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+  (void)registered;
+  return forks.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+System::System(int levels, int concurrency)
+    : topology_(levels),
+      concurrency_(std::min(concurrency, topology_.leaves())),
+      ring_(topology_.leaves()),
+      permits_(topology_.leaves(), concurrency_),
+      fork_generation_(fork_generation()) {
+  if (concurrency < 1) {
+    throw std::invalid_argument("concurrency must be at least 1, got " +
+                                std::to_string(concurrency));
+  }
+  const auto leaves = static_cast<std::size_t>(topology_.leaves());
+  leaf_counters_.resize(leaves);
+  leaf_spheres_.resize(leaves);
+  for (SphereId id = 0; id < topology_.total(); ++id) {
+    spheres_.push_back(std::make_unique<Sphere>(*this, id));
+    if (!topology_.is_leaf(id)) continue;
+    const auto leaf = static_cast<std::size_t>(sphere(id).offset);
+    leaf_counters_[leaf] = &sphere(id).counters;
+    leaf_spheres_[leaf] = &sphere(id);
+  }
+}
+
+System::~System() {
+  request_stop();
+  while (!join_for(Milliseconds(1000))) {
+  }
+}
+
+// ---- life ----
+
+void System::start() {
+  if (running()) return;
+  fork_generation_ = fork_generation();
+  stopping_.store(false);
+  permits_.reset(concurrency_);
+  meeting_messages_.store(0);
+  gradient_rounds_.store(0);
+  for (auto& sphere : spheres_) {
+    Message old;
+    while (sphere->mailbox.try_pop(old)) {
+    }
+    sphere->doorbell.store(false);
+    sphere->busy.store(false);
+    sphere->granted.store(false);
+    sphere->insists.store(false);
+    sphere->gradients_ready.store(0);
+  }
+  running_.store(true, std::memory_order_release);
+  for (auto& sphere : spheres_) {
+    {
+      const std::lock_guard lock(news_mutex_);
+      ++threads_;
+    }
+    try {
+      sphere->thread = std::thread([this, &s = *sphere] { run_sphere(s); });
+    } catch (const std::system_error& error) {
+      {
+        const std::lock_guard lock(news_mutex_);
+        --threads_;
+      }
+      const SphereId started = sphere->id;
+      request_stop();
+      for (SphereId id = 0; id < started; ++id) this->sphere(id).parker.wake();
+      while (!join_for(Milliseconds(1000))) {
+      }
+      throw std::system_error(error.code(), "only " + std::to_string(started) + " of " +
+                                                std::to_string(topology_.total()) +
+                                                " sphere threads could be started");
+    }
+  }
+}
+
+void System::run_sphere(Sphere& sphere) {
+  current_sphere = &sphere;
+  current_system = this;
+  sphere.run();
+  if (thread_exit_hook_) thread_exit_hook_();
+  const std::lock_guard lock(news_mutex_);
+  --threads_;
+  news_.notify_all();
+}
+
+void System::request_stop() {
+  if (!running()) return;
+  {
+    const std::lock_guard lock(submit_mutex_);  // after this nothing new is published
+    stopping_.store(true);
+  }
+  ring_.cancel(nullptr, [this] { completed(); });
+  abort_meeting();
+  Message stop{MessageKind::kStop, 0, kNoSphere, 0};
+  sphere(0).mailbox.try_push(stop);  // full or not: it looks at stopping_ when it wakes
+  sphere(0).parker.wake();
+  tell_news();
+}
+
+bool System::join_for(Milliseconds timeout) {
+  if (!running()) return true;
+  {
+    std::unique_lock lock(news_mutex_);
+    if (!news_.wait_for(lock, timeout, [this] { return threads_ == 0; })) return false;
+  }
+  for (auto& sphere : spheres_) {
+    if (sphere->thread.joinable()) sphere->thread.join();
+  }
+  running_.store(false, std::memory_order_release);
+  return true;
+}
+
+bool System::forked() const { return running() && fork_generation_ != fork_generation(); }
+
+const Sphere* System::current() { return current_sphere; }
+
+bool System::on_own_thread() const { return current_system == this; }
+
+// ---- work ----
+
+Submitted System::try_submit(const std::shared_ptr<Batch>& batch) {
+  if (batch->items() > kMaxItemsPerLeaf) {
+    throw std::invalid_argument("a batch holds at most 2**31 items, got " +
+                                std::to_string(batch->items()));
+  }
+  {
+    const std::lock_guard lock(submit_mutex_);
+    if (!running() || stopping()) return Submitted::kStopped;
+    if (batch->items() <= 0) {
+      WorkRing::finish(*batch);
+      return Submitted::kAccepted;
+    }
+    if (ring_.was_full()) return Submitted::kFull;
+    in_flight_.fetch_add(1);
+    ring_.publish(batch);
+    if (topology_.levels() == 1) {  // the root is the leaf and has no parent to hand work down
+      sphere(0).queue_high_water.raise_to(static_cast<std::uint64_t>(ring_.was_queued(0)));
+    }
+  }
+  if (topology_.levels() == 1) {
+    permits_.mark_ready(0);
+    dispatch();
+  } else {
+    ring_doorbell(kNoSphere, 0);
+  }
+  return Submitted::kAccepted;
+}
+
+bool System::wait_for_room(Milliseconds timeout) {
+  return wait_news(timeout, [this] { return stopping() || !ring_.was_full(); });
+}
+
+bool System::wait_idle_for(Milliseconds timeout) {
+  return wait_news(timeout, [this] { return in_flight() == 0; });
+}
+
+void System::cancel(const std::shared_ptr<Batch>& batch) {
+  ring_.cancel(batch.get(), [this] { completed(); });
+}
+
+void System::completed() {
+  in_flight_.fetch_sub(1);
+  tell_news();
+}
+
+void System::ring_doorbell(SphereId source, SphereId target) {
+  if (sphere(target).doorbell.exchange(true)) return;
+  post(target, {MessageKind::kWork, 0, source, 0});
+}
+
+void System::post(SphereId target, const Message& message) {
+  Message copy = message;
+  if (message.source != kNoSphere) sphere(message.source).messages_sent.add(1);
+  if (is_of_meeting(message.kind)) meeting_messages_.fetch_add(1);
+  Sphere& receiver = sphere(target);
+  // Room is guaranteed by how each kind is bounded (Sphere::kMailboxCapacity); kStop alone may come
+  // on top of a full mailbox of a sphere that is gone or about to look at stopping_ anyway.
+  if (!receiver.mailbox.try_push(copy) && !stopping()) {
+    std::fprintf(stderr, "torch_spheres: the mailbox of sphere %d overflowed\n", target);
+    std::abort();
+  }
+  // A leaf is woken for work by dispatch(), when it is its turn.
+  if (message.kind != MessageKind::kWork || !receiver.is_leaf) receiver.parker.wake();
+}
+
+/// Gives free permits to ready leaves.
+void System::dispatch() {
+  while (permits_.any_ready() && permits_.try_acquire()) {
+    Sphere* next = nullptr;
+    for (std::int32_t leaf; next == nullptr && (leaf = permits_.pop_ready()) >= 0;) {
+      next = candidate(leaf);
+    }
+    if (next == nullptr) {
+      permits_.release();
+      continue;
+    }
+    next->granted.store(true, std::memory_order_release);
+    next->parker.wake();
+  }
+}
+
+/// Who should have the turn that a ready leaf asks for, now marked busy: the leaf itself, or an
+/// idle sibling that can steal from it; null if there is nothing to do or nobody to do it.
+Sphere* System::candidate(std::int32_t leaf) {
+  Sphere& own = *leaf_spheres_[static_cast<std::size_t>(leaf)];
+  if (!ring_.had_work(own.siblings)) {
+    if (own.insists.load()) own.parker.wake();
+    return nullptr;
+  }
+  if (!own.busy.exchange(true)) return &own;
+  for (std::int32_t i = 0; i < own.siblings.count; ++i) {
+    const std::int32_t other = own.siblings.base + i * own.siblings.step;
+    Sphere& sibling = *leaf_spheres_[static_cast<std::size_t>(other)];
+    if (!sibling.busy.load() && !sibling.busy.exchange(true)) return &sibling;
+  }
+  return nullptr;
+}
+
+// ---- meetings ----
+
+std::uint32_t System::try_open_barrier(int level) {
+  if (level < 0 || level >= topology_.levels()) {
+    throw std::invalid_argument("level must be 0 to " + std::to_string(topology_.levels() - 1) +
+                                ", got " + std::to_string(level));
+  }
+  return open_meeting(MessageKind::kBarrier, level);
+}
+
+std::uint32_t System::try_open_epoch() { return open_meeting(MessageKind::kEpochEnd, 0); }
+
+std::uint32_t System::open_meeting(MessageKind kind, int level) {
+  std::uint32_t meeting = 0;
+  {
+    const std::lock_guard lock(meeting_mutex_);
+    // Messages of an aborted meeting may still lie in mailboxes; waiting for them to be read keeps
+    // the mailboxes bounded.
+    if (!running() || stopping() || !barrier_.was_released(barrier_.current()) ||
+        meeting_messages_.load() != 0) {
+      return 0;
+    }
+    meeting = barrier_.open(static_cast<std::uint32_t>(Topology::count(level)));
+    if (stopping()) barrier_.abort(meeting);  // request_stop() may have looked just before
+  }
+  post(0, {kind, static_cast<std::int8_t>(level), kNoSphere, meeting});
+  return meeting;
+}
+
+void System::open_barrier(std::uint32_t meeting, int level) {
+  barrier_.release(meeting);
+  wake_level(level);
+  tell_news();
+}
+
+void System::abort_meeting() {
+  if (!barrier_.abort(barrier_.current())) return;
+  for (int level = 0; level < topology_.levels(); ++level) wake_level(level);
+  tell_news();
+}
+
+void System::wake_level(int level) {
+  for (SphereId id = Topology::first(level); id < Topology::first(level + 1); ++id) {
+    sphere(id).parker.wake();
+  }
+}
+
+Meeting System::wait_meeting_for(std::uint32_t meeting, Milliseconds timeout) {
+  wait_news(timeout, [&] { return barrier_.was_released(meeting); });
+  return barrier_.outcome(meeting);
+}
+
+// ---- messages between users ----
+
+Sent System::try_send(SphereId source, SphereId target, std::unique_ptr<Letter>& letter) {
+  for (const SphereId id : {source, target}) {
+    if (!topology_.contains(id)) {
+      throw std::invalid_argument("there is no sphere " + std::to_string(id) + "; ids are 0 to " +
+                                  std::to_string(topology_.total() - 1));
+    }
+  }
+  if (!Topology::has_edge(source, target)) {
+    throw std::invalid_argument(
+        "spheres " + std::to_string(source) + " (" + Topology::path_string(source) + ") and " +
+        std::to_string(target) + " (" + Topology::path_string(target) +
+        ") do not touch: messages go to the parent, a child or a sibling");
+  }
+  if (!sphere(target).inbox.try_push(letter)) return Sent::kFull;
+  sphere(source).messages_sent.add(1);
+  tell_news();
+  return Sent::kDelivered;
+}
+
+std::unique_ptr<Letter> System::try_receive(SphereId id) {
+  std::unique_ptr<Letter> letter;
+  if (sphere(id).inbox.try_pop(letter)) sphere(id).messages_received.add(1);
+  return letter;
+}
+
+void System::wait_for_mail(SphereId id, Milliseconds timeout) {
+  wait_news(timeout, [&] { return stopping() || !sphere(id).inbox.was_empty(); });
+}
+
+// ---- gradients ----
+
+void System::gradient_ready(std::int32_t leaf) {
+  report_gradients(*leaf_spheres_[static_cast<std::size_t>(leaf)]);
+}
+
+void System::report_gradients(Sphere& sphere) {
+  if (sphere.id == 0) {
+    gradient_rounds_.fetch_add(1);
+    tell_news();
+  } else if (sphere.gradients_ready.fetch_add(1) == 0) {
+    post(Topology::parent(sphere.id), {MessageKind::kGradientReady, 0, sphere.id, 0});
+  }
+}
+
+bool System::wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout) {
+  return wait_news(timeout, [&] { return stopping() || gradient_rounds() >= rounds; });
+}
+
+// ---- statistics ----
+
+SphereStats System::stats(SphereId id) const {
+  const Sphere& s = sphere(id);
+  SphereStats stats;
+  stats.id = id;
+  stats.state = s.clock.state();
+  stats.items_run = s.counters.items_run.get();
+  stats.items_stolen = s.counters.items_stolen.get();
+  stats.items_given = s.counters.items_given.get();
+  stats.messages_sent = s.messages_sent.get();
+  stats.messages_received = s.messages_received.get();
+  stats.queue_high_water = s.queue_high_water.get();
+  stats.state_ns = s.clock.times();
+  return stats;
+}
+
+// ---- news ----
+
+// Whoever changes something that others may wait for then read-modify-writes news_waiters_, which
+// a waiter does before it looks: so either the waiter sees the change or the teller the waiter.
+void System::tell_news() {
+  if (news_waiters_.fetch_add(0) == 0) return;
+  const std::lock_guard lock(news_mutex_);
+  news_.notify_all();
+}
+
+template <typename Condition>
+bool System::wait_news(Milliseconds timeout, Condition condition) {
+  if (condition()) return true;
+  news_waiters_.fetch_add(1);
+  bool result = false;
+  {
+    std::unique_lock lock(news_mutex_);
+    result = news_.wait_for(lock, timeout, condition);
+  }
+  news_waiters_.fetch_sub(1);
+  return result;
+}
+
+}  // namespace torch_spheres

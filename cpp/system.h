@@ -1,0 +1,156 @@
+// The hierarchy: all spheres of a tree, what is handed to them and what comes back.
+//
+//     System system(2, 4);                              // root and twelve leaves, four at once
+//     system.start();
+//     auto batch = std::make_shared<Batch>(work, 1000);
+//     while (system.try_submit(batch) == Submitted::kFull) system.wait_for_room(50ms);
+//     while (!batch->wait_for(50ms)) { /* look for Ctrl-C */ }
+//
+// No call blocks for longer than the time it is given: the caller decides between slices whether
+// to go on.  Any thread may call anything, but start, request_stop and join_for want one caller at
+// a time, and none of them may come from a sphere's own thread.
+//
+// A submission is published in the ring and a kWork message goes to the root; inner spheres pass
+// it down to the children that have items, and mark leaves ready; Permits decides which of them
+// run.  kWork is coalesced by the receiver's doorbell, so a sleeping leaf whose siblings do its
+// work never has more than one waiting.
+//
+// After fork() the child has no sphere threads: forked() says so, and nothing else may be called.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "barrier.h"
+#include "permits.h"
+#include "sphere.h"
+#include "topology.h"
+#include "work_queue.h"
+
+namespace torch_spheres {
+
+enum class Submitted : std::uint8_t { kAccepted, kFull, kStopped };
+enum class Sent : std::uint8_t { kDelivered, kFull };
+using Milliseconds = std::chrono::milliseconds;
+
+class System {
+ public:
+  /// concurrency >= 1: leaves that run at once.  Throws std::invalid_argument.
+  System(int levels, int concurrency);
+  ~System();  // stops and joins
+  System(const System&) = delete;
+  System& operator=(const System&) = delete;
+
+  const Topology& topology() const { return topology_; }
+  int concurrency() const { return concurrency_; }
+
+  // ---- life ----
+  /// Creates one thread per sphere.  Throws std::system_error, with no thread left, if the system
+  /// has no more.  No-op when running.
+  void start();
+  bool running() const { return running_.load(std::memory_order_acquire); }
+  /// Takes no more work, cancels items that have not begun, opens barriers, sends the spheres home.
+  void request_stop();
+  bool stop_requested() const { return stopping(); }
+  /// True once every thread has ended and is joined.
+  bool join_for(Milliseconds timeout);
+  /// True in a child process that was forked after start().
+  bool forked() const;
+  /// Called on each sphere's thread before it ends.  Set before start().
+  void on_thread_exit(std::function<void()> hook) { thread_exit_hook_ = std::move(hook); }
+
+  /// The sphere whose thread is calling, and its system; null elsewhere.
+  static const Sphere* current();
+  bool on_own_thread() const;
+
+  // ---- work ----
+  /// Hands out a batch; one with no items is complete at once.
+  Submitted try_submit(const std::shared_ptr<Batch>& batch);
+  bool wait_for_room(Milliseconds timeout);
+  /// Items of the batch that have not begun never will; those that run finish.
+  void cancel(const std::shared_ptr<Batch>& batch);
+  /// True when no batch is in flight.
+  bool wait_idle_for(Milliseconds timeout);
+  std::int64_t in_flight() const { return in_flight_.load(std::memory_order_acquire); }
+
+  // ---- meetings ----
+  /// Calls the spheres of a level together (after the work they have); 0 when another meeting is
+  /// still going on, or the system is stopping.
+  std::uint32_t try_open_barrier(int level);
+  /// Ends the epoch: all spheres finish their work and report up the tree; then the next begins.
+  std::uint32_t try_open_epoch();
+  Meeting wait_meeting_for(std::uint32_t meeting, Milliseconds timeout);
+  std::uint64_t epochs() const { return epochs_.load(std::memory_order_acquire); }
+
+  // ---- messages between users ----
+  /// Throws std::invalid_argument when no edge joins the two.  Moves from the letter if delivered.
+  Sent try_send(SphereId source, SphereId target, std::unique_ptr<Letter>& letter);
+  std::unique_ptr<Letter> try_receive(SphereId sphere);
+  /// Waits until some letter arrived anywhere, or the time is over.
+  void wait_for_mail(SphereId sphere, Milliseconds timeout);
+
+  // ---- gradients ----
+  /// Says that a leaf's gradients are there; the news travels up as each sphere has all twelve.
+  void gradient_ready(std::int32_t leaf);
+  /// How often the root had gradients of all leaves.
+  std::uint64_t gradient_rounds() const { return gradient_rounds_.load(); }
+  bool wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout);
+
+  // ---- statistics ----
+  SphereStats stats(SphereId id) const;
+
+ private:
+  friend class Sphere;
+
+  Sphere& sphere(SphereId id) { return *spheres_[static_cast<std::size_t>(id)]; }
+  const Sphere& sphere(SphereId id) const { return *spheres_[static_cast<std::size_t>(id)]; }
+  void post(SphereId target, const Message& message);
+  void ring_doorbell(SphereId source, SphereId target);
+  void dispatch();
+  void completed();
+  Sphere* candidate(std::int32_t leaf);
+  void open_barrier(std::uint32_t meeting, int level);
+  void abort_meeting();
+  void wake_level(int level);
+  void report_gradients(Sphere& sphere);
+  bool stopping() const { return stopping_.load(std::memory_order_acquire); }
+  std::uint32_t open_meeting(MessageKind kind, int level);
+  void run_sphere(Sphere& sphere);
+
+  const Topology topology_;
+  const int concurrency_;
+  WorkRing ring_;
+  Permits permits_;
+  Barrier barrier_;
+  std::vector<std::unique_ptr<Sphere>> spheres_;
+  std::vector<WorkCounters*> leaf_counters_;  // by leaf number
+  std::vector<Sphere*> leaf_spheres_;         // by leaf number
+  std::function<void()> thread_exit_hook_;
+  std::uint64_t fork_generation_ = 0;
+
+  std::atomic<bool> running_{false};
+  std::atomic<bool> stopping_{false};
+  std::atomic<std::int64_t> in_flight_{0};
+  std::atomic<std::uint64_t> epochs_{0};
+  std::atomic<std::uint64_t> gradient_rounds_{0};
+  std::atomic<std::int64_t> meeting_messages_{0};  // of the last meeting, not read yet
+
+  std::mutex submit_mutex_;  // submissions have one order
+  std::mutex meeting_mutex_;
+  std::mutex news_mutex_;  // guards nothing but the sleep of those who wait for news
+  std::condition_variable news_;
+  std::atomic<int> news_waiters_{0};
+  std::int32_t threads_ = 0;  // guarded by news_mutex_
+
+  template <typename Condition>
+  bool wait_news(Milliseconds timeout, Condition condition);
+  void tell_news();
+};
+
+}  // namespace torch_spheres

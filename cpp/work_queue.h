@@ -1,0 +1,396 @@
+// Distributed batches of work items, and how leaves take from them.
+//
+// A batch of n items is never split into queue nodes.  Leaf j of L owns the items j, j+L, j+2L, ...
+// of every batch: a *slice*, of which one 64-bit cursor says what is left.  A leaf's queue is its
+// slices of the batches in flight, oldest first; owner and thief both take with one fetch_add, so
+// nothing is pushed or popped per item and there is no ABA.
+//
+// The batches in flight stand in a ring of kBatchesInFlight slots; a submitter that finds its slot
+// taken waits (back-pressure).  Slots are never freed, so a thief may look at a stale one.
+//
+//     submitter:  ring.publish(batch)                        (one at a time: caller's mutex)
+//     leaf:       Visit visit(slot); while (claimer.next(chunk)) run(chunk);
+//
+// Invariant (pending): slot.pending = items not yet finished or cancelled + visitors inside.  It
+// goes from 0 to n only in publish, and a visitor enters only by raising it from non-zero, so a
+// slot that is visited is not recycled, and exactly one thread brings pending back to 0: that
+// thread completes the batch.
+// Ordering: publish stores pending (release) after everything else; entering is an acquire RMW of
+// it, so a visitor sees the batch whole.  Leaving is a release RMW; the last one to leave acquires,
+// so the completing thread, and whoever it tells, sees the effects of every item.
+// Invariant (cursor): low half next, high half end; `next` only grows within a batch, and fetch_add
+// hands each value to one thread, so no item is run twice; end is part of the same word, so a
+// claim is never judged by another batch's end.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+
+#include "stats.h"
+#include "topology.h"
+
+namespace torch_spheres {
+
+inline constexpr std::size_t kBatchesInFlight = 64;
+/// A slice's cursor has 32 bits for the position; one is kept free for failed claims past the end.
+inline constexpr std::int64_t kMaxItemsPerLeaf = std::int64_t{1} << 31;
+
+/// Items first, first + stride, ... (count of them), taken by one sphere to run in this order.
+struct Chunk {
+  std::int64_t first = 0;
+  std::int64_t stride = 1;
+  std::int64_t count = 0;
+};
+
+class Claimer;
+
+/// What to do with the items of a batch.  One object serves all spheres that take part.
+class Work {
+ public:
+  virtual ~Work() = default;
+  /// Runs on a sphere's thread: `while (claimer.next(chunk)) ...` until it says false.  An exception
+  /// ends the hand-out of the batch; call claimer.at(item) before an item that may throw.
+  virtual void run(Claimer& claimer) = 0;
+  /// Items that may be taken at once when they are fast; 1 makes every item stealable.
+  virtual std::int64_t max_chunk() const { return 1; }
+  virtual State state() const { return State::kProcessing; }
+};
+
+/// The submitter's view of a batch: shared with the ring until the batch is complete.
+class Batch {
+ public:
+  Batch(std::shared_ptr<Work> work, std::int64_t items) : work_(std::move(work)), items_(items) {}
+
+  const std::shared_ptr<Work>& work() const { return work_; }
+  std::int64_t items() const { return items_; }
+
+  bool done() const { return done_.load(std::memory_order_acquire); }
+  template <typename Rep, typename Period>
+  bool wait_for(std::chrono::duration<Rep, Period> timeout) {
+    std::unique_lock lock(mutex_);
+    return finished_.wait_for(lock, timeout, [this] { return done(); });
+  }
+
+  /// An item has failed; done() comes when those that run are finished.
+  bool was_failing() const {
+    return closed_.load(std::memory_order_relaxed) && !stopped_.load(std::memory_order_relaxed);
+  }
+
+  // Meaningful once done():
+  bool failed() const { return error_ != nullptr; }
+  std::exception_ptr error() const { return error_; }
+  SphereId failed_sphere() const { return failed_sphere_; }
+  std::int64_t failed_item() const { return failed_item_; }
+  /// Items that were not run, because of an error or of stop().
+  std::int64_t cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+
+ private:
+  friend class Claimer;
+  friend class WorkRing;
+  const std::shared_ptr<Work> work_;
+  const std::int64_t items_;
+  std::atomic<bool> closed_{false};  // set once: by the first error or by stop()
+  std::atomic<bool> stopped_{false};
+  std::atomic<std::int64_t> cancelled_{0};
+  std::exception_ptr error_;  // written by the thread that set closed_, read after done_
+  SphereId failed_sphere_ = kNoSphere;
+  std::int64_t failed_item_ = -1;
+  std::atomic<bool> done_{false};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+};
+
+/// One place in the ring.
+struct Slot {
+  struct alignas(64) Cursor {
+    std::atomic<std::uint64_t> word{0};
+  };
+  alignas(64) std::atomic<std::int64_t> pending{0};
+  /// Ticket + 1 of the batch inside; 0 while the slot is free.
+  std::atomic<std::uint64_t> ticket_plus_one{0};
+  std::atomic<std::int64_t> items{0};
+  std::shared_ptr<Batch> batch;  // written in publish and by the completing thread only
+  std::unique_ptr<Cursor[]> cursors;
+
+  static std::int64_t end(std::uint64_t word) { return static_cast<std::int64_t>(word >> 32); }
+  static std::int64_t next(std::uint64_t word) {
+    return static_cast<std::int64_t>(word & 0xffffffffu);
+  }
+  /// Items of one leaf's slice that nobody has taken yet.
+  std::int64_t was_left(std::int32_t leaf) const {
+    const std::uint64_t word = cursors[static_cast<std::size_t>(leaf)].word.load();
+    return std::max<std::int64_t>(0, end(word) - next(word));
+  }
+};
+
+/// Who a sphere steals from: leaves base, base + step, ... base + 11 * step (itself among them).
+struct Siblings {
+  std::int32_t base = 0;
+  std::int32_t step = 1;
+  std::int32_t count = 1;
+};
+
+/// A leaf's counters that claims touch.
+struct WorkCounters {
+  OwnerCounter items_run;
+  OwnerCounter items_stolen;
+  alignas(64) SharedCounter items_given;
+};
+
+/// The batches in flight.   Any thread: all but publish, which wants one caller at a time.
+class WorkRing {
+ public:
+  explicit WorkRing(std::int32_t leaves) : leaves_(leaves) {}
+
+  std::int32_t leaves() const { return leaves_; }
+  std::uint64_t oldest() const { return oldest_.load(); }
+  std::uint64_t newest() const { return tail_.load(); }
+  bool was_full() const {
+    return slots_[tail_.load() % kBatchesInFlight].ticket_plus_one.load() != 0;
+  }
+  /// The slot of a ticket if that batch is still in flight.
+  Slot* find(std::uint64_t ticket) {
+    Slot& slot = slots_[ticket % kBatchesInFlight];
+    return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
+  }
+
+  /// Puts a batch (items > 0) into flight; false when its slot is still taken.
+  bool publish(const std::shared_ptr<Batch>& batch) {
+    const std::uint64_t ticket = tail_.load();
+    Slot& slot = slots_[ticket % kBatchesInFlight];
+    if (slot.ticket_plus_one.load(std::memory_order_acquire) != 0) return false;
+    if (!slot.cursors) slot.cursors = std::make_unique<Slot::Cursor[]>(std::size_t(leaves_));
+    const std::int64_t n = batch->items();
+    for (std::int32_t leaf = 0; leaf < leaves_; ++leaf) {
+      const std::int64_t count = n > leaf ? (n - leaf + leaves_ - 1) / leaves_ : 0;
+      slot.cursors[static_cast<std::size_t>(leaf)].word.store(static_cast<std::uint64_t>(count)
+                                                              << 32);
+    }
+    slot.batch = batch;
+    slot.items.store(n, std::memory_order_relaxed);
+    // The ticket first: a late visitor of the slot's last batch may enter, and even complete this
+    // one, as soon as pending is not zero, and completing takes the ticket away.
+    slot.ticket_plus_one.store(ticket + 1, std::memory_order_release);
+    slot.pending.store(n, std::memory_order_release);
+    // seq_cst: pairs with the load of newest() by a leaf that has just given up its turn.
+    tail_.store(ticket + 1);
+    return true;
+  }
+
+  /// True if the caller is now a visitor, who must call leave().
+  static bool enter(Slot& slot) {
+    std::int64_t pending = slot.pending.load(std::memory_order_relaxed);
+    while (pending != 0) {
+      if (slot.pending.compare_exchange_weak(pending, pending + 1, std::memory_order_acquire,
+                                             std::memory_order_relaxed)) {
+        return true;
+      }
+    }
+    return false;
+  }
+  /// Leaves with `finished` items done or cancelled; returns the batch if this completed it.  The
+  /// caller then tells those who wait for the system; waiters on the batch itself are woken here.
+  std::shared_ptr<Batch> leave(Slot& slot, std::int64_t finished) {
+    if (slot.pending.fetch_sub(finished + 1, std::memory_order_acq_rel) != finished + 1) return {};
+    std::shared_ptr<Batch> batch = std::move(slot.batch);
+    slot.ticket_plus_one.store(0, std::memory_order_release);
+    std::uint64_t oldest = oldest_.load();
+    while (oldest < tail_.load() && find(oldest) == nullptr) {
+      if (oldest_.compare_exchange_weak(oldest, oldest + 1)) ++oldest;
+    }
+    finish(*batch);
+    return batch;
+  }
+  /// For a batch without items, which never goes into flight.
+  static void finish(Batch& batch) {
+    const std::lock_guard lock(batch.mutex_);
+    batch.done_.store(true, std::memory_order_release);
+    batch.finished_.notify_all();
+  }
+
+  /// Ends the hand-out of a visited batch; returns how many items will never run.
+  std::int64_t cancel_rest(Slot& slot) {
+    std::int64_t cancelled = 0;
+    for (std::int32_t leaf = 0; leaf < leaves_; ++leaf) {
+      auto& word = slot.cursors[static_cast<std::size_t>(leaf)].word;
+      const auto end = static_cast<std::uint64_t>(Slot::end(word.load()));
+      const std::uint64_t old = word.exchange((end << 32) | end);
+      cancelled += std::max<std::int64_t>(0, Slot::end(old) - Slot::next(old));
+    }
+    slot.batch->cancelled_.fetch_add(cancelled, std::memory_order_relaxed);
+    return cancelled;
+  }
+  /// Cancels what is left of a batch, or of every batch in flight (null: for stop()); `completed` is
+  /// called for each batch that this completes.
+  template <typename Completed>
+  void cancel(const Batch* only, Completed completed) {
+    for (Slot& slot : slots_) {
+      if (!enter(slot)) continue;
+      std::int64_t cancelled = 0;
+      if (only == nullptr || slot.batch.get() == only) {
+        if (only == nullptr) slot.batch->stopped_.store(true, std::memory_order_relaxed);
+        slot.batch->closed_.store(true, std::memory_order_relaxed);
+        cancelled = cancel_rest(slot);
+      }
+      if (leave(slot, cancelled)) completed();
+    }
+  }
+
+  /// Whether a leaf's own queue, or a sibling's, has an item that nobody has taken.
+  bool had_own_work(std::int32_t leaf) { return had_work({leaf, 1, 1}); }
+  bool had_work(const Siblings& siblings) {
+    for (std::uint64_t t = oldest_.load(), end = tail_.load(); t < end; ++t) {
+      Slot* slot = find(t);
+      if (slot == nullptr) continue;
+      for (std::int32_t i = 0; i < siblings.count; ++i) {
+        if (slot->was_left(siblings.base + i * siblings.step) > 0) return true;
+      }
+    }
+    return false;
+  }
+  /// Items waiting in one leaf's queue.
+  std::int64_t was_queued(std::int32_t leaf) {
+    std::int64_t queued = 0;
+    for (std::uint64_t t = oldest_.load(), end = tail_.load(); t < end; ++t) {
+      if (Slot* slot = find(t)) queued += slot->was_left(leaf);
+    }
+    return queued;
+  }
+
+ private:
+  const std::int32_t leaves_;
+  std::array<Slot, kBatchesInFlight> slots_;
+  alignas(64) std::atomic<std::uint64_t> tail_{0};
+  alignas(64) std::atomic<std::uint64_t> oldest_{0};  // no batch below it is in flight
+};
+
+/// A sphere's hand in one batch that it visits.   Owner: all of it.
+class Claimer {
+ public:
+  Claimer(WorkRing& ring, Slot& slot, SphereId sphere, std::int32_t leaf, const Siblings& siblings,
+          WorkCounters* const* counters)
+      : ring_(ring),
+        slot_(slot),
+        sphere_(sphere),
+        leaf_(leaf),
+        siblings_(siblings),
+        counters_(counters),
+        max_chunk_(slot.batch->work()->max_chunk()) {}
+
+  SphereId sphere() const { return sphere_; }
+  /// The item about to run, for the error message should it throw.
+  void at(std::int64_t item) { item_ = item; }
+  /// Items of the current chunk that were run, when it is left by an exception.
+  void ran_of_chunk(std::int64_t count) { ran_ = count; }
+
+  /// Accounts for the previous chunk as finished and takes the next: own items first, then those
+  /// of the siblings.  False: nothing is left to take here.
+  bool next(Chunk& chunk) {
+    finish_chunk(chunk_count_);
+    adapt();
+    for (std::int32_t i = 0; i < siblings_.count; ++i) {
+      if (take_from(victim_, chunk)) {
+        item_ = chunk.first;
+        ran_ = 0;
+        return true;
+      }
+      victim_ = following(victim_);
+    }
+    return false;
+  }
+
+  /// Whether there was something to take a moment ago.
+  bool had_work() const {
+    for (std::int32_t i = 0; i < siblings_.count; ++i) {
+      if (slot_.was_left(siblings_.base + i * siblings_.step) > 0) return true;
+    }
+    return false;
+  }
+
+  /// For the sphere: the work threw.
+  void fail(std::exception_ptr error) {
+    const std::int64_t lost = chunk_count_ - ran_;
+    Batch& batch = *slot_.batch;
+    batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
+    finish_chunk(ran_);
+    finished_ += lost;
+    if (!batch.closed_.exchange(true, std::memory_order_relaxed)) {
+      batch.error_ = std::move(error);
+      batch.failed_sphere_ = sphere_;
+      batch.failed_item_ = item_;
+    }
+    finished_ += ring_.cancel_rest(slot_);
+  }
+  bool took_any() const { return finished_ > 0; }
+  std::int64_t finished() const { return finished_; }
+
+ private:
+  static constexpr std::uint64_t kFastChunkNs = 10'000;
+
+  void finish_chunk(std::int64_t ran) {
+    finished_ += ran;
+    if (ran > 0) {
+      WorkCounters& mine = *counters_[leaf_];
+      mine.items_run.add(static_cast<std::uint64_t>(ran));
+      if (chunk_owner_ != leaf_) {
+        mine.items_stolen.add(static_cast<std::uint64_t>(ran));
+        counters_[chunk_owner_]->items_given.add(static_cast<std::uint64_t>(ran));
+      }
+    }
+    chunk_count_ = 0;
+  }
+  /// Doubles the chunk while chunks are fast; one slow chunk makes it 1 again, so that no more than
+  /// max_chunk items ever hide behind a slow one.
+  void adapt() {
+    if (max_chunk_ == 1) return;
+    const std::uint64_t now = now_ns();
+    size_ = taken_at_ != 0 && now - taken_at_ < kFastChunkNs ? std::min(size_ * 2, max_chunk_) : 1;
+    taken_at_ = now;
+  }
+  std::int32_t following(std::int32_t leaf) const {
+    const std::int32_t last = siblings_.base + (siblings_.count - 1) * siblings_.step;
+    return leaf >= last ? siblings_.base : leaf + siblings_.step;
+  }
+  bool take_from(std::int32_t owner, Chunk& chunk) {
+    auto& word = slot_.cursors[static_cast<std::size_t>(owner)].word;
+    // Looking first keeps exhausted cursors unwritten, and the overshoot of `next` within one
+    // max_chunk per sphere, far from the half word's end.
+    const std::uint64_t seen = word.load(std::memory_order_relaxed);
+    const std::int64_t left = Slot::end(seen) - Slot::next(seen);
+    if (left <= 0) return false;
+    const std::int64_t want = std::clamp<std::int64_t>(left / 4, 1, size_);
+    const std::uint64_t old =
+        word.fetch_add(static_cast<std::uint64_t>(want), std::memory_order_relaxed);
+    const std::int64_t count = std::min(want, Slot::end(old) - Slot::next(old));
+    if (count <= 0) return false;
+    chunk = {owner + Slot::next(old) * ring_.leaves(), ring_.leaves(), count};
+    chunk_count_ = count;
+    chunk_owner_ = owner;
+    return true;
+  }
+
+  WorkRing& ring_;
+  Slot& slot_;
+  const SphereId sphere_;
+  const std::int32_t leaf_;
+  const Siblings siblings_;
+  WorkCounters* const* const counters_;
+  const std::int64_t max_chunk_;
+  std::int32_t victim_ = leaf_;
+  std::int64_t size_ = 1;
+  std::int64_t chunk_count_ = 0;
+  std::int32_t chunk_owner_ = 0;
+  std::int64_t ran_ = 0;
+  std::int64_t item_ = -1;
+  std::int64_t finished_ = 0;
+  std::uint64_t taken_at_ = 0;
+};
+
+}  // namespace torch_spheres

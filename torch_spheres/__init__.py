@@ -1,0 +1,36 @@
+"""Worker threads in a hierarchy of kissing spheres, for PyTorch.
+
+::
+
+    import torch_spheres as ts
+
+    with ts.KissingSpheres(levels=2) as spheres:
+        squares = spheres.map(lambda x: x * x, range(100))
+"""
+
+from torch_spheres._core import NativeFunction, State, Topology, Work
+from torch_spheres.errors import StoppedError
+from torch_spheres.gradients import GradientHook
+from torch_spheres.parallel import SphereParallel
+from torch_spheres.sampler import SphereBatchSampler, shard_bounds
+from torch_spheres.stats import SphereStats, Stats
+from torch_spheres.system import KissingSpheres, usable_cores
+from torch_spheres.tree import tree_sum
+
+__all__ = [
+    "GradientHook",
+    "KissingSpheres",
+    "NativeFunction",
+    "SphereBatchSampler",
+    "SphereParallel",
+    "SphereStats",
+    "State",
+    "Stats",
+    "StoppedError",
+    "Topology",
+    "Work",
+    "shard_bounds",
+    "tree_sum",
+    "usable_cores",
+]
+__version__ = "0.1.0"

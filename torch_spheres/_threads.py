@@ -1,0 +1,43 @@
+"""What a sphere's thread does before its first and after its last Python call."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from torch_spheres import _core
+
+__all__ = ["install"]
+
+_lock = threading.Lock()
+
+
+def _enter(name: str) -> None:
+    # `current_thread()` makes the entry through which logging and debuggers see the name.
+    threading.current_thread().name = name
+    # One intra-op thread: spheres are parallel to each other already, and a kernel that splits its
+    # sums over threads gives other bits for other thread counts.  set_num_threads() sets the
+    # calling thread and a process-wide default, which only threads read that have not used torch
+    # yet; asking first makes sure that this thread has.  The default is put back from a thread of
+    # its own, since setting it here would undo the 1.
+    with _lock:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restorer.start()
+        restorer.join()
+
+
+def _leave() -> None:
+    # Python 3.11 keeps the entry of a thread that it did not start for ever.  There is no public
+    # way to drop it; on versions that drop it themselves there is nothing left to find.
+    active: dict[int, threading.Thread] = getattr(threading, "_active", {})
+    thread = active.get(threading.get_ident())
+    if thread is not None and type(thread).__name__ == "_DummyThread":
+        del active[threading.get_ident()]
+
+
+def install() -> None:
+    """Tells the C++ runtime; called once, on import."""
+    _core.set_thread_hooks(_enter, _leave)

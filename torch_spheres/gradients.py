@@ -1,0 +1,185 @@
+"""The fixed sum tree, and `GradientHook`, which runs it before the optimizer's step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_spheres.parallel import SphereParallel
+from torch_spheres.system import KissingSpheres, _as_index
+from torch_spheres.tree import tree_sums
+
+__all__ = ["GradientHook"]
+
+
+class GradientHook:
+    """Sums the shards' gradients up the hierarchy before ``optimizer.step()``.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; a step pre-hook is registered on it.
+        model_or_spheres: a `SphereParallel` model, whose ``backward()`` completes ``.grad`` by
+            itself (the hook then only has what `add` brings), or a `KissingSpheres` for loops that
+            compute gradients in work functions.
+
+    In such a loop a work function calls ``hook.add(shard, grads)`` and `optimizer.step()` does the
+    rest: all shards' gradients are added in the fixed tree (see `torch_spheres.tree`) and the sum
+    is added to ``.grad``, as ``backward()`` would. Shards that were not added, and gradients that
+    are None, are left out of the tree. The bits do not depend on which thread added what when.
+
+    Raises:
+        TypeError: an argument is of another kind.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model_or_spheres: SphereParallel | KissingSpheres,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if isinstance(model_or_spheres, SphereParallel):
+            self._spheres = model_or_spheres.spheres
+        elif isinstance(model_or_spheres, KissingSpheres):
+            self._spheres = model_or_spheres
+        else:
+            raise TypeError(
+                "model_or_spheres must be a SphereParallel or a KissingSpheres, got "
+                f"{type(model_or_spheres).__name__}"
+            )
+        self._optimizer = optimizer
+        self._lock = threading.Lock()
+        self._added: dict[int, list[Tensor | None]] = {}
+        self._reported: dict[int, int] = {}
+        # The optimizer keeps the bound method, and so the hook, even if nobody else does.
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The optimizer's parameters, in the order of its groups: the order `add` expects."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def add(
+        self, shard: int, grads: Sequence[Tensor | None] | Mapping[Tensor, Tensor | None]
+    ) -> None:
+        """Hands over the gradients of one shard. Any thread; usually from a work item.
+
+        Args:
+            shard: 0 to ``spheres.leaves - 1``, once between two sums.
+            grads: one gradient per parameter of the optimizer in the order of `parameters`, or of
+                those that require a gradient; None for an unused one. As
+                ``torch.autograd.grad(loss, params, allow_unused=True)`` returns them. Or a mapping
+                from parameter to gradient. Shape, dtype and device as the parameter's. The tensors
+                are kept, not copied, until the sum.
+
+        Raises:
+            ValueError: no such shard, or a gradient that does not fit its parameter.
+            RuntimeError: the shard was added already since the last sum.
+            TypeError: `grads` holds something else than tensors and None.
+        """
+        shard = _as_index("shard", shard)
+        if not 0 <= shard < self._spheres.leaves:
+            raise ValueError(f"shard must be 0 to {self._spheres.leaves - 1}, got {shard}")
+        fitted = self._fit(grads)
+        with self._lock:
+            if shard in self._added:
+                raise RuntimeError(
+                    f"shard {shard} was added already since the last sum; to accumulate over "
+                    "several batches call reduce() after each, which adds to .grad"
+                )
+            self._added[shard] = fitted
+        self._report(shard)
+
+    def _report(self, shard: int) -> None:
+        core = self._spheres._core
+        self._reported[shard] = core.starts
+        core.gradient_ready(shard)
+
+    def _fit(
+        self, grads: Sequence[Tensor | None] | Mapping[Tensor, Tensor | None]
+    ) -> list[Tensor | None]:
+        parameters = self.parameters
+        fitted: list[Tensor | None]
+        if isinstance(grads, Mapping):
+            known = {id(p) for p in parameters}
+            for p in grads:
+                if id(p) not in known:
+                    raise ValueError(
+                        f"grads has a tensor of shape {tuple(p.shape)} that is not a parameter of "
+                        "the optimizer"
+                    )
+            fitted = [grads.get(p) for p in parameters]
+        else:
+            trainable = [p.requires_grad for p in parameters]
+            given = list(grads)
+            if len(given) == len(parameters):
+                fitted = given
+            elif len(given) == sum(trainable):
+                rest = iter(given)
+                fitted = [next(rest) if needed else None for needed in trainable]
+            else:
+                raise ValueError(
+                    f"grads has {len(given)} gradients, but the optimizer has {len(parameters)} "
+                    f"parameters, of which {sum(trainable)} require a gradient"
+                )
+        for i, (p, g) in enumerate(zip(parameters, fitted, strict=True)):
+            if g is None:
+                continue
+            if not isinstance(g, Tensor):
+                raise TypeError(f"gradient {i} must be a tensor or None, got {g!r}")
+            if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+                raise ValueError(
+                    f"gradient {i} is {g.dtype} {tuple(g.shape)} on {g.device}, but its parameter "
+                    f"is {p.dtype} {tuple(p.shape)} on {p.device}"
+                )
+        return [None if g is None else g.detach() for g in fitted]
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sums what was added up the tree and adds it to ``.grad``; does nothing without any.
+
+        ``optimizer.step()`` calls it. Call it yourself to clip or look at gradients before, or
+        after each batch when accumulating over several.
+        """
+        spheres = self._spheres
+        core = spheres._core
+        with self._lock:
+            if not self._added:
+                return
+            added, self._added = self._added, {}
+            reported, self._reported = self._reported, {}
+        if spheres.running and not core.on_own_thread():
+            # The root hears of every leaf, of the absent ones too: then nothing is on its way.
+            for leaf in range(spheres.leaves):
+                if reported.get(leaf) != core.starts:
+                    core.gradient_ready(leaf)
+            core.gradients_complete()
+        parameters = self.parameters
+        absent: list[Tensor | None] = [None] * len(parameters)
+        shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
+        sums = tree_sums([[s[i] for s in shards] for i in range(len(parameters))], spheres=spheres)
+        for parameter, total in zip(parameters, sums, strict=True):
+            if total is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = total
+            else:
+                parameter.grad += total
+
+    def _before_step(self, *_: Any) -> None:
+        self.reduce()
+
+    def remove(self) -> None:
+        """Takes the hook off the optimizer. Gradients that were added and not summed are dropped.
+
+        May be called more than once.
+        """
+        self._handle.remove()
+        with self._lock:
+            self._added.clear()
+

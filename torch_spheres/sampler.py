@@ -1,0 +1,298 @@
+"""Batches of indices, their split over the twelve symmetry groups, and where an epoch stands.
+
+batches = ts.SphereBatchSampler(RandomSampler(dataset), 768, spheres=spheres)
+loader = DataLoader(dataset, batch_sampler=batches)        # the plain BatchSampler's batches
+parts = batches.map(lambda rows: [dataset[i] for i in rows], batch)         # or by hand
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, islice, pairwise
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils.data import Sampler
+
+T = TypeVar("T")
+GROUPS = 12  # symmetry groups: the children of a sphere, the virtual ranks of a batch
+
+
+class Spheres(Protocol):
+    @property
+    def leaves(self) -> int: ...
+    def map(self, fn: Callable[[list[int]], Any], items: list[list[int]], /) -> list[Any]: ...
+    def distribute_work(self, items: list[list[int]], fn: Callable[[list[int]], Any], /) -> Any: ...
+
+
+def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
+    """Half-open row ranges of the shards, as ``torch.tensor_split`` cuts: the first
+    ``rows % shards`` have one row more. ValueError for ``rows`` < 0 or ``shards`` < 1."""
+    if rows < 0 or shards < 1:
+        raise ValueError(f"need rows >= 0 and shards >= 1, but got rows={rows}, shards={shards}")
+    size, extra = divmod(rows, shards)
+    cuts = [k * size + min(k, extra) for k in range(shards + 1)]
+    return list(pairwise(cuts))
+
+
+class SphereBatchSampler(Sampler[list[int]]):
+    """``BatchSampler(sampler, batch_size, drop_last)`` that knows the spheres.
+
+    ``spheres``: the ``KissingSpheres`` to split over; None: ``levels=2``'s layout, no runtime.
+    ``rank``, ``world_size``: yield this rank's block of ``12 / world_size`` groups, in order.
+
+    - One process yields what BatchSampler yields and draws when it draws. Indices become plain
+      ints (from numpy's, 0-d tensors, ``__index__``); bools, floats and the rest: TypeError.
+    - Every rank yields as many batches and advances its sampler alike, and :meth:`state_dict`
+      counts global batches: four ranks can save it and three resume from it.
+    - A batch of fewer than twelve rows leaves the last groups empty, so a rank may yield ``[]``:
+      DataLoader passes it on, and ``default_collate`` fails on it. Use ``drop_last=True`` with at
+      least twelve rows a batch, or a ``collate_fn`` that takes an empty list.
+
+    ValueError: what BatchSampler refuses; a ``world_size`` that does not divide the groups
+    (twelve; one with ``levels=1``); a ``rank`` outside it.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int] | Iterable[int],
+        batch_size: int,
+        drop_last: bool = False,
+        spheres: Spheres | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not _is_int(batch_size) or batch_size <= 0:
+            raise ValueError(f"batch_size should be a positive integer, but got {batch_size=}")
+        if not isinstance(drop_last, bool):
+            raise ValueError(f"drop_last should be a boolean value, but got {drop_last=}")
+        if spheres is not None and not _is_int(getattr(spheres, "leaves", None)):
+            raise TypeError(f"spheres should be a KissingSpheres or None, but got {spheres!r}")
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.spheres = spheres
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch: int | None = None  # what set_epoch was told last
+        self._newest: _Epoch | None = None  # of the iterator that began last, until its end
+        self._pending: _Epoch | None = None  # loaded, for the iterator that begins next
+        self._rng_at_iter: torch.Tensor | None = None  # global RNG at the first iter() since
+        self._leaves = GROUPS if spheres is None else spheres.leaves
+        self._group_count = count = min(self._leaves, GROUPS)
+        fits = [w for w in range(1, count + 1) if count % w == 0]
+        if not _is_int(world_size) or world_size not in fits:
+            raise ValueError(f"{world_size=} does not divide {count} group(s): use one of {fits}")
+        if not _is_int(rank) or not 0 <= rank < world_size:
+            raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
+        block = count // world_size
+        self._own = slice(rank * block, (rank + 1) * block)  # this rank's groups
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch; TypeError where the sampler has no length."""
+        rows = len(self.sampler)  # type: ignore[arg-type]
+        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+
+    def shards(self, batch: Sequence[int]) -> list[list[int]]:
+        """A *global* batch's rows per leaf; the last are ``[]`` with fewer rows than leaves."""
+        return [list(batch[a:b]) for a, b in shard_bounds(len(batch), self._leaves)]
+
+    def groups(self, batch: Sequence[int]) -> list[list[int]]:
+        """A *global* batch's rows per symmetry group: twelve lists, or one with ``levels=1``.
+        Group *g* is shards *g*, *g* + 12, ...: its list's own ``shard_bounds`` over its leaves."""
+        shards, count = self.shards(batch), self._group_count
+        return [[*chain.from_iterable(shards[g::count])] for g in range(count)]
+
+    def own_groups(self, batch: Sequence[int]) -> list[list[int]]:
+        """A batch *as this rank yielded it*, split into a list for each group that it owns."""
+        if self.world_size == 1:
+            return self.groups(batch)
+        bounds = shard_bounds(len(batch), self._group_count // self.world_size)
+        return [list(batch[a:b]) for a, b in bounds]  # the sizes are those of the global split
+
+    def map(self, fn: Callable[[list[int]], T], batch: Sequence[int]) -> list[T | None]:
+        """``fn(rows)`` on the spheres for each of this rank's groups; results in group order.
+
+        ``batch`` is one that this sampler yielded. Group *g*'s list is work item *g*, queued on
+        kissing sphere *g*; a sibling may steal it. ``fn`` sees no empty list: an empty group's
+        result is None. RuntimeError without spheres.
+        """
+        spheres, items, work = self._work(batch, fn)
+        results = spheres.map(work, items) if items else []
+        return [*results, *[None] * (self._group_count - len(results))][self._own]
+
+    def distribute(self, batch: Sequence[int], fn: Callable[[list[int]], Any]) -> Any:
+        """:meth:`map` without waiting for results: returns ``spheres.distribute_work``'s."""
+        spheres, items, work = self._work(batch, fn)
+        return spheres.distribute_work(items, work)
+
+    def _work(self, batch: Sequence[int], fn: Callable[[list[int]], Any]) -> tuple[Any, ...]:
+        """Item g is group g's list: lower ranks' are ``[]``, the empty ones at the end are cut."""
+        if self.spheres is None:
+            raise RuntimeError("no spheres to hand work to: give the sampler spheres=...")
+        own = [rows for rows in self.own_groups(batch) if rows]
+        if not own or self.rank == 0:
+            return self.spheres, own, fn
+        items = [*[[] for _ in range(self._own.start)], *own]
+        return self.spheres, items, lambda rows: fn(rows) if rows else None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches. Nothing is drawn before the first ``next()``. Several iterators may be
+        alive, each yielding on its own; :meth:`state_dict` is of the one that began last."""
+        if self._pending is not None and self._rng_at_iter is None:
+            self._rng_at_iter = torch.get_rng_state()
+        return self._batches()
+
+    def _batches(self) -> Iterator[list[int]]:
+        epoch, rows = self._begin()
+        self._newest = epoch
+        while chunk := [*islice(rows, self.batch_size)]:
+            if self.drop_last and len(chunk) < self.batch_size:
+                break
+            batch = chunk if {*map(type, chunk)} == {int} else [*map(_as_int, chunk)]
+            epoch.count(batch)
+            if self.world_size > 1:
+                batch = [*chain.from_iterable(self.groups(batch)[self._own])]
+            yield batch
+        if self._newest is epoch:
+            self._newest = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Forwarded to ``sampler.set_epoch`` if there is one, and remembered in the state. After a
+        load in mid-epoch, another epoch than the loaded one gives up what was left of that."""
+        epoch = _as_int(epoch)
+        pending, self.epoch = self._pending, epoch
+        if pending is not None and pending.position == 0:
+            pending.epoch = epoch
+        elif pending is not None and pending.epoch != epoch:
+            self._begin()  # a given generator is left as that epoch left it
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the newest iterator is, in plain values and tensors (``weights_only`` loads it).
+
+        ``position`` counts *global batches handed out*: a DataLoader with workers prefetches, and
+        is ahead of the loop. Between epochs (none begun, or all of it handed out and the iterator
+        at its end) the state is that of the epoch to come, ``position`` 0. Draws are captured at
+        the epoch's start and replayed: by the sampler's own ``state_dict`` (one that resumes in
+        mid-epoch will do), else its ``generator``, else torch's global RNG; not Python's, numpy's.
+        """
+        epoch = self._pending or self._newest or self._new_epoch()
+        if epoch is self._newest and epoch.kind == "sampler":
+            epoch.now = _source(self.sampler)[1]()
+        own = {"batch_size": self.batch_size, "drop_last": self.drop_last}
+        return copy.deepcopy(own | vars(epoch))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iterator to begin yields the batches that were left, on any rank of any world
+        size; later ones begin at the beginning. The global RNG stays as it is; if the caller has
+        restored it, an epoch that had not begun draws its seed from there. ValueError: another
+        batch_size, drop_last or source of draws, or a key missing. RuntimeError at the first
+        ``next()``: the sampler does not repeat the batches that were handed out."""
+        (kind, _, restore), names = _source(self.sampler), [f.name for f in fields(_Epoch)]
+        here = {"batch_size": self.batch_size, "drop_last": self.drop_last, "kind": kind}
+        if missing := {*here, *names} - {*state}:
+            raise ValueError(f"not a SphereBatchSampler state: no {missing} in {list(state)}")
+        if differ := [f"{k}={state[k]!r}, not {v!r}" for k, v in here.items() if state[k] != v]:
+            raise ValueError(f"the state was saved with {'; '.join(differ)}")
+        epoch = _Epoch(**copy.deepcopy({name: state[name] for name in names}))
+        self._newest = self._rng_at_iter = None
+        self._pending = None if kind == "generator" and epoch.position == 0 else epoch
+        if kind != "global" and epoch.position == 0:  # others may draw from it before next()
+            restore(epoch.start)
+            with torch.random.fork_rng(devices=[]):
+                if kind == "sampler" and [*islice(self.sampler, 1)]:
+                    restore(epoch.start)  # it did not stand at the end of an old epoch
+        if epoch.epoch is not None:
+            self.set_epoch(epoch.epoch)
+
+    def _new_epoch(self) -> _Epoch:
+        (kind, capture, _), number = _source(self.sampler), getattr(self.sampler, "epoch", None)
+        if not hasattr(self.sampler, "set_epoch") or not _is_int(number):
+            number = self.epoch  # else the sampler knows better: it was told directly, or counts
+        return _Epoch(number, kind, capture())
+
+    def _begin(self) -> tuple[_Epoch, Iterator[Any]]:
+        """The epoch that an iterator begins or resumes, and its rows from there on."""
+        saved, self._pending = self._pending, None
+        if saved is not None and saved.position == 0:
+            saved = _seed_source(saved, self._rng_at_iter) if saved.kind == "global" else None
+        if saved is None:
+            return self._new_epoch(), iter(self.sampler)
+        epoch, restore = _Epoch(saved.epoch, saved.kind, saved.start), _source(self.sampler)[2]
+        with torch.random.fork_rng(devices=[]):
+            restore(saved.start)
+            rows = iter(self.sampler)
+            for _ in range(saved.position):
+                epoch.count([*islice(rows, self.batch_size)])
+            ahead = [*islice(rows, 0 if saved.position else self.batch_size)]  # draws the seed
+        if epoch.digest == saved.digest:
+            return epoch, chain(ahead, rows)
+        if saved.kind == "sampler":  # it counts its rows, and was behind when the epoch began
+            restore(saved.now)
+            return saved, iter(self.sampler)
+        raise RuntimeError(
+            f"the sampler does not repeat the {saved.position} batches of the saved epoch: resume "
+            "with the same data and epoch; randomness of its own needs state_dict/load_state_dict"
+        )
+
+
+@dataclass
+class _Epoch:
+    """One pass over the sampler: what is saved of it."""
+
+    epoch: int | None
+    kind: str  # what the sampler draws from, see _source
+    start: Any  # its state before the first draw
+    position: int = 0  # global batches handed out
+    digest: int = 0  # of their lengths and first indices: a replay must give the same
+    now: Any = None  # the sampler's own state at the position, if it has one
+
+    def count(self, batch: list[Any]) -> None:
+        self.position += 1
+        self.digest = (self.digest * 31 + len(batch) + sum(map(_as_int, batch[:1]))) % (2**61 - 1)
+
+
+def _source(sampler: Any) -> tuple[str, Callable[[], Any], Callable[[Any], object]]:
+    """What a sampler draws from: its kind, and how to capture and to restore that."""
+    save, load = (getattr(sampler, name, None) for name in ("state_dict", "load_state_dict"))
+    if callable(save) and callable(load):
+        return "sampler", lambda: copy.deepcopy(save()), lambda saved: load(copy.deepcopy(saved))
+    if isinstance(own := getattr(sampler, "generator", None), torch.Generator):
+        return "generator", own.get_state, lambda saved: own.set_state(saved.cpu())
+    return "global", torch.get_rng_state, lambda saved: torch.set_rng_state(saved.cpu())
+
+
+def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
+    """Where an epoch that was saved before it began draws its seed: None if from the global RNG,
+    which the caller has restored; else its start, moved on by the seed that a DataLoader draws
+    between iter() and the sampler's first next()."""
+    generator, now = torch.Generator(), torch.get_rng_state()
+    generator.set_state(epoch.start.cpu())
+    for draws in range(8):  # so many loaders may have begun since the restoration
+        state = generator.get_state()
+        if torch.equal(state, now):
+            return None
+        if draws == 1 and at_iter is not None and not torch.equal(now, at_iter):
+            epoch.start = state
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+    return epoch
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_int(value: Any) -> int:
+    try:
+        number: Any = value.tolist() if isinstance(value, torch.Tensor) else value
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"need an integer, but got {value!r} ({type(value).__name__})") from None

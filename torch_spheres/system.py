@@ -1,0 +1,373 @@
+"""`KissingSpheres`: the hierarchy of worker threads."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import operator
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self, TextIO, TypeVar
+
+from torch_spheres import _core, _threads
+from torch_spheres._core import NativeFunction, Topology, Work
+from torch_spheres.stats import Stats, format_stats, snapshot
+
+__all__ = ["KissingSpheres", "usable_cores"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_threads.install()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: CPU affinity, and the cgroup's quota rounded up."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        cores = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = file.read().split()  # "max 100000" has no quota: int() says ValueError
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def _as_index(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _as_timeout(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"timeout must be None or a number of seconds, got {value!r}") from None
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"timeout must be None or at least 0 seconds, got {value!r}")
+    return None if math.isinf(seconds) else seconds
+
+
+class KissingSpheres:
+    """A hierarchy of worker threads, twelve children to a parent.
+
+    Args:
+        levels: 1 to 4, for 1, 13, 157 or 1885 spheres. Those of the last level, the *leaves*
+            (1, 12, 144, 1728), run work; those above hand it down.
+        concurrency: how many leaves run at once, at least 1. More than there are leaves means all
+            of them. Default: the cores that this process may use.
+
+    Use it in a ``with`` block, which starts the threads, waits for outstanding work at its end and
+    stops them; or call `start` and `stop`. The first use starts spheres that were never started,
+    and the end of the program stops those that still run.
+
+    Work item *k* belongs to the leaf whose path from the root is *k* written in base 12, least
+    significant digit first. Leaves that run out of work take items from their siblings, so an item
+    may run on another sphere than its own; with fewer cores than leaves it usually does, because
+    the same few threads stay warm.
+
+    Raises:
+        TypeError: `levels` or `concurrency` is not an integer.
+        ValueError: it is out of range.
+
+    Thread safety: every method may be called from any thread. Inside a work item, on a sphere's
+    own thread, `distribute_work`, `send` and `stats` work; methods that wait raise RuntimeError.
+    After ``os.fork()`` the child's copy raises RuntimeError: make a new one there.
+    """
+
+    def __init__(self, levels: int = 2, *, concurrency: int | None = None) -> None:
+        if concurrency is None:
+            concurrency = usable_cores()
+        levels = _as_index("levels", levels)
+        concurrency = _as_index("concurrency", concurrency)
+        self._topology = _checked(Topology, levels)
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        leaves = self._topology.leaves
+        self._core = _core.System(levels, min(concurrency, leaves))
+        self._started = False
+        _live.add(self)
+
+    # ---- shape ----
+
+    @property
+    def levels(self) -> int:
+        """Levels of the tree, the root's included."""
+        return self._topology.levels
+
+    @property
+    def spheres_per_level(self) -> tuple[int, ...]:
+        """``(1, 12, 144, 1728)[:levels]``."""
+        return tuple(Topology.count(level) for level in range(self.levels))
+
+    @property
+    def total_spheres(self) -> int:
+        """1, 13, 157 or 1885: the root is counted."""
+        return self._topology.total
+
+    @property
+    def leaves(self) -> int:
+        """Spheres that run work: 1, 12, 144 or 1728."""
+        return self._topology.leaves
+
+    @property
+    def concurrency(self) -> int:
+        """Leaves that run at once."""
+        return self._core.concurrency
+
+    @property
+    def topology(self) -> Topology:
+        """Arithmetic on sphere ids: parent, child, level, group, path, edges, leaf of an item."""
+        return self._topology
+
+    # ---- life ----
+
+    @property
+    def running(self) -> bool:
+        """Whether the threads run, in this process."""
+        return self._core.running()
+
+    def start(self) -> Self:
+        """Starts one thread per sphere; does nothing when they run already.
+
+        Raises:
+            RuntimeError: the system has no more threads to give (none is left running), or the
+                spheres belong to the process that this one was forked from.
+        """
+        self._core.start()
+        self._started = True
+        return self
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stops the spheres: items that run finish, items that have not begun are not run.
+
+        Waiting calls in other threads raise `StoppedError`. Items that are lost in this way without
+        anybody waiting for them are reported as a RuntimeWarning; call `wait` first to have them
+        run. Spheres that do not run are left alone; `start` starts them again.
+
+        Args:
+            timeout: seconds to wait for running items; None waits for ever (Ctrl-C is answered).
+
+        Raises:
+            TimeoutError: items were still running. They go on; call `stop` again.
+            RuntimeError: called from inside a work item, or in a forked child.
+        """
+        lost = self._core.stop(_as_timeout(timeout))
+        if lost:
+            warnings.warn(
+                f"stop(): {lost} work items had not begun and were not run; "
+                "call wait() before stop() to have them run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and self._core.running():
+                self._core.wait(None)
+        finally:
+            # With an exception under way the items that are dropped are not worth a warning.
+            self._core.stop(None)
+
+    def _ensure_started(self, what: str) -> None:
+        if not self._started and not self._core.forked():
+            self.start()
+        self._core.require_running(what)
+
+    # ---- work ----
+
+    def distribute_work(self, items: Iterable[T], fn: Callable[[T], Any] | NativeFunction) -> Work:
+        """Has ``fn(item)`` called for every item, on the leaves; does not wait.
+
+        Args:
+            items: any objects; they are read here and now. For a `NativeFunction`: integers.
+            fn: a callable, whose results are dropped (see `map`), or a `NativeFunction`, which runs
+                without the GIL.
+
+        Returns:
+            A handle with ``wait(timeout=None)`` and ``done()``. `wait` waits for all handles.
+
+        The first exception ends the hand-out of this batch, whose other items are not run; the
+        waiting call raises that same object, with a note of its item and sphere. At most 64 batches
+        are in flight; this call waits for room when there are more (inside a work item it raises
+        RuntimeError instead).
+
+        Raises:
+            TypeError: `fn` is not callable, `items` not iterable, or an item for a `NativeFunction`
+                not an integer.
+            StoppedError: the spheres were stopped.
+        """
+        if isinstance(fn, NativeFunction):
+            numbers = _native_items(items)
+            self._ensure_started("distribute_work()")
+            return self._core.submit_native(fn, numbers)
+        objects = _python_items(items, fn)
+        self._ensure_started("distribute_work()")
+        return self._core.submit(fn, objects, False)
+
+    def map(self, fn: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """``[fn(item) for item in items]``, on the leaves: results in the order of the items.
+
+        Raises:
+            What the first item that failed raised, with a note of the item and the sphere.
+            KeyboardInterrupt: items that run finish in the background, the others are not run.
+            TypeError: `fn` is not callable or `items` not iterable.
+            RuntimeError: called from inside a work item, where it might wait for itself.
+            StoppedError: the spheres were stopped.
+        """
+        objects = _python_items(items, fn)
+        self._ensure_started("map()")
+        self._core.require_outside("map()")
+        work = self._core.submit(fn, objects, True)
+        try:
+            work.wait(None)
+        except BaseException:
+            self._core.cancel(work)  # does nothing to a batch that is finished
+            raise
+        results: list[R] = work.results
+        return results
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until everything that was given to `distribute_work` is done.
+
+        Args:
+            timeout: seconds; None waits for ever. Ctrl-C is answered at once either way.
+
+        Raises:
+            What the first item that failed raised; each error is raised once.
+            TimeoutError: there is work left. It goes on; call `wait` again.
+            StoppedError: the spheres were stopped with items that had not begun.
+            RuntimeError: called from inside a work item, or in a forked child.
+        """
+        self._core.wait(_as_timeout(timeout))
+
+    # ---- meetings ----
+
+    def barrier(self, level: int, timeout: float | None = None) -> None:
+        """Waits until all spheres of a level have finished the work they were given before.
+
+        They stand still (state WAITING) until the last one arrives, then all go on.
+
+        Raises:
+            ValueError: there is no such level.
+            The error of a work item that fails meanwhile: the barrier opens and is given up.
+            StoppedError: the spheres were stopped.
+            TimeoutError: not all arrived within `timeout` seconds; they go on when they have.
+        """
+        level = _as_index("level", level)
+        if not 0 <= level < self.levels:
+            raise ValueError(f"level must be 0 to {self.levels - 1}, got {level}")
+        self._ensure_started("barrier()")
+        self._core.barrier(level, _as_timeout(timeout))
+
+    def epoch(self, timeout: float | None = None) -> int:
+        """Ends an epoch: a barrier over all spheres, reported up the tree to the root.
+
+        Returns the number of epochs ended so far, this one included. Raises as `barrier`.
+        """
+        self._ensure_started("epoch()")
+        return self._core.epoch(_as_timeout(timeout))
+
+    # ---- messages ----
+
+    def send(self, source: int, target: int, value: object) -> None:
+        """Puts a value into a sphere's mailbox, along an edge: to a parent, child or sibling.
+
+        Raises:
+            ValueError: no such sphere, or the two do not touch.
+            OverflowError: 128 messages wait there already; nothing was sent.
+        """
+        source, target = _as_index("source", source), _as_index("target", target)
+        _checked(self._core.send, source, target, value)
+
+    def receive(self, sphere: int, timeout: float | None = None) -> Any:
+        """Takes the oldest value out of a sphere's mailbox; waits for one.
+
+        Raises:
+            ValueError: no such sphere.
+            TimeoutError: none came within `timeout` seconds (None waits for ever, 0 not at all).
+            StoppedError: none was there and the spheres were stopped.
+        """
+        return self._core.receive(_as_index("sphere", sphere), _as_timeout(timeout))
+
+    # ---- statistics ----
+
+    def stats(self) -> Stats:
+        """A frozen snapshot of every sphere's figures."""
+        return snapshot(self._core, self.concurrency)
+
+    def print_stats(self, file: TextIO | None = None) -> None:
+        """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
+        print(format_stats(self.stats()), file=sys.stdout if file is None else file)
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped" if self._started else "not started"
+        return (
+            f"KissingSpheres(levels={self.levels}, concurrency={self.concurrency}): "
+            f"{self.total_spheres} spheres, {self.leaves} leaves, {state}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "KissingSpheres cannot be pickled or copied: threads belong to one process; "
+            "make a new one in the other process"
+        )
+
+
+def _checked(call: Callable[..., R], *arguments: Any) -> R:
+    """Calls into C++, whose int32 arguments refuse larger integers with a bare TypeError."""
+    for value in arguments:
+        if type(value) is int and not -(2**31) <= value < 2**31:
+            raise ValueError(f"expected a small integer, got {value}")
+    return call(*arguments)
+
+
+def _python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {fn!r} of type {type(fn).__name__}")
+    try:
+        return tuple(items)
+    except TypeError:
+        if isinstance(items, Iterable):
+            raise  # the iterable's own error
+        raise TypeError(
+            f"items must be iterable, got {items!r} of type {type(items).__name__}"
+        ) from None
+
+
+def _native_items(items: Iterable[Any]) -> int | list[int]:
+    if isinstance(items, range) and items == range(len(items)):
+        return len(items)
+    if not isinstance(items, Iterable):
+        raise TypeError(f"items must be iterable, got {items!r} of type {type(items).__name__}")
+    return [_as_index("an item of a NativeFunction", item) for item in items]
+
+
+# Threads that still run when the interpreter is torn down could not take the GIL any more.
+_live: weakref.WeakSet[KissingSpheres] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for spheres in list(_live):
+        if spheres.running:
+            spheres._core.stop(None)

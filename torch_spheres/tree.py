@@ -1,0 +1,166 @@
+"""The fixed tree in which gradients are added, for tensors.
+
+The twelve children of a node are always added as ::
+
+    ((c0+c1)+(c2+c3)) + ((c4+c5)+(c6+c7)) + ((c8+c9)+(c10+c11))
+
+the outer two additions left to right, absent ones left out; shard *k* sits at the leaf whose path
+is *k* in base 12, least significant digit first. Dense CPU tensors of float32, float64, bfloat16
+and float16 go through the C++ kernels (the half types are accumulated in float32 and rounded once
+at the root); everything else through torch's own additions in the same tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_spheres import _core
+from torch_spheres.system import KissingSpheres
+
+__all__ = ["tree_sum", "tree_sums"]
+
+_KISSING = _core.KISSING
+_DTYPES = {
+    torch.float32: _core.DType.float32,
+    torch.float64: _core.DType.float64,
+    torch.bfloat16: _core.DType.bfloat16,
+    torch.float16: _core.DType.float16,
+}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def tree_sum(
+    shards: Sequence[Tensor | None],
+    *,
+    out: Tensor | None = None,
+    spheres: KissingSpheres | None = None,
+) -> Tensor | None:
+    """Adds the tensors of 1, 12, 144 or 1728 shards in the fixed tree.
+
+    Args:
+        shards: tensors of one shape, dtype, device and layout; None for absent shards.
+        out: where to put the sum (same shape and dtype, dense); may be one of the shards.
+        spheres: who shares the work when the tensors are large. The bits do not depend on it.
+
+    Returns:
+        The sum: `out` if given, else a new tensor; None when every shard is absent.
+
+    Raises:
+        ValueError: another number of shards, or tensors that do not match.
+    """
+    return tree_sums([shards], outs=[out], spheres=spheres)[0]
+
+
+@torch.no_grad()
+def tree_sums(
+    tensors: Sequence[Sequence[Tensor | None]],
+    *,
+    outs: Sequence[Tensor | None] | None = None,
+    spheres: KissingSpheres | None = None,
+) -> list[Tensor | None]:
+    """`tree_sum` for many tensors at once, in one pass over the spheres."""
+    results: list[Tensor | None] = []
+    jobs: dict[int, _core.SumJob] = {}
+    keep: list[Tensor] = []  # buffers that the jobs point into
+    copies: list[tuple[Tensor, Tensor]] = []
+    for i, shards in enumerate(tensors):
+        out = outs[i] if outs is not None else None
+        depth = _depth(len(shards))
+        first = _check(shards, out)
+        if first is None:
+            results.append(None)
+            continue
+        dtype = _DTYPES.get(first.dtype)
+        if dtype is None or first.device.type != "cpu" or first.layout is not torch.strided:
+            total = _sum_in_torch(shards, depth)
+            results.append(total if out is None else out.copy_(total))
+            continue
+        buffers = [
+            None if t is None else t if t.is_contiguous() else t.contiguous() for t in shards
+        ]
+        if out is not None and out.is_contiguous() and not _overlaps(out, buffers):
+            total = out
+        else:
+            total = torch.empty_like(first, memory_format=torch.contiguous_format)
+            if out is not None:
+                copies.append((out, total))
+        keep += [t for t in buffers if t is not None]
+        job = jobs.get(depth)
+        if job is None:
+            job = jobs[depth] = _core.SumJob(depth)
+        addresses = [0 if t is None else t.data_ptr() for t in buffers]
+        job.add(dtype, total.data_ptr(), addresses, total.numel())
+        results.append(total if out is None else out)
+    core = spheres._core if spheres is not None else None
+    for job in jobs.values():
+        job.run(core)
+    for out, total in copies:
+        out.copy_(total)
+    del keep
+    return results
+
+
+def _depth(shards: int) -> int:
+    for depth in range(_core.MAX_LEVELS):
+        if shards == _KISSING**depth:
+            return depth
+    raise ValueError(f"the tree has 1, 12, 144 or 1728 shards, got {shards}")
+
+
+def _check(shards: Sequence[Tensor | None], out: Tensor | None) -> Tensor | None:
+    first = next((t for t in shards if t is not None), None)
+    if first is None:
+        return None
+    shape, dtype, device, layout = first.shape, first.dtype, first.device, first.layout
+    for k, t in enumerate((*shards, out)):
+        if t is None or t is first:
+            continue
+        if t.shape != shape or t.dtype != dtype or t.device != device or t.layout != layout:
+            name = "out" if k == len(shards) else f"shard {k}"
+            raise ValueError(
+                f"{name} is {t.dtype} {tuple(t.shape)} {t.layout} on {t.device}, but the first "
+                f"shard is {dtype} {tuple(shape)} {layout} on {device}"
+            )
+    return first
+
+
+def _overlaps(out: Tensor, buffers: Sequence[Tensor | None]) -> bool:
+    """Whether `out` shares memory with a shard other than as exactly the same elements."""
+    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
+    return any(
+        t is not None and t.data_ptr() != begin and t.data_ptr() < end
+        and begin < t.data_ptr() + t.nbytes
+        for t in buffers
+    )  # fmt: skip
+
+
+def _sum_in_torch(shards: Sequence[Tensor | None], depth: int) -> Tensor:
+    dtype = next(t.dtype for t in shards if t is not None)
+    widen: Callable[[Tensor], Tensor] = (lambda t: t.float()) if dtype in _HALF else (lambda t: t)
+
+    def node(level: int, offset: int) -> Tensor | None:
+        if level == depth:
+            leaf = shards[offset]
+            return None if leaf is None else widen(leaf)
+        step = _KISSING**level
+        return _add_twelve([node(level + 1, offset + step * g) for g in range(_KISSING)])
+
+    total = node(0, 0)
+    assert total is not None
+    # A single present shard is its own sum; the result must not be that tensor itself.
+    alone = any(total is t for t in shards)
+    return total.clone() if alone else total.to(dtype)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None:
+        return b
+    return a if b is None else a + b
+
+
+def _add_twelve(c: list[Tensor | None]) -> Tensor | None:
+    q0, q1, q2 = (_add(_add(c[i], c[i + 1]), _add(c[i + 2], c[i + 3])) for i in (0, 4, 8))
+    return _add(_add(q0, q1), q2)
