@@ -176,9 +176,9 @@ class _Replica:
                 if value is None:
                     copied._buffers[name] = None
                     continue
-                fresh = value.detach().clone()
-                copied._buffers[name] = fresh
-                taken.append(_Buffer(source, copied, name, fresh, fresh._version))
+                # A new tensor for every shard: the last one's may be saved in a graph.
+                copied._buffers[name] = value.detach().clone()
+                taken.append(_Buffer(source, copied, name, value.detach()))
         return taken
 
 
@@ -187,15 +187,13 @@ class _Buffer:
     source: nn.Module
     copied: nn.Module
     name: str
-    given: Tensor
-    version: int
+    given: Tensor  # the original's own, which nobody writes while shards run
 
     def changed_value(self) -> Tensor | None:
         """What the shard left in it, or None if it left it alone."""
+        # By value: batch_norm writes its statistics without raising the tensor's version.
         now = self.copied._buffers[self.name]
-        if now is None or (now is self.given and now._version == self.version):
-            return None
-        return now.detach()
+        return None if now is None or torch.equal(now, self.given) else now.detach()
 
 
 @dataclass

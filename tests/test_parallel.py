@@ -1,0 +1,324 @@
+"""SphereParallel: an unchanged loop, and the bits of the reference at every concurrency."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import weakref
+
+import pytest
+import torch
+from reference import digest, train_step
+from torch import nn
+from torch.nn import functional as F
+
+import torch_spheres as ts
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * 5 * 5, 10),
+    )
+
+
+class Tied(nn.Module):
+    """Tied weights, an unused parameter, a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(144, 144)
+        self.tied = nn.Linear(144, 144)
+        self.tied.weight = self.first.weight
+        self.unused = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(144), requires_grad=False)
+        self.last = nn.Linear(144, 10)
+
+    def forward(self, x):
+        return self.last(self.tied(self.first(x.flatten(1)).relu() * self.frozen).tanh())
+
+
+MODELS = {"cnn with batch norm": cnn, "tied, unused, frozen": Tied}
+
+
+def make(name):
+    torch.manual_seed(7)
+    return MODELS[name]()
+
+
+def batches(rows, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield (
+            torch.randn(rows, 1, 12, 12, generator=generator),
+            torch.randint(0, 10, (rows,), generator=generator),
+        )
+
+
+def optimizer_of(model):
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+def fingerprint(model, optimizer, losses):
+    state = [v for s in optimizer.state.values() for v in s.values()]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return digest([*model.state_dict().values(), *state, *grads, *losses])
+
+
+def reference_run(name, rows, leaves):
+    model = make(name)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)  # the reference differentiates by all parameters...
+    optimizer = optimizer_of(model)
+    losses = []
+    for x, y in batches(rows):
+        losses.append(train_step(model, x, y, F.cross_entropy, leaves))
+        for p in frozen:
+            p.grad = None  # ...and a frozen one is not stepped
+        optimizer.step()
+    return fingerprint(model, optimizer, losses)
+
+
+def sphere_run(name, rows, spheres, work=None):
+    model = make(name)
+    parallel = ts.SphereParallel(model, spheres)
+    optimizer = optimizer_of(model)
+    ts.GradientHook(optimizer, parallel)
+    losses = []
+    for x, y in batches(rows):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(parallel(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return fingerprint(model, optimizer, losses)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("levels", "rows"), [(1, 50), (2, 50), (2, 12), (2, 5), (3, 150), (3, 20)])
+def test_bits_equal_the_reference_at_every_concurrency(name, levels, rows):
+    expected = reference_run(name, rows, 12 ** (levels - 1))
+    for concurrency in (1, 2, 3, 5, 12):
+        with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
+            assert sphere_run(name, rows, spheres) == expected, concurrency
+
+
+class Sleepy(nn.Module):
+    """Odd schedules: each shard's forward sleeps by its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = cnn()
+
+    def forward(self, x):
+        time.sleep(float(x[0, 0, 0, 0].abs()) * 0.003)
+        return self.net(x)
+
+
+def test_bits_do_not_depend_on_the_schedule(monkeypatch):
+    monkeypatch.setitem(MODELS, "sleepy", Sleepy)
+    expected = reference_run("sleepy", 60, 12)
+    for concurrency in (2, 12):
+        with ts.KissingSpheres(concurrency=concurrency) as spheres:
+            assert sphere_run("sleepy", 60, spheres) == expected
+
+
+def test_gradients_are_those_of_plain_torch_up_to_rounding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)).double()
+    plain = copy.deepcopy(model)
+    x, y = torch.randn(100, 20).double(), torch.randint(0, 3, (100,))
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        F.cross_entropy(parallel(x), y).backward()
+        F.cross_entropy(plain(x), y).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+        # A second backward accumulates, as ever.
+        once = [p.grad.clone() for p in model.parameters()]
+        with parallel.no_sync():
+            F.cross_entropy(parallel(x), y).backward()
+        for p, g in zip(model.parameters(), once, strict=True):
+            assert torch.equal(p.grad, g + g)
+
+
+def test_autograd_grad_hooks_and_clipping_see_complete_gradients():
+    model = nn.Linear(4, 2)
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        x = torch.randn(24, 4)
+        seen = []
+        model.weight.register_hook(lambda g: seen.append(g.clone()))
+        parallel(x).square().sum().backward()
+        assert len(seen) == 1 and torch.equal(seen[0], model.weight.grad)
+        (again,) = torch.autograd.grad(parallel(x).square().sum(), [model.weight])
+        assert torch.equal(again, model.weight.grad)
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 0
+
+
+def test_inputs_outputs_and_their_gradients():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, pair, *, scale, tag):
+            a, rest = pair
+            out = self.w * (a + rest["b"]) * scale
+            return {"out": out, "rows": torch.arange(len(a)), "loss": out.mean(), "tag": tag}
+
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(Nested(), spheres)
+        a, b = torch.randn(31, 3, requires_grad=True), torch.randn(31, 3)
+        scale = torch.tensor(3.0, requires_grad=True)
+        result = parallel((a, {"b": b}), scale=scale, tag="x")
+        torch.testing.assert_close(result["out"], 6 * (a + b))
+        assert result["tag"] == "x"
+        assert len(result["rows"]) == 31 and not result["rows"].requires_grad
+        torch.testing.assert_close(result["loss"], result["out"].mean())  # weighted by rows
+        result["loss"].backward()
+        torch.testing.assert_close(a.grad, torch.full_like(a, 6 / a.numel()))
+        torch.testing.assert_close(scale.grad, (2 * (a + b)).mean().detach())
+
+
+def test_evaluation_runs_on_the_spheres_without_a_graph():
+    model = cnn().eval()
+    x = torch.randn(40, 1, 12, 12)
+    before = digest(list(model.buffers()))
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                out = parallel(x)
+                assert not out.requires_grad
+                torch.testing.assert_close(out, model(x))
+        assert spheres.stats().items_run == 24
+    assert digest(list(model.buffers())) == before
+
+
+def test_mode_freezing_and_loading_are_followed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        x = torch.randn(36, 4)
+        parallel(x).sum().backward()
+        model[0].bias.requires_grad_(False)
+        model.zero_grad()
+        parallel.eval()
+        tracked = model[1].num_batches_tracked.item()
+        parallel(x).sum().backward()
+        assert model[0].bias.grad is None and model[0].weight.grad is not None
+        assert model[1].num_batches_tracked.item() == tracked == 1
+        parallel.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
+        assert torch.equal(parallel(x), torch.zeros(36, 4))
+        model.to(torch.float64)
+        assert parallel(x.double()).dtype == torch.float64
+
+
+def test_state_dict_has_the_bare_keys_also_inside_another_module():
+    model = cnn()
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        assert parallel.state_dict().keys() == model.state_dict().keys()
+        outer, bare = nn.ModuleDict({"net": parallel}), nn.ModuleDict({"net": cnn()})
+        assert outer.state_dict().keys() == bare.state_dict().keys()
+        outer.load_state_dict(bare.state_dict())
+        assert torch.equal(model[0].weight, bare["net"][0].weight)
+
+
+def test_weights_are_shared_not_copied():
+    model = nn.Linear(1000, 1000)
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        parallel(torch.randn(12, 1000)).sum().backward()
+        assert parallel._replicas
+        for replica in parallel._replicas:
+            assert replica.module.weight.data_ptr() == model.weight.data_ptr()
+        assert len(parallel._replicas) <= spheres.concurrency
+
+
+def test_graphs_are_freed_after_backward():
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(nn.Linear(4, 2), spheres)
+        loss = parallel(torch.randn(24, 4)).sum()
+        call = weakref.ref(loss.grad_fn.next_functions[0][0].call)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+        del loss
+        gc.collect()
+        assert call() is None
+
+
+def test_autocast_reaches_the_shards():
+    model = nn.Linear(8, 8)
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = parallel(torch.randn(24, 8))
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert model.weight.grad.dtype == torch.float32
+
+
+def test_an_error_in_the_model_comes_back_whole():
+    class Broken(nn.Module):
+        def forward(self, x):
+            if x[0, 0] == 5:
+                raise ValueError("five")
+            return x
+
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(Broken(), spheres)
+        with pytest.raises(ValueError, match="five") as caught:
+            parallel(torch.arange(12.0)[:, None])
+        assert "work item 5 (5) on sphere" in caught.value.__notes__[0]
+        assert torch.equal(parallel(torch.zeros(12, 1)), torch.zeros(12, 1))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(4, 2), torch.zeros(5)), "one has 4 rows and another, of shape \\(5,\\), 5"),
+        ((torch.tensor(1.0),), "no tensor with rows"),
+        ((torch.zeros(0, 2),), "0 rows"),
+    ],
+)
+def test_inputs_that_cannot_be_split(args, message):
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(nn.Identity(), spheres)
+        with pytest.raises(ValueError, match=message):
+            parallel(*args)
+
+
+def test_constructor_errors():
+    with pytest.raises(TypeError, match="got int"):
+        ts.SphereParallel(3)
+    with pytest.raises(TypeError, match="got str"):
+        ts.SphereParallel(nn.Identity(), "spheres")
+    with pytest.raises(NotImplementedError, match="reproducible=False"):
+        ts.SphereParallel(nn.Identity(), reproducible=False)
+
+
+def test_randomness_that_is_not_keyed_is_said():
+    with pytest.warns(RuntimeWarning, match="1 \\(Dropout\\) draws random numbers"):
+        ts.SphereParallel(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1)))
+
+
+def test_copy_and_pickle():
+    import pickle
+
+    parallel = ts.SphereParallel(nn.Linear(2, 2))
+    other = copy.deepcopy(parallel)
+    assert other.spheres is parallel.spheres
+    assert other.module.weight is not parallel.module.weight
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(parallel)
