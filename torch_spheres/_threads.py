@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
@@ -11,6 +12,15 @@ from torch_spheres import _core
 __all__ = ["install"]
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    # A sphere of the parent may have held it, which the child has no thread of.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _enter(name: str) -> None:

@@ -51,8 +51,8 @@ def _as_timeout(value: Any) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(value)
-    except (TypeError, ValueError):
+        seconds = float(+value)  # float() alone would take strings
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"timeout must be None or a number of seconds, got {value!r}") from None
     if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"timeout must be None or at least 0 seconds, got {value!r}")
@@ -91,7 +91,9 @@ class KissingSpheres:
             concurrency = usable_cores()
         levels = _as_index("levels", levels)
         concurrency = _as_index("concurrency", concurrency)
-        self._topology = _checked(Topology, levels)
+        if not 1 <= levels <= _core.MAX_LEVELS:
+            raise ValueError(f"levels must be 1 to {_core.MAX_LEVELS}, got {levels}")
+        self._topology = Topology(levels)
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         leaves = self._topology.leaves
@@ -296,8 +298,7 @@ class KissingSpheres:
             ValueError: no such sphere, or the two do not touch.
             OverflowError: 128 messages wait there already; nothing was sent.
         """
-        source, target = _as_index("source", source), _as_index("target", target)
-        _checked(self._core.send, source, target, value)
+        self._core.send(self._as_id("source", source), self._as_id("target", target), value)
 
     def receive(self, sphere: int, timeout: float | None = None) -> Any:
         """Takes the oldest value out of a sphere's mailbox; waits for one.
@@ -307,7 +308,15 @@ class KissingSpheres:
             TimeoutError: none came within `timeout` seconds (None waits for ever, 0 not at all).
             StoppedError: none was there and the spheres were stopped.
         """
-        return self._core.receive(_as_index("sphere", sphere), _as_timeout(timeout))
+        return self._core.receive(self._as_id("sphere", sphere), _as_timeout(timeout))
+
+    def _as_id(self, name: str, value: Any) -> int:
+        sphere = _as_index(name, value)
+        if not 0 <= sphere < self.total_spheres:
+            raise ValueError(
+                f"{name}: there is no sphere {sphere}; ids are 0 to {self.total_spheres - 1}"
+            )
+        return sphere
 
     # ---- statistics ----
 
@@ -331,14 +340,6 @@ class KissingSpheres:
             "KissingSpheres cannot be pickled or copied: threads belong to one process; "
             "make a new one in the other process"
         )
-
-
-def _checked(call: Callable[..., R], *arguments: Any) -> R:
-    """Calls into C++, whose int32 arguments refuse larger integers with a bare TypeError."""
-    for value in arguments:
-        if type(value) is int and not -(2**31) <= value < 2**31:
-            raise ValueError(f"expected a small integer, got {value}")
-    return call(*arguments)
 
 
 def _python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:

@@ -36,17 +36,27 @@ std::string in_seconds(double seconds) {
   return text + " s";
 }
 
+constexpr const char* kForked =
+    ": these spheres were started before fork(), and their threads live in the parent process only; "
+    "make a new KissingSpheres in the child, or start the process with the 'spawn' or 'forkserver' "
+    "method";
+
 }  // namespace
 
 // ---- PyBatch ----
 
 void PyBatch::wait(Seconds timeout) const {
+  if (timeout && !(*timeout >= 0)) {
+    throw std::invalid_argument("timeout must be None or at least 0 seconds, got " +
+                                py::repr(py::float_(*timeout)).cast<std::string>());
+  }
   if (!batch_->done()) {
-    const Sphere* here = System::current();
-    if (here != nullptr) {
-      throw std::runtime_error("wait() called on sphere " + Topology::path_string(here->id) +
-                               ", from inside a work item, might wait for itself; wait on the "
-                               "thread that submitted the work");
+    if (getpid() != process_) throw std::runtime_error(std::string("wait()") + kForked);
+    if (system_->on_own_thread()) {
+      throw std::runtime_error(
+          "wait() called on sphere " + Topology::path_string(System::current()->id) +
+          ", from inside a work item, might wait for itself; wait on the thread that submitted the "
+          "work");
     }
     if (!wait_interruptibly(timeout, [&](Milliseconds time) { return batch_->wait_for(time); })) {
       throw Timeout("the work was not finished after " + in_seconds(*timeout) +
@@ -77,7 +87,10 @@ PySystem::PySystem(int levels, int concurrency) {
     const std::lock_guard lock(graveyard().mutex);
     dead.swap(graveyard().systems);
   }
-  const py::gil_scoped_release release;  // its threads may need the GIL to end
+  const py::gil_scoped_release release;  // their threads may need the GIL to end
+  for (auto& system : dead) {
+    if (system->forked()) (void)system.release();  // see ~PySystem
+  }
   dead.clear();
   system_ = std::make_unique<System>(levels, concurrency);
   system_->on_thread_exit(&SphereGil::leave_thread);
@@ -101,11 +114,7 @@ PySystem::~PySystem() {
 
 void PySystem::require_running(const char* what) const {
   if (system_->forked()) {
-    throw std::runtime_error(
-        std::string(what) +
-        ": these spheres were started before fork(), and their threads live in the parent process "
-        "only; make a new KissingSpheres in the child, or start the process with the 'spawn' or "
-        "'forkserver' method");
+    throw std::runtime_error(std::string(what) + kForked);
   }
   if (!system_->running()) {
     throw StoppedError(std::string(what) +
@@ -124,10 +133,11 @@ void PySystem::require_outside(const char* what) const {
 void PySystem::start() {
   if (system_->forked()) require_running("start()");
   require_outside("start()");
+  const py::gil_scoped_release release;
+  const std::lock_guard lock(life_mutex_);
   if (system_->running()) return;
   starts_.fetch_add(1);
   sums_.store(0);
-  const py::gil_scoped_release release;
   system_->start();
 }
 
@@ -135,20 +145,31 @@ std::int64_t PySystem::stop(Seconds timeout) {
   if (system_->forked()) require_running("stop()");
   if (!system_->running()) return 0;
   require_outside("stop()");
+  std::uint64_t run = 0;
   {
     const py::gil_scoped_release release;
+    const std::lock_guard lock(life_mutex_);
+    run = starts_;
     system_->request_stop();
   }
-  if (!wait_interruptibly(timeout, [&](Milliseconds time) { return system_->join_for(time); })) {
+  const bool stopped = wait_interruptibly(timeout, [&](Milliseconds time) {
+    const std::unique_lock lock(life_mutex_, time);
+    // Another thread may have stopped them as well, and even started them again.
+    return lock.owns_lock() && (starts_ != run || system_->join_for(time));
+  });
+  if (!stopped) {
     throw Timeout("stop(): work items were still running after " + in_seconds(*timeout) +
                   "; no new ones begin, call stop() again");
   }
+  std::deque<PyBatch> ended;
+  {
+    const std::lock_guard lock(outstanding_mutex_);
+    ended.swap(outstanding_);
+  }
   std::int64_t cancelled = 0;
-  const std::lock_guard lock(outstanding_mutex_);
-  for (const PyBatch& batch : outstanding_) {
+  for (const PyBatch& batch : ended) {
     if (batch.core()->stopped()) cancelled += batch.core()->cancelled();
   }
-  outstanding_.clear();
   return cancelled;
 }
 
@@ -186,7 +207,8 @@ PyBatch PySystem::submit(py::object fn, py::tuple items, bool collect) {
     results = std::move(list);
   }
   auto work = std::make_shared<PythonWork>(std::move(fn), std::move(items), std::move(results));
-  PyBatch batch(submit_core(work, count, collect ? "map()" : "distribute_work()"), work);
+  auto core = submit_core(work, count, collect ? "map()" : "distribute_work()");
+  PyBatch batch(*system_, std::move(core), work);
   if (!collect) remember(batch);
   return batch;
 }
@@ -201,7 +223,7 @@ PyBatch PySystem::submit_native(const NativeFunction& function, py::object items
     count = static_cast<std::int64_t>(values.size());
   }
   auto work = std::make_shared<NativeWork>(function, std::move(values));
-  PyBatch batch(submit_core(work, count, "distribute_work()"), nullptr);
+  PyBatch batch(*system_, submit_core(work, count, "distribute_work()"), nullptr);
   remember(batch);
   return batch;
 }
@@ -212,19 +234,35 @@ void PySystem::cancel(const PyBatch& batch) {
 }
 
 void PySystem::remember(PyBatch batch) {
-  const std::lock_guard lock(outstanding_mutex_);
   // Bounded: what is in flight, plus the first batch that failed and has not been waited for.
   bool error_kept = false;
-  std::erase_if(outstanding_, [&](const PyBatch& old) {
+  take_out([&](const PyBatch& old) {
     if (!old.done()) return false;
-    return !old.core()->failed() || std::exchange(error_kept, true);
+    return !old.core()->failed() || old.was_raised() || std::exchange(error_kept, true);
   });
+  if (batch.done() && !batch.core()->failed()) return;
+  const std::lock_guard lock(outstanding_mutex_);
   outstanding_.push_back(std::move(batch));
 }
 
-void PySystem::forget(const std::shared_ptr<Batch>& batch) {
+/// Freeing a batch runs Python code (an item's __del__), which may come back here or hand the GIL to
+/// a thread that does: so not under the mutex.
+template <typename Condition>
+void PySystem::take_out(Condition condition) {
+  std::vector<PyBatch> taken;
   const std::lock_guard lock(outstanding_mutex_);
-  std::erase_if(outstanding_, [&](const PyBatch& old) { return old.core() == batch; });
+  for (auto at = outstanding_.begin(); at != outstanding_.end();) {
+    if (condition(*at)) {
+      taken.push_back(std::move(*at));
+      at = outstanding_.erase(at);
+    } else {
+      ++at;
+    }
+  }
+}
+
+void PySystem::forget(const std::shared_ptr<Batch>& batch) {
+  take_out([&](const PyBatch& old) { return old.core() == batch; });
 }
 
 void PySystem::wait(Seconds timeout) {
@@ -249,7 +287,7 @@ void PySystem::wait(Seconds timeout) {
                     "; it goes on, wait() again");
     }
     forget(core);
-    next->check();
+    if (!next->was_raised()) next->check();  // its handle's wait() may have raised it already
   }
 }
 

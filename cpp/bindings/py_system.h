@@ -3,6 +3,8 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <sys/types.h>
+#include <unistd.h>
 
 #include <deque>
 #include <memory>
@@ -37,13 +39,11 @@ bool wait_interruptibly(Seconds timeout, Slice slice) {
   const auto start = std::chrono::steady_clock::now();
   for (;;) {
     Milliseconds time = kSlice;
-    bool last = false;
     if (timeout) {
       const std::chrono::duration<double> left =
           std::chrono::duration<double>(*timeout) - (std::chrono::steady_clock::now() - start);
       if (left <= kSlice) {
         time = std::max(Milliseconds(0), std::chrono::ceil<Milliseconds>(left));
-        last = true;
       }
     }
     bool done = false;
@@ -53,7 +53,11 @@ bool wait_interruptibly(Seconds timeout, Slice slice) {
     }
     if (done) return true;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (last) return false;
+    // A slice may return early, because what woke it was meant for somebody else.
+    if (timeout && std::chrono::steady_clock::now() - start >=
+                       std::chrono::duration<double>(*timeout)) {
+      return false;
+    }
   }
 }
 
@@ -62,11 +66,13 @@ class PySystem;
 /// The handle of one submission.
 class PyBatch {
  public:
-  PyBatch(std::shared_ptr<Batch> batch, std::shared_ptr<PythonWork> work)
-      : batch_(std::move(batch)), work_(std::move(work)) {}
+  PyBatch(const System& system, std::shared_ptr<Batch> batch, std::shared_ptr<PythonWork> work)
+      : system_(&system), batch_(std::move(batch)), work_(std::move(work)) {}
 
   const std::shared_ptr<Batch>& core() const { return batch_; }
   bool done() const { return batch_->done(); }
+  /// Whether its error has been raised already, by this handle or another.
+  bool was_raised() const { return work_ && work_->was_raised(); }
   /// Raises the first error of its items, StoppedError, or Timeout.
   void wait(Seconds timeout) const;
   /// After wait(): raises what went wrong, if anything did.
@@ -74,6 +80,8 @@ class PyBatch {
   py::object results() const { return work_ ? work_->results() : py::none(); }
 
  private:
+  const System* system_;  // to be compared, never followed: a handle may outlive its system
+  pid_t process_ = getpid();
   std::shared_ptr<Batch> batch_;
   std::shared_ptr<PythonWork> work_;  // null for native work
 };
@@ -119,12 +127,15 @@ class PySystem {
   void meet(std::uint32_t meeting, const char* what, Seconds timeout);
   std::uint32_t open_meeting(const char* what, Seconds timeout, int level);
   void remember(PyBatch batch);
+  template <typename Condition>
+  void take_out(Condition condition);
   void forget(const std::shared_ptr<Batch>& batch);
 
   std::unique_ptr<System> system_;
+  std::timed_mutex life_mutex_;  // one start or stop at a time; taken without the GIL
   std::atomic<std::uint64_t> starts_{0};
   std::atomic<std::uint64_t> sums_{0};  // complete sets of reports since the last start
-  std::mutex outstanding_mutex_;
+  std::mutex outstanding_mutex_;  // taken with the GIL: no batch may be freed under it
   std::deque<PyBatch> outstanding_;  // not waited for yet; finished ones without error are dropped
 };
 

@@ -22,6 +22,18 @@ Hooks& hooks() {
 /// Python's own switch interval: how long a C-only loop may keep others waiting.
 constexpr std::uint64_t kSwitchNs = 5'000'000;
 
+/// repr(object) in at most 100 characters; never fails.
+py::object shown(const py::object& object) {
+  try {
+    py::object text = py::repr(object);
+    if (py::len(text) > 100) text = text[py::slice(0, 97, 1)] + py::str("...");
+    return text;
+  } catch (const py::error_already_set&) {
+    return py::str(std::string("<") + Py_TYPE(object.ptr())->tp_name +
+                   " object whose repr() failed>");
+  }
+}
+
 }  // namespace
 
 void SphereGil::set_hooks(py::function enter, py::function leave) {
@@ -59,7 +71,10 @@ void SphereGil::leave_thread() {
 }
 
 PythonWork::PythonWork(py::object fn, py::tuple items, py::object results)
-    : fn_(std::move(fn)), items_(std::move(items)), results_(std::move(results)) {}
+    : fn_(std::move(fn)),
+      items_(std::move(items)),
+      results_(std::move(results)),
+      unfinished_(static_cast<std::int64_t>(py::len(items_))) {}
 
 PythonWork::~PythonWork() {
   const py::gil_scoped_acquire gil;
@@ -74,6 +89,7 @@ void PythonWork::run(Claimer& claimer) {
   if (!claimer.next(chunk)) return;  // before the GIL: most visits find nothing
   SphereGil gil;
   std::uint64_t last_switch = now_ns();
+  std::int64_t ran = 0;
   do {
     for (std::int64_t i = 0; i < chunk.count; ++i) {
       const std::int64_t item = chunk.first + i * chunk.stride;
@@ -91,41 +107,49 @@ void PythonWork::run(Claimer& claimer) {
         PyList_SetItem(results_.ptr(), static_cast<Py_ssize_t>(item), result);
       }
     }
+    ran += chunk.count;
     if (const std::uint64_t now = now_ns(); now - last_switch > kSwitchNs) {
       gil.yield();
       last_switch = now_ns();
     }
   } while (claimer.next(chunk));
+  // The last to finish lets go of the function and the items, before anybody hears that the batch
+  // is done: a function that owns its own spheres would keep them, and itself, alive otherwise.
+  // acq_rel: the calls of all others come before.
+  if (unfinished_.fetch_sub(ran, std::memory_order_acq_rel) == ran) {
+    fn_ = py::object();
+    items_ = py::object();
+  }
 }
 
 void PythonWork::record_error(std::int64_t item, SphereId sphere) {
   py::error_already_set raised;  // takes the pending exception
   py::object error = raised.value();
   if (raised.trace()) PyException_SetTraceback(error.ptr(), raised.trace().ptr());
-  std::string shown;
+  py::object first;
+  bool is_first = false;
+  {
+    const std::lock_guard lock(error_mutex_);
+    is_first = !error_;
+    if (is_first) error_ = error;
+    first = error_;
+  }
+  if (!is_first && first.is(error)) return;
   try {
-    shown = py::repr(items_[py::int_(item)]).cast<std::string>();
-  } catch (const py::error_already_set&) {
-    shown = "whose repr() failed";
-  }
-  if (shown.size() > 100) shown = shown.substr(0, 97) + "...";
-  const std::string note = "raised by work item " + std::to_string(item) + " (" + shown +
-                           ") on sphere " + Topology::path_string(sphere) + " (id " +
-                           std::to_string(sphere) + ")";
-  const std::lock_guard lock(error_mutex_);
-  if (error_) {
+    py::object note = py::str("raised by work item " + std::to_string(item) + " (") +
+                      shown(items_[py::int_(item)]) +
+                      py::str(") on sphere " + Topology::path_string(sphere) + " (id " +
+                              std::to_string(sphere) + ")");
     // One exception is raised, the first; the others are not to vanish.
-    if (error_.is(error)) return;
-    const std::string also =
-        "also: " + py::repr(error).cast<std::string>() + " " + note;
-    error_.attr("add_note")(also);
-    return;
+    if (!is_first) note = py::str("also: ") + shown(error) + py::str(" ") + note;
+    first.attr("add_note")(note);
+  } catch (const py::error_already_set&) {
+    // An exception class with an add_note of its own: the error is worth more than the note.
   }
-  error.attr("add_note")(note);
-  error_ = std::move(error);
 }
 
 void PythonWork::raise() {
+  raised_.store(true, std::memory_order_relaxed);
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error_.ptr())), error_.ptr());
   throw py::error_already_set();
 }

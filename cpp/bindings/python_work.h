@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -52,16 +53,20 @@ class PythonWork final : public Work {
 
   /// GIL held: raises the item's own exception object again.
   [[noreturn]] void raise();
+  /// Whether raise() was called: the error has reached somebody.
+  bool was_raised() const { return raised_.load(std::memory_order_relaxed); }  // a flag, no data
   const py::object& results() const { return results_; }
 
  private:
   void record_error(std::int64_t item, SphereId sphere);
 
-  py::object fn_;
+  py::object fn_;       // this and items_: null once all items have been run
   py::object items_;    // a tuple
   py::object results_;  // list or None
-  std::mutex error_mutex_;
-  py::object error_;  // the first
+  std::atomic<std::int64_t> unfinished_;
+  std::mutex error_mutex_;  // taken with the GIL: no Python code may run under it
+  py::object error_;        // the first
+  std::atomic<bool> raised_{false};
 };
 
 /// A C function: void(void* context, int64_t item).  Never touches the GIL.
