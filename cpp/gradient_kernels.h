@@ -2,8 +2,7 @@
 //
 // Expects, inside a namespace of the ISA's own:
 //     SUM_TARGET   attribute that allows the ISA's instructions in one function
-//     SUM_BYTES    bytes in a vector: 16, 32 or 64
-//     SUM_F16C     1 if float16 is converted by the CPU
+//     SUM_BYTES    bytes in a vector: 16 on any machine, 32 for AVX2 with F16C, 64 for AVX-512
 // and the types Float16, BFloat16, Store, Node, Kernels.
 //
 // Why text and not templates: an attribute cannot be a template parameter, and a function without
@@ -12,6 +11,12 @@
 // and stop a machine without AVX2.  For the same reason nothing from std:: is called below.
 
 #define SUM_INLINE SUM_TARGET __attribute__((always_inline)) static inline
+// Unrolling eightfold buys nothing where memory is the limit, and these loops exist many times.
+#if defined(__clang__)
+#define SUM_NO_UNROLL _Pragma("clang loop unroll(disable)")
+#else
+#define SUM_NO_UNROLL _Pragma("GCC unroll 1")
+#endif
 
 typedef float F32 __attribute__((vector_size(SUM_BYTES)));
 typedef double F64 __attribute__((vector_size(SUM_BYTES)));
@@ -71,13 +76,21 @@ SUM_INLINE V load_bytes(const void* from) {
 SUM_INLINE F32 load(Wide, const float* from) { return load_bytes<F32>(from); }
 SUM_INLINE F64 load(Wide, const double* from) { return load_bytes<F64>(from); }
 SUM_INLINE F32 load(Wide, const BFloat16* from) {
-  return __builtin_bit_cast(F32, __builtin_convertvector(load_bytes<U16>(from), U32) << 16);
+#if SUM_BYTES == 64
+  // The zero-masking forms, here and below: GCC warns of its own header in the plain ones.
+  const U32 bits = __builtin_bit_cast(
+      U32, _mm512_maskz_cvtepu16_epi32(kAllLanes, load_bytes<__m256i>(from)));
+#elif SUM_BYTES == 32
+  const U32 bits = __builtin_bit_cast(U32, _mm256_cvtepu16_epi32(load_bytes<__m128i>(from)));
+#else
+  const U32 bits = __builtin_convertvector(load_bytes<U16>(from), U32);
+#endif
+  return __builtin_bit_cast(F32, bits << 16);
 }
 SUM_INLINE F32 load(Wide, const Float16* from) {
-#if SUM_F16C && SUM_BYTES == 64
-  // The zero-masking forms, here and below: GCC warns of its own header in the plain ones.
+#if SUM_BYTES == 64
   return _mm512_maskz_cvtph_ps(kAllLanes, load_bytes<__m256i>(from));
-#elif SUM_F16C
+#elif SUM_BYTES == 32
   return _mm256_cvtph_ps(load_bytes<__m128i>(from));
 #else
   return widen_half<F32>(__builtin_convertvector(load_bytes<U16>(from), U32));
@@ -100,10 +113,10 @@ SUM_INLINE U16 rounded(const BFloat16*, F32 value) {
   return __builtin_convertvector(narrow_bfloat<U32>(value), U16);
 }
 SUM_INLINE U16 rounded(const Float16*, F32 value) {
-#if SUM_F16C && SUM_BYTES == 64
+#if SUM_BYTES == 64
   return __builtin_bit_cast(
       U16, _mm512_maskz_cvtps_ph(kAllLanes, value, _MM_FROUND_TO_NEAREST_INT));
-#elif SUM_F16C
+#elif SUM_BYTES == 32
   return __builtin_bit_cast(U16, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 #else
   return __builtin_convertvector(narrow_half<U32>(value), U16);
@@ -157,10 +170,9 @@ SUM_INLINE auto quad(Lanes lanes, const Src* const* child, std::size_t i) {
          (load(lanes, child[2] + i) + load(lanes, child[3] + i));
 }
 
-/// One vector's worth, or one element, at i: the tree, the scale, the rounding, the store.
-template <Store kStore, class Lanes, class Src, class Dst, class V>
-SUM_INLINE void step(Lanes lanes, const Src* const* child, Dst* out, std::size_t i, V scale) {
-  const V sum = (quad(lanes, child, i) + quad(lanes, child + 4, i)) + quad(lanes, child + 8, i);
+/// One vector, or one element, at i: the scale, the rounding, the store.
+template <Store kStore, class Lanes, class Dst, class V>
+SUM_INLINE void finish(Lanes lanes, Dst* out, std::size_t i, V sum, V scale) {
   // Multiplying by 1 changes nothing, so there is no second loop without a scale.
   auto value = rounded(out, canonical(sum * scale));
   if constexpr (kStore == Store::accumulate) {
@@ -174,6 +186,12 @@ SUM_INLINE void step(Lanes lanes, const Src* const* child, Dst* out, std::size_t
   }
 }
 
+template <Store kStore, class Lanes, class Src, class Dst, class V>
+SUM_INLINE void step(Lanes lanes, const Src* const* child, Dst* out, std::size_t i, V scale) {
+  const V front = quad(lanes, child, i) + quad(lanes, child + 4, i);
+  finish<kStore>(lanes, out, i, front + quad(lanes, child + 8, i), scale);
+}
+
 template <Store kStore, class Src, class Dst, class Acc>
 SUM_INLINE void sum_block(const Src* const* children, Dst* out, std::size_t n, Acc scale) {
   constexpr std::size_t kLanes = SUM_BYTES / sizeof(Acc);
@@ -181,6 +199,29 @@ SUM_INLINE void sum_block(const Src* const* children, Dst* out, std::size_t n, A
   for (int k = 0; k < kKissing; ++k) child[k] = children[k];
   const auto wide = broadcast(Wide{}, scale);
   std::size_t i = 0;
+  if constexpr (kStore != Store::stream) {
+    // Large tensors often start at the same offset in a page.  Twelve lines of such streams do not
+    // fit in one set of an 8-way cache; four do, so a run of each quad comes before the next.  What
+    // is streamed comes from memory anyway, where one loop over all twelve is faster.
+    constexpr std::size_t kRunVectors = 512 / SUM_BYTES;
+    constexpr std::size_t kRun = kRunVectors * kLanes;
+    for (; i + kRun <= n; i += kRun) {
+      decltype(broadcast(Wide{}, scale)) first[kRunVectors], second[kRunVectors];
+      SUM_NO_UNROLL
+      for (std::size_t v = 0; v < kRunVectors; ++v) {
+        first[v] = quad(Wide{}, child, i + v * kLanes);
+      }
+      SUM_NO_UNROLL
+      for (std::size_t v = 0; v < kRunVectors; ++v) {
+        second[v] = quad(Wide{}, child + 4, i + v * kLanes);
+      }
+      SUM_NO_UNROLL
+      for (std::size_t v = 0; v < kRunVectors; ++v) {
+        const auto third = quad(Wide{}, child + 8, i + v * kLanes);
+        finish<kStore>(Wide{}, out, i + v * kLanes, (first[v] + second[v]) + third, wide);
+      }
+    }
+  }
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     step<kStore>(Wide{}, child, out, i, wide);
     step<kStore>(Wide{}, child, out, i + kLanes, wide);
@@ -264,3 +305,4 @@ inline constexpr Kernels kKernels = {
 };
 
 #undef SUM_INLINE
+#undef SUM_NO_UNROLL

@@ -80,32 +80,26 @@ struct AbsentBlock {
 namespace baseline {
 #define SUM_TARGET
 #define SUM_BYTES 16
-#define SUM_F16C 0
 #include "gradient_kernels.h"
 #undef SUM_TARGET
 #undef SUM_BYTES
-#undef SUM_F16C
 }  // namespace baseline
 
 #if defined(__x86_64__)
 namespace avx2 {
 #define SUM_TARGET __attribute__((target("avx2,f16c")))
 #define SUM_BYTES 32
-#define SUM_F16C 1
 #include "gradient_kernels.h"
 #undef SUM_TARGET
 #undef SUM_BYTES
-#undef SUM_F16C
 }  // namespace avx2
 
 namespace avx512 {
 #define SUM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")))
 #define SUM_BYTES 64
-#define SUM_F16C 1
 #include "gradient_kernels.h"
 #undef SUM_TARGET
 #undef SUM_BYTES
-#undef SUM_F16C
 }  // namespace avx512
 
 bool has_f16c() {  // not among the names that every compiler's __builtin_cpu_supports knows

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import torch_spheres as ts
 
 SHARDS, STEPS = 12, 5
+Tensors = tuple[Tensor, ...]
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -63,8 +64,9 @@ def after(concurrency: int | None = None) -> nn.Module:
         for x, y in batches():
             xs, ys = x.tensor_split(SHARDS), y.tensor_split(SHARDS)
 
-            def work(k: int, xs=xs, ys=ys, total=len(x)) -> None:  # type: ignore[no-untyped-def]
-                hook.add(k, shard_gradients(model, xs[k], ys[k], total))
+            def work(k: int, xs: Tensors = xs, ys: Tensors = ys) -> None:
+                rows = sum(map(len, xs))
+                hook.add(k, shard_gradients(model, xs[k], ys[k], rows))
 
             optimizer.zero_grad()
             spheres.distribute_work(range(SHARDS), work)

@@ -196,9 +196,9 @@ def test_bad_gradients(spheres):
         hook.add(0, [w, b, b])
     with pytest.raises(ValueError, match=r"gradient 1 is torch.float32 \(4,\)"):
         hook.add(0, [w, torch.zeros(4)])
-    with pytest.raises(ValueError, match="gradient 0 is torch.float64"):
+    with pytest.raises(ValueError, match=r"gradient 0 is torch\.float64"):
         hook.add(0, [w.double(), b])
-    with pytest.raises(TypeError, match="gradient 0 must be a tensor or None, got 3"):
+    with pytest.raises(TypeError, match=r"gradient 0 must be a tensor or None, got 3"):
         hook.add(0, [3, b])
     with pytest.raises(ValueError, match="not a parameter"):
         hook.add(0, {b: b})

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+# What the generator says less precisely than type checkers want it.
+CORRECTIONS = [
+    (r"^    (\w+): typing\.ClassVar\[\w+\]$", r"    \1 = ..."),  # members of an enum
+    (r"^    @classmethod\n    def __new__\(cls, value\):\s*\.\.\.\n", ""),
+    (r"(\w+): (\w+) = None", r"\1: \2 | None = None"),
+    (r"\btuple\b(?!\[)", "tuple[typing.Any, ...]"),
+    (r"\bCallable\b(?!\[)", "Callable[..., typing.Any]"),
+]
 TARGET = Path(__file__).parent.parent / "torch_spheres" / "_core.pyi"
 
 
@@ -21,6 +30,10 @@ def generate() -> str:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
         made = Path(folder) / "torch_spheres" / "_core.pyi"
+        text = made.read_text()
+        for pattern, better in CORRECTIONS:
+            text = re.sub(pattern, better, text, flags=re.MULTILINE)
+        made.write_text(text)
         config = TARGET.parent.parent / "pyproject.toml"
         ruff = [sys.executable, "-m", "ruff", "format", "--quiet", "--config", str(config)]
         subprocess.run([*ruff, str(made)], check=True)

@@ -182,4 +182,3 @@ class GradientHook:
         self._handle.remove()
         with self._lock:
             self._added.clear()
-

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torch_spheres.replica import Buffer, Replica, caller_context
 from torch_spheres.sampler import shard_bounds
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sum, tree_sums
@@ -40,7 +41,7 @@ class SphereParallel(nn.Module):
 
     Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
     arguments, lists, tuples and dicts; tensors without dimensions and other objects go to every
-    shard as they are. Rows are split as `torch.tensor_split` does; with fewer rows than leaves, only
+    shard as they are. Rows are split as `torch.tensor_split` does; with fewer rows than leaves only
     so many shards run. Outputs: tensors with rows are put together again, in order; tensors without
     dimensions (a loss computed inside the model) are averaged, weighted by the shards' rows.
 
@@ -75,9 +76,9 @@ class SphereParallel(nn.Module):
             )
         self.module = module
         self._spheres = spheres
-        self._replicas: list[_Replica] = []
+        self._replicas: list[Replica] = []
         self._lock = threading.Lock()
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
         _warn_if_random(module)
 
     @property
@@ -86,6 +87,7 @@ class SphereParallel(nn.Module):
         return self._spheres
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the shards; see the class for what is split and how outputs are put together."""
         call = _Call(self, args, kwargs)
         with self._lock:
             for replica in self._replicas:
@@ -127,73 +129,15 @@ class SphereParallel(nn.Module):
             "the bare model.module"
         )
 
-    def _borrow(self) -> _Replica:
+    def _borrow(self) -> Replica:
         with self._lock:
             if self._replicas:
                 return self._replicas.pop()
-        return _Replica(self.module)
+        return Replica(self.module)
 
-    def _give_back(self, replica: _Replica) -> None:
+    def _give_back(self, replica: Replica) -> None:
         with self._lock:
             self._replicas.append(replica)
-
-
-class _Replica:
-    """A copy of the module whose parameters are leaves of their own on the same storage."""
-
-    def __init__(self, module: nn.Module) -> None:
-        memo: dict[int, Any] = {
-            id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-            for p in module.parameters()
-        }
-        self.module = copy.deepcopy(module, memo)
-        self.refresh_pairs(module)
-
-    def refresh_pairs(self, module: nn.Module) -> None:
-        self.params = list(zip(module.parameters(), self.module.parameters(), strict=True))
-        self.modules = list(zip(module.modules(), self.module.modules(), strict=True))
-
-    def follow(self, module: nn.Module) -> None:
-        """Takes over what may have changed since the last step; rebuilds if that is not enough."""
-        current = list(module.parameters())
-        same = len(current) == len(self.params) and all(
-            p is mine[0] and p.data_ptr() == mine[1].data_ptr() and p.dtype == mine[1].dtype
-            for p, mine in zip(current, self.params, strict=True)
-        )
-        if not same:
-            self.__init__(module)  # type: ignore[misc]
-            return
-        for original, mine in self.params:
-            mine.requires_grad_(original.requires_grad)
-        for source, copied in self.modules:
-            copied.training = source.training
-
-    def take_buffers(self) -> list[_Buffer]:
-        """Gives the copy buffers of its own with the values of the original's."""
-        taken = []
-        for source, copied in self.modules:
-            for name, value in source._buffers.items():
-                if value is None:
-                    copied._buffers[name] = None
-                    continue
-                # A new tensor for every shard: the last one's may be saved in a graph.
-                copied._buffers[name] = value.detach().clone()
-                taken.append(_Buffer(source, copied, name, value.detach()))
-        return taken
-
-
-@dataclass
-class _Buffer:
-    source: nn.Module
-    copied: nn.Module
-    name: str
-    given: Tensor  # the original's own, which nobody writes while shards run
-
-    def changed_value(self) -> Tensor | None:
-        """What the shard left in it, or None if it left it alone."""
-        # By value: batch_norm writes its statistics without raising the tensor's version.
-        now = self.copied._buffers[self.name]
-        return None if now is None or torch.equal(now, self.given) else now.detach()
 
 
 @dataclass
@@ -203,7 +147,7 @@ class _Shard:
     outputs: list[Any]
     params: list[Tensor]
     inputs: list[Tensor]
-    buffers: list[tuple[_Buffer, Tensor | None]]
+    buffers: list[tuple[Buffer, Tensor | None]]
 
 
 class _Call:
@@ -219,7 +163,7 @@ class _Call:
         bounds = shard_bounds(self.rows, self.leaves)
         self.bounds = [b for b in bounds if b[1] > b[0]]
         self.shards: list[_Shard | None] = []
-        self.context = _caller_context()
+        self.context = caller_context()
 
     def _count_rows(self) -> int:
         rows = None
@@ -291,7 +235,7 @@ class _Call:
             if k == 0:
                 self.out_spec = spec
             changed = [(buffer, buffer.changed_value()) for buffer in buffers]
-            params = [p for _, p in replica.params if p.requires_grad]
+            params: list[Tensor] = [p for _, p in replica.params if p.requires_grad]
             return _Shard(outputs, params, inputs, changed)
         finally:
             self.parallel._give_back(replica)
@@ -404,7 +348,7 @@ class _OnSpheres(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, params: int, *tensors: Tensor) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: _Call, params: int, *_: Tensor) -> tuple[Any, ...]:
         outputs = call.run_forward()
         ctx.call = call
         ctx.params = params
@@ -420,50 +364,26 @@ class _OnSpheres(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return (None, None, *ctx.call.run_backward(grads))
 
 
-def _caller_context() -> Any:
-    """What the calling thread has set, to be set on the spheres: grad mode and autocast."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = {
-        device: torch.get_autocast_dtype(device)
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    }
-
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for device, dtype in autocast.items():
-                # The cache of cast weights is one per process: threads would clear each other's.
-                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
-            yield
-
-    return context
-
-
-def _add_prefix(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """When a `SphereParallel` is part of a larger module: its keys have no ``module.`` in them."""
     for key in [k for k in state_dict if k.startswith(prefix)]:
-        state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
+        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
 def _warn_if_random(module: nn.Module) -> None:
     for name, part in module.named_modules():
         rate = getattr(part, "p", getattr(part, "dropout", 0))
-        if "dropout" in type(part).__name__.lower() or isinstance(part, nn.RNNBase):
-            if isinstance(rate, (int, float)) and rate > 0:
-                warnings.warn(
-                    f"{name or 'the module'} ({type(part).__name__}) draws random numbers, which "
-                    "SphereParallel does not key by shard yet: training will not be reproducible",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-                return
+        draws = "dropout" in type(part).__name__.lower() or isinstance(part, nn.RNNBase)
+        if draws and isinstance(rate, (int, float)) and rate > 0:
+            warnings.warn(
+                f"{name or 'the module'} ({type(part).__name__}) draws random numbers, which "
+                "SphereParallel does not key by shard yet: training will not be reproducible",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return

@@ -30,7 +30,8 @@ class Spheres(Protocol):
 
 def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
     """Half-open row ranges of the shards, as ``torch.tensor_split`` cuts: the first
-    ``rows % shards`` have one row more. ValueError for ``rows`` < 0 or ``shards`` < 1."""
+    ``rows % shards`` have one row more. ValueError for ``rows`` < 0 or ``shards`` < 1.
+    """
     if rows < 0 or shards < 1:
         raise ValueError(f"need rows >= 0 and shards >= 1, but got rows={rows}, shards={shards}")
     size, extra = divmod(rows, shards)
@@ -103,7 +104,8 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def groups(self, batch: Sequence[int]) -> list[list[int]]:
         """A *global* batch's rows per symmetry group: twelve lists, or one with ``levels=1``.
-        Group *g* is shards *g*, *g* + 12, ...: its list's own ``shard_bounds`` over its leaves."""
+        Group *g* is shards *g*, *g* + 12, ...: its list's own ``shard_bounds`` over its leaves.
+        """
         shards, count = self.shards(batch), self._group_count
         return [[*chain.from_iterable(shards[g::count])] for g in range(count)]
 
@@ -142,7 +144,8 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """The batches. Nothing is drawn before the first ``next()``. Several iterators may be
-        alive, each yielding on its own; :meth:`state_dict` is of the one that began last."""
+        alive, each yielding on its own; :meth:`state_dict` is of the one that began last.
+        """
         if self._pending is not None and self._rng_at_iter is None:
             self._rng_at_iter = torch.get_rng_state()
         return self._batches()
@@ -163,7 +166,8 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Forwarded to ``sampler.set_epoch`` if there is one, and remembered in the state. After a
-        load in mid-epoch, another epoch than the loaded one gives up what was left of that."""
+        load in mid-epoch, another epoch than the loaded one gives up what was left of that.
+        """
         epoch = _as_int(epoch)
         pending, self.epoch = self._pending, epoch
         if pending is not None and pending.position == 0:
@@ -193,7 +197,8 @@ class SphereBatchSampler(Sampler[list[int]]):
         size; later ones begin at the beginning. The global RNG stays as it is; if the caller has
         restored it, an epoch that had not begun draws its seed from there. ValueError: another
         batch_size, drop_last or source of draws, or a key missing. RuntimeError at the first
-        ``next()``: the sampler does not repeat the batches that were handed out."""
+        ``next()``: the sampler does not repeat the batches that were handed out.
+        """
         (kind, _, restore), names = _source(self.sampler), [f.name for f in fields(_Epoch)]
         here = {"batch_size": self.batch_size, "drop_last": self.drop_last, "kind": kind}
         if missing := {*here, *names} - {*state}:
@@ -271,7 +276,8 @@ def _source(sampler: Any) -> tuple[str, Callable[[], Any], Callable[[Any], objec
 def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
     """Where an epoch that was saved before it began draws its seed: None if from the global RNG,
     which the caller has restored; else its start, moved on by the seed that a DataLoader draws
-    between iter() and the sampler's first next()."""
+    between iter() and the sampler's first next().
+    """
     generator, now = torch.Generator(), torch.get_rng_state()
     generator.set_state(epoch.start.cpu())
     for draws in range(8):  # so many loaders may have begun since the restoration

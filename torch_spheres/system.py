@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
@@ -32,8 +33,9 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         cores = os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
-        quota, period = file.read().split()  # "max 100000" has no quota: int() says ValueError
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        # "max 100000" means no quota: int() says ValueError.
         cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
 
@@ -216,6 +218,7 @@ class KissingSpheres:
         Raises:
             TypeError: `fn` is not callable, `items` not iterable, or an item for a `NativeFunction`
                 not an integer.
+            OverflowError: an item for a `NativeFunction` does not fit 64 bits.
             StoppedError: the spheres were stopped.
         """
         if isinstance(fn, NativeFunction):
@@ -224,7 +227,7 @@ class KissingSpheres:
             return self._core.submit_native(fn, numbers)
         objects = _python_items(items, fn)
         self._ensure_started("distribute_work()")
-        return self._core.submit(fn, objects, False)
+        return self._core.submit(fn, objects, collect=False)
 
     def map(self, fn: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """``[fn(item) for item in items]``, on the leaves: results in the order of the items.
@@ -239,7 +242,7 @@ class KissingSpheres:
         objects = _python_items(items, fn)
         self._ensure_started("map()")
         self._core.require_outside("map()")
-        work = self._core.submit(fn, objects, True)
+        work = self._core.submit(fn, objects, collect=True)
         try:
             work.wait(None)
         except BaseException:
@@ -360,7 +363,11 @@ def _native_items(items: Iterable[Any]) -> int | list[int]:
         return len(items)
     if not isinstance(items, Iterable):
         raise TypeError(f"items must be iterable, got {items!r} of type {type(items).__name__}")
-    return [_as_index("an item of a NativeFunction", item) for item in items]
+    values = [_as_index("an item of a NativeFunction", item) for item in items]
+    for extreme in (min(values, default=0), max(values, default=0)):
+        if not -(2**63) <= extreme < 2**63:
+            raise OverflowError(f"an item of a NativeFunction must fit 64 bits, got {extreme}")
+    return values
 
 
 # Threads that still run when the interpreter is torn down could not take the GIL any more.

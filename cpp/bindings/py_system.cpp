@@ -1,5 +1,7 @@
 #include "py_system.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <utility>
 #include <vector>

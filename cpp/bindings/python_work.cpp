@@ -26,7 +26,7 @@ constexpr std::uint64_t kSwitchNs = 5'000'000;
 py::object shown(const py::object& object) {
   try {
     py::object text = py::repr(object);
-    if (py::len(text) > 100) text = text[py::slice(0, 97, 1)] + py::str("...");
+    if (py::len(text) > 100) text = py::object(text[py::slice(0, 97, 1)]) + py::str("...");
     return text;
   } catch (const py::error_already_set&) {
     return py::str(std::string("<") + Py_TYPE(object.ptr())->tp_name +
@@ -98,7 +98,7 @@ void PythonWork::run(Claimer& claimer) {
       PyObject* result = PyObject_CallOneArg(fn_.ptr(), argument);
       if (result == nullptr) {
         record_error(item, claimer.sphere());
-        claimer.ran_of_chunk(i);
+        claimer.ran_of_chunk(i + 1);  // it did run
         throw std::runtime_error("a Python work item raised an exception");
       }
       if (results_.is_none()) {

@@ -1,0 +1,46 @@
+"""Every Python snippet of the README runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 4
+
+
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_snippet(index, tmp_path):
+    script = tmp_path / "snippet.py"
+    script.write_text(SNIPPETS[index])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_files_that_the_readme_names_exist():
+    names = re.findall(r"`((?:tests|examples|benchmarks|cpp|torch_spheres)/[\w./-]+)`", README)
+    assert names
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_existing_loop_example_runs():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "existing_loop.py")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bit for bit" in done.stdout

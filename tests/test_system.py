@@ -1,0 +1,443 @@
+"""KissingSpheres from Python: shape, work, stealing, errors, meetings, messages, statistics, life.
+
+Nothing here depends on how fast the machine is: items meet at events and barriers, and waits have
+limits that only a hang reaches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torch_spheres as ts
+from torch_spheres import KissingSpheres, NativeFunction, State, StoppedError, _core, usable_cores
+
+LIMIT = 60.0  # seconds, for waits that end at once unless something is broken
+TASKS = Path("/proc/self/task")
+
+
+def sphere_threads() -> list[str]:
+    """Names of the threads of this process that are spheres, as the kernel knows them."""
+    if not TASKS.exists():
+        pytest.skip("thread names are read from /proc, which this system does not have")
+    names = []
+    for task in TASKS.iterdir():
+        try:
+            names.append((task / "comm").read_text().strip())
+        except OSError:  # it has just ended
+            continue
+    return [name for name in names if name.startswith("sphere ")]
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def in_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Starts `call` in a thread; the result joins it and returns or raises what it did."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, call()))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def join() -> Any:
+        thread.join(LIMIT)
+        assert outcome, "the thread hangs"
+        good, value = outcome[0]
+        if not good:
+            raise value
+        return value
+
+    return join
+
+
+class Meeting:
+    """Items that go on only when `parties` of them run at once; knows the most that ever did."""
+
+    def __init__(self, parties: int) -> None:
+        self.parties, self.running, self.peak = parties, 0, 0
+        self.lock, self.met = threading.Lock(), threading.Event()
+
+    def __call__(self, item: object = None) -> None:
+        with self.lock:
+            self.running += 1
+            self.peak = max(self.peak, self.running)
+            if self.running >= self.parties:
+                self.met.set()
+        assert self.met.wait(LIMIT), f"only {self.peak} of {self.parties} ran at once"
+        time.sleep(0.001)  # one too many would be seen
+        with self.lock:
+            self.running -= 1
+
+
+def fail(item: object) -> None:
+    raise LookupError(item)
+
+
+# ---- shape ----
+
+
+@pytest.mark.parametrize(("levels", "total", "leaves"), [(1, 1, 1), (2, 13, 12), (3, 157, 144),
+                                                         (4, 1885, 1728)])  # fmt: skip
+def test_shape_one_named_thread_per_sphere(levels: int, total: int, leaves: int) -> None:
+    spheres = KissingSpheres(levels=levels)
+    assert (spheres.levels, spheres.total_spheres, spheres.leaves) == (levels, total, leaves)
+    assert spheres.spheres_per_level == (1, 12, 144, 1728)[:levels]
+    assert spheres.topology.total == total
+    path = spheres.topology.path(spheres.topology.leaf_of_item(1 + 12 * 2 + 144 * 3))
+    assert path == [1, 2, 3][: levels - 1]
+    assert f"{total} spheres" in repr(spheres) and "not started" in repr(spheres)
+    paths = [ts.Topology.path_string(sphere) for sphere in range(total)]
+    with spheres:
+        eventually(lambda: sorted(sphere_threads()) == sorted(f"sphere {path}" for path in paths))
+        ids = spheres.map(lambda _: _core.current_sphere(), range(2 * leaves))
+        assert {ts.Topology.level(sphere) for sphere in ids} == {levels - 1}
+        names = spheres.map(lambda _: threading.current_thread().name, range(50))
+        assert set(names) <= {f"sphere {path}" for path in paths}
+        assert "running" in repr(spheres)
+    assert sphere_threads() == [] and "stopped" in repr(spheres)
+
+
+# ---- work ----
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_every_item_runs_once_and_map_keeps_the_order(levels: int) -> None:
+    with KissingSpheres(levels=levels, concurrency=8) as spheres:
+        seen: list[int] = []
+        for count in (0, 1, 11, 12, 13, 1000):
+            seen.clear()
+            work = spheres.distribute_work((i for i in range(count)), seen.append)
+            assert work.items == count
+            spheres.wait(LIMIT)
+            assert work.done() and work.cancelled == 0 and sorted(seen) == list(range(count))
+            assert spheres.map(lambda x: x * x, iter(range(count))) == [x * x for x in range(count)]
+        spheres.wait()  # nothing left: at once
+
+
+def test_any_object_is_an_item_and_a_result() -> None:
+    things = [
+        None,
+        ValueError("only a value"),
+        torch.ones(3),
+        (),
+        {"a": 1},
+        KissingSpheres,
+        math.nan,
+    ]
+    with KissingSpheres() as spheres:
+        assert all(a is b for a, b in zip(spheres.map(lambda x: x, things), things, strict=True))
+        assert spheres.map(torch.sum, [torch.full((2,), float(i)) for i in range(30)]) == [
+            torch.tensor(2.0 * i) for i in range(30)
+        ]
+
+
+def test_many_python_threads_submit_at_once() -> None:
+    def submit(base: int) -> int:
+        total: list[int] = []
+        for batch in range(20):
+            work = spheres.distribute_work(range(base, base + 50), total.append)
+            if batch % 2:
+                work.wait(LIMIT)
+            assert spheres.map(abs, range(-7, 0)) == list(range(7, 0, -1))
+        spheres.wait(LIMIT)
+        assert len(total) == 20 * 50
+        return sum(total)
+
+    with KissingSpheres(levels=3, concurrency=4) as spheres:
+        joins = [in_thread(lambda base=1000 * i: submit(base)) for i in range(6)]
+        sums = [join() for join in joins]
+        assert sums == [20 * sum(range(1000 * i, 1000 * i + 50)) for i in range(6)]
+        assert spheres.stats().items_run == 6 * 20 * 57
+
+
+def test_more_batches_than_fit_make_the_submitter_wait() -> None:
+    gate, ran = threading.Event(), []
+    with KissingSpheres(concurrency=2) as spheres:
+        spheres.distribute_work([0], lambda _: gate.wait(LIMIT))
+        works: list[ts.Work] = []
+
+        def submit() -> None:
+            works.extend(spheres.distribute_work([i], lambda i: (gate.wait(LIMIT), ran.append(i)))
+                         for i in range(3 * _core.BATCHES_IN_FLIGHT))  # fmt: skip
+            spheres.wait(LIMIT)
+
+        join = in_thread(submit)
+        time.sleep(0.05)
+        gate.set()
+        join()
+    assert sorted(ran) == list(range(3 * _core.BATCHES_IN_FLIGHT)) and all(w.done() for w in works)
+
+
+def test_wait_also_waits_for_work_handed_out_by_items() -> None:
+    ran: list[int] = []
+
+    def grow(depth: int) -> None:
+        ran.append(depth)
+        if depth < 5:
+            spheres.distribute_work([depth + 1] * 2, grow)
+
+    with KissingSpheres(concurrency=3) as spheres:
+        spheres.distribute_work([0], grow)
+        spheres.wait(LIMIT)
+        assert sorted(ran) == [d for d in range(6) for _ in range(2**d)]
+
+
+def test_waiting_inside_an_item_is_refused_not_a_deadlock() -> None:
+    with KissingSpheres(concurrency=1) as spheres:
+        calls = [spheres.wait, spheres.stop, spheres.epoch, lambda: spheres.barrier(0),
+                 lambda: spheres.map(abs, [1]), lambda: spheres.distribute_work([1], abs).wait()]  # fmt: skip
+        for call in calls:
+            with pytest.raises(RuntimeError, match="from inside a work item"):
+                spheres.map(lambda _, call=call: call(), [0])
+        with pytest.raises(RuntimeError, match="batches are in flight"):
+            spheres.map(lambda _: [spheres.distribute_work([1], abs) for _ in range(100)], [0])
+        other = KissingSpheres(concurrency=1)  # waiting for others is allowed
+        assert spheres.map(lambda n: sum(other.map(abs, range(n))), [3, 4]) == [3, 6]
+
+
+def test_native_functions_run_without_python() -> None:
+    total = ctypes.c_int64(0)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+    def add(context: int, item: int) -> None:
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_int64))[0] += item
+
+    address = ctypes.cast(add, ctypes.c_void_p).value
+    function = NativeFunction(address, ctypes.addressof(total), owner=(add, total))
+    with KissingSpheres(concurrency=1) as spheres:  # ctypes' += is not atomic
+        spheres.distribute_work([5, -7, 2**40], function).wait(LIMIT)
+        spheres.distribute_work(range(100), function).wait(LIMIT)
+    assert total.value == 2**40 - 2 + 4950
+    assert function.address == address
+
+
+@pytest.mark.parametrize(
+    "items", [range(100_000), range(3, 5000, 7), list(range(5000)), [], iter([4, 4])]
+)
+def test_native_items_are_counted_and_summed(items: Any) -> None:
+    tally = _core.Tally()
+    expected = list(items) if not hasattr(items, "__next__") else [4, 4]
+    with KissingSpheres(levels=3, concurrency=8) as spheres:
+        spheres.distribute_work(items, tally.function())
+        spheres.wait(LIMIT)
+    assert (tally.count, tally.sum) == (len(expected), sum(expected))
+
+
+# ---- concurrency and stealing ----
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 5, 12])
+def test_exactly_the_allowed_number_of_items_run_at_once(concurrency: int) -> None:
+    meeting = Meeting(concurrency)
+    with KissingSpheres(levels=3, concurrency=concurrency) as spheres:
+        for _ in range(3):  # batches side by side count together
+            spheres.distribute_work(range(40), meeting)
+        spheres.wait(LIMIT)
+    assert meeting.peak == concurrency
+
+
+def test_concurrency_defaults_to_the_usable_cores_and_ends_at_the_leaves() -> None:
+    assert KissingSpheres(levels=4).concurrency == usable_cores()
+    assert KissingSpheres(levels=2, concurrency=10**6).concurrency == 12
+    assert KissingSpheres(levels=1).concurrency == 1
+
+
+def test_siblings_steal_the_items_of_a_slow_sphere() -> None:
+    # Leaf 0 has every twelfth item.  They go on only when twelve of them run at once: eleven of
+    # those must be in other hands.
+    slow, ran = Meeting(12), []
+
+    def run(item: int) -> None:
+        if item % 12 == 0 and not slow.met.is_set():
+            slow(item)
+        ran.append(item)
+
+    with KissingSpheres(concurrency=12) as spheres:
+        spheres.distribute_work(range(12 * 200), run)
+        spheres.wait(LIMIT)
+        stats = spheres.stats()
+    assert sorted(ran) == list(range(12 * 200))
+    assert stats[1].path == "0" and stats[1].items_given >= 11
+    assert stats.items_stolen >= 11 and sum(s.items_stolen > 0 for s in stats.spheres) >= 11
+    assert stats.items_stolen == stats.total(lambda s: s.items_given)
+
+
+# ---- waiting ----
+
+
+def test_wait_times_out_and_the_work_goes_on() -> None:
+    gate, ran = threading.Event(), []
+    with KissingSpheres() as spheres:
+        work = spheres.distribute_work(range(30), lambda i: (gate.wait(LIMIT), ran.append(i)))
+        for wait in (spheres.wait, work.wait):
+            for timeout in (0, 0.02, 0.1):
+                begin = time.monotonic()
+                with pytest.raises(TimeoutError, match="it goes on"):
+                    wait(timeout)
+                assert time.monotonic() - begin >= timeout
+        assert not work.done()
+        gate.set()
+        work.wait(math.inf)
+        spheres.wait(LIMIT)
+    assert sorted(ran) == list(range(30))
+
+
+# ---- errors ----
+
+
+def test_an_error_comes_back_as_the_same_object_with_its_traceback_and_a_note() -> None:
+    error = ValueError("no")
+
+    def work_function(item: int) -> None:
+        if item == 17:
+            raise error
+
+    with KissingSpheres() as spheres:
+        for call in (
+            lambda: spheres.map(work_function, range(30)),
+            lambda: spheres.distribute_work(range(30), work_function).wait(),
+            lambda: (spheres.distribute_work(range(30), work_function), spheres.wait()),
+        ):
+            error.__notes__ = []
+            with pytest.raises(ValueError, match="no") as caught:
+                call()
+            assert caught.value is error
+            frames = traceback.extract_tb(error.__traceback__)
+            assert frames[-1].name == "work_function" and frames[-1].line == "raise error"
+            assert len(error.__notes__) == 1
+            assert error.__notes__[0].startswith("raised by work item 17 (17) on sphere ")
+            assert spheres.map(abs, [-1]) == [1]
+        spheres.wait()  # each error was raised once; the end of the block raises none either
+
+
+def test_items_after_an_error_are_not_run() -> None:
+    ran: list[int] = []
+    with KissingSpheres(levels=1) as spheres:
+        work = spheres.distribute_work(range(1000), lambda i: fail(i) if i == 10 else ran.append(i))
+        with pytest.raises(LookupError):
+            spheres.wait(LIMIT)
+        assert ran == list(range(10)) and work.cancelled == 989 and work.done()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, StopIteration, GeneratorExit])
+def test_unusual_exceptions_come_back_too(kind: type[BaseException]) -> None:
+    def work_function(_: int) -> None:
+        raise kind
+
+    with KissingSpheres() as spheres:
+        with pytest.raises(kind):
+            spheres.map(work_function, range(20))
+        assert spheres.map(abs, [-1]) == [1]
+
+
+def test_leaves_that_fail_together_are_all_told() -> None:
+    meet = threading.Barrier(6, timeout=LIMIT)
+
+    class SlowRepr(Exception):
+        def __repr__(self) -> str:
+            time.sleep(0.01)  # hands the GIL to the next one that fails
+            return "SlowRepr()"
+
+    def work_function(_: int) -> None:
+        meet.wait()
+        raise SlowRepr
+
+    with KissingSpheres(concurrency=6) as spheres:
+        with pytest.raises(SlowRepr) as caught:
+            spheres.map(work_function, range(6))
+        notes = caught.value.__notes__
+        assert (
+            len(notes) == 6
+            and sum(note.startswith("also: SlowRepr() raised") for note in notes) == 5
+        )
+
+
+def test_an_error_in_map_leaves_other_batches_alone() -> None:
+    gate, ran = threading.Event(), []
+    with KissingSpheres(concurrency=4) as spheres:
+        spheres.distribute_work(range(3), lambda i: (gate.wait(LIMIT), ran.append(i)))
+        with pytest.raises(LookupError):
+            spheres.map(fail, range(5))
+        gate.set()
+        spheres.wait(LIMIT)
+    assert sorted(ran) == [0, 1, 2]
+
+
+# ---- meetings ----
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_a_barrier_waits_for_the_work_before_it(levels: int) -> None:
+    with KissingSpheres(levels=levels, concurrency=5) as spheres:
+        for epoch in range(1, 4):
+            ran: list[int] = []
+            for level in [*range(levels), levels - 1]:
+                spheres.distribute_work(range(100), ran.append)
+                spheres.barrier(level, LIMIT)
+            assert len(ran) == 100 * (levels + 1)
+            spheres.distribute_work(range(100), ran.append)
+            assert spheres.epoch(LIMIT) == epoch and len(ran) == 100 * (levels + 2)
+
+
+def blocked_barrier(
+    spheres: KissingSpheres, after: Callable[[], None]
+) -> tuple[threading.Event, Callable[[], Any]]:
+    """A barrier that one item holds up; returns the item's gate, and the barrier's join."""
+    gate = threading.Event()
+    spheres.distribute_work([0], lambda _: (gate.wait(LIMIT), after()))
+    join = in_thread(lambda: spheres.barrier(1))
+    eventually(lambda: any(s.state is State.WAITING for s in spheres.stats().level(1)))
+    return gate, join
+
+
+def test_a_barrier_times_out_and_is_met_later() -> None:
+    with KissingSpheres() as spheres:
+        gate, join = blocked_barrier(spheres, lambda: None)
+        for meet in (lambda: spheres.barrier(0, 0.05), lambda: spheres.epoch(0.05)):
+            with pytest.raises(TimeoutError, match="another barrier"):
+                meet()
+        gate.set()
+        join()
+        assert spheres.epoch(LIMIT) == 1
+
+
+def test_a_failing_item_opens_the_barrier_with_its_error() -> None:
+    with KissingSpheres() as spheres:
+        gate, join = blocked_barrier(spheres, lambda: fail("late"))
+        gate.set()
+        with pytest.raises(LookupError, match="late"):
+            join()
+        spheres.wait()  # told already
+        spheres.barrier(1, LIMIT)
+
+
+def test_stop_opens_the_barrier() -> None:
+    spheres = KissingSpheres()
+    gate, join = blocked_barrier(spheres, lambda: None)
+    with pytest.raises(TimeoutError, match="still running"):
+        spheres.stop(0)
+    with pytest.raises(StoppedError, match="barrier"):
+        join()
+    gate.set()
+    spheres.stop()
+    assert not spheres.running and spheres.start().epoch(LIMIT) == 1
+    spheres.stop()

@@ -1,0 +1,302 @@
+"""
+The C++ runtime of torch_spheres; use it through the package's Python classes.
+"""
+
+from __future__ import annotations
+import collections.abc
+import enum
+import typing
+
+__all__: list[str] = [
+    "BATCHES_IN_FLIGHT",
+    "DType",
+    "INBOX_CAPACITY",
+    "Isa",
+    "KISSING",
+    "MAX_LEVELS",
+    "NativeFunction",
+    "SphereStats",
+    "State",
+    "StoppedError",
+    "SumJob",
+    "System",
+    "Tally",
+    "Topology",
+    "Work",
+    "active_isa",
+    "available_isas",
+    "current_sphere",
+    "noop",
+    "read_range",
+    "set_isa",
+    "set_thread_hooks",
+    "transition_allowed",
+]
+
+class Topology:
+    """
+    The arithmetic of sphere ids; no threads.
+    """
+    @staticmethod
+    def child(
+        sphere: typing.SupportsInt | typing.SupportsIndex,
+        group: typing.SupportsInt | typing.SupportsIndex,
+    ) -> int: ...
+    @staticmethod
+    def count(level: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Spheres of a level: 1, 12, 144, 1728.
+        """
+    @staticmethod
+    def first(level: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Id of the first sphere of a level.
+        """
+    @staticmethod
+    def group(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        0 to 11; -1 for the root.
+        """
+    @staticmethod
+    def has_edge(
+        a: typing.SupportsInt | typing.SupportsIndex, b: typing.SupportsInt | typing.SupportsIndex
+    ) -> bool: ...
+    @staticmethod
+    def level(sphere: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @staticmethod
+    def offset(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        The smallest work item of the sphere's subtree.
+        """
+    @staticmethod
+    def parent(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        -1 for the root.
+        """
+    @staticmethod
+    def path(sphere: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    @staticmethod
+    def path_string(sphere: typing.SupportsInt | typing.SupportsIndex) -> str: ...
+    def __init__(self, levels: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def contains(self, sphere: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def is_leaf(self, sphere: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def leaf_of_item(self, item: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def leaves(self) -> int: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+class State(enum.Enum):
+    """
+    What a sphere's thread is doing.
+    """
+
+    ACCUMULATING = ...
+    IDLE = ...
+    PROCESSING = ...
+    READY = ...
+    TERMINATING = ...
+    WAITING = ...
+
+class SphereStats:
+    """
+    One sphere's figures at one moment.
+    """
+    @property
+    def id(self) -> int: ...
+    @property
+    def items_given(self) -> int: ...
+    @property
+    def items_run(self) -> int: ...
+    @property
+    def items_stolen(self) -> int: ...
+    @property
+    def messages_received(self) -> int: ...
+    @property
+    def messages_sent(self) -> int: ...
+    @property
+    def queue_high_water(self) -> int: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def state_ns(self) -> typing.Annotated[list[int], "FixedSize(6)"]:
+        """
+        Nanoseconds in each state, in the order of State.
+        """
+
+class NativeFunction:
+    """
+    A C function `void f(void *context, int64_t item)` by its address, as from ctypes or Numba. Spheres call it without the GIL.
+    """
+    def __init__(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        context: typing.SupportsInt | typing.SupportsIndex = 0,
+        owner: typing.Any = None,
+    ) -> None: ...
+    @property
+    def address(self) -> int: ...
+
+class Tally:
+    """
+    Counts and sums native items: for tests and benchmarks.
+    """
+    def __init__(self) -> None: ...
+    def function(self) -> NativeFunction: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def sum(self) -> int: ...
+
+class Work:
+    """
+    What distribute_work() returns: one batch under way.
+    """
+    def done(self) -> bool:
+        """
+        Whether all items have been run, or will never be.
+        """
+    def wait(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None:
+        """
+        Waits until the batch is finished. Raises what its first failed item raised, TimeoutError after `timeout` seconds (the work goes on), or StoppedError if items were not run because the spheres were stopped.
+        """
+    @property
+    def cancelled(self) -> int:
+        """
+        Items that will never run, because of an error or of stop().
+        """
+    @property
+    def items(self) -> int: ...
+    @property
+    def results(self) -> typing.Any: ...
+
+class StoppedError(RuntimeError):
+    pass
+
+class System:
+    """
+    The running hierarchy; see KissingSpheres.
+    """
+    def __init__(
+        self,
+        levels: typing.SupportsInt | typing.SupportsIndex,
+        concurrency: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def barrier(
+        self,
+        level: typing.SupportsInt | typing.SupportsIndex,
+        timeout: typing.SupportsFloat | typing.SupportsIndex | None = None,
+    ) -> bool: ...
+    def cancel(self, work: Work) -> None: ...
+    def epoch(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> int: ...
+    def forked(self) -> bool: ...
+    def gradient_ready(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def gradients_complete(self) -> None: ...
+    def on_own_thread(self) -> bool: ...
+    def receive(
+        self,
+        sphere: typing.SupportsInt | typing.SupportsIndex,
+        timeout: typing.SupportsFloat | typing.SupportsIndex | None = None,
+    ) -> typing.Any: ...
+    def require_outside(self, what: str) -> None: ...
+    def require_running(self, what: str) -> None: ...
+    def running(self) -> bool: ...
+    def send(
+        self,
+        source: typing.SupportsInt | typing.SupportsIndex,
+        target: typing.SupportsInt | typing.SupportsIndex,
+        value: typing.Any,
+    ) -> None: ...
+    def start(self) -> None: ...
+    def stats(self) -> list[SphereStats]: ...
+    def stop(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> int: ...
+    def submit(self, fn: typing.Any, items: tuple[typing.Any, ...], collect: bool) -> Work: ...
+    def submit_native(self, fn: NativeFunction, items: typing.Any) -> Work: ...
+    def wait(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None: ...
+    @property
+    def concurrency(self) -> int: ...
+    @property
+    def starts(self) -> int: ...
+
+class DType(enum.Enum):
+    """
+    Element types that the C++ sums know.
+    """
+
+    bfloat16 = ...
+    float16 = ...
+    float32 = ...
+    float64 = ...
+
+class Isa(enum.Enum):
+    """
+    Instruction sets that the sums can use.
+    """
+
+    avx2 = ...
+    avx512 = ...
+    baseline = ...
+
+class SumJob:
+    """
+    Tree sums of buffers given by address; see tree_sum().
+    """
+    def __init__(self, depth: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def add(
+        self,
+        dtype: DType,
+        out: typing.SupportsInt | typing.SupportsIndex,
+        shards: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        numel: typing.SupportsInt | typing.SupportsIndex,
+        scale: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        accumulate: bool = False,
+    ) -> None: ...
+    def run(self, system: System | None = None) -> None:
+        """
+        Runs the sums: on the spheres if there are any and the sums are large.
+        """
+
+def active_isa() -> Isa: ...
+def available_isas() -> list[Isa]: ...
+def current_sphere() -> int:
+    """
+    The id of the sphere whose thread is calling, or -1.
+    """
+
+def noop() -> NativeFunction:
+    """
+    A native function that does nothing: for benchmarks.
+    """
+
+def read_range(
+    data: typing.SupportsInt | typing.SupportsIndex,
+    numel: typing.SupportsInt | typing.SupportsIndex,
+) -> float:
+    """
+    Reads float32 memory: the benchmark's bandwidth ceiling.
+    """
+
+def set_isa(isa: Isa) -> None:
+    """
+    For tests: every ISA gives the same bits.
+    """
+
+def set_thread_hooks(
+    enter: collections.abc.Callable[..., typing.Any],
+    leave: collections.abc.Callable[..., typing.Any],
+) -> None:
+    """
+    Called on a sphere's thread before its first and after its last Python call.
+    """
+
+def transition_allowed(source: State, target: State) -> bool:
+    """
+    Whether the one table of state transitions has this one.
+    """
+
+BATCHES_IN_FLIGHT: int = 64
+INBOX_CAPACITY: int = 128
+KISSING: int = 12
+MAX_LEVELS: int = 4
