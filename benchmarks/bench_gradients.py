@@ -149,8 +149,9 @@ def large(spheres: KissingSpheres, buffers: Buffers, layout: str, rounds: int) -
     ours = "tree_sum"
     with ThreadPoolExecutor(threads) as executor:
         readers = {
-            "read, a part of each buffer": partial(read_parts, executor, shards, threads),
-            "read, whole buffers": partial(read_whole, executor, shards),
+            "read, a share for each thread": partial(read_shares, executor, shards, threads),
+            "read, whole buffers in turn": partial(read_pieces, executor, shards, 1),
+            "read, quarters in turn": partial(read_pieces, executor, shards, 4),
         }
         calls: dict[str, Callable[[], object]] = {
             ours: lambda: ts.tree_sum(shards, out=buffers.out, spheres=spheres),
@@ -178,7 +179,7 @@ def large(spheres: KissingSpheres, buffers: Buffers, layout: str, rounds: int) -
     targets = {name: 3.0 for name in peers if name.startswith("eleven")}
     compare(times, peers, ours, targets, notes)
 
-    bandwidth = Section(f"{title}: bandwidth", "bandwidth of tree_sum / that of the faster read")
+    bandwidth = Section(f"{title}: bandwidth", "bandwidth of tree_sum / that of the fastest read")
     bandwidth.samples = {name: list(samples[name]) for name in readers}
     read = best_of(samples, list(readers))
     bytes_read = len(shards) * buffers.nbytes
@@ -206,18 +207,29 @@ def rows_of(shards: Sequence[Tensor], otherwise: Tensor) -> Tensor:
     return first.as_strided((len(shards), first.numel()), (stride, 1))
 
 
-def read_parts(executor: ThreadPoolExecutor, shards: Sequence[Tensor], threads: int) -> None:
+def read_shares(executor: ThreadPoolExecutor, shards: Sequence[Tensor], threads: int) -> None:
+    """Each thread reads its part of every buffer."""
+
     def read(thread: int) -> None:
         for shard in shards:
-            numel = shard.numel()
-            begin, end = (numel * t // threads for t in (thread, thread + 1))
-            _core.read_range(shard.data_ptr() + 4 * begin, end - begin)
+            read_part(shard, thread, threads)
 
     list(executor.map(read, range(threads)))
 
 
-def read_whole(executor: ThreadPoolExecutor, shards: Sequence[Tensor]) -> None:
-    list(executor.map(lambda shard: _core.read_range(shard.data_ptr(), shard.numel()), shards))
+def read_pieces(executor: ThreadPoolExecutor, shards: Sequence[Tensor], pieces: int) -> None:
+    """Whoever is free reads the next piece of a buffer."""
+    list(
+        executor.map(
+            lambda i: read_part(shards[i // pieces], i % pieces, pieces),
+            range(len(shards) * pieces),
+        )
+    )
+
+
+def read_part(shard: Tensor, part: int, parts: int) -> None:
+    begin, end = (shard.numel() * i // parts for i in (part, part + 1))
+    _core.read_range(shard.data_ptr() + 4 * begin, end - begin)
 
 
 def gigabytes(moved: int, seconds: Sequence[float]) -> str:

@@ -144,9 +144,10 @@ const Kernels& kernels() {
 
 std::size_t count_shards(int depth) { return static_cast<std::size_t>(Topology::count(depth)); }
 
-/// Bytes of one child's sums that an inner node holds at a time.  Twelve such blocks on each of two
-/// levels stay in a 32 KiB L1 cache, beside what streams through, and on a small stack.
-inline constexpr std::size_t kBlockBytes = 1024;
+/// Bytes of one child's sums that an inner node holds at a time: 48 KiB of stack for all levels
+/// together.  A run shorter than a page costs bandwidth, as the CPU's prefetcher starts afresh with
+/// every run; that these blocks then live in the L2 cache costs less.
+constexpr std::size_t block_bytes(int depth) { return depth <= 2 ? 4096 : 2048; }
 
 /// The elements of a segment that are being summed.
 struct Part {
@@ -165,6 +166,7 @@ struct Subtree {
   Subtree child(std::size_t c) const { return {first + stride * c, stride * kKissing, depth - 1}; }
 };
 
+template <std::size_t kBlockBytes>
 bool sum_inner(const Part& part, const Subtree& subtree, Kernel kernel, Node& node);
 
 /// Finds the children of a node of leaves.  Whether there are any.
@@ -181,26 +183,45 @@ bool find_leaves(const Part& part, const Subtree& subtree, Node& node) {
 }
 
 /// Sums a node below the root.  False, and nothing written, if it is absent.
+template <std::size_t kBlockBytes>
 bool sum_to_sums(const Part& part, const Subtree& subtree, Node& node) {
   const auto dtype = static_cast<std::size_t>(part.segment.dtype);
-  if (subtree.depth > 1) return sum_inner(part, subtree, part.kernels.sums_to_sums[dtype], node);
+  if (subtree.depth > 1) {
+    return sum_inner<kBlockBytes>(part, subtree, part.kernels.sums_to_sums[dtype], node);
+  }
   const bool any = find_leaves(part, subtree, node);
   if (any) part.kernels.leaves_to_sums[dtype](node);
   return any;
 }
 
 /// Sums a node of inner nodes: its children into blocks on the stack, then those with `kernel`.
+template <std::size_t kBlockBytes>
 bool sum_inner(const Part& part, const Subtree& subtree, Kernel kernel, Node& node) {
   alignas(64) unsigned char sums[kKissing][kBlockBytes];
   bool any = false;
   for (std::size_t c = 0; c < kKissing; ++c) {
     Node child{.children = {}, .out = sums[c], .n = part.n};
-    const bool present = sum_to_sums(part, subtree.child(c), child);
+    const bool present = sum_to_sums<kBlockBytes>(part, subtree.child(c), child);
     node.children[c] = present ? sums[c] : nullptr;
     any |= present;
   }
   if (any) kernel(node);
   return any;
+}
+
+/// Sums a range block by block, up all of more than one level.
+template <int kDepth>
+void sum_blocks(const SumSegment& segment, std::size_t begin, std::size_t end, Node& node) {
+  constexpr std::size_t kBlockBytes = block_bytes(kDepth);
+  const std::size_t sum_size = segment.dtype == DType::float64 ? sizeof(double) : sizeof(float);
+  Part part{segment, kernels(), begin, 0};
+  for (; part.begin < end; part.begin += part.n) {
+    part.n = std::min(end - part.begin, kBlockBytes / sum_size);
+    node.n = part.n;
+    node.out = static_cast<char*>(segment.out) + part.begin * element_size(segment.dtype);
+    const Kernel kernel = part.kernels.sums_to_out[static_cast<std::size_t>(segment.dtype)];
+    sum_inner<kBlockBytes>(part, {0, 1, kDepth}, kernel, node);
+  }
 }
 
 /// From this size on, an output of many megabytes that is written past the cache costs less memory
@@ -252,6 +273,7 @@ bool any_present(const SumSegment& segment, int depth) {
 
 void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::size_t end) {
   assert(depth >= 0 && depth <= kMaxSumDepth && begin <= end && end <= segment.numel);
+  assert(reinterpret_cast<std::uintptr_t>(segment.out) % element_size(segment.dtype) == 0);
   bool any = false;
   const void* only = only_shard(segment, depth, any);
   if (!any || begin == end) return;
@@ -264,26 +286,17 @@ void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::siz
     return;
   }
 
-  Part part{segment, kernels(), begin, end - begin};
-  const Subtree root{0, 1, depth};
   const auto dtype = static_cast<std::size_t>(segment.dtype);
-  Node node{{}, out, part.n, segment.scale, choose_store(segment, depth)};
-  if (depth <= 1) {
-    find_leaves(part, root, node);
-    part.kernels.leaves_to_out[dtype](node);
+  Node node{{}, out, end - begin, segment.scale, choose_store(segment, depth)};
+  if (depth == 2) return sum_blocks<2>(segment, begin, end, node);
+  if (depth == 3) return sum_blocks<3>(segment, begin, end, node);
+  const Part part{segment, kernels(), begin, end - begin};
+  find_leaves(part, {0, 1, depth}, node);
+  part.kernels.leaves_to_out[dtype](node);
 #if defined(__x86_64__)
-    // Streamed stores are weakly ordered; whoever is told that the sum is ready must see them.
-    if (node.store == Store::stream) _mm_sfence();
+  // Streamed stores are weakly ordered; whoever is told that the sum is ready must see them.
+  if (node.store == Store::stream) _mm_sfence();
 #endif
-    return;
-  }
-  const std::size_t sum_size = segment.dtype == DType::float64 ? sizeof(double) : sizeof(float);
-  for (; part.begin < end; part.begin += part.n) {
-    part.n = std::min(end - part.begin, kBlockBytes / sum_size);
-    node.n = part.n;
-    node.out = static_cast<char*>(segment.out) + part.begin * element;
-    sum_inner(part, root, part.kernels.sums_to_out[dtype], node);
-  }
 }
 
 const char* isa_name(Isa isa) {
@@ -314,7 +327,9 @@ Isa active_isa() { return current_isa(); }
 void set_isa(Isa isa) {
   if (!available(isa)) {
     std::string names;
-    for (const Isa one : available_isas()) names += std::string(names.empty() ? "" : ", ") + isa_name(one);
+    for (const Isa one : available_isas()) {
+      names += (names.empty() ? "" : ", ") + std::string(isa_name(one));
+    }
     throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa) +
                                 "; it has " + names);
   }

@@ -10,11 +10,10 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <memory>
 #include <vector>
 
 #include "gradient_sum.h"
-#include "work_queue.h"
+#include "claimer.h"
 
 namespace torch_spheres {
 
@@ -22,13 +21,13 @@ class SumJob {
  public:
   explicit SumJob(int depth) : depth_(depth), leaves_(std::size_t(Topology::count(depth))) {}
 
+  int depth() const { return depth_; }
   std::size_t leaves() const { return leaves_; }
 
-  /// `shards` holds leaves() pointers, null for absent ones.
+  /// `shards` holds leaves() pointers, null for absent ones; segment.shards is ignored.
   void add(const SumSegment& segment, const std::vector<const void*>& shards) {
-    shards_.push_back(std::make_unique<std::vector<const void*>>(shards));
+    shards_.insert(shards_.end(), shards.begin(), shards.end());
     segments_.push_back(segment);
-    segments_.back().shards = shards_.back()->data();
     const std::size_t index = segments_.size() - 1;
     bytes_ += segment.numel * element_size(segment.dtype) * leaves_;
     for (std::size_t begin = 0; begin < segment.numel;) {
@@ -51,11 +50,13 @@ class SumJob {
     const auto i = static_cast<std::size_t>(item);
     const std::size_t last = i + 1 < items_.size() ? items_[i + 1] : pieces_.size();
     for (std::size_t p = items_[i]; p < last; ++p) {
-      sum_range(segments_[pieces_[p].segment], depth_, pieces_[p].begin, pieces_[p].end);
+      sum_range(segment(pieces_[p].segment), depth_, pieces_[p].begin, pieces_[p].end);
     }
   }
   void run_here() const {
-    for (const SumSegment& segment : segments_) sum_range(segment, depth_, 0, segment.numel);
+    for (std::size_t i = 0; i < segments_.size(); ++i) {
+      sum_range(segment(i), depth_, 0, segments_[i].numel);
+    }
   }
 
  private:
@@ -64,10 +65,17 @@ class SumJob {
   struct Piece {
     std::size_t segment, begin, end;
   };
+  /// With its pointers, which move while segments are added.
+  SumSegment segment(std::size_t index) const {
+    SumSegment whole = segments_[index];
+    whole.shards = shards_.data() + index * leaves_;
+    return whole;
+  }
+
   const int depth_;
   const std::size_t leaves_;
   std::vector<SumSegment> segments_;
-  std::vector<std::unique_ptr<std::vector<const void*>>> shards_;
+  std::vector<const void*> shards_;  // leaves_ for each segment
   std::vector<Piece> pieces_;
   std::vector<std::size_t> items_;  // first piece of each item
   std::size_t filled_ = 0;          // elements in the last item

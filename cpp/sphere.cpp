@@ -10,6 +10,7 @@
 #include <cxxabi.h>
 #endif
 
+#include "claimer.h"
 #include "system.h"
 
 namespace torch_spheres {

@@ -614,6 +614,27 @@ def test_set_epoch_is_forwarded_and_restored() -> None:
         batches.set_epoch(1.5)  # type: ignore[arg-type]
 
 
+def test_a_state_saved_between_loading_and_beginning() -> None:
+    state = SphereBatchSampler(RandomSampler(range(10)), 2).state_dict()
+    batches = SphereBatchSampler(RandomSampler(range(10)), 2)
+    batches.load_state_dict(state)
+    batches.set_epoch(3)
+    assert batches.state_dict()["epoch"] == 3
+    torch.manual_seed(8)  # not what the loaded state draws from
+    next(iter(batches))
+    assert batches.state_dict()["epoch"] == 3
+    assert torch.equal(batches.state_dict()["start"], state["start"])
+
+    sampler = RandomSampler(range(10), generator=given_generator())
+    batches = SphereBatchSampler(sampler, 2)
+    batches.load_state_dict(batches.state_dict())
+    torch.rand(1, generator=sampler.generator)  # as a DataLoader that shares it does
+    state = batches.state_dict()
+    expected = list(batches)
+    batches.load_state_dict(state)
+    assert list(batches) == expected
+
+
 def test_states_that_do_not_fit() -> None:
     state = SphereBatchSampler(range(10), 2).state_dict()
     with pytest.raises(

@@ -115,6 +115,21 @@ def test_layouts():
     assert_same_bits(ts.tree_sum(expanded), tree(expanded).contiguous())
 
 
+def test_pending_negation_is_not_forgotten():
+    negated = torch.complex(torch.ones(3), torch.ones(3)).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(ts.tree_sum([negated] * 12), torch.full((3,), -12.0))
+    out = torch.zeros(3)
+    assert torch.equal(ts.tree_sum([negated, *[None] * 11], out=out), -torch.ones(3))
+
+
+def test_tensors_that_require_grad_are_summed_as_values():
+    weight = torch.nn.Parameter(torch.ones(3))
+    total = ts.tree_sum([weight] * 12)
+    assert not total.requires_grad
+    assert torch.equal(total, torch.full((3,), 12.0))
+
+
 def test_sparse_goes_through_torch():
     shards = [torch.eye(4).mul(0.1 * (k + 1)).to_sparse() for k in range(12)]
     total = ts.tree_sum(shards)

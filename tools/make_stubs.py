@@ -15,6 +15,7 @@ CORRECTIONS = [
     (r"^    @classmethod\n    def __new__\(cls, value\):\s*\.\.\.\n", ""),
     (r"(\w+): (\w+) = None", r"\1: \2 | None = None"),
     (r"\btuple\b(?!\[)", "tuple[typing.Any, ...]"),
+    (r"\bSequence\b(?!\[)", "Sequence[typing.Any]"),
     (r"\bCallable\b(?!\[)", "Callable[..., typing.Any]"),
 ]
 TARGET = Path(__file__).parent.parent / "torch_spheres" / "_core.pyi"

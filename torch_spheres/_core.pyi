@@ -244,19 +244,16 @@ class SumJob:
     Tree sums of buffers given by address; see tree_sum().
     """
     def __init__(self, depth: typing.SupportsInt | typing.SupportsIndex) -> None: ...
-    def add(
-        self,
-        dtype: DType,
-        out: typing.SupportsInt | typing.SupportsIndex,
-        shards: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-        numel: typing.SupportsInt | typing.SupportsIndex,
-        scale: typing.SupportsFloat | typing.SupportsIndex = 1.0,
-        accumulate: bool = False,
-    ) -> None: ...
     def run(self, system: System | None = None) -> None:
         """
         Runs the sums: on the spheres if there are any and the sums are large.
         """
+    def try_add(self, shards: collections.abc.Sequence[typing.Any], out: typing.Any) -> bool:
+        """
+        Adds the sum of tensors (None: absent) into a tensor. False, with nothing added, unless all are contiguous CPU tensors of one known type and shape, and overlap only as a whole.
+        """
+    @property
+    def depth(self) -> int: ...
 
 def active_isa() -> Isa: ...
 def available_isas() -> list[Isa]: ...

@@ -21,7 +21,7 @@ T = TypeVar("T")
 GROUPS = 12  # symmetry groups: the children of a sphere, the virtual ranks of a batch
 
 
-class Spheres(Protocol):
+class _Spheres(Protocol):  # what the sampler needs of a KissingSpheres
     @property
     def leaves(self) -> int: ...
     def map(self, fn: Callable[[list[int]], Any], items: list[list[int]], /) -> list[Any]: ...
@@ -62,7 +62,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         sampler: Sampler[int] | Iterable[int],
         batch_size: int,
         drop_last: bool = False,
-        spheres: Spheres | None = None,
+        spheres: _Spheres | None = None,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -143,9 +143,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         return self.spheres, items, lambda rows: fn(rows) if rows else None
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The batches. Nothing is drawn before the first ``next()``. Several iterators may be
-        alive, each yielding on its own; :meth:`state_dict` is of the one that began last.
-        """
+        """Iterators yield independently, and draw nothing before their first ``next()``."""
         if self._pending is not None and self._rng_at_iter is None:
             self._rng_at_iter = torch.get_rng_state()
         return self._batches()
@@ -178,7 +176,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the newest iterator is, in plain values and tensors (``weights_only`` loads it).
+        """Where the iterator that began last is: plain values, tensors (for ``weights_only``).
 
         ``position`` counts *global batches handed out*: a DataLoader with workers prefetches, and
         is ahead of the loop. Between epochs (none begun, or all of it handed out and the iterator
@@ -248,9 +246,7 @@ class SphereBatchSampler(Sampler[list[int]]):
 
 
 @dataclass
-class _Epoch:
-    """One pass over the sampler: what is saved of it."""
-
+class _Epoch:  # what is saved of one pass over the sampler
     epoch: int | None
     kind: str  # what the sampler draws from, see _source
     start: Any  # its state before the first draw

@@ -23,12 +23,7 @@ from torch_spheres.system import KissingSpheres
 __all__ = ["tree_sum", "tree_sums"]
 
 _KISSING = _core.KISSING
-_DTYPES = {
-    torch.float32: _core.DType.float32,
-    torch.float64: _core.DType.float64,
-    torch.bfloat16: _core.DType.bfloat16,
-    torch.float16: _core.DType.float16,
-}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -54,7 +49,6 @@ def tree_sum(
     return tree_sums([shards], outs=[out], spheres=spheres)[0]
 
 
-@torch.no_grad()
 def tree_sums(
     tensors: Sequence[Sequence[Tensor | None]],
     *,
@@ -64,43 +58,59 @@ def tree_sums(
     """`tree_sum` for many tensors at once, in one pass over the spheres."""
     results: list[Tensor | None] = []
     jobs: dict[int, _core.SumJob] = {}
-    keep: list[Tensor] = []  # buffers that the jobs point into
     copies: list[tuple[Tensor, Tensor]] = []
+    keep: list[object] = []  # buffers that the jobs point into
     for i, shards in enumerate(tensors):
         out = outs[i] if outs is not None else None
-        depth = _depth(len(shards))
-        first = _check(shards, out)
+        job = jobs.get(len(shards))
+        if job is None:
+            job = jobs[len(shards)] = _core.SumJob(_depth(len(shards)))
+        first = next((t for t in shards if t is not None), None)
         if first is None:
             results.append(None)
             continue
-        dtype = _DTYPES.get(first.dtype)
-        if dtype is None or first.device.type != "cpu" or first.layout is not torch.strided:
-            total = _sum_in_torch(shards, depth)
-            results.append(total if out is None else out.copy_(total))
-            continue
-        buffers = [
-            None if t is None else t if t.is_contiguous() else t.contiguous() for t in shards
-        ]
-        if out is not None and out.is_contiguous() and not _overlaps(out, buffers):
-            total = out
-        else:
-            total = torch.empty_like(first, memory_format=torch.contiguous_format)
-            if out is not None:
-                copies.append((out, total))
-        keep += [t for t in buffers if t is not None]
-        job = jobs.get(depth)
-        if job is None:
-            job = jobs[depth] = _core.SumJob(depth)
-        addresses = [0 if t is None else t.data_ptr() for t in buffers]
-        job.add(dtype, total.data_ptr(), addresses, total.numel())
-        results.append(total if out is None else out)
+        # The usual case needs no look at the tensors from here.
+        total = _new_like(first) if out is None else out
+        if total is None or not job.try_add(shards, total):
+            total = _add_with_care(job, shards, first, out, copies, keep)
+        results.append(total)
     core = spheres._core if spheres is not None else None
     for job in jobs.values():
         job.run(core)
-    for out, total in copies:
-        out.copy_(total)
-    del keep
+    for target, total in copies:
+        target.copy_(total)
     return results
+
+
+def _new_like(first: Tensor) -> Tensor | None:
+    if first.layout is not torch.strided or first.dtype not in _DTYPES or not first.is_cpu:
+        return None
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def _add_with_care(
+    job: _core.SumJob,
+    shards: Sequence[Tensor | None],
+    first: Tensor,
+    out: Tensor | None,
+    copies: list[tuple[Tensor, Tensor]],
+    keep: list[object],
+) -> Tensor:
+    """Anything that `try_add` did not take: errors, other layouts, overlaps, types and devices."""
+    _check(shards, first, out)
+    total = _new_like(first)
+    if total is None:
+        total = _sum_in_torch(shards, job.depth)
+        return total if out is None else out.copy_(total)
+    plain = [None if t is None else t.resolve_neg().contiguous().clone() for t in shards]
+    if not job.try_add(plain, total):  # torch without the interface that try_add reads
+        total.copy_(_sum_in_torch(shards, job.depth))
+    keep.append(plain)
+    if out is None:
+        return total
+    copies.append((out, total))
+    return out
 
 
 def _depth(shards: int) -> int:
@@ -110,31 +120,23 @@ def _depth(shards: int) -> int:
     raise ValueError(f"the tree has 1, 12, 144 or 1728 shards, got {shards}")
 
 
-def _check(shards: Sequence[Tensor | None], out: Tensor | None) -> Tensor | None:
-    first = next((t for t in shards if t is not None), None)
-    if first is None:
-        return None
-    shape, dtype, device, layout = first.shape, first.dtype, first.device, first.layout
+def _check(shards: Sequence[Tensor | None], first: Tensor, out: Tensor | None) -> None:
     for k, t in enumerate((*shards, out)):
-        if t is None or t is first:
+        if t is None:
             continue
-        if t.shape != shape or t.dtype != dtype or t.device != device or t.layout != layout:
-            name = "out" if k == len(shards) else f"shard {k}"
+        name = "out" if k == len(shards) else f"shard {k}"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {t!r}")
+        if (t.shape, t.dtype, t.device, t.layout) != (
+            first.shape,
+            first.dtype,
+            first.device,
+            first.layout,
+        ):
             raise ValueError(
                 f"{name} is {t.dtype} {tuple(t.shape)} {t.layout} on {t.device}, but the first "
-                f"shard is {dtype} {tuple(shape)} {layout} on {device}"
+                f"shard is {first.dtype} {tuple(first.shape)} {first.layout} on {first.device}"
             )
-    return first
-
-
-def _overlaps(out: Tensor, buffers: Sequence[Tensor | None]) -> bool:
-    """Whether `out` shares memory with a shard other than as exactly the same elements."""
-    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
-    return any(
-        t is not None and t.data_ptr() != begin and t.data_ptr() < end
-        and begin < t.data_ptr() + t.nbytes
-        for t in buffers
-    )  # fmt: skip
 
 
 def _sum_in_torch(shards: Sequence[Tensor | None], depth: int) -> Tensor:

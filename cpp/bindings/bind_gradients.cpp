@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "gradient_work.h"
 #include "py_system.h"
+#include "tensor_view.h"
 
 namespace torch_spheres::bindings {
 
@@ -12,6 +13,29 @@ namespace {
 
 /// Below this a hand-over to other threads costs more than it saves.
 constexpr std::size_t kWorthSharing = 4u << 20;
+
+bool try_add(SumJob& job, py::sequence shards, py::handle out) {
+  TensorView target;
+  if (shards.size() != job.leaves() || !view_tensor(out, target)) return false;
+  std::vector<const void*> pointers(job.leaves());
+  for (std::size_t k = 0; k < pointers.size(); ++k) {
+    const py::object shard = shards[k];
+    if (shard.is_none()) continue;
+    TensorView view;
+    if (!view_tensor(shard, view) || !view.same_form(target)) return false;
+    const bool apart = view.data + view.bytes() <= target.data ||
+                       target.data + target.bytes() <= view.data;
+    if (view.data != target.data && !apart) return false;
+    // Torch gives empty tensors no memory; null would say absent, which is as good.
+    pointers[k] = view.data;
+  }
+  SumSegment segment{};
+  segment.dtype = target.dtype;
+  segment.out = target.data;
+  segment.numel = target.numel;
+  job.add(segment, pointers);
+  return true;
+}
 
 void run_job(const SumJob& job, PySystem* system) {
   if (system == nullptr || !system->running() || system->core().on_own_thread() ||
@@ -67,29 +91,10 @@ void bind_gradients(py::module_& module) {
              return std::make_unique<SumJob>(depth);
            }),
            py::arg("depth"))
-      .def(
-          "add",
-          [](SumJob& self, DType dtype, std::uintptr_t out,
-             const std::vector<std::uintptr_t>& shards, std::size_t numel, double scale,
-             bool accumulate) {
-            if (shards.size() != self.leaves()) {
-              throw std::invalid_argument("expected " + std::to_string(self.leaves()) +
-                                          " shards, got " + std::to_string(shards.size()));
-            }
-            std::vector<const void*> pointers(shards.size());
-            for (std::size_t i = 0; i < shards.size(); ++i) {
-              pointers[i] = reinterpret_cast<const void*>(shards[i]);
-            }
-            SumSegment segment{};
-            segment.dtype = dtype;
-            segment.out = reinterpret_cast<void*>(out);
-            segment.numel = numel;
-            segment.scale = scale;
-            segment.accumulate = accumulate;
-            self.add(segment, pointers);
-          },
-          py::arg("dtype"), py::arg("out"), py::arg("shards"), py::arg("numel"),
-          py::arg("scale") = 1.0, py::arg("accumulate") = false)
+      .def_property_readonly("depth", &SumJob::depth)
+      .def("try_add", &try_add, py::arg("shards"), py::arg("out"),
+           "Adds the sum of tensors (None: absent) into a tensor. False, with nothing added, unless "
+           "all are contiguous CPU tensors of one known type and shape, and overlap only as a whole.")
       .def("run", &run_job, py::arg("system") = py::none(),
            "Runs the sums: on the spheres if there are any and the sums are large.");
 }

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "work_queue.h"
+#include "claimer.h"
 
 namespace torch_spheres::bindings {
 

@@ -1,0 +1,175 @@
+// How a sphere takes chunks of items out of a batch that it visits: its own first, then its
+// siblings'.
+//
+//     void MyWork::run(Claimer& claimer) {
+//       Chunk chunk;
+//       while (claimer.next(chunk)) {
+//         for (std::int64_t i = 0; i < chunk.count; ++i) use(chunk.first + i * chunk.stride);
+//       }
+//     }
+//
+// Owner: all of it; a Claimer lives on one sphere's stack for one visit.
+// Ordering: fetch_add on a cursor is relaxed; it only has to hand each position to one thread.  What
+// the batch holds was seen on entering the slot, and what the items did is published on leaving it
+// (work_queue.h).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <utility>
+
+#include "work_queue.h"
+
+namespace torch_spheres {
+
+/// A sphere's hand in one batch that it visits.   Owner: all of it.
+class Claimer {
+ public:
+  Claimer(WorkRing& ring, Slot& slot, SphereId sphere, std::int32_t leaf, const Siblings& siblings,
+          WorkCounters* const* counters)
+      : ring_(ring),
+        slot_(slot),
+        sphere_(sphere),
+        leaf_(leaf),
+        siblings_(siblings),
+        counters_(counters),
+        max_chunk_(slot.batch->work()->max_chunk()),
+        // Odd leaves go down the row of siblings and even ones up, so that two thieves who started
+        // side by side do not follow each other from cursor to cursor.
+        direction_((leaf - siblings.base) / siblings.step % 2 == 0 ? 1 : siblings.count - 1) {}
+
+  SphereId sphere() const { return sphere_; }
+  /// The item about to run, for the error message should it throw.
+  void at(std::int64_t item) { item_ = item; }
+  /// Items of the current chunk that were run, when it is left by an exception.
+  void ran_of_chunk(std::int64_t count) { ran_ = count; }
+
+  /// Accounts for the previous chunk as finished and takes the next: own items first, then those
+  /// of the siblings.  False: nothing is left to take here.
+  bool next(Chunk& chunk) {
+    finish_chunk(chunk_count_);
+    adapt();
+    for (std::int32_t i = 0; i < siblings_.count; ++i) {
+      if (take_from(victim_, chunk)) {
+        item_ = chunk.first;
+        ran_ = 0;
+        return true;
+      }
+      victim_ = following(victim_);
+    }
+    tell_victim();
+    return false;
+  }
+
+  /// Whether there was something to take a moment ago.
+  bool had_work() const {
+    for (std::int32_t i = 0; i < siblings_.count; ++i) {
+      if (slot_.was_left(siblings_.base + i * siblings_.step) > 0) return true;
+    }
+    return false;
+  }
+
+  /// For the sphere: the work threw.
+  void fail(std::exception_ptr error) {
+    const std::int64_t lost = chunk_count_ - ran_;
+    Batch& batch = *slot_.batch;
+    batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
+    finish_chunk(ran_);
+    tell_victim();
+    finished_ += lost;
+    if (!batch.closed_.exchange(true, std::memory_order_relaxed)) {
+      batch.error_ = std::move(error);
+      batch.failed_sphere_ = sphere_;
+      batch.failed_item_ = item_;
+    }
+    finished_ += ring_.cancel_rest(slot_);
+  }
+  bool took_any() const { return finished_ > 0; }
+  std::int64_t finished() const { return finished_; }
+
+ private:
+  // Some ten microseconds, whatever the clock: it only has to be long beside a claim.
+  static constexpr std::uint64_t kFastChunk = 20'000;
+
+  /// A clock that costs a few nanoseconds, in units of about one.
+  static std::uint64_t cycles() {
+#if defined(__x86_64__)
+    return __builtin_ia32_rdtsc();
+#else
+    return now_ns();
+#endif
+  }
+
+  void finish_chunk(std::int64_t ran) {
+    finished_ += ran;
+    if (ran > 0) {
+      WorkCounters& mine = *counters_[leaf_];
+      mine.items_run.add(static_cast<std::uint64_t>(ran));
+      if (chunk_owner_ != leaf_) {
+        mine.items_stolen.add(static_cast<std::uint64_t>(ran));
+        stolen_ += static_cast<std::uint64_t>(ran);
+        if (size_ == 1) tell_victim();
+      }
+    }
+    chunk_count_ = 0;
+  }
+  /// Counts what was stolen on the victim's side: not at every fast chunk, since that line is
+  /// shared with other thieves.
+  void tell_victim() {
+    if (stolen_ == 0) return;
+    counters_[chunk_owner_]->items_given.add(stolen_);
+    stolen_ = 0;
+  }
+  /// Doubles the chunk while chunks are fast; one slow chunk makes it 1 again, so that no more than
+  /// max_chunk items ever hide behind a slow one.
+  void adapt() {
+    if (max_chunk_ == 1) return;
+    const std::uint64_t now = cycles();
+    size_ = taken_at_ != 0 && now - taken_at_ < kFastChunk ? std::min(size_ * 2, max_chunk_) : 1;
+    taken_at_ = now;
+  }
+  std::int32_t following(std::int32_t leaf) const {
+    const std::int32_t place = (leaf - siblings_.base) / siblings_.step;
+    return siblings_.base + (place + direction_) % siblings_.count * siblings_.step;
+  }
+  bool take_from(std::int32_t owner, Chunk& chunk) {
+    auto& word = slot_.cursors[static_cast<std::size_t>(owner)].word;
+    // Looking first keeps exhausted cursors unwritten, and the overshoot of `next` within one
+    // max_chunk per sphere, far from the half word's end.
+    const std::uint64_t seen = word.load(std::memory_order_relaxed);
+    const std::int64_t left = Slot::end(seen) - Slot::next(seen);
+    if (left <= 0) return false;
+    const std::int64_t want = std::clamp<std::int64_t>(left / 4, 1, size_);
+    const std::uint64_t old =
+        word.fetch_add(static_cast<std::uint64_t>(want), std::memory_order_relaxed);
+    const std::int64_t count = std::min(want, Slot::end(old) - Slot::next(old));
+    if (count <= 0) return false;
+    if (owner != chunk_owner_) tell_victim();
+    chunk = {owner + Slot::next(old) * ring_.leaves(), ring_.leaves(), count};
+    chunk_count_ = count;
+    chunk_owner_ = owner;
+    return true;
+  }
+
+  WorkRing& ring_;
+  Slot& slot_;
+  const SphereId sphere_;
+  const std::int32_t leaf_;
+  const Siblings siblings_;
+  WorkCounters* const* const counters_;
+  const std::int64_t max_chunk_;
+  const std::int32_t direction_;
+  std::uint64_t stolen_ = 0;  // from chunk_owner_, not told it yet
+  std::int32_t victim_ = leaf_;
+  std::int64_t size_ = 1;
+  std::int64_t chunk_count_ = 0;
+  std::int32_t chunk_owner_ = 0;
+  std::int64_t ran_ = 0;
+  std::int64_t item_ = -1;
+  std::int64_t finished_ = 0;
+  std::uint64_t taken_at_ = 0;
+};
+
+}  // namespace torch_spheres
