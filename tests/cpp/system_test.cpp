@@ -1,0 +1,259 @@
+#include "system.h"
+
+#include "system_support.h"
+
+using namespace torch_spheres;
+using namespace torch_spheres::testing;
+
+namespace {
+
+std::uint64_t total(const System& system, std::uint64_t SphereStats::* field) {
+  std::uint64_t sum = 0;
+  for (SphereId id = 0; id < system.topology().total(); ++id) sum += system.stats(id).*field;
+  return sum;
+}
+
+}  // namespace
+
+TEST(idle_siblings_steal_the_slow_spheres_items) {
+  System system(2, 12);
+  system.start();
+  Gate gate;
+  std::atomic<int> slow{0};
+  // Items 0, 12, 24, ... belong to sphere 1.  The first to run blocks whoever runs it, until the
+  // others have done all the rest.
+  auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t item) {
+    if (item % 12 == 0 && slow.fetch_add(1) == 0) gate.pass();
+  });
+  const auto batch = submit(system, work, 12 * 20);
+  while (work->count.load() < 12 * 20 - 1) std::this_thread::sleep_for(Milliseconds(1));
+  CHECK(!batch->done());
+  gate.open();
+  finish(batch);
+  check_all_once(*work, 12 * 20);
+  CHECK(total(system, &SphereStats::items_stolen) > 0);
+  CHECK_EQ(total(system, &SphereStats::items_stolen), total(system, &SphereStats::items_given));
+  CHECK_EQ(total(system, &SphereStats::items_run), 240u);
+}
+
+TEST(the_last_item_goes_to_exactly_one_of_owner_and_thieves) {
+  System system(2, 12);
+  system.start();
+  for (int round = 0; round < 4000 / kSlowdown; ++round) {
+    auto work = std::make_shared<CountingWork>(round % 2 ? 64 : 1);
+    finish(submit(system, work, 1 + round % 13));
+    check_all_once(*work, 1 + round % 13);
+  }
+}
+
+TEST(the_65th_batch_waits_and_is_not_lost) {
+  System system(2, 2);
+  system.start();
+  Gate gate;
+  auto blocker = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) { gate.pass(); });
+  std::vector<std::shared_ptr<Batch>> batches;
+  std::vector<std::shared_ptr<CountingWork>> works;
+  batches.push_back(submit(system, blocker, 2));
+  for (std::size_t i = 1; i < kBatchesInFlight; ++i) {
+    works.push_back(std::make_shared<CountingWork>());
+    batches.push_back(submit(system, works.back(), 5));
+  }
+  works.push_back(std::make_shared<CountingWork>());
+  const auto extra = std::make_shared<Batch>(works.back(), 5);
+  CHECK(system.try_submit(extra) == Submitted::kFull);
+  CHECK(!system.wait_for_room(Milliseconds(10)));
+  gate.open();
+  while (system.try_submit(extra) == Submitted::kFull) system.wait_for_room(Milliseconds(50));
+  finish(extra);
+  for (const auto& batch : batches) finish(batch);
+  for (const auto& work : works) check_all_once(*work, 5);
+  CHECK(system.wait_idle_for(kPatience));
+}
+
+TEST(an_error_ends_its_batch_exactly_and_nothing_else) {
+  System system(3, 8);
+  system.start();
+  for (int round = 0; round < 200 / kSlowdown; ++round) {
+    const std::int64_t bad = round % 500;
+    auto work = std::make_shared<CountingWork>(round % 3 ? 64 : 1, [&](SphereId, std::int64_t item) {
+      if (item == bad) throw std::runtime_error("bad");
+    });
+    auto other = std::make_shared<CountingWork>();
+    const auto failing = submit(system, work, 500);
+    const auto fine = submit(system, other, 100);
+    finish(failing);
+    finish(fine);
+    CHECK(failing->failed());
+    CHECK_EQ(failing->failed_item(), bad);
+    CHECK(failing->failed_sphere() >= 13);
+    CHECK_THROWS(std::rethrow_exception(failing->error()), std::runtime_error);
+    CHECK_EQ(work->count.load() + failing->cancelled(), 500);  // the failed item is not run
+    CHECK(!fine->failed());
+    check_all_once(*other, 100);
+  }
+}
+
+TEST(errors_everywhere_at_once_give_one_error) {
+  System system(2, 12);
+  system.start();
+  for (int round = 0; round < 300 / kSlowdown; ++round) {
+    std::atomic<int> thrown{0};
+    auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
+      ++thrown;
+      throw std::runtime_error("all");
+    });
+    const auto batch = submit(system, work, 48);
+    finish(batch);
+    CHECK(batch->failed());
+    CHECK_EQ(work->count.load(), 0);
+    CHECK_EQ(batch->cancelled(), 48);
+    CHECK(thrown.load() >= 1);
+  }
+}
+
+TEST(a_barrier_waits_for_the_work_before_it) {
+  for (int levels = 1; levels <= 3; ++levels) {
+    System system(levels, 4);
+    system.start();
+    for (int round = 0; round < 60 / kSlowdown; ++round) {
+      auto work = std::make_shared<CountingWork>();
+      const auto batch = submit(system, work, 200);
+      CHECK(meet(system, levels - 1) == Meeting::kReleased);
+      CHECK_EQ(work->count.load(), 200);
+      CHECK(meet(system, round % levels) == Meeting::kReleased);
+      const std::uint64_t before = system.epochs();
+      auto more = std::make_shared<CountingWork>();
+      submit(system, more, 30);
+      CHECK(meet(system, -1) == Meeting::kReleased);
+      CHECK_EQ(more->count.load(), 30);
+      CHECK_EQ(system.epochs(), before + 1);
+    }
+  }
+}
+
+TEST(meetings_one_after_another_with_work_from_elsewhere) {
+  System system(2, 3);
+  system.start();
+  std::atomic<bool> over{false};
+  std::atomic<std::int64_t> expected{0};
+  auto work = std::make_shared<CountingWork>();
+  std::thread submitter([&] {
+    while (!over.load()) {
+      submit(system, work, 7);
+      expected += 7;
+    }
+  });
+  for (int round = 0; round < 300 / kSlowdown; ++round) {
+    CHECK(meet(system, round % 3 - 1) == Meeting::kReleased);
+  }
+  over.store(true);
+  submitter.join();
+  CHECK(system.wait_idle_for(kPatience));
+  CHECK_EQ(work->count.load(), expected.load());
+}
+
+TEST(an_error_opens_the_barrier_and_the_next_one_works) {
+  System system(2, 12);
+  system.start();
+  for (int round = 0; round < 100 / kSlowdown; ++round) {
+    Gate gate;
+    auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
+      gate.pass();
+      throw std::runtime_error("while others wait");
+    });
+    const auto batch = submit(system, work, 1);
+    std::uint32_t meeting = 0;
+    while (meeting == 0) meeting = round % 2 ? system.try_open_epoch() : system.try_open_barrier(1);
+    CHECK(system.wait_meeting_for(meeting, Milliseconds(0)) == Meeting::kPending);
+    gate.open();
+    CHECK(system.wait_meeting_for(meeting, kPatience) == Meeting::kAborted);
+    finish(batch);
+    CHECK(meet(system, round % 3 - 1) == Meeting::kReleased);
+  }
+}
+
+TEST(letters_travel_along_edges_and_wait_to_be_taken) {
+  struct Number final : Letter {
+    explicit Number(int n) : n(n) {}
+    int n;
+  };
+  System system(3, 2);
+  const auto send = [&](SphereId source, SphereId target, int n) {
+    std::unique_ptr<Letter> letter = std::make_unique<Number>(n);
+    const Sent sent = system.try_send(source, target, letter);
+    CHECK_EQ(letter == nullptr, sent == Sent::kDelivered);
+    return sent;
+  };
+  for (int i = 0; i < static_cast<int>(Sphere::kInboxCapacity); ++i) {
+    CHECK(send(0, 5, i) == Sent::kDelivered);
+  }
+  CHECK(send(0, 5, 999) == Sent::kFull);
+  for (int i = 0; i < 100; ++i) CHECK_EQ(static_cast<Number&>(*system.try_receive(5)).n, i);
+  CHECK(send(5, 0, 1) == Sent::kDelivered);
+  CHECK(send(5, 6, 1) == Sent::kDelivered);
+  CHECK_THROWS(send(0, 13, 1), std::invalid_argument);
+  CHECK_THROWS(send(13, 25, 1), std::invalid_argument);
+  CHECK_THROWS(send(5, 5, 1), std::invalid_argument);
+  CHECK_THROWS(send(-1, 0, 1), std::invalid_argument);
+  CHECK_THROWS(send(0, 157, 1), std::invalid_argument);
+  CHECK(!system.try_receive(7));
+  // What nobody took is freed with the system (AddressSanitizer would say).
+}
+
+TEST(gradient_news_make_one_round_per_complete_set) {
+  for (int levels = 1; levels <= 4; ++levels) {
+    System system(levels, 2);
+    system.start();
+    constexpr int kRounds = 5;
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t) {
+      threads.emplace_back([&, t] {
+        for (int round = 0; round < kRounds; ++round) {
+          for (std::int32_t leaf = t; leaf < system.topology().leaves(); leaf += 4) {
+            system.gradient_ready(leaf);
+          }
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    CHECK(system.wait_gradient_rounds_for(kRounds, kPatience));
+    std::this_thread::sleep_for(Milliseconds(20));
+    CHECK_EQ(system.gradient_rounds(), std::uint64_t{kRounds});
+  }
+}
+
+TEST(after_the_work_all_spheres_sleep) {
+  System system(3, 4);
+  system.start();
+  auto work = std::make_shared<CountingWork>();
+  finish(submit(system, work, 1000));
+  const auto all_idle = [&] {
+    for (SphereId id = 0; id < system.topology().total(); ++id) {
+      if (system.stats(id).state != State::kIdle) return false;
+    }
+    return true;
+  };
+  for (int i = 0; i < 5000 && !all_idle(); ++i) std::this_thread::sleep_for(Milliseconds(1));
+  CHECK(all_idle());
+  const std::uint64_t messages = total(system, &SphereStats::messages_received);
+  std::this_thread::sleep_for(Milliseconds(100));
+  CHECK(all_idle());
+  CHECK_EQ(total(system, &SphereStats::messages_received), messages);
+  CHECK(messages > 0);
+}
+
+TEST(bad_arguments) {
+  CHECK_THROWS(System(2, 0), std::invalid_argument);
+  CHECK_THROWS(System(0, 1), std::invalid_argument);
+  System system(2, 64);
+  CHECK_EQ(system.concurrency(), 12);
+  CHECK_THROWS(system.try_open_barrier(2), std::invalid_argument);
+  const auto batch = std::make_shared<Batch>(std::make_shared<CountingWork>(), 3);
+  CHECK(system.try_submit(batch) == Submitted::kStopped);  // not started
+  system.start();
+  const auto empty = std::make_shared<Batch>(std::make_shared<CountingWork>(), 0);
+  CHECK(system.try_submit(empty) == Submitted::kAccepted);
+  CHECK(empty->done());
+}
+
+int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }
