@@ -9,7 +9,7 @@
 //     }
 //
 // Owner: all of it; a Claimer lives on one sphere's stack for one visit.
-// Ordering: fetch_add on a cursor is relaxed; it only has to hand each position to one thread.  What
+// Ordering: fetch_add on a cursor is relaxed; it only has to hand each position to one thread. What
 // the batch holds was seen on entering the slot, and what the items did is published on leaving it
 // (work_queue.h).
 #pragma once

@@ -78,8 +78,8 @@ SUM_INLINE F64 load(Wide, const double* from) { return load_bytes<F64>(from); }
 SUM_INLINE F32 load(Wide, const BFloat16* from) {
 #if SUM_BYTES == 64
   // The zero-masking forms, here and below: GCC warns of its own header in the plain ones.
-  const U32 bits = __builtin_bit_cast(
-      U32, _mm512_maskz_cvtepu16_epi32(kAllLanes, load_bytes<__m256i>(from)));
+  const U32 bits =
+      __builtin_bit_cast(U32, _mm512_maskz_cvtepu16_epi32(kAllLanes, load_bytes<__m256i>(from)));
 #elif SUM_BYTES == 32
   const U32 bits = __builtin_bit_cast(U32, _mm256_cvtepu16_epi32(load_bytes<__m128i>(from)));
 #else
@@ -114,8 +114,8 @@ SUM_INLINE U16 rounded(const BFloat16*, F32 value) {
 }
 SUM_INLINE U16 rounded(const Float16*, F32 value) {
 #if SUM_BYTES == 64
-  return __builtin_bit_cast(
-      U16, _mm512_maskz_cvtps_ph(kAllLanes, value, _MM_FROUND_TO_NEAREST_INT));
+  return __builtin_bit_cast(U16,
+                            _mm512_maskz_cvtps_ph(kAllLanes, value, _MM_FROUND_TO_NEAREST_INT));
 #elif SUM_BYTES == 32
   return __builtin_bit_cast(U16, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -264,9 +264,12 @@ SUM_TARGET void sum_node(const Node& node) {
 template <class Src, class Dst, class Acc>
 SUM_TARGET void sum_node_any(const Node& node) {
   switch (node.store) {
-    case Store::plain: return sum_node<Store::plain, Src, Dst, Acc>(node);
-    case Store::stream: return sum_node<Store::stream, Src, Dst, Acc>(node);
-    case Store::accumulate: return sum_node<Store::accumulate, Src, Dst, Acc>(node);
+    case Store::plain:
+      return sum_node<Store::plain, Src, Dst, Acc>(node);
+    case Store::stream:
+      return sum_node<Store::stream, Src, Dst, Acc>(node);
+    case Store::accumulate:
+      return sum_node<Store::accumulate, Src, Dst, Acc>(node);
   }
 }
 

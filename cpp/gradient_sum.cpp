@@ -135,10 +135,13 @@ Isa current_isa() {
 const Kernels& kernels() {
   switch (current_isa()) {
 #if defined(__x86_64__)
-    case Isa::avx2: return avx2::kKernels;
-    case Isa::avx512: return avx512::kKernels;
+    case Isa::avx2:
+      return avx2::kKernels;
+    case Isa::avx512:
+      return avx512::kKernels;
 #endif
-    default: return baseline::kKernels;
+    default:
+      return baseline::kKernels;
   }
 }
 
@@ -259,9 +262,12 @@ bool scales(const SumSegment& segment) {
 
 std::size_t element_size(DType dtype) {
   switch (dtype) {
-    case DType::float32: return 4;
-    case DType::float64: return 8;
-    default: return 2;
+    case DType::float32:
+      return 4;
+    case DType::float64:
+      return 8;
+    default:
+      return 2;
   }
 }
 
@@ -301,9 +307,12 @@ void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::siz
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    default: return "baseline";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    default:
+      return "baseline";
   }
 }
 
@@ -330,8 +339,8 @@ void set_isa(Isa isa) {
     for (const Isa one : available_isas()) {
       names += (names.empty() ? "" : ", ") + std::string(isa_name(one));
     }
-    throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa) +
-                                "; it has " + names);
+    throw std::invalid_argument(std::string("this machine has no ") + isa_name(isa) + "; it has " +
+                                names);
   }
   g_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
 }

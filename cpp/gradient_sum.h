@@ -42,7 +42,8 @@ std::size_t element_size(DType dtype);
 inline constexpr int kMaxSumDepth = kMaxLevels - 1;
 
 /// One tensor to sum over 12^depth shards.  All memory is aligned to its elements; better, no two
-/// tensors start at the same address modulo 4096, as their lines compete for one place in the cache.
+/// tensors start at the same address modulo 4096, as their lines compete for one place in the
+/// cache.
 struct SumSegment {
   DType dtype;
   /// numel elements.  May be the very memory of one shard; may not overlap one in part.

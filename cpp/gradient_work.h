@@ -12,8 +12,8 @@
 #include <cstddef>
 #include <vector>
 
-#include "gradient_sum.h"
 #include "claimer.h"
+#include "gradient_sum.h"
 
 namespace torch_spheres {
 

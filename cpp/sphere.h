@@ -105,9 +105,9 @@ class Sphere {
 
   // Owner only.
   System& system_;
-  std::uint64_t seen_ticket_ = 0;    // inner: batches below it have been handed down
-  bool work_deferred_ = false;       // inner: kWork read while standing at a barrier
-  std::uint32_t meeting_ = 0;        // the meeting it must go to, 0: none
+  std::uint64_t seen_ticket_ = 0;  // inner: batches below it have been handed down
+  bool work_deferred_ = false;     // inner: kWork read while standing at a barrier
+  std::uint32_t meeting_ = 0;      // the meeting it must go to, 0: none
   bool meeting_is_epoch_ = false;
   bool standing_ = false;            // it has arrived there
   std::uint32_t epoch_reports_ = 0;  // children that reported for meeting_

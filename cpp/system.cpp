@@ -306,10 +306,10 @@ Sent System::try_send(SphereId source, SphereId target, std::unique_ptr<Letter>&
     }
   }
   if (!Topology::has_edge(source, target)) {
-    throw std::invalid_argument(
-        "spheres " + std::to_string(source) + " (" + Topology::path_string(source) + ") and " +
-        std::to_string(target) + " (" + Topology::path_string(target) +
-        ") do not touch: messages go to the parent, a child or a sibling");
+    throw std::invalid_argument("spheres " + std::to_string(source) + " (" +
+                                Topology::path_string(source) + ") and " + std::to_string(target) +
+                                " (" + Topology::path_string(target) +
+                                ") do not touch: messages go to the parent, a child or a sibling");
   }
   if (!sphere(target).inbox.try_push(letter)) return Sent::kFull;
   sphere(source).messages_sent.add(1);

@@ -54,8 +54,8 @@ class Claimer;
 class Work {
  public:
   virtual ~Work() = default;
-  /// Runs on a sphere's thread: `while (claimer.next(chunk)) ...` until it says false.  An exception
-  /// ends the hand-out of the batch; call claimer.at(item) before an item that may throw.
+  /// Runs on a sphere's thread: `while (claimer.next(chunk)) ...` until it says false.  An
+  /// exception ends the hand-out of the batch; call claimer.at(item) before an item that may throw.
   virtual void run(Claimer& claimer) = 0;
   /// Items that may be taken at once when they are fast; 1 makes every item stealable.
   virtual std::int64_t max_chunk() const { return 1; }
@@ -227,8 +227,8 @@ class WorkRing {
     slot.batch->cancelled_.fetch_add(cancelled, std::memory_order_relaxed);
     return cancelled;
   }
-  /// Cancels what is left of a batch, or of every batch in flight (null: for stop()); `completed` is
-  /// called for each batch that this completes.
+  /// Cancels what is left of a batch, or of every batch in flight (null: for stop()); `completed`
+  /// is called for each batch that this completes.
   template <typename Completed>
   void cancel(const Batch* only, Completed completed) {
     for (Slot& slot : slots_) {

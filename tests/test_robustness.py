@@ -248,12 +248,12 @@ def test_items_whose_end_submits_work() -> None:
 
     with KissingSpheres(concurrency=3) as spheres:
         joins = [
-            in_thread(lambda: [spheres.distribute_work([Item()], id) for _ in range(20)])
+            in_thread(lambda: [spheres.distribute_work([Item()], id) for _ in range(10)])
             for _ in range(3)
         ]
         for join in joins:
             join()
-        eventually(lambda: spheres.wait(LIMIT) or len(ended) == 60)
+        eventually(lambda: spheres.wait(LIMIT) or len(ended) == 30)
 
 
 # ---- garbage ----

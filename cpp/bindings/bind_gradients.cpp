@@ -23,8 +23,8 @@ bool try_add(SumJob& job, py::sequence shards, py::handle out) {
     if (shard.is_none()) continue;
     TensorView view;
     if (!view_tensor(shard, view) || !view.same_form(target)) return false;
-    const bool apart = view.data + view.bytes() <= target.data ||
-                       target.data + target.bytes() <= view.data;
+    const bool apart =
+        view.data + view.bytes() <= target.data || target.data + target.bytes() <= view.data;
     if (view.data != target.data && !apart) return false;
     // Torch gives empty tensors no memory; null would say absent, which is as good.
     pointers[k] = view.data;
@@ -81,7 +81,8 @@ void bind_gradients(py::module_& module) {
         const py::gil_scoped_release release;
         return read_range(reinterpret_cast<const float*>(data), numel);
       },
-      py::arg("data"), py::arg("numel"), "Reads float32 memory: the benchmark's bandwidth ceiling.");
+      py::arg("data"), py::arg("numel"),
+      "Reads float32 memory: the benchmark's bandwidth ceiling.");
 
   py::class_<SumJob>(module, "SumJob", "Tree sums of buffers given by address; see tree_sum().")
       .def(py::init([](int depth) {
@@ -92,9 +93,11 @@ void bind_gradients(py::module_& module) {
            }),
            py::arg("depth"))
       .def_property_readonly("depth", &SumJob::depth)
-      .def("try_add", &try_add, py::arg("shards"), py::arg("out"),
-           "Adds the sum of tensors (None: absent) into a tensor. False, with nothing added, unless "
-           "all are contiguous CPU tensors of one known type and shape, and overlap only as a whole.")
+      .def(
+          "try_add", &try_add, py::arg("shards"), py::arg("out"),
+          "Adds the sum of tensors (None: absent) into a tensor. False, with nothing added, unless "
+          "all are contiguous CPU tensors of one known type and shape, and overlap only as a "
+          "whole.")
       .def("run", &run_job, py::arg("system") = py::none(),
            "Runs the sums: on the spheres if there are any and the sums are large.");
 }

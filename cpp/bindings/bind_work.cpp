@@ -44,9 +44,8 @@ void bind_work(py::module_& module) {
       .def(py::init<>())
       .def_property_readonly("count", [](const Tally& self) { return self.count.load(); })
       .def_property_readonly("sum", [](const Tally& self) { return self.sum.load(); })
-      .def("function", [](py::object self) {
-        return NativeFunction{&tally_item, self.cast<Tally*>(), self};
-      });
+      .def("function",
+           [](py::object self) { return NativeFunction{&tally_item, self.cast<Tally*>(), self}; });
   module.def(
       "noop", [] { return NativeFunction{&do_nothing, nullptr, py::none()}; },
       "A native function that does nothing: for benchmarks.");

@@ -39,7 +39,8 @@ std::string in_seconds(double seconds) {
 }
 
 constexpr const char* kForked =
-    ": these spheres were started before fork(), and their threads live in the parent process only; "
+    ": these spheres were started before fork(), and their threads live in the parent process "
+    "only; "
     "make a new KissingSpheres in the child, or start the process with the 'spawn' or 'forkserver' "
     "method";
 
@@ -119,8 +120,9 @@ void PySystem::require_running(const char* what) const {
     throw std::runtime_error(std::string(what) + kForked);
   }
   if (!system_->running()) {
-    throw StoppedError(std::string(what) +
-                       ": the spheres are not running; call start(), or use them in a 'with' block");
+    throw StoppedError(
+        std::string(what) +
+        ": the spheres are not running; call start(), or use them in a 'with' block");
   }
 }
 
@@ -247,8 +249,8 @@ void PySystem::remember(PyBatch batch) {
   outstanding_.push_back(std::move(batch));
 }
 
-/// Freeing a batch runs Python code (an item's __del__), which may come back here or hand the GIL to
-/// a thread that does: so not under the mutex.
+/// Freeing a batch runs Python code (an item's __del__), which may come back here or hand the GIL
+/// to a thread that does: so not under the mutex.
 template <typename Condition>
 void PySystem::take_out(Condition condition) {
   std::vector<PyBatch> taken;
@@ -358,9 +360,8 @@ void PySystem::gradient_ready(std::int32_t leaf) {
 // reported n times and the root will have counted n rounds, whatever the order among several.
 void PySystem::gradients_complete() {
   const std::uint64_t round = sums_.fetch_add(1) + 1;
-  wait_interruptibly({}, [&](Milliseconds time) {
-    return system_->wait_gradient_rounds_for(round, time);
-  });
+  wait_interruptibly(
+      {}, [&](Milliseconds time) { return system_->wait_gradient_rounds_for(round, time); });
 }
 
 void PySystem::send(SphereId source, SphereId target, py::object value) {

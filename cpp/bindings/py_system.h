@@ -54,8 +54,8 @@ bool wait_interruptibly(Seconds timeout, Slice slice) {
     if (done) return true;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     // A slice may return early, because what woke it was meant for somebody else.
-    if (timeout && std::chrono::steady_clock::now() - start >=
-                       std::chrono::duration<double>(*timeout)) {
+    if (timeout &&
+        std::chrono::steady_clock::now() - start >= std::chrono::duration<double>(*timeout)) {
       return false;
     }
   }
@@ -135,7 +135,7 @@ class PySystem {
   std::timed_mutex life_mutex_;  // one start or stop at a time; taken without the GIL
   std::atomic<std::uint64_t> starts_{0};
   std::atomic<std::uint64_t> sums_{0};  // complete sets of reports since the last start
-  std::mutex outstanding_mutex_;  // taken with the GIL: no batch may be freed under it
+  std::mutex outstanding_mutex_;        // taken with the GIL: no batch may be freed under it
   std::deque<PyBatch> outstanding_;  // not waited for yet; finished ones without error are dropped
 };
 

@@ -38,8 +38,8 @@ const ExchangeApi* exchange_api() {
     const py::object type = py::module_::import("torch").attr("Tensor");
     if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
     const auto capsule = type.attr("__dlpack_c_exchange_api__");
-    const auto* found = static_cast<const ExchangeApi*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    const auto* found =
+        static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) {
       PyErr_Clear();
       return nullptr;

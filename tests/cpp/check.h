@@ -1,7 +1,8 @@
 // The few macros that the core's tests need: a fresh machine has a compiler and nothing else.
 //
-//     TEST(wake_before_park) { CHECK(ready); CHECK_EQ(count, 12); CHECK_THROWS(f(), std::bad_alloc); }
-//     int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }
+//     TEST(wake_before_park) { CHECK(ready); CHECK_EQ(count, 12); CHECK_THROWS(f(),
+//     std::bad_alloc); } int main(int argc, char** argv) { return
+//     torch_spheres::testing::run_all_tests(argc, argv); }
 //
 // A failed check is printed with its place and values and ends its test.  Checks may be used on the
 // test's own thread only: let other threads count, and check the counts.
@@ -75,26 +76,25 @@ inline int run_all_tests(int argc, char** argv) {
 
 }  // namespace torch_spheres::testing
 
-#define TEST(name)                                                               \
-  static void test_##name();                                                     \
-  static const torch_spheres::testing::Register register_##name{#name,           \
-                                                                &test_##name};   \
+#define TEST(name)                                                                    \
+  static void test_##name();                                                          \
+  static const torch_spheres::testing::Register register_##name{#name, &test_##name}; \
   static void test_##name()
-#define CHECK(condition)                                                          \
-  do {                                                                            \
+#define CHECK(condition)                                                            \
+  do {                                                                              \
     if (!(condition)) torch_spheres::testing::fail(__FILE__, __LINE__, #condition); \
   } while (false)
 #define CHECK_EQ(a, b) \
   torch_spheres::testing::check_equal((a), (b), #a " == " #b, __FILE__, __LINE__)
-#define CHECK_THROWS(expression, Type)                                                     \
-  do {                                                                                     \
-    bool caught_it = false;                                                                \
-    try {                                                                                  \
-      (void)(expression);                                                                  \
-    } catch (const Type&) {                                                                \
-      caught_it = true;                                                                    \
-    }                                                                                      \
-    if (!caught_it) {                                                                      \
+#define CHECK_THROWS(expression, Type)                                                       \
+  do {                                                                                       \
+    bool caught_it = false;                                                                  \
+    try {                                                                                    \
+      (void)(expression);                                                                    \
+    } catch (const Type&) {                                                                  \
+      caught_it = true;                                                                      \
+    }                                                                                        \
+    if (!caught_it) {                                                                        \
       torch_spheres::testing::fail(__FILE__, __LINE__, #expression " did not throw " #Type); \
-    }                                                                                      \
+    }                                                                                        \
   } while (false)

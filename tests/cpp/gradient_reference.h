@@ -97,12 +97,21 @@ typename T::Bits random_bits(Random& random, std::size_t i) {
   const double sign = random() % 2 ? 1 : -1;
   double value = normal(random);
   switch (i % 6) {
-    case 0: break;
-    case 1: return static_cast<typename T::Bits>(random());  // anything, NaNs included
-    case 2: value = sign * 0.0; break;
-    case 3: value = std::ldexp(value, static_cast<int>(below(random, 40)) - 20); break;
-    case 4: value = random() % 4 ? sign * 30000 : value; break;  // cancels
-    default: value = random() % 16 ? sign * Limits::denorm_min() * 3 : sign * Limits::infinity();
+    case 0:
+      break;
+    case 1:
+      return static_cast<typename T::Bits>(random());  // anything, NaNs included
+    case 2:
+      value = sign * 0.0;
+      break;
+    case 3:
+      value = std::ldexp(value, static_cast<int>(below(random, 40)) - 20);
+      break;
+    case 4:
+      value = random() % 4 ? sign * 30000 : value;
+      break;  // cancels
+    default:
+      value = random() % 16 ? sign * Limits::denorm_min() * 3 : sign * Limits::infinity();
   }
   return T::round(static_cast<typename T::Sum>(value));
 }
@@ -131,8 +140,7 @@ class Tensor {
     for (std::size_t i = 0; i < size(); ++i) set(i, bits);
   }
   bool operator==(const Tensor& other) const {
-    return size() == other.size() &&
-           std::memcmp(data(), other.data(), size() * sizeof(Bits)) == 0;
+    return size() == other.size() && std::memcmp(data(), other.data(), size() * sizeof(Bits)) == 0;
   }
 
  private:

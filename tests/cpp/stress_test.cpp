@@ -121,8 +121,7 @@ TEST(stop_opens_barriers) {
     auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) { gate.pass(); });
     const auto batch = submit(system, work, 1);
     while (work->running.load() == 0) std::this_thread::yield();
-    const std::uint32_t meeting =
-        round % 2 ? system.try_open_epoch() : system.try_open_barrier(2);
+    const std::uint32_t meeting = round % 2 ? system.try_open_epoch() : system.try_open_barrier(2);
     CHECK(meeting != 0);
     std::thread caller([&] { system.wait_meeting_for(meeting, kPatience); });
     if (round % 3) std::this_thread::sleep_for(Milliseconds(1));
@@ -176,9 +175,8 @@ TEST(cancel_takes_only_its_own_batch) {
   System system(2, 4);
   system.start();
   for (int round = 0; round < 200 / kSlowdown; ++round) {
-    auto victim = std::make_shared<CountingWork>(1, [](SphereId, std::int64_t) {
-      std::this_thread::yield();
-    });
+    auto victim = std::make_shared<CountingWork>(
+        1, [](SphereId, std::int64_t) { std::this_thread::yield(); });
     auto other = std::make_shared<CountingWork>();
     const auto cancelled = submit(system, victim, 500);
     const auto kept = submit(system, other, 100);

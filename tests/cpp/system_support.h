@@ -25,7 +25,8 @@ inline constexpr Milliseconds kPatience{60'000};
 
 class CountingWork final : public Work {
  public:
-  explicit CountingWork(std::int64_t chunk = 1, std::function<void(SphereId, std::int64_t)> each = {})
+  explicit CountingWork(std::int64_t chunk = 1,
+                        std::function<void(SphereId, std::int64_t)> each = {})
       : chunk_(chunk), each_(std::move(each)) {}
   std::int64_t max_chunk() const override { return chunk_; }
   void run(Claimer& claimer) override {
@@ -60,7 +61,8 @@ class CountingWork final : public Work {
   const std::function<void(SphereId, std::int64_t)> each_;
 };
 
-inline std::shared_ptr<Batch> submit(System& system, std::shared_ptr<Work> work, std::int64_t items) {
+inline std::shared_ptr<Batch> submit(System& system, std::shared_ptr<Work> work,
+                                     std::int64_t items) {
   auto batch = std::make_shared<Batch>(std::move(work), items);
   Submitted submitted = Submitted::kFull;
   while ((submitted = system.try_submit(batch)) == Submitted::kFull) {
@@ -94,7 +96,10 @@ inline Meeting meet(System& system, int level) {
 /// Opens once; waiting on it twice is fine.
 class Gate {
  public:
-  void open() { opened_.store(true); opened_.notify_all(); }
+  void open() {
+    opened_.store(true);
+    opened_.notify_all();
+  }
   void pass() const { opened_.wait(false); }
 
  private:

@@ -1,0 +1,358 @@
+// The ring of batches and its cursors, without any sphere: last items, late visitors, cancelled
+// rests and back-pressure, each forced.
+#include "work_queue.h"
+
+#include <functional>
+#include <numeric>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "claimer.h"
+
+using namespace torch_spheres;
+
+namespace {
+
+#if defined(__SANITIZE_THREAD__)
+constexpr int kSize = 1;
+#else
+constexpr int kSize = 4;
+#endif
+
+/// Lets all its threads go at the same moment, as often as one likes.
+class StartLine {
+ public:
+  explicit StartLine(int threads) : threads_(threads) {}
+  void wait() {
+    const int turn = arrived_.fetch_add(1) / threads_;
+    while (arrived_.load() / threads_ == turn) std::this_thread::yield();
+  }
+
+ private:
+  const int threads_;
+  std::atomic<int> arrived_{0};
+};
+
+/// Counts how often each item was run, and the work of every batch in one place.
+class Tally final : public Work {
+ public:
+  using Each = std::function<void(std::int64_t)>;
+  explicit Tally(std::int64_t items, std::int64_t chunk = 1, Each each = {})
+      : hits_(static_cast<std::size_t>(items)), chunk_(chunk), each_(std::move(each)) {}
+
+  void run(Claimer& claimer) override {
+    Chunk chunk;
+    while (claimer.next(chunk)) {
+      for (std::int64_t i = 0; i < chunk.count; ++i) {
+        const std::int64_t item = chunk.first + i * chunk.stride;
+        claimer.at(item);
+        if (each_) each_(item);
+        hits_[static_cast<std::size_t>(item)].fetch_add(1, std::memory_order_relaxed);
+        claimer.ran_of_chunk(i + 1);
+      }
+    }
+  }
+  std::int64_t max_chunk() const override { return chunk_; }
+
+  std::int64_t count() const {
+    return std::accumulate(hits_.begin(), hits_.end(), std::int64_t{0});
+  }
+  int most() const { return *std::max_element(hits_.begin(), hits_.end()); }
+  int least() const { return *std::min_element(hits_.begin(), hits_.end()); }
+  int hits(std::int64_t item) const { return hits_[static_cast<std::size_t>(item)]; }
+
+ private:
+  std::vector<std::atomic<int>> hits_;
+  const std::int64_t chunk_;
+  const Each each_;
+};
+
+/// A ring with counters and without threads.
+struct Ring {
+  explicit Ring(std::int32_t leaves) : ring(leaves), counters(std::size_t(leaves)) {
+    for (WorkCounters& c : counters) pointers.push_back(&c);
+  }
+  Siblings siblings() const { return {0, 1, ring.leaves()}; }
+
+  /// What a sphere does in one slot; true if that completed the batch.
+  bool visit(Slot& slot, std::int32_t leaf, const Siblings& siblings) {
+    if (!WorkRing::enter(slot)) return false;
+    Claimer claimer(ring, slot, leaf, leaf, siblings, pointers.data());
+    try {
+      slot.batch->work()->run(claimer);
+    } catch (const std::runtime_error&) {
+      claimer.fail(std::current_exception());
+    }
+    return ring.leave(slot, claimer.finished()) != nullptr;
+  }
+  /// One pass over all batches in flight; how many it completed.
+  int visit_all(std::int32_t leaf, const Siblings& siblings) {
+    int completed = 0;
+    for (std::uint64_t t = ring.oldest(), end = ring.newest(); t < end; ++t) {
+      if (Slot* slot = ring.find(t)) completed += visit(*slot, leaf, siblings);
+    }
+    return completed;
+  }
+  std::uint64_t total(std::uint64_t (*of)(const WorkCounters&)) const {
+    return std::accumulate(counters.begin(), counters.end(), std::uint64_t{0},
+                           [&](std::uint64_t sum, const WorkCounters& c) { return sum + of(c); });
+  }
+  std::uint64_t run() const {
+    return total([](const WorkCounters& c) { return c.items_run.get(); });
+  }
+  std::uint64_t stolen() const {
+    return total([](const WorkCounters& c) { return c.items_stolen.get(); });
+  }
+  std::uint64_t given() const {
+    return total([](const WorkCounters& c) { return c.items_given.get(); });
+  }
+
+  WorkRing ring;
+  std::vector<WorkCounters> counters;
+  std::vector<WorkCounters*> pointers;
+};
+
+}  // namespace
+
+TEST(slices_share_out_every_item_once) {
+  for (const std::int32_t leaves : {1, 12, 144}) {
+    for (const std::int64_t n : {1, 11, 12, 13, 143, 144, 145, 1000}) {
+      for (const std::int64_t chunk : {1, 64}) {
+        Ring r(leaves);
+        auto work = std::make_shared<Tally>(n, chunk);
+        auto batch = std::make_shared<Batch>(work, n);
+        CHECK(r.ring.publish(batch));
+        int completed = 0;
+        for (std::int32_t leaf = 0; leaf < leaves; ++leaf) {
+          const std::int64_t before = work->count();
+          const std::int64_t queued = r.ring.was_queued(leaf);
+          completed += r.visit_all(leaf, {leaf, 1, 1});
+          CHECK_EQ(work->count() - before, queued);
+          for (std::int64_t i = leaf; i < n; i += leaves) CHECK_EQ(work->hits(i), 1);
+        }
+        CHECK_EQ(completed, 1);
+        CHECK(batch->done() && !batch->failed());
+        CHECK_EQ(batch->cancelled(), 0);
+        CHECK_EQ(work->count(), n);
+        CHECK_EQ(r.run(), static_cast<std::uint64_t>(n));
+        CHECK_EQ(r.stolen(), std::uint64_t{0});
+      }
+    }
+  }
+}
+
+// Owner and thief, both already inside the batch, are released together on one item.
+TEST(the_last_item_goes_to_owner_or_thief) {
+  const int rounds = 4'000 * kSize;
+  Ring r(12);
+  StartLine start(3), finish(3);
+  std::atomic<int> completed{0};
+  Slot* slot = nullptr;
+  std::vector<std::thread> threads;
+  for (std::int32_t leaf = 0; leaf < 2; ++leaf) {
+    threads.emplace_back([&, leaf] {
+      for (int round = 0; round < rounds; ++round) {
+        start.wait();
+        completed += r.visit(*slot, leaf, r.siblings());
+        finish.wait();
+      }
+    });
+  }
+  int wrong = 0;
+  for (int round = 0; round < rounds; ++round) {
+    auto work = std::make_shared<Tally>(1);
+    auto batch = std::make_shared<Batch>(work, 1);
+    wrong += !r.ring.publish(batch);
+    slot = r.ring.find(r.ring.newest() - 1);
+    start.wait();
+    finish.wait();
+    wrong += work->count() != 1 || !batch->done() || completed.load() != round + 1;
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK_EQ(wrong, 0);
+  CHECK_EQ(r.run(), static_cast<std::uint64_t>(rounds));
+  CHECK_EQ(r.stolen(), r.given());
+}
+
+// The same with both threads held inside Work::run until the other is there too, on slices that are
+// shorter than a chunk: the fetch_adds overshoot.
+TEST(the_last_items_of_a_slice_are_not_taken_twice) {
+  for (const std::int64_t chunk : {1, 64}) {
+    const int rounds = 700 * kSize;
+    const std::int64_t n = 30;  // slices of 3 and 2
+    Ring r(12);
+    StartLine start(4), finish(4);
+    std::atomic<int> completed{0};
+    std::vector<std::thread> threads;
+    for (std::int32_t leaf = 0; leaf < 3; ++leaf) {
+      threads.emplace_back([&, leaf] {
+        for (int round = 0; round < rounds; ++round) {
+          start.wait();
+          completed += r.visit_all(leaf, r.siblings());
+          finish.wait();
+        }
+      });
+    }
+    int wrong = 0;
+    for (int round = 0; round < rounds; ++round) {
+      auto work = std::make_shared<Tally>(n, chunk);
+      wrong += !r.ring.publish(std::make_shared<Batch>(work, n));
+      start.wait();
+      finish.wait();
+      wrong += work->count() != n || work->most() != 1 || completed.load() != round + 1;
+    }
+    for (auto& thread : threads) thread.join();
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(r.run(), static_cast<std::uint64_t>(rounds * n));
+    CHECK_EQ(r.stolen(), r.given());
+  }
+}
+
+TEST(a_late_visitor_finds_the_next_batch_of_the_slot) {
+  Ring r(12);
+  CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(5), 5)));
+  Slot* late = r.ring.find(0);
+  CHECK(late != nullptr);
+  CHECK_EQ(r.visit_all(3, r.siblings()), 1);
+  CHECK(!WorkRing::enter(*late));  // free
+  CHECK(r.ring.find(0) == nullptr);
+  for (std::size_t i = 1; i < kBatchesInFlight; ++i) {
+    CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(1), 1)));
+  }
+  CHECK_EQ(r.visit_all(0, r.siblings()), static_cast<int>(kBatchesInFlight) - 1);
+  auto work = std::make_shared<Tally>(20);
+  CHECK(r.ring.publish(std::make_shared<Batch>(work, 20)));
+  CHECK(r.ring.find(kBatchesInFlight) == late);
+  CHECK(r.ring.find(0) == nullptr);
+  CHECK(r.visit(*late, 7, r.siblings()));
+  CHECK_EQ(work->count(), 20);
+  CHECK_EQ(work->most(), 1);
+  CHECK_EQ(r.ring.oldest(), r.ring.newest());
+}
+
+// Visitors that ignore tickets and try every slot all the time, so that they enter, and complete,
+// batches whose publication is not finished yet.
+TEST(visitors_storm_slots_while_they_are_recycled) {
+  const int batches = 15'000 * kSize;
+  Ring r(12);
+  std::vector<Slot*> slots;
+  for (std::size_t i = 0; i < kBatchesInFlight; ++i) {
+    CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(1), 1)));
+    slots.push_back(r.ring.find(i));
+  }
+  auto work = std::make_shared<Tally>(3);
+  std::atomic<int> completed{0};
+  const int expected = batches + static_cast<int>(kBatchesInFlight);
+  std::vector<std::thread> visitors;
+  for (std::int32_t leaf = 0; leaf < 3; ++leaf) {
+    visitors.emplace_back([&, leaf] {
+      for (std::size_t at = 0; completed.load() < expected; ++at) {
+        completed += r.visit(*slots[at % slots.size()], leaf, r.siblings());
+      }
+    });
+  }
+  std::int64_t items = 0;
+  for (int i = 0; i < batches; ++i) {
+    auto batch = std::make_shared<Batch>(work, 1 + i % 3);
+    while (!r.ring.publish(batch)) std::this_thread::yield();
+    items += batch->items();
+  }
+  for (auto& visitor : visitors) visitor.join();  // hangs if an item is lost
+  CHECK_EQ(completed.load(), expected);
+  CHECK_EQ(work->count(), items);
+  CHECK_EQ(r.run(), static_cast<std::uint64_t>(items) + kBatchesInFlight);
+  CHECK_EQ(r.stolen(), r.given());
+}
+
+TEST(the_65th_batch_is_refused_until_one_is_done) {
+  Ring r(12);
+  std::vector<std::shared_ptr<Tally>> works;
+  for (std::size_t i = 0; i < kBatchesInFlight; ++i) {
+    CHECK(!r.ring.was_full());
+    works.push_back(std::make_shared<Tally>(13));
+    CHECK(r.ring.publish(std::make_shared<Batch>(works.back(), 13)));
+  }
+  auto work = std::make_shared<Tally>(13);
+  auto batch = std::make_shared<Batch>(work, 13);
+  CHECK(r.ring.was_full());
+  CHECK(!r.ring.publish(batch));
+  CHECK_EQ(r.ring.was_queued(0), std::int64_t{2} * kBatchesInFlight);
+  CHECK(r.visit(*r.ring.find(0), 0, r.siblings()));
+  CHECK(!r.ring.was_full());
+  CHECK(r.ring.publish(batch));
+  CHECK(r.ring.was_full());
+  CHECK(!batch->done());
+  CHECK_EQ(r.visit_all(0, r.siblings()), static_cast<int>(kBatchesInFlight));
+  CHECK(batch->done());
+  works.push_back(work);
+  for (const auto& each : works) CHECK(each->least() == 1 && each->most() == 1);
+}
+
+TEST(a_cancelled_rest_and_the_items_run_make_up_the_batch) {
+  const std::int64_t n = 200;
+  for (int round = 0; round < 200 * kSize; ++round) {
+    Ring r(12);
+    auto work = std::make_shared<Tally>(n, round % 2 == 0 ? 1 : 64);
+    auto batch = std::make_shared<Batch>(work, n);
+    CHECK(r.ring.publish(batch));
+    StartLine start(3);
+    std::atomic<int> completed{0};
+    std::vector<std::thread> visitors;
+    for (std::int32_t leaf = 0; leaf < 2; ++leaf) {
+      visitors.emplace_back([&, leaf] {
+        start.wait();
+        completed += r.visit_all(leaf, r.siblings());
+      });
+    }
+    start.wait();
+    const Batch* const only = round % 3 == 0 ? batch.get() : nullptr;
+    r.ring.cancel(only, [&] { ++completed; });
+    for (auto& visitor : visitors) visitor.join();
+    CHECK(batch->done() && !batch->failed());
+    CHECK_EQ(completed.load(), 1);
+    CHECK_EQ(work->count() + batch->cancelled(), n);
+    CHECK_EQ(r.run(), static_cast<std::uint64_t>(work->count()));
+    CHECK(work->most() <= 1);
+  }
+}
+
+TEST(cancelling_one_batch_spares_the_others) {
+  Ring r(12);
+  auto keep = std::make_shared<Tally>(50), drop = std::make_shared<Tally>(50);
+  auto kept = std::make_shared<Batch>(keep, 50), dropped = std::make_shared<Batch>(drop, 50);
+  CHECK(r.ring.publish(kept) && r.ring.publish(dropped));
+  int completed = 0;
+  r.ring.cancel(dropped.get(), [&] { ++completed; });
+  CHECK_EQ(completed, 1);
+  CHECK(dropped->done() && !kept->done());
+  CHECK_EQ(dropped->cancelled(), 50);
+  CHECK_EQ(r.visit_all(0, r.siblings()), 1);
+  CHECK_EQ(keep->count(), 50);
+  CHECK_EQ(drop->count(), 0);
+}
+
+TEST(an_error_inside_a_chunk_counts_exactly) {
+  for (const std::int64_t bad : {0, 5, 12, 24, 599, 1199}) {
+    Ring r(12);
+    const std::int64_t n = 1200;
+    auto work = std::make_shared<Tally>(n, 64, [&](std::int64_t item) {
+      if (item == bad) throw std::runtime_error("bad");
+    });
+    auto batch = std::make_shared<Batch>(work, n);
+    CHECK(r.ring.publish(batch));
+    CHECK(r.visit(*r.ring.find(0), 0, r.siblings()));
+    CHECK(batch->done() && batch->failed());
+    CHECK_EQ(batch->failed_item(), bad);
+    CHECK_EQ(batch->failed_sphere(), 0);
+    CHECK_EQ(work->hits(bad), 0);
+    CHECK(batch->cancelled() >= 1);
+    CHECK_EQ(work->count() + batch->cancelled(), n);
+    CHECK_EQ(r.run(), static_cast<std::uint64_t>(work->count()));
+    CHECK_EQ(r.stolen(), r.given());
+    CHECK_THROWS(std::rethrow_exception(batch->error()), std::runtime_error);
+  }
+}
+
+int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -1,0 +1,170 @@
+"""The MNIST trainer and its reader of IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mnist_data
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def idx(array):
+    header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder, compress=False, train=20, test=10):
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for name, count in (("train", train), ("t10k", test)):
+        images = generator.integers(0, 256, (count, 28, 28))
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(count) % 10)):
+            path = folder / f"{name}-{kind}-ubyte{'.gz' if compress else ''}"
+            data = idx(array)
+            path.write_bytes(gzip.compress(data) if compress else data)
+
+
+def run(*arguments):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "mnist.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+
+
+def digest(output):
+    return re.search(r"weights digest: (\w+)", output).group(1)
+
+
+# ---- data ----
+
+
+def test_embedded_digits_are_a_fixed_stratified_split():
+    torch.manual_seed(1)
+    data = mnist_data.load_mnist(None)
+    assert data.train_x.shape == (4000, 1, 28, 28) and data.train_x.dtype == torch.float32
+    assert torch.bincount(data.train_y).tolist() == [400] * 10
+    assert torch.bincount(data.test_y).tolist() == [100] * 10
+    assert abs(data.train_x.mean()) < 0.05 and abs(data.train_x.std() - 1) < 0.05
+    torch.manual_seed(2)
+    again = mnist_data.load_mnist(None)
+    assert all(torch.equal(a, b) for a, b in zip(data, again, strict=True))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("layout", [".", "MNIST/raw"])
+def test_idx_files_in_every_layout(tmp_path, layout, compress):
+    write_mnist(tmp_path / layout, compress)
+    data = mnist_data.load_mnist(tmp_path)
+    assert data.train_x.shape == (20, 1, 28, 28) and data.test_y.tolist() == list(range(10))
+    pixels = (data.train_x * mnist_data.STD + mnist_data.MEAN) * 255
+    expected = np.random.default_rng(0).integers(0, 256, (20, 28, 28))
+    assert np.array_equal(pixels.round().numpy()[:, 0], expected)
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte; looked for .*MNIST/raw"):
+        mnist_data.load_mnist(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train-images-idx3-ubyte", b"abc", "3 bytes, too short"),
+        ("train-images-idx3-ubyte", idx(np.zeros(3)) + bytes(20), "magic number 0x00000801"),
+        ("train-images-idx3-ubyte", idx(np.zeros((20, 28, 27))), r"shape \(28, 27\)"),
+        ("train-images-idx3-ubyte", idx(np.zeros((20, 28, 28)))[:-1], "header says 15696"),
+        ("train-labels-idx1-ubyte", idx(np.zeros(19)), "20 train images, but 19 labels"),
+        ("t10k-labels-idx1-ubyte.gz", b"\x1f\x8b broken", "cannot be read"),
+    ],
+)
+def test_broken_files_are_named_with_what_was_found(tmp_path, name, content, message):
+    write_mnist(tmp_path)
+    (tmp_path / name.removesuffix(".gz")).unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        mnist_data.load_mnist(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# ---- trainer ----
+
+
+@pytest.mark.timeout(300)
+def test_default_run_learns():
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no bar where it cannot be redrawn
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"test accuracy: 0\.9\d\d\d", last)
+    assert float(last.split()[-1]) >= 0.95
+    assert len(re.findall(r"^epoch \d+: loss \S+, accuracy \S+$", done.stdout, re.MULTILINE)) == 6
+    assert "busiest" in done.stdout and "level 1" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mnist")
+    write_mnist(folder, train=150, test=30)
+    return folder
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_same_weights_every_time_and_at_every_concurrency(small, levels):
+    arguments = ("--data", small, "--levels", levels, "--batch-size", 50, "--epochs", 1)
+    digests = set()
+    for concurrency in (1, 1, 2, 5) if levels == 2 else (1, 5):
+        done = run(*arguments, "--concurrency", concurrency)
+        assert done.returncode == 0, done.stderr
+        digests.add(digest(done.stdout))
+    assert len(digests) == 1
+    assert digest(run(*arguments, "--seed", 1).stdout) not in digests
+
+
+def test_plain_runs_without_spheres(small):
+    done = run("--data", small, "--plain", "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert "level 1" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("test accuracy: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--levels", "4"], "'4'|4"),
+        (["--epochs", "0"], "got '0'"),
+        (["--batch-size", "-1"], "'-1'|-1"),
+        (["--concurrency", "x"], "got 'x'"),
+        (["--data", "/nowhere"], "no such folder: /nowhere"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr) and "Traceback" not in done.stderr
+
+
+def test_bad_data_is_one_line(tmp_path):
+    done = run("--data", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mnist.py: no train-images") and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_is_one_line():
+    command = [sys.executable, str(EXAMPLES / "mnist.py"), "--epochs", "1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("epoch 1")  # in the middle of training
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
