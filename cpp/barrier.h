@@ -9,6 +9,8 @@
 // Ordering: the meeting's number and its arrivals share one word, so a late arrival for a meeting
 // that was aborted cannot be counted for the next one.  released_ is stored with release after the
 // last arrival's acq_rel RMW; who sees it (acquire) sees what every sphere did before it arrived.
+// closed_ also remembers how the last 32 meetings ended, so that who asks late, when the next one
+// is over already, is told of its own.
 #pragma once
 
 #include <atomic>
@@ -39,17 +41,21 @@ class Barrier {
     }
     return false;
   }
-  void release(std::uint32_t id) { close(id, Meeting::kReleased); }
+  /// False if the meeting was aborted before.
+  bool release(std::uint32_t id) { return close(id, Meeting::kReleased); }
   /// True if this call ended the meeting.
   bool abort(std::uint32_t id) { return close(id, Meeting::kAborted); }
 
   bool was_released(std::uint32_t id) const {
     return number(closed_.load(std::memory_order_acquire)) >= id;
   }
+  /// Of one of the last 32 meetings.
   Meeting outcome(std::uint32_t id) const {
     const std::uint64_t closed = closed_.load(std::memory_order_acquire);
     if (number(closed) < id) return Meeting::kPending;
-    return number(closed) == id ? static_cast<Meeting>(closed & 0xff) : Meeting::kReleased;
+    const std::uint32_t age = number(closed) - id;
+    const bool aborted = age < 32 && ((static_cast<std::uint32_t>(closed) >> age) & 1) != 0;
+    return aborted ? Meeting::kAborted : Meeting::kReleased;
   }
   std::uint32_t current() const { return number(word_.load(std::memory_order_acquire)); }
 
@@ -60,9 +66,10 @@ class Barrier {
   static std::uint32_t number(std::uint64_t word) { return static_cast<std::uint32_t>(word >> 32); }
   bool close(std::uint32_t id, Meeting how) {
     std::uint64_t closed = closed_.load(std::memory_order_relaxed);
-    while (number(closed) < id) {
-      if (closed_.compare_exchange_weak(closed, pack(id, static_cast<std::uint32_t>(how)),
-                                        std::memory_order_acq_rel)) {
+    while (number(closed) < id) {  // so id is the next one: meetings are opened one at a time
+      const std::uint32_t history = (static_cast<std::uint32_t>(closed) << 1) |
+                                    static_cast<std::uint32_t>(how == Meeting::kAborted);
+      if (closed_.compare_exchange_weak(closed, pack(id, history), std::memory_order_acq_rel)) {
         return true;
       }
     }
@@ -70,7 +77,7 @@ class Barrier {
   }
 
   std::atomic<std::uint64_t> word_{0};    // meeting << 32 | arrivals
-  std::atomic<std::uint64_t> closed_{0};  // last meeting that ended << 32 | how
+  std::atomic<std::uint64_t> closed_{0};  // last meeting that ended << 32 | a bit per aborted one
   std::atomic<std::uint32_t> expected_{0};
 };
 

@@ -4,7 +4,8 @@
 //     if (!box.try_push(message)) ...   // full: nothing was stored, the sender decides what to do
 //     while (box.try_pop(message)) ...
 //
-// Any thread: everything.   Capacity: a power of two.
+// Any thread: everything.   Capacity: a power of two, at least 2 (with one cell, "holds the value"
+// and "free for the next lap" would be the same sequence).
 //
 // Invariant: a cell's sequence equals the push ticket that may fill it while it is free,
 // and that ticket + 1 while it holds the value.
@@ -20,6 +21,7 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace torch_spheres {
@@ -29,8 +31,9 @@ class Mailbox {
  public:
   explicit Mailbox(std::size_t capacity)
       : mask_(capacity - 1), cells_(std::make_unique<Cell[]>(capacity)) {
-    if (!std::has_single_bit(capacity)) {
-      throw std::invalid_argument("a mailbox's capacity must be a power of two");
+    if (!std::has_single_bit(capacity) || capacity == 1) {
+      throw std::invalid_argument("a mailbox's capacity must be a power of two, at least 2, got " +
+                                  std::to_string(capacity));
     }
     for (std::size_t i = 0; i < capacity; ++i) {
       cells_[i].sequence.store(i, std::memory_order_relaxed);  // before any other thread sees it

@@ -87,13 +87,14 @@ bool Sphere::read_messages() {
   while (mailbox.try_pop(message)) {
     messages_received.add(1);
     handle(message);
+    // Afterwards: what handling it passed on is counted before it is counted off.
+    if (is_of_meeting(message.kind)) system_.meeting_messages_.fetch_sub(1);
     any = true;
   }
   return any;
 }
 
 void Sphere::handle(const Message& message) {
-  if (is_of_meeting(message.kind)) system_.meeting_messages_.fetch_sub(1);
   switch (message.kind) {
     case MessageKind::kWork:
       doorbell.exchange(false);  // before looking, so that what comes now rings again
@@ -221,8 +222,8 @@ void Sphere::arrive_if_ready() {
   } else if (id != 0) {
     system_.post(Topology::parent(id), {MessageKind::kEpochEnd, 0, id, meeting_});
   } else {
-    system_.epochs_.fetch_add(1);
-    barrier.release(meeting_);
+    system_.epochs_.fetch_add(1);  // first, for those who have seen the release
+    if (!barrier.release(meeting_)) system_.epochs_.fetch_sub(1);
     pass_down({MessageKind::kEpochBegin, 0, id, meeting_});
     system_.tell_news();
   }

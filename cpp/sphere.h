@@ -52,10 +52,12 @@ inline bool is_of_meeting(MessageKind kind) {
 
 class Sphere {
  public:
-  /// Most messages that can wait at once: one kWork, kBarrier, kEpochEnd, kEpochBegin and kStop
-  /// from above (each is sent again only after it was read, see System) and one kEpochEnd and one
-  /// kGradientReady from each of twelve children.
-  static constexpr std::size_t kMailboxCapacity = 32;
+  /// At most 41 messages wait at once.  From above: one kWork, kBarrier, kEpochEnd, kEpochBegin and
+  /// kStop (each is sent again only after it was handled, see System).  From each of twelve
+  /// children: one kGradientReady, and a kEpochEnd for each of two meetings, since a child that
+  /// looked just before an epoch was aborted reports all the same, though the next may be open by
+  /// then.
+  static constexpr std::size_t kMailboxCapacity = 64;
   static constexpr std::size_t kInboxCapacity = 128;
 
   Sphere(System& system, SphereId id);

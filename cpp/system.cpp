@@ -64,17 +64,22 @@ void System::start() {
   fork_generation_ = fork_generation();
   stopping_.store(false);
   permits_.reset(concurrency_);
-  meeting_messages_.store(0);
   gradient_rounds_.store(0);
-  for (auto& sphere : spheres_) {
-    Message old;
-    while (sphere->mailbox.try_pop(old)) {
+  {
+    // Whoever opens a meeting may have begun before the last stop(): its message is drained too, or
+    // meeting_messages_ would count it for ever.
+    const std::lock_guard lock(meeting_mutex_);
+    for (auto& sphere : spheres_) {
+      Message old;
+      while (sphere->mailbox.try_pop(old)) {
+      }
+      sphere->doorbell.store(false);
+      sphere->busy.store(false);
+      sphere->granted.store(false);
+      sphere->insists.store(false);
+      sphere->gradients_ready.store(0);
     }
-    sphere->doorbell.store(false);
-    sphere->busy.store(false);
-    sphere->granted.store(false);
-    sphere->insists.store(false);
-    sphere->gradients_ready.store(0);
+    meeting_messages_.store(0);
   }
   running_.store(true, std::memory_order_release);
   for (auto& sphere : spheres_) {
@@ -118,7 +123,10 @@ void System::request_stop() {
     stopping_.store(true);
   }
   ring_.cancel(nullptr, [this] { completed(); });
-  abort_meeting();
+  {
+    const std::lock_guard lock(meeting_mutex_);  // after this no new meeting is opened
+    abort_meeting();
+  }
   Message stop{MessageKind::kStop, 0, kNoSphere, 0};
   sphere(0).mailbox.try_push(stop);  // full or not: it looks at stopping_ when it wakes
   sphere(0).parker.wake();
@@ -257,18 +265,14 @@ std::uint32_t System::try_open_barrier(int level) {
 std::uint32_t System::try_open_epoch() { return open_meeting(MessageKind::kEpochEnd, 0); }
 
 std::uint32_t System::open_meeting(MessageKind kind, int level) {
-  std::uint32_t meeting = 0;
-  {
-    const std::lock_guard lock(meeting_mutex_);
-    // Messages of an aborted meeting may still lie in mailboxes; waiting for them to be read keeps
-    // the mailboxes bounded.
-    if (!running() || stopping() || !barrier_.was_released(barrier_.current()) ||
-        meeting_messages_.load() != 0) {
-      return 0;
-    }
-    meeting = barrier_.open(static_cast<std::uint32_t>(Topology::count(level)));
-    if (stopping()) barrier_.abort(meeting);  // request_stop() may have looked just before
+  const std::lock_guard lock(meeting_mutex_);
+  // Messages of an aborted meeting may still lie in mailboxes; waiting for them to be read keeps
+  // the mailboxes bounded.
+  if (!running() || stopping() || !barrier_.was_released(barrier_.current()) ||
+      meeting_messages_.load() != 0) {
+    return 0;
   }
+  const std::uint32_t meeting = barrier_.open(static_cast<std::uint32_t>(Topology::count(level)));
   post(0, {kind, static_cast<std::int8_t>(level), kNoSphere, meeting});
   return meeting;
 }

@@ -132,18 +132,18 @@ class System {
   std::vector<WorkCounters*> leaf_counters_;  // by leaf number
   std::vector<Sphere*> leaf_spheres_;         // by leaf number
   std::function<void()> thread_exit_hook_;
-  std::uint64_t fork_generation_ = 0;
+  std::atomic<std::uint64_t> fork_generation_{0};  // forked() may be asked while start() sets it
 
   std::atomic<bool> running_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<std::int64_t> in_flight_{0};
   std::atomic<std::uint64_t> epochs_{0};
   std::atomic<std::uint64_t> gradient_rounds_{0};
-  std::atomic<std::int64_t> meeting_messages_{0};  // of the last meeting, not read yet
+  std::atomic<std::int64_t> meeting_messages_{0};  // of the last meeting, not handled yet
 
-  std::mutex submit_mutex_;  // submissions have one order
-  std::mutex meeting_mutex_;
-  std::mutex news_mutex_;  // guards nothing but the sleep of those who wait for news
+  std::mutex submit_mutex_;   // submissions have one order
+  std::mutex meeting_mutex_;  // a meeting is called wholly before stop() aborts it, or not at all
+  std::mutex news_mutex_;     // guards nothing but the sleep of those who wait for news
   std::condition_variable news_;
   std::atomic<int> news_waiters_{0};
   std::int32_t threads_ = 0;  // guarded by news_mutex_

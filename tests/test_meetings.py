@@ -48,8 +48,9 @@ def blocked_barrier(
     spheres: KissingSpheres, after: Callable[[], None]
 ) -> tuple[threading.Event, Callable[[], Any]]:
     """A barrier that one item holds up; returns the item's gate, and the barrier's join."""
-    gate = threading.Event()
-    spheres.distribute_work([0], lambda _: (gate.wait(LIMIT), after()))
+    begun, gate = threading.Event(), threading.Event()
+    spheres.distribute_work([0], lambda _: (begun.set(), gate.wait(LIMIT), after()))
+    assert begun.wait(LIMIT)
     join = in_thread(lambda: spheres.barrier(1))
     eventually(lambda: any(s.state is State.WAITING for s in spheres.stats().level(1)))
     return gate, join
@@ -244,7 +245,7 @@ def test_spheres_are_neither_pickled_nor_copied(call: Callable[[Any], Any]) -> N
 def test_dropping_the_last_reference_ends_the_threads(items: int) -> None:
     spheres = KissingSpheres(concurrency=2)
     spheres.distribute_work(range(items), lambda _: time.sleep(0.001))
-    assert len(sphere_threads()) > 0
+    eventually(sphere_threads)
     del spheres
     assert sphere_threads() == []
 
@@ -321,8 +322,9 @@ def test_functions_items_and_results_are_let_go() -> None:
             spheres.distribute_work([make(1)], partial(id_of, make(0)))
             spheres.distribute_work([], partial(id_of, make(0)))
             spheres.map(partial(id_of, make(0)), map(make, range(20)))
-            results = spheres.map(make, range(5))
-            del results
+            with pytest.raises(LookupError):
+                spheres.map(fail, map(make, range(5)))
+            gc.collect()
             drain()
             eventually(lambda alive=alive: not any(ref() for ref in alive))
             assert len(alive) == 50 and work.items == 20

@@ -98,7 +98,6 @@ cases = [
     ("spheres.stop()", 0, ""), ("gc.collect(); spheres = 0; gc.collect()", 0, ""),
     ("threading.excepthook = lambda _: None;"  # StoppedError
      "threading.Thread(target=spheres.wait, daemon=True).start()", 0, ""),
-    ("import atexit; atexit.register(spheres.map, abs, range(99))", 0, ""),
     ("spheres.distribute_work(range(50), lend(spheres)); del spheres", 0, ""),
     ("del spheres; other = ts.KissingSpheres(); other.distribute_work([0], lend(other)); del other;"
      "time.sleep(0.01)", 0, ""),

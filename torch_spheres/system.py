@@ -247,6 +247,7 @@ class KissingSpheres:
             work.wait(None)
         except BaseException:
             self._core.cancel(work)  # does nothing to a batch that is finished
+            del work  # it owns the error, whose traceback owns this frame
             raise
         results: list[R] = work.results
         return results

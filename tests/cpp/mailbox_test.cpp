@@ -1,12 +1,15 @@
-// The parker's lost wake-ups and the mailbox's lost or repeated messages.
+// The small parts alone: the parker's lost wake-ups, the mailbox's lost or repeated messages,
+// permits left unused, and late arrivals at a barrier.
 #include "mailbox.h"
 
 #include <algorithm>
 #include <thread>
 #include <vector>
 
+#include "barrier.h"
 #include "check.h"
 #include "park.h"
+#include "permits.h"
 
 using namespace torch_spheres;
 
@@ -227,6 +230,129 @@ TEST(the_last_message_goes_to_one_of_two_consumers) {
   for (auto& consumer : consumers) consumer.join();
   CHECK_EQ(wrong, 0);
   CHECK_EQ(sum.load(), std::int64_t{rounds} * (rounds - 1) / 2);
+}
+
+// The race of marker and releaser: whoever comes second must find the other's half.
+TEST(no_ready_leaf_is_left_while_a_permit_is_free) {
+  const int rounds = 4'000 * kSize;
+  Permits permits(144, 1);
+  std::atomic<int> granted{0}, holders{0}, most{0};
+  const auto dispatch = [&] {
+    while (permits.any_ready() && permits.try_acquire()) {
+      most = std::max(most.load(), ++holders);
+      if (permits.pop_ready() >= 0) ++granted;
+      --holders;
+      permits.release();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < rounds; ++i) {
+        permits.mark_ready((t * 50 + i) % 144);
+        dispatch();
+      }
+    });
+  }
+  for (std::thread& t : threads) t.join();
+  CHECK(!permits.any_ready());
+  CHECK(granted.load() > 0 && granted.load() <= 3 * rounds);
+  CHECK_EQ(most.load(), 1);
+  CHECK(permits.try_acquire());
+  CHECK(!permits.try_acquire());
+}
+
+TEST(a_ready_leaf_is_popped_by_one_of_two) {
+  const int rounds = 2'000 * kSize;
+  Permits permits(200, 1);
+  StartLine start(3), finish(3);
+  std::atomic<int> popped{0}, wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 2; ++t) {
+    threads.emplace_back([&] {
+      for (int round = 0; round < rounds; ++round) {
+        start.wait();
+        const std::int32_t leaf = permits.pop_ready();
+        popped += leaf >= 0;
+        wrong += leaf >= 0 && leaf != round % 200;
+        finish.wait();
+      }
+    });
+  }
+  int lost = 0;
+  for (int round = 0; round < rounds; ++round) {
+    permits.mark_ready(round % 200);
+    start.wait();
+    finish.wait();
+    lost += popped.load() != round + 1;
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK_EQ(lost, 0);
+  CHECK_EQ(wrong.load(), 0);
+}
+
+TEST(a_late_arrival_does_not_count_for_the_next_meeting) {
+  Barrier barrier;
+  const std::uint32_t first = barrier.open(2);
+  CHECK(!barrier.arrive(first));
+  CHECK(barrier.abort(first));
+  CHECK(!barrier.abort(first) && !barrier.release(first));
+  const std::uint32_t second = barrier.open(2);
+  CHECK(!barrier.arrive(first));  // too late: for nobody
+  CHECK(!barrier.arrive(second));
+  CHECK(barrier.outcome(second) == Meeting::kPending);
+  CHECK(barrier.arrive(second));
+  CHECK(barrier.release(second));
+  CHECK(barrier.outcome(second) == Meeting::kReleased);
+  CHECK(!barrier.abort(second));
+}
+
+TEST(who_asks_late_is_told_of_its_own_meeting) {
+  Barrier barrier;
+  const auto was_aborted = [](std::uint32_t id) { return id % 3 == 0 || id % 7 == 5; };
+  for (std::uint32_t id = 1; id <= 100; ++id) {
+    CHECK_EQ(barrier.open(1), id);
+    CHECK(barrier.outcome(id) == Meeting::kPending);
+    CHECK(was_aborted(id) ? barrier.abort(id) : barrier.arrive(id) && barrier.release(id));
+    for (std::uint32_t asked = std::max(id, 32u) - 31; asked <= id; ++asked) {
+      CHECK(barrier.outcome(asked) ==
+            (was_aborted(asked) ? Meeting::kAborted : Meeting::kReleased));
+    }
+  }
+}
+
+TEST(arrivals_and_an_abort_race_for_one_outcome) {
+  const int rounds = 1'500 * kSize;
+  Barrier barrier;
+  StartLine start(4), finish(4);
+  std::uint32_t id = 0;
+  std::atomic<int> released{0}, aborted{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (int round = 0; round < rounds; ++round) {
+        start.wait();
+        if (t == 2) {
+          aborted += barrier.abort(id);
+        } else if (barrier.arrive(id)) {
+          released += barrier.release(id);
+        }
+        finish.wait();
+      }
+    });
+  }
+  int wrong = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const int before = aborted.load();
+    id = barrier.open(2);
+    start.wait();
+    finish.wait();
+    wrong += released.load() + aborted.load() != round + 1;
+    wrong +=
+        barrier.outcome(id) != (aborted.load() > before ? Meeting::kAborted : Meeting::kReleased);
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK_EQ(wrong, 0);
 }
 
 int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }
