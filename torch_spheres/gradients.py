@@ -93,12 +93,8 @@ class GradientHook:
                     "several batches call reduce() after each, which adds to .grad"
                 )
             self._added[shard] = fitted
-        self._report(shard)
-
-    def _report(self, shard: int) -> None:
-        core = self._spheres._core
-        self._reported[shard] = core.starts
-        core.gradient_ready(shard)
+            self._reported[shard] = self._spheres._core.starts
+        self._spheres._core.gradient_ready(shard)
 
     def _fit(
         self, grads: Sequence[Tensor | None] | Mapping[Tensor, Tensor | None]
