@@ -28,7 +28,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 def run(script: str) -> str:
     """Runs a script that must end well and silently; returns what it printed."""
-    command = [sys.executable, "-X", "faulthandler", "-c", HEADER + script]
+    # -P: the installed package, not the source folder that pytest was started in.
+    command = [sys.executable, "-P", "-X", "faulthandler", "-c", HEADER + script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout

@@ -549,7 +549,10 @@ def test_resumes_in_a_new_process() -> None:
         "print(list(batches))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], input=file.getvalue(), capture_output=True, check=False
+        [sys.executable, "-P", "-c", program],
+        input=file.getvalue(),
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().strip() == str(list(iterator))
