@@ -10,8 +10,10 @@
 #include "check.h"
 #include "park.h"
 #include "permits.h"
+#include "start_line.h"
 
 using namespace torch_spheres;
+using torch_spheres::testing::StartLine;
 
 namespace {
 
@@ -20,20 +22,6 @@ constexpr int kSize = 1;
 #else
 constexpr int kSize = 5;
 #endif
-
-/// Lets all its threads go at the same moment, as often as one likes.
-class StartLine {
- public:
-  explicit StartLine(int threads) : threads_(threads) {}
-  void wait() {
-    const int turn = arrived_.fetch_add(1) / threads_;
-    while (arrived_.load() / threads_ == turn) std::this_thread::yield();
-  }
-
- private:
-  const int threads_;
-  std::atomic<int> arrived_{0};
-};
 
 }  // namespace
 

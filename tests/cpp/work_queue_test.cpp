@@ -11,8 +11,10 @@
 
 #include "check.h"
 #include "claimer.h"
+#include "start_line.h"
 
 using namespace torch_spheres;
+using torch_spheres::testing::StartLine;
 
 namespace {
 
@@ -21,20 +23,6 @@ constexpr int kSize = 1;
 #else
 constexpr int kSize = 4;
 #endif
-
-/// Lets all its threads go at the same moment, as often as one likes.
-class StartLine {
- public:
-  explicit StartLine(int threads) : threads_(threads) {}
-  void wait() {
-    const int turn = arrived_.fetch_add(1) / threads_;
-    while (arrived_.load() / threads_ == turn) std::this_thread::yield();
-  }
-
- private:
-  const int threads_;
-  std::atomic<int> arrived_{0};
-};
 
 /// Counts how often each item was run, and the work of every batch in one place.
 class Tally final : public Work {
