@@ -122,7 +122,9 @@ def test_shape_one_named_thread_per_sphere(levels: int, total: int, leaves: int)
         names = spheres.map(lambda _: threading.current_thread().name, range(50))
         assert set(names) <= {f"sphere {path}" for path in paths}
         assert "running" in repr(spheres)
-    assert sphere_threads() == [] and "stopped" in repr(spheres)
+    assert "stopped" in repr(spheres)
+    # Joined, but the kernel takes a thread off its list only a moment after it let the joiner go.
+    eventually(lambda: sphere_threads() == [])
 
 
 # ---- work ----
