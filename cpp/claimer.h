@@ -27,18 +27,22 @@ namespace torch_spheres {
 /// A sphere's hand in one batch that it visits.   Owner: all of it.
 class Claimer {
  public:
+  /// Takes from `leaf` first, then from its siblings, and counts for `mine`; `counters` holds those
+  /// of all leaves.  Takes nothing more once now_ns() is past `until`; 0: no limit.
   Claimer(WorkRing& ring, Slot& slot, SphereId sphere, std::int32_t leaf, const Siblings& siblings,
-          WorkCounters* const* counters)
+          WorkCounters* const* counters, WorkCounters& mine, std::uint64_t until = 0)
       : ring_(ring),
         slot_(slot),
         sphere_(sphere),
-        leaf_(leaf),
         siblings_(siblings),
         counters_(counters),
+        mine_(mine),
+        until_(until),
         max_chunk_(slot.batch->work()->max_chunk()),
         // Odd leaves go down the row of siblings and even ones up, so that two thieves who started
         // side by side do not follow each other from cursor to cursor.
-        direction_((leaf - siblings.base) / siblings.step % 2 == 0 ? 1 : siblings.count - 1) {}
+        direction_((leaf - siblings.base) / siblings.step % 2 == 0 ? 1 : siblings.count - 1),
+        victim_(leaf) {}
 
   SphereId sphere() const { return sphere_; }
   /// The item about to run, for the error message should it throw.
@@ -51,6 +55,10 @@ class Claimer {
   bool next(Chunk& chunk) {
     finish_chunk(chunk_count_);
     adapt();
+    if (until_ != 0 && now_ns() >= until_) {
+      tell_victim();
+      return false;
+    }
     for (std::int32_t i = 0; i < siblings_.count; ++i) {
       if (take_from(victim_, chunk)) {
         item_ = chunk.first;
@@ -105,10 +113,9 @@ class Claimer {
   void finish_chunk(std::int64_t ran) {
     finished_ += ran;
     if (ran > 0) {
-      WorkCounters& mine = *counters_[leaf_];
-      mine.items_run.add(static_cast<std::uint64_t>(ran));
-      if (chunk_owner_ != leaf_) {
-        mine.items_stolen.add(static_cast<std::uint64_t>(ran));
+      mine_.items_run.add(static_cast<std::uint64_t>(ran));
+      if (counters_[chunk_owner_] != &mine_) {
+        mine_.items_stolen.add(static_cast<std::uint64_t>(ran));
         stolen_ += static_cast<std::uint64_t>(ran);
         if (size_ == 1) tell_victim();
       }
@@ -156,13 +163,14 @@ class Claimer {
   WorkRing& ring_;
   Slot& slot_;
   const SphereId sphere_;
-  const std::int32_t leaf_;
   const Siblings siblings_;
   WorkCounters* const* const counters_;
+  WorkCounters& mine_;
+  const std::uint64_t until_;
   const std::int64_t max_chunk_;
   const std::int32_t direction_;
   std::uint64_t stolen_ = 0;  // from chunk_owner_, not told it yet
-  std::int32_t victim_ = leaf_;
+  std::int32_t victim_;
   std::int64_t size_ = 1;
   std::int64_t chunk_count_ = 0;
   std::int32_t chunk_owner_ = 0;

@@ -3,12 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <exception>
 #include <string>
-
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#endif
 
 #include "claimer.h"
 #include "system.h"
@@ -31,21 +26,6 @@ void name_this_thread(SphereId id) {
 #elif defined(__APPLE__)
   pthread_setname_np(name.c_str());
 #endif
-}
-
-/// True unless the work threw.
-bool run_guarded(Work& work, Claimer& claimer) {
-  try {
-    work.run(claimer);
-    return true;
-#if defined(__GLIBCXX__)
-  } catch (const abi::__forced_unwind&) {
-    throw;  // pthread_exit: not ours to stop
-#endif
-  } catch (...) {
-    claimer.fail(std::current_exception());
-    return false;
-  }
 }
 
 }  // namespace
@@ -177,10 +157,11 @@ void Sphere::begin_meeting(const Message& message) {
 /// The meeting is over: on with the work that came meanwhile.
 void Sphere::leave_meeting() {
   meeting_ = 0;
+  insists.store(false);
   if (!standing_) return;
   standing_ = false;
+  if (has_turns()) busy.store(false);
   if (is_leaf) {
-    busy.store(false);
     if (system_.ring_.had_work(siblings)) ask_for_turn();
   } else if (work_deferred_) {
     work_deferred_ = false;
@@ -203,18 +184,18 @@ void Sphere::arrive_if_ready() {
     return;
   }
   if (standing_) return;
-  if (is_leaf) {
-    // From here on nobody gives it a turn; if somebody just has, that turn comes first.
+  if (!is_leaf && meeting_is_epoch_ && epoch_reports_ < kKissing) return;
+  if (has_turns()) {
+    // From here on nobody gives it a turn, or helps as the root; if somebody just has, that comes
+    // first: take_turn() looks here again, and a helper sees `insists` and wakes the root.
+    insists.store(true);
     if (busy.exchange(true)) return;
-    if (system_.ring_.had_own_work(offset)) {
+    if (is_leaf && system_.ring_.had_own_work(offset)) {
       busy.store(false);
-      insists.store(true);
       ask_for_turn();
       return;
     }
     insists.store(false);
-  } else if (meeting_is_epoch_ && epoch_reports_ < kKissing) {
-    return;
   }
   standing_ = true;
   if (!meeting_is_epoch_) {
@@ -265,13 +246,11 @@ bool Sphere::run_available() {
   for (std::uint64_t t = ring.oldest(), end = ring.newest(); t < end; ++t) {
     Slot* slot = ring.find(t);
     if (slot == nullptr || !WorkRing::enter(*slot)) continue;
-    Claimer claimer(ring, *slot, id, offset, siblings, system_.leaf_counters_.data());
-    const std::shared_ptr<Work>& work = slot->batch->work();
+    Claimer claimer(ring, *slot, id, offset, siblings, system_.leaf_counters_.data(), counters);
     if (claimer.had_work()) {
       clock.transition(State::kReady);
-      clock.transition(work->state());
-      // Before the batch can be complete: a barrier that is opened after it is not concerned.
-      if (!run_guarded(*work, claimer)) system_.abort_meeting();
+      clock.transition(slot->batch->work()->state());
+      system_.run_work(*slot, claimer);
     }
     any = any || claimer.took_any();
     if (ring.leave(*slot, claimer.finished())) system_.completed();

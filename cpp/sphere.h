@@ -81,17 +81,20 @@ class Sphere {
 
   /// A kWork message waits in the mailbox: no second one is needed.
   std::atomic<bool> doorbell{false};
-  /// A permit was handed to this leaf, or it stands at a barrier: nobody gives it another turn.
+  /// A permit was handed to this leaf, or a helper works as the root, or the sphere stands at a
+  /// barrier: nobody gives it another turn.  Leaves and the root only.
   std::atomic<bool> busy{false};
   /// The permit that came with `busy`.
   std::atomic<bool> granted{false};
-  /// It waits for its turn although somebody else may take all its items: wake it all the same.
+  /// It must get to a meeting: wake it, though somebody else has taken all its items, or once the
+  /// helper is gone.
   std::atomic<bool> insists{false};
   /// Complete sets of gradients of this subtree that the parent has not read yet.
   std::atomic<std::uint32_t> gradients_ready{0};
   std::thread thread;
 
  private:
+  bool has_turns() const { return is_leaf || id == 0; }
   bool read_messages();
   void handle(const Message& message);
   void pass_down(Message message);

@@ -10,6 +10,12 @@
 #include <system_error>
 #include <utility>
 
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#endif
+
+#include "claimer.h"
+
 namespace torch_spheres {
 
 namespace {
@@ -90,10 +96,7 @@ void System::start() {
     try {
       sphere->thread = std::thread([this, &s = *sphere] { run_sphere(s); });
     } catch (const std::system_error& error) {
-      {
-        const std::lock_guard lock(news_mutex_);
-        --threads_;
-      }
+      thread_leaves();
       const SphereId started = sphere->id;
       request_stop();
       for (SphereId id = 0; id < started; ++id) this->sphere(id).parker.wake();
@@ -111,9 +114,13 @@ void System::run_sphere(Sphere& sphere) {
   current_system = this;
   sphere.run();
   if (thread_exit_hook_) thread_exit_hook_();
+  thread_leaves();
+}
+
+/// Afterwards join_for() does not wait for the calling thread any more.
+void System::thread_leaves() {
   const std::lock_guard lock(news_mutex_);
-  --threads_;
-  news_.notify_all();
+  if (--threads_ == 0) news_.notify_all();
 }
 
 void System::request_stop() {
@@ -250,6 +257,71 @@ Sphere* System::candidate(std::int32_t leaf) {
     if (!sibling.busy.load() && !sibling.busy.exchange(true)) return &sibling;
   }
   return nullptr;
+}
+
+/// Runs what the claimer takes of a visited batch; an error ends the hand-out of the batch.
+void System::run_work(Slot& slot, Claimer& claimer) {
+  try {
+    slot.batch->work()->run(claimer);
+#if defined(__GLIBCXX__)
+  } catch (const abi::__forced_unwind&) {
+    throw;  // pthread_exit: not ours to stop
+#endif
+  } catch (...) {
+    claimer.fail(std::current_exception());
+    // Before the batch can be complete: a barrier that is opened after it is not concerned.
+    abort_meeting();
+  }
+}
+
+// ---- a hand from the thread that waits ----
+
+bool System::try_begin_help() {
+  {
+    const std::lock_guard lock(news_mutex_);
+    // In this order: between join_for() and the end of the next start() one of the two says no.
+    if (stopping() || !running()) return false;
+    ++threads_;
+  }
+  // The permit first, and given back last: where the root is the only leaf nobody may have a permit
+  // for it and find it busy.
+  if (permits_.try_acquire()) {
+    if (!sphere(0).busy.exchange(true)) return true;
+    permits_.release();
+    dispatch();
+  }
+  thread_leaves();
+  return false;
+}
+
+bool System::help(const Batch& batch, Milliseconds time) {
+  Slot* slot = ring_.find(batch.ticket_);
+  if (slot == nullptr || !WorkRing::enter(*slot)) return true;
+  std::int64_t finished = 0;
+  bool more = false;
+  if (slot->batch.get() == &batch) {  // or it was done, and the next one stands there
+    // From the last leaf down, while those that are woken begin with the first.
+    const std::int32_t leaves = topology_.leaves();
+    const auto until =
+        now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
+    Claimer claimer(ring_, *slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
+                    sphere(0).counters, until);
+    run_work(*slot, claimer);
+    finished = claimer.finished();
+    more = claimer.had_work();
+  }
+  if (ring_.leave(*slot, finished)) completed();
+  return !more;
+}
+
+void System::end_help() {
+  Sphere& root = sphere(0);
+  root.busy.store(false);
+  // seq_cst, like arrive_if_ready(): either the root finds itself not busy or `insists` is seen.
+  if (root.insists.load()) root.parker.wake();
+  permits_.release();
+  dispatch();
+  thread_leaves();
 }
 
 // ---- meetings ----

@@ -79,6 +79,16 @@ class System {
   bool wait_idle_for(Milliseconds timeout);
   std::int64_t in_flight() const { return in_flight_.load(std::memory_order_acquire); }
 
+  // ---- a hand from the thread that waits (use Helper) ----
+  /// Makes the calling thread one of the `concurrency` that run work; what it runs counts for the
+  /// root.  False if all permits are out, another thread helps, the root stands at a barrier or the
+  /// system is not running.
+  bool try_begin_help();
+  /// Runs items of a batch that this thread submitted.  True: none is left to take; false: the time
+  /// is over.
+  bool help(const Batch& batch, Milliseconds time);
+  void end_help();
+
   // ---- meetings ----
   /// Calls the spheres of a level together (after the work they have); 0 when another meeting is
   /// still going on, or the system is stopping.
@@ -122,6 +132,8 @@ class System {
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
   std::uint32_t open_meeting(MessageKind kind, int level);
   void run_sphere(Sphere& sphere);
+  void thread_leaves();
+  void run_work(Slot& slot, Claimer& claimer);
 
   const Topology topology_;
   const int concurrency_;
@@ -146,7 +158,7 @@ class System {
   std::mutex news_mutex_;     // guards nothing but the sleep of those who wait for news
   std::condition_variable news_;
   std::atomic<int> news_waiters_{0};
-  std::int32_t threads_ = 0;  // guarded by news_mutex_
+  std::int32_t threads_ = 0;  // spheres and helpers; guarded by news_mutex_
 
   template <typename Condition>
   bool wait_news(Milliseconds timeout, Condition condition);

@@ -94,8 +94,10 @@ class Batch {
  private:
   friend class Claimer;
   friend class WorkRing;
+  friend class System;
   const std::shared_ptr<Work> work_;
   const std::int64_t items_;
+  std::uint64_t ticket_ = 0;         // written in publish, for the thread that submitted it
   std::atomic<bool> closed_{false};  // set once: by the first error or by stop()
   std::atomic<bool> stopped_{false};
   std::atomic<std::int64_t> cancelled_{0};
@@ -173,6 +175,7 @@ class WorkRing {
       slot.cursors[static_cast<std::size_t>(leaf)].word.store(static_cast<std::uint64_t>(count)
                                                               << 32);
     }
+    batch->ticket_ = ticket;
     slot.batch = batch;
     slot.items.store(n, std::memory_order_relaxed);
     // The ticket first: a late visitor of the slot's last batch may enter, and even complete this

@@ -88,8 +88,11 @@ def test_large_tensors_on_spheres_have_the_same_bits(levels, concurrency):
         numel = 100_003 if levels == 3 else 1_000_003
         shards = shards_of((numel,), torch.float32, spheres.leaves, 1, {2})
         assert_same_bits(ts.tree_sum(shards, spheres=spheres), tree(shards))
-        # It was the spheres, and they counted it as accumulating.
-        assert spheres.stats().total(lambda s: s.accumulating_ns) > 0
+        # It was shared out: to the leaves, which count their time as accumulating, and to the
+        # thread that waits here, for which the root counts.
+        stats = spheres.stats()
+        assert stats.items_run > 0
+        assert all(s.accumulating_ns > 0 for s in stats if s.items_run > 0 and s.id != 0)
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=str)

@@ -26,9 +26,11 @@ class SphereStats:
     state: State
     """What the thread was doing. IDLE is good news when there is no work."""
     items_run: int
-    """Work items run by this sphere, stolen ones included."""
+    """Work items run by this sphere, stolen ones included. On the root also the pieces of a
+    gradient sum that the thread which called for it ran itself while it waited."""
     items_stolen: int
-    """Of those, items taken from a sibling. High where the sphere was fast or the siblings slow."""
+    """Of those, items taken from a sibling, or on the root from any leaf. High where the sphere was
+    fast or the siblings slow."""
     items_given: int
     """Items of its own queue that siblings ran. High on a sphere that had the slow items, and on
     spheres that never got a turn because `concurrency` is smaller than their number."""

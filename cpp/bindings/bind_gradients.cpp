@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "gradient_work.h"
+#include "helper.h"
 #include "py_system.h"
 #include "tensor_view.h"
 
@@ -45,8 +46,9 @@ void run_job(const SumJob& job, PySystem* system) {
     return;
   }
   const auto batch = system->submit_core(std::make_shared<SumWork>(job), job.items(), "tree_sum()");
+  Helper helper(system->core());
   try {
-    wait_interruptibly({}, [&](Milliseconds time) { return batch->wait_for(time); });
+    wait_interruptibly({}, [&](Milliseconds time) { return helper.wait_for(*batch, time); });
   } catch (...) {
     // The buffers die with this call: let no sphere touch them afterwards.
     const py::gil_scoped_release release;

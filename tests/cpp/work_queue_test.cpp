@@ -68,7 +68,8 @@ struct Ring {
   /// What a sphere does in one slot; true if that completed the batch.
   bool visit(Slot& slot, std::int32_t leaf, const Siblings& siblings) {
     if (!WorkRing::enter(slot)) return false;
-    Claimer claimer(ring, slot, leaf, leaf, siblings, pointers.data());
+    Claimer claimer(ring, slot, leaf, leaf, siblings, pointers.data(),
+                    *pointers[static_cast<std::size_t>(leaf)]);
     try {
       slot.batch->work()->run(claimer);
     } catch (const std::runtime_error&) {

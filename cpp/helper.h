@@ -1,0 +1,61 @@
+// The thread that waits for a batch lends the spheres a hand with it.
+//
+//     while (system.try_submit(batch) == ...) ...
+//     Helper helper(system);                        // at once: before the first sphere is awake
+//     while (!helper.wait_for(*batch, 40ms)) { /* look for Ctrl-C */ }
+//
+// For batches of short items, like the pieces of a gradient sum: waking a sleeping sphere takes as
+// long as several of them.  The helper takes a permit, so that no more than `concurrency` threads
+// run work, and works under it until no item is left to take; with all permits out it only waits.
+// The items that it runs count for the root, which is why there is one helper at a time, and why
+// the root comes to no barrier while there is one.
+//
+// Owner: all of it; not on a sphere's own thread.
+#pragma once
+
+#include <chrono>
+
+#include "system.h"
+
+namespace torch_spheres {
+
+class Helper {
+ public:
+  explicit Helper(System& system) : system_(system), helps_(system.try_begin_help()) {}
+  ~Helper() { end(); }
+  Helper(const Helper&) = delete;
+  Helper& operator=(const Helper&) = delete;
+
+  bool helps() const { return helps_; }
+
+  /// Works for and waits for a batch that this thread submitted; true once it is done.  Takes
+  /// longer than `timeout` by at most the items taken last.
+  bool wait_for(Batch& batch, Milliseconds timeout) {
+    const auto end_of_time = std::chrono::steady_clock::now() + timeout;
+    if (helps_) {
+      if (!system_.help(batch, timeout)) return batch.done();
+      end();  // all items are taken: the permit is for others
+      // Those who have the last ones are about to finish: not worth a sleep.
+      for (int i = 0; i < kSpins && !batch.done(); ++i) relax();
+    }
+    return batch.wait_for(end_of_time - std::chrono::steady_clock::now());
+  }
+
+ private:
+  /// Some twenty microseconds: about what falling asleep and being woken costs.
+  static constexpr int kSpins = 500;
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  void end() {
+    if (helps_) system_.end_help();
+    helps_ = false;
+  }
+
+  System& system_;
+  bool helps_;
+};
+
+}  // namespace torch_spheres
