@@ -86,7 +86,7 @@ class NativeWork final : public Work {
         owner_(function.owner) {}
   ~NativeWork() override;
   void run(Claimer& claimer) override;
-  std::int64_t max_chunk() const override { return 64; }
+  std::int64_t max_chunk() const override { return 256; }
 
  private:
   const NativeFunction::Pointer pointer_;
