@@ -235,6 +235,36 @@ def test_stop_tells_how_many_items_were_lost() -> None:
         work.wait()
 
 
+def test_stop_tells_of_an_error_that_nobody_waited_for_and_of_no_other() -> None:
+    spheres = KissingSpheres(levels=1)
+    work = spheres.distribute_work([7], fail)
+    eventually(work.done)
+    with pytest.warns(RuntimeWarning, match=r"LookupError\(7\), and nobody waited for it"):
+        spheres.stop()
+    for wait in (lambda work: work.wait(LIMIT), lambda _: spheres.wait(LIMIT)):
+        spheres.start()
+        with pytest.raises(LookupError):
+            wait(spheres.distribute_work([7], fail))
+        spheres.stop()  # warns of nothing: warnings are errors here
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda spheres, work: work.wait(), lambda spheres, _: spheres.wait()]
+)
+def test_stop_leaves_it_to_those_who_wait_to_tell_what_was_lost(wait: Callable[..., None]) -> None:
+    gate, spheres = threading.Event(), KissingSpheres(levels=1)
+    work = spheres.distribute_work(range(1000), lambda i: gate.wait(LIMIT))
+    eventually(lambda: spheres.stats()[0].state is State.PROCESSING)
+    join = in_thread(lambda: wait(spheres, work))
+    eventually(lambda: spheres._core.waiters(work) == 1)
+    with pytest.raises(TimeoutError):
+        spheres.stop(0)
+    gate.set()
+    spheres.stop()
+    with pytest.raises(StoppedError, match="999 of 1000"):
+        join()
+
+
 @pytest.mark.parametrize("call", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_spheres_are_neither_pickled_nor_copied(call: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError, match="cannot be pickled or copied"):
@@ -331,3 +361,27 @@ def test_functions_items_and_results_are_let_go() -> None:
         nothing = sys.getrefcount(None)
         spheres.map(lambda _: None, [None] * 10_000)
         eventually(lambda: abs(sys.getrefcount(None) - nothing) < 1000)
+
+
+def test_an_error_caught_beside_its_handle_is_collected() -> None:
+    class Marker:
+        pass
+
+    def catch(spheres: KissingSpheres) -> tuple[weakref.ref[Marker], weakref.ref[Marker]]:
+        in_frame, in_item = Marker(), Marker()
+        work = spheres.distribute_work([in_item], fail)
+        with pytest.raises(LookupError) as caught:
+            work.wait()
+        gc.collect()  # everything is in use
+        with pytest.raises(LookupError) as again:
+            work.wait()
+        assert again.value is caught.value and again.value.args == (in_item,)
+        loop = [caught]  # error -> traceback -> this frame -> error, and -> handle -> error
+        return weakref.ref(in_frame), weakref.ref(loop[0].value.args[0])
+
+    with KissingSpheres(levels=1) as spheres:
+        alive = catch(spheres)
+        gc.collect()
+        spheres.distribute_work([0], int).wait()  # takes finished batches off the list
+        gc.collect()
+        assert [ref() for ref in alive] == [None, None]

@@ -156,9 +156,10 @@ class KissingSpheres:
     def stop(self, timeout: float | None = None) -> None:
         """Stops the spheres: items that run finish, items that have not begun are not run.
 
-        Waiting calls in other threads raise `StoppedError`. Items that are lost in this way without
-        anybody waiting for them are reported as a RuntimeWarning; call `wait` first to have them
-        run. Spheres that do not run are left alone; `start` starts them again.
+        Waiting calls in other threads raise `StoppedError`. Items that are lost in this way, and an
+        item's exception, are reported as a RuntimeWarning if nobody was told and nobody waits; call
+        `wait` first to have them run or raised. Spheres that do not run are left alone; `start`
+        starts them again.
 
         Args:
             timeout: seconds to wait for running items; None waits for ever (Ctrl-C is answered).
@@ -167,11 +168,18 @@ class KissingSpheres:
             TimeoutError: items were still running. They go on; call `stop` again.
             RuntimeError: called from inside a work item, or in a forked child.
         """
-        lost = self._core.stop(_as_timeout(timeout))
+        lost, error = self._core.stop(_as_timeout(timeout))
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
                 "call wait() before stop() to have them run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if error is not None:
+            warnings.warn(
+                f"stop(): a work item had raised {error!r}, and nobody waited for it; "
+                "call wait() before stop() to have it raised",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -30,7 +30,14 @@ void bind_system(py::module_& module) {
       .def_property_readonly("concurrency",
                              [](const PySystem& self) { return self.core().concurrency(); })
       .def("start", &PySystem::start)
-      .def("stop", &PySystem::stop, py::arg("timeout") = py::none())
+      .def(
+          "stop",
+          [](PySystem& self, Seconds timeout) {
+            const PySystem::Lost lost = self.stop(timeout);
+            return std::make_pair(lost.items, lost.error);
+          },
+          py::arg("timeout") = py::none(),
+          "Returns what nobody was told of: how many items were not run, and an item's error.")
       .def("running", &PySystem::running)
       .def("forked", [](const PySystem& self) { return self.core().forked(); })
       .def("on_own_thread", [](const PySystem& self) { return self.core().on_own_thread(); })
@@ -38,6 +45,10 @@ void bind_system(py::module_& module) {
       .def("submit_native", &PySystem::submit_native, py::arg("fn"), py::arg("items"))
       .def("cancel", &PySystem::cancel, py::arg("work"))
       .def("wait", &PySystem::wait, py::arg("timeout") = py::none())
+      .def(
+          "waiters",
+          [](const PySystem& self, const PyBatch& work) { return self.waiters() + work.waiters(); },
+          py::arg("work"), "How many threads wait for this work: for tests.")
       .def("require_running", &PySystem::require_running, py::arg("what"))
       .def("require_outside", &PySystem::require_outside, py::arg("what"))
       .def("barrier", &PySystem::barrier, py::arg("level"), py::arg("timeout") = py::none())

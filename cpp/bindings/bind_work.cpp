@@ -23,6 +23,23 @@ void tally_item(void* context, std::int64_t item) {
 
 void do_nothing(void*, std::int64_t) {}
 
+/// Has Python's garbage collector look into a Work.
+py::custom_type_setup collected() {
+  return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
+      Py_VISIT(Py_TYPE(self));
+      if (!py::detail::is_holder_constructed(self)) return 0;
+      return py::cast<PyBatch&>(py::handle(self)).traverse(visit, arg);
+    };
+    type.tp_clear = [](PyObject* self) -> int {
+      if (py::detail::is_holder_constructed(self)) py::cast<PyBatch&>(py::handle(self)).clear();
+      return 0;
+    };
+  });
+}
+
 }  // namespace
 
 void bind_work(py::module_& module) {
@@ -50,7 +67,8 @@ void bind_work(py::module_& module) {
       "noop", [] { return NativeFunction{&do_nothing, nullptr, py::none()}; },
       "A native function that does nothing: for benchmarks.");
 
-  py::class_<PyBatch>(module, "Work", "What distribute_work() returns: one batch under way.")
+  py::class_<PyBatch>(module, "Work", collected(),
+                      "What distribute_work() returns: one batch under way.")
       .def("done", &PyBatch::done, "Whether all items have been run, or will never be.")
       .def("wait", &PyBatch::wait, py::arg("timeout") = py::none(),
            "Waits until the batch is finished. Raises what its first failed item raised, "

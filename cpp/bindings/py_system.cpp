@@ -31,58 +31,7 @@ Graveyard& graveyard() {
   return *instance;
 }
 
-std::string in_seconds(double seconds) {
-  std::string text = std::to_string(seconds);
-  text.erase(text.find_last_not_of('0') + 1);
-  if (text.back() == '.') text.pop_back();
-  return text + " s";
-}
-
-constexpr const char* kForked =
-    ": these spheres were started before fork(), and their threads live in the parent process "
-    "only; "
-    "make a new KissingSpheres in the child, or start the process with the 'spawn' or 'forkserver' "
-    "method";
-
 }  // namespace
-
-// ---- PyBatch ----
-
-void PyBatch::wait(Seconds timeout) const {
-  if (timeout && !(*timeout >= 0)) {
-    throw std::invalid_argument("timeout must be None or at least 0 seconds, got " +
-                                py::repr(py::float_(*timeout)).cast<std::string>());
-  }
-  if (!batch_->done()) {
-    if (getpid() != process_) throw std::runtime_error(std::string("wait()") + kForked);
-    if (system_->on_own_thread()) {
-      throw std::runtime_error(
-          "wait() called on sphere " + Topology::path_string(System::current()->id) +
-          ", from inside a work item, might wait for itself; wait on the thread that submitted the "
-          "work");
-    }
-    if (!wait_interruptibly(timeout, [&](Milliseconds time) { return batch_->wait_for(time); })) {
-      throw Timeout("the work was not finished after " + in_seconds(*timeout) +
-                    "; it goes on, wait() again");
-    }
-  }
-  check();
-}
-
-void PyBatch::check() const {
-  if (batch_->failed()) {
-    if (work_) work_->raise();
-    std::rethrow_exception(batch_->error());
-  }
-  if (batch_->cancelled() > 0) {
-    throw StoppedError(std::to_string(batch_->cancelled()) + " of " +
-                       std::to_string(batch_->items()) +
-                       " work items were not run: the spheres were stopped, or the work cancelled, "
-                       "before they began");
-  }
-}
-
-// ---- PySystem ----
 
 PySystem::PySystem(int levels, int concurrency) {
   std::vector<std::unique_ptr<System>> dead;
@@ -145,9 +94,10 @@ void PySystem::start() {
   system_->start();
 }
 
-std::int64_t PySystem::stop(Seconds timeout) {
+PySystem::Lost PySystem::stop(Seconds timeout) {
   if (system_->forked()) require_running("stop()");
-  if (!system_->running()) return 0;
+  Lost lost{0, py::none()};
+  if (!system_->running()) return lost;
   require_outside("stop()");
   std::uint64_t run = 0;
   {
@@ -170,11 +120,13 @@ std::int64_t PySystem::stop(Seconds timeout) {
     const std::lock_guard lock(outstanding_mutex_);
     ended.swap(outstanding_);
   }
-  std::int64_t cancelled = 0;
+  if (waiters_.load() > 0) return lost;  // they are told
   for (const PyBatch& batch : ended) {
-    if (batch.core()->stopped()) cancelled += batch.core()->cancelled();
+    if (batch.was_raised() || batch.is_awaited()) continue;
+    if (batch.core()->stopped()) lost.items += batch.core()->cancelled();
+    if (lost.error.is_none()) lost.error = batch.error();
   }
-  return cancelled;
+  return lost;
 }
 
 std::shared_ptr<Batch> PySystem::submit_core(const std::shared_ptr<Work>& work, std::int64_t items,
@@ -272,7 +224,8 @@ void PySystem::forget(const std::shared_ptr<Batch>& batch) {
 void PySystem::wait(Seconds timeout) {
   if (system_->forked()) require_running("wait()");
   require_outside("wait()");
-  const auto start = std::chrono::steady_clock::now();
+  const Waiting waiting(waiters_);
+  const auto start = Clock::now();
   for (;;) {
     std::optional<PyBatch> next;
     {
@@ -280,13 +233,9 @@ void PySystem::wait(Seconds timeout) {
       if (outstanding_.empty()) return;
       next = outstanding_.front();
     }
-    Seconds left = timeout;
-    if (left) {
-      const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-      left = std::max(0.0, *timeout - spent.count());
-    }
     const auto& core = next->core();
-    if (!wait_interruptibly(left, [&](Milliseconds time) { return core->wait_for(time); })) {
+    if (!wait_interruptibly(time_left(timeout, start),
+                            [&](Milliseconds time) { return core->wait_for(time); })) {
       throw Timeout("wait(): work was not finished after " + in_seconds(*timeout) +
                     "; it goes on, wait() again");
     }
@@ -300,7 +249,7 @@ std::uint32_t PySystem::open_meeting(const char* what, Seconds timeout, int leve
   require_outside(what);
   std::uint32_t meeting = 0;
   const bool opened = wait_interruptibly(timeout, [&](Milliseconds) {
-    meeting = level < 0 ? system_->try_open_epoch() : system_->try_open_barrier(level);
+    meeting = level == kAllLevels ? system_->try_open_epoch() : system_->try_open_barrier(level);
     if (meeting == 0) std::this_thread::sleep_for(Milliseconds(1));
     return meeting != 0 || !system_->running() || system_->stop_requested();
   });
@@ -312,9 +261,11 @@ std::uint32_t PySystem::open_meeting(const char* what, Seconds timeout, int leve
   return meeting;
 }
 
-void PySystem::meet(std::uint32_t meeting, const char* what, Seconds timeout) {
+void PySystem::meet(const char* what, Seconds timeout, int level) {
+  const auto start = Clock::now();
+  const std::uint32_t meeting = open_meeting(what, timeout, level);
   Meeting outcome = Meeting::kPending;
-  wait_interruptibly(timeout, [&](Milliseconds time) {
+  wait_interruptibly(time_left(timeout, start), [&](Milliseconds time) {
     outcome = system_->wait_meeting_for(meeting, time);
     return outcome != Meeting::kPending;
   });
@@ -343,12 +294,12 @@ void PySystem::meet(std::uint32_t meeting, const char* what, Seconds timeout) {
 }
 
 bool PySystem::barrier(int level, Seconds timeout) {
-  meet(open_meeting("barrier()", timeout, level), "barrier()", timeout);
+  meet("barrier()", timeout, level);
   return true;
 }
 
 std::uint64_t PySystem::epoch(Seconds timeout) {
-  meet(open_meeting("epoch()", timeout, -1), "epoch()", timeout);
+  meet("epoch()", timeout, kAllLevels);
   return system_->epochs();
 }
 

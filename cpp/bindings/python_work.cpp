@@ -1,6 +1,7 @@
 #include "python_work.h"
 
 #include <stdexcept>
+#include <utility>
 
 #include "system.h"
 
@@ -148,8 +149,21 @@ void PythonWork::record_error(std::int64_t item, SphereId sphere) {
   }
 }
 
+int PythonWork::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(fn_.ptr());
+  Py_VISIT(items_.ptr());
+  Py_VISIT(results_.ptr());
+  Py_VISIT(error_.ptr());
+  return 0;
+}
+
+void PythonWork::clear() {
+  // Out of the members first: what goes away here may run code that comes back.
+  const py::object fn = std::move(fn_), items = std::move(items_), error = std::move(error_);
+  const py::object results = std::exchange(results_, py::none());
+}
+
 void PythonWork::raise() {
-  raised_.store(true, std::memory_order_relaxed);
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error_.ptr())), error_.ptr());
   throw py::error_already_set();
 }

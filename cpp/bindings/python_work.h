@@ -53,9 +53,12 @@ class PythonWork final : public Work {
 
   /// GIL held: raises the item's own exception object again.
   [[noreturn]] void raise();
-  /// Whether raise() was called: the error has reached somebody.
-  bool was_raised() const { return raised_.load(std::memory_order_relaxed); }  // a flag, no data
+  /// The first failed item's exception, or null.  GIL held, once the batch is done.
+  const py::object& error() const { return error_; }
   const py::object& results() const { return results_; }
+  /// For Python's garbage collector: what a finished batch keeps alive.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
  private:
   void record_error(std::int64_t item, SphereId sphere);
@@ -66,7 +69,6 @@ class PythonWork final : public Work {
   std::atomic<std::int64_t> unfinished_;
   std::mutex error_mutex_;  // taken with the GIL: no Python code may run under it
   py::object error_;        // the first
-  std::atomic<bool> raised_{false};
 };
 
 /// A C function: void(void* context, int64_t item).  Never touches the GIL.

@@ -1,0 +1,134 @@
+// The handle of one submission as Python sees it, and waits that answer Ctrl-C.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "python_work.h"
+#include "system.h"
+
+namespace torch_spheres::bindings {
+
+/// Python: torch_spheres.StoppedError(RuntimeError).
+struct StoppedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+/// Python: TimeoutError.
+struct Timeout : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+using Seconds = std::optional<double>;
+
+/// Ctrl-C is looked for this often; well within the 100 ms that are promised.
+inline constexpr Milliseconds kSlice{40};
+
+using Clock = std::chrono::steady_clock;
+
+/// What is left of a timeout that began at `start`.
+inline Seconds time_left(Seconds timeout, Clock::time_point start) {
+  if (!timeout) return timeout;
+  return std::max(0.0, *timeout - std::chrono::duration<double>(Clock::now() - start).count());
+}
+
+/// GIL held.  Calls slice(time) without the GIL until it says true or the timeout is over; raises
+/// what a signal handler raises, KeyboardInterrupt for one.
+template <typename Slice>
+bool wait_interruptibly(Seconds timeout, Slice slice) {
+  const auto start = Clock::now();
+  for (;;) {
+    Milliseconds time = kSlice;
+    if (timeout) {
+      const std::chrono::duration<double> left =
+          std::chrono::duration<double>(*timeout) - (Clock::now() - start);
+      if (left <= kSlice) {
+        time = std::max(Milliseconds(0), std::chrono::ceil<Milliseconds>(left));
+      }
+    }
+    bool done = false;
+    {
+      const py::gil_scoped_release release;
+      done = slice(time);
+    }
+    if (done) return true;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    // A slice may return early, because what woke it was meant for somebody else.
+    if (timeout && Clock::now() - start >= std::chrono::duration<double>(*timeout)) {
+      return false;
+    }
+  }
+}
+
+/// Counts a thread as waiting while it lives.
+class Waiting {
+ public:
+  explicit Waiting(std::atomic<int>& waiters) : waiters_(waiters) { waiters_.fetch_add(1); }
+  ~Waiting() { waiters_.fetch_sub(1); }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  std::atomic<int>& waiters_;
+};
+
+/// What the child of a fork() is told.
+inline constexpr const char* kForked =
+    ": these spheres were started before fork(), and their threads live in the parent process "
+    "only; "
+    "make a new KissingSpheres in the child, or start the process with the 'spawn' or 'forkserver' "
+    "method";
+
+std::string in_seconds(double seconds);
+
+/// The handle of one submission.
+class PyBatch {
+ public:
+  PyBatch(const System& system, std::shared_ptr<Batch> batch, std::shared_ptr<PythonWork> work)
+      : system_(&system), batch_(std::move(batch)), work_(std::move(work)) {}
+
+  const std::shared_ptr<Batch>& core() const { return batch_; }
+  bool done() const { return batch_->done(); }
+  /// Whether what went wrong has reached somebody, through this handle or another.
+  bool was_raised() const { return heard_->raised.load(); }
+  /// Whether it will: somebody waits for this batch.
+  bool is_awaited() const { return waiters() > 0; }
+  int waiters() const { return heard_->waiters.load(); }
+  /// The first failed item's exception, or None.  GIL held.
+  py::object error() const;
+  /// Raises the first error of its items, StoppedError, or Timeout.
+  void wait(Seconds timeout) const;
+  /// After wait(): raises what went wrong, if anything did.
+  void check() const;
+  py::object results() const { return work_ ? work_->results() : py::none(); }
+
+  // For Python's garbage collector: an exception that an item raised knows, through its traceback,
+  // the frame that waits, and that frame's variables usually know this handle.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+ private:
+  /// Shared by the copies of a handle; flags that carry no data.
+  struct Heard {
+    std::atomic<int> waiters{0};
+    std::atomic<bool> raised{false};
+  };
+  /// Nobody but the copies of one handle has the work any more.
+  bool owns_work() const;
+
+  const System* system_;  // to be compared, never followed: a handle may outlive its system
+  pid_t process_ = getpid();
+  std::shared_ptr<Batch> batch_;
+  std::shared_ptr<PythonWork> work_;  // null for native work
+  std::shared_ptr<Heard> heard_ = std::make_shared<Heard>();
+};
+
+}  // namespace torch_spheres::bindings
