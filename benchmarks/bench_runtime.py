@@ -32,7 +32,7 @@ TBB_GRANULARITY = {
     "auto": "parallel_for, auto_partitioner: ranges, split when threads ask",
     "static": "parallel_for, static_partitioner: one range a thread, nothing to steal",
 }
-OURS_GRANULARITY = "any item that is not in a running chunk of at most 64"
+OURS_GRANULARITY = "any item that is not in a running chunk of at most 256"
 
 
 @dataclass(frozen=True)

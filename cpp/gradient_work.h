@@ -61,7 +61,7 @@ class SumJob {
 
  private:
   /// Large enough that a claim costs nothing beside it, small enough to spread over many spheres.
-  static constexpr std::size_t kItemElements = 16 * 1024;
+  static constexpr std::size_t kItemElements = 8 * 1024;
   struct Piece {
     std::size_t segment, begin, end;
   };
