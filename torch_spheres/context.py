@@ -1,0 +1,82 @@
+"""What the calling thread has set, for the threads that work on its behalf."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+__all__ = ["caller_context"]
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def caller_context() -> Callable[[], AbstractContextManager[None]]:
+    """Captures the thread's settings; what it returns sets them on another thread, for a block.
+
+    Grad and inference mode, autocast, torch-function modes (the default device is one), dispatch
+    modes, the saved-tensor hooks on top, anomaly detection is global anyway. A profiler is not
+    among them: torch keeps it out of Python's reach; see ``profile_all_threads`` in the README.
+
+    Raises:
+        NotImplementedError: inside `torch.func` transforms (vmap, grad, jvp), whose levels live in
+            the caller's thread.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "SphereParallel cannot run inside torch.func transforms (vmap, grad, jvp, ...), which "
+            "live in the calling thread; apply them to the bare model.module"
+        )
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = {
+        device: torch.get_autocast_dtype(device)
+        for device in _AUTOCAST_DEVICES
+        if torch.is_autocast_enabled(device)
+    }
+    function_modes = _get_current_function_mode_stack()
+    dispatch_modes = _get_current_dispatch_mode_stack()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device, dtype in autocast.items():
+                # The cache of cast weights is one per process: threads would clear each other's.
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            if hooks is not None:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*hooks))
+            for mode in dispatch_modes:
+                stack.enter_context(_pushed_dispatch(mode))
+            for mode in function_modes:
+                stack.enter_context(_pushed_function(mode))
+            yield
+
+    return context
+
+
+# Not `with mode:`, which writes to the mode itself, and so from several threads at once.
+
+
+@contextlib.contextmanager
+def _pushed_function(mode: torch.overrides.TorchFunctionMode) -> Iterator[None]:
+    torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        torch._C._pop_torch_function_stack()
+
+
+@contextlib.contextmanager
+def _pushed_dispatch(mode: torch.utils._python_dispatch.TorchDispatchMode) -> Iterator[None]:
+    torch.utils._python_dispatch._push_mode(mode)
+    try:
+        yield
+    finally:
+        torch.utils._python_dispatch._pop_mode()

@@ -1,0 +1,206 @@
+"""Random numbers that belong to a shard, not to the thread that happens to run it.
+
+While a shard runs, whatever draws from torch's default generator — dropout in any layer, inside
+LSTMs and attention, ``torch.rand``, noise, sampling — draws from the shard's own generator instead.
+That one is seeded with *base + k* for shard *k*, as `torch.utils.data` seeds its workers, where
+*base* is a single int64 drawn from the default generator in the call's first random operation. So:
+
+- the numbers depend on the seed, on what was drawn before (the step) and on the shard alone;
+- ``torch.get_rng_state()`` is all there is to save for bit-equal resumption;
+- a model that draws nothing leaves the default generator alone.
+
+How: an operator's kernel is chosen by dispatch keys, and a thread may include a key of its own.
+Shards include one for which every operator falls through, at no cost, but for those that take a
+`torch.Generator`: they come to `_draw`, which puts the shard's in. Operators that take none
+(dropout, LSTM, attention) draw through those that do. `DeferredInit` is the key because PyTorch
+declares it and uses it for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKeySet, _dispatch_key_parse, _ExcludeDispatchKeyGuard
+from torch._C import _IncludeDispatchKeyGuard as _IncludeKey
+
+__all__ = ["CallRandom", "ShardRandom"]
+
+_KEY_NAME = "DeferredInit"
+_KEY = _dispatch_key_parse(_KEY_NAME)
+_KEYS = DispatchKeySet(_KEY)
+_SEEDS = 2**63 - 1
+
+_here = threading.local()
+_install_lock = threading.Lock()
+_libraries: list[torch.library.Library] = []  # kernels live as long as these
+
+
+class CallRandom:
+    """The random numbers of one call of a model: the base seed that its shards share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._base: int | None = None
+        self._expected = _default_states()
+
+    def base(self) -> int:
+        """Drawn when the first shard needs it; whichever asks first, they all get the same."""
+        with self._lock:
+            if self._base is None:
+                drawn = torch.randint(_SEEDS, (), generator=torch.default_generator, device="cpu")
+                self._base = int(drawn)
+                self._expected[0] = torch.default_generator.get_state()
+            return self._base
+
+    def missed_any(self) -> bool:
+        """Whether something drew from a default generator past the shards' own.
+
+        Operators of other libraries can, and so can CUDA kernels that take no generator.
+        """
+        now = _default_states()
+        return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
+
+
+class ShardRandom:
+    """The random numbers of one shard, through its forward and its backward.
+
+    Args:
+        call: the call of the model that it belongs to.
+        shard: its index among the leaves.
+    """
+
+    def __init__(self, call: CallRandom, shard: int) -> None:
+        self._call = call
+        self._shard = shard
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """On the calling thread: default random numbers are this shard's inside the block."""
+        _install()
+        outer = getattr(_here, "shard", None)
+        _here.shard = self
+        try:
+            with _IncludeKey(_KEY):
+                yield
+        finally:
+            _here.shard = outer
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The shard's generator on a device."""
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = torch.Generator(device)
+            generator.manual_seed(self._call.base() + self._shard)
+            self._generators[device] = generator
+        return generator
+
+
+def current_shard() -> ShardRandom | None:
+    """The shard that the calling thread runs, if any."""
+    return getattr(_here, "shard", None)
+
+
+def _default_states() -> list[Tensor]:
+    return [generator.get_state() for generator in _default_generators()]
+
+
+def _default_generators() -> list[torch.Generator]:
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda]
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    for value in (*args, kwargs.get("out")):
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device(kwargs.get("device") or "cpu")
+
+
+def _draw(op: Any, position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a random operator with the shard's generator in place of the default one."""
+    shard = current_shard()
+    with _ExcludeDispatchKeyGuard(_KEYS):
+        if shard is None:  # the key was included by somebody else
+            return op(*args, **kwargs)
+        in_args = position is not None and position < len(args)
+        given = args[position] if in_args else kwargs.get("generator")  # type: ignore[index]
+        if given is not None and not any(given is known for known in _default_generators()):
+            raise RuntimeError(
+                f"{op} was called with a generator of its own inside SphereParallel: the shards "
+                "would draw from it in the order in which threads come by, and the numbers would "
+                "not be reproducible. Leave generator= out: the shard's own generator is used "
+                "then, seeded by torch.manual_seed()"
+            )
+        device = _device_of(args, kwargs)
+        if device.type != "meta":
+            generator = shard.generator(device)
+            if in_args:
+                assert position is not None
+                args = (*args[:position], generator, *args[position + 1 :])
+            else:
+                kwargs = {**kwargs, "generator": generator}
+        return op(*args, **kwargs)
+
+
+def _kernel_of(op: Any, position: int | None) -> Any:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return _draw(op, position, args, kwargs)
+
+    return kernel
+
+
+def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """CUDA's kernel draws the mask inside; this is what the CPU's does, on any device."""
+    if train is False or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # comes to _draw
+    return x * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
+
+
+class _DefaultGenerator:
+    """Stands for the default CPU generator in `torch.random`: a shard's own inside a shard.
+
+    Activation checkpointing saves and restores the state of the random numbers around what it
+    runs a second time, by way of `torch.get_rng_state` and `torch.set_rng_state`.
+    """
+
+    def __init__(self, default: torch.Generator) -> None:
+        self._default = default
+
+    def __getattr__(self, name: str) -> Any:
+        shard = current_shard()
+        here = self._default if shard is None else shard.generator(torch.device("cpu"))
+        return getattr(here, name)
+
+
+def _install() -> None:
+    """Registers the kernels; once, when the first shard runs."""
+    if _libraries:
+        return
+    with _install_lock:
+        if _libraries:
+            return
+        everything = torch.library.Library("_", "IMPL")
+        everything.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
+        aten = torch.library.Library("aten", "IMPL")
+        for schema in torch._C._jit_get_all_schemas():
+            name = schema.name.removeprefix("aten::")
+            packet = getattr(torch.ops.aten, name, None) if name != schema.name else None
+            op = getattr(packet, schema.overload_name or "default", None)
+            if op is None:
+                continue
+            for position, argument in enumerate(schema.arguments):
+                # (initial_seed and seed read a generator, they do not draw from it.)
+                if "Generator" in str(argument.type) and argument.type.kind() == "OptionalType":
+                    where = None if argument.kwarg_only else position
+                    aten.impl(op, _kernel_of(op, where), _KEY_NAME)
+        aten.impl("native_dropout", _native_dropout, _KEY_NAME)
+        default = _DefaultGenerator(torch.default_generator)
+        torch.random.default_generator = default  # type: ignore[assignment, attr-defined]
+        _libraries.extend((everything, aten))
