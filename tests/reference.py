@@ -57,6 +57,58 @@ def aligned(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % 64 else t
 
 
+class ShardSeeds:
+    """Shard k draws from the default generator seeded with base + k; base is drawn once, if used.
+
+    Afterwards the default generator is where that one draw left it.
+    """
+
+    def __init__(self) -> None:
+        self.state = torch.get_rng_state()
+        self.base = int(torch.randint(2**63 - 1, ()))
+        self.advanced = torch.get_rng_state()
+        self.after: dict[int, Tensor] = {}  # a shard's backward goes on where its forward ended
+        self.drawn = False
+
+    @contextlib.contextmanager
+    def of(self, k: int) -> Iterator[None]:
+        if k in self.after:
+            torch.set_rng_state(self.after[k])
+        else:
+            torch.manual_seed(self.base + k)
+        before = torch.get_rng_state()
+        yield
+        self.after[k] = torch.get_rng_state()
+        self.drawn |= not torch.equal(before, self.after[k])
+
+    def leave(self) -> None:
+        torch.set_rng_state(self.advanced if self.drawn else self.state)
+
+
+def set_gradients(
+    model: nn.Module,
+    copies: Sequence[nn.Module],
+    grads: Sequence[tuple[Tensor | None, ...]],
+    leaves: int,
+) -> None:
+    """Adds the tree sums to `.grad`, and merges the copies' buffers into the model's."""
+    absent = [None] * (leaves - len(copies))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for i, p in enumerate(trainable):
+            p.grad = add(p.grad, tree([*(g[i] for g in grads), *absent]))
+        for name, buffer in model.named_buffers():
+            after = [dict(shard.named_buffers())[name] for shard in copies]
+            if all(torch.equal(a, buffer) for a in after):
+                continue
+            if buffer.is_floating_point():
+                total = tree([*after, *absent])
+                assert total is not None
+                buffer.copy_(total / len(after))
+            else:
+                buffer.copy_(after[0])
+
+
 def train_step(
     model: nn.Module,
     x: Tensor,
@@ -67,40 +119,75 @@ def train_step(
     """Forward and backward of one batch, shard after shard; fills `.grad` and buffers."""
     copies: list[nn.Module] = []
     outputs: list[Tensor] = []
+    seeds = ShardSeeds()
     with one_thread():
-        for rows in torch.tensor_split(x, leaves):
+        for k, rows in enumerate(torch.tensor_split(x, leaves)):
             if len(rows):
                 copies.append(copy.deepcopy(model))
-                outputs.append(copies[-1](aligned(rows)))
+                with seeds.of(k):
+                    outputs.append(copies[-1](aligned(rows)))
     gathered = torch.cat(outputs).detach().requires_grad_()
     loss = criterion(gathered, y)
     loss.backward()
     assert gathered.grad is not None
     grads: list[tuple[Tensor | None, ...]] = []
+    parts = gathered.grad.split([len(o) for o in outputs])
     with one_thread():
-        for shard, output, part in zip(
-            copies, outputs, gathered.grad.split([len(o) for o in outputs]), strict=True
-        ):
-            params = list(shard.parameters())
-            grads.append(torch.autograd.grad(output, params, aligned(part), allow_unused=True))
-    absent = [None] * (leaves - len(copies))
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.grad = tree([*(g[i] for g in grads), *absent])
-        for name, buffer in model.named_buffers():
-            after = [dict(shard.named_buffers())[name] for shard in copies]
-            if buffer.is_floating_point():
-                total = tree([*after, *absent])
-                assert total is not None
-                buffer.copy_(total / len(after))
-            else:
-                buffer.copy_(after[0])
+        for k, (shard, output, part) in enumerate(zip(copies, outputs, parts, strict=True)):
+            params = [p for p in shard.parameters() if p.requires_grad]
+            with seeds.of(k):
+                grads.append(torch.autograd.grad(output, params, aligned(part), allow_unused=True))
+    seeds.leave()
+    set_gradients(model, copies, grads, leaves)
     return loss.detach()
+
+
+def train_step_by_shard(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, int]],
+    leaves: int,
+) -> Tensor:
+    """The same without gathering: a loss for each shard, weighted by rows or by its count."""
+    copies: list[nn.Module] = []
+    grads: list[tuple[Tensor | None, ...]] = []
+    losses: list[Tensor | None] = []
+    counts: list[int] = []
+    seeds = ShardSeeds()
+    with one_thread():
+        split = zip(torch.tensor_split(x, leaves), torch.tensor_split(y, leaves), strict=True)
+        for k, (rows, targets) in enumerate(split):
+            if not len(rows):
+                continue
+            copies.append(copy.deepcopy(model))
+            params = [p for p in copies[-1].parameters() if p.requires_grad]
+            with seeds.of(k):
+                loss = loss_fn(copies[-1](aligned(rows)), aligned(targets))
+                if isinstance(loss, tuple):
+                    loss, count = loss
+                    counts.append(count)
+                else:
+                    loss = loss * (len(rows) / len(x))
+                grads.append(torch.autograd.grad(loss, params, allow_unused=True))
+            losses.append(loss.detach())
+    seeds.leave()
+    total = tree([*losses, *([None] * (leaves - len(losses)))])
+    assert total is not None
+    set_gradients(model, copies, grads, leaves)
+    if counts:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= sum(counts)
+        total = total / sum(counts)
+    return total
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
     """A fingerprint of exact bits."""
     sha = hashlib.sha256()
     for t in tensors:
-        sha.update(t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        dense = t.detach().to_dense() if t.is_sparse else t.detach()
+        flat = dense.resolve_conj().contiguous().flatten()
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

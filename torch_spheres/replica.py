@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffer", "Replica", "caller_context"]
+__all__ = ["Buffer", "Replica", "ReplicaPool"]
+
+# A replica uses the original's own dicts of hooks, so that hooks are the objects that the user
+# registered, and later ones are found too.
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_FOLLOWED = {*_HOOKS, "training", "_parameters", "_buffers", "_modules"}
 
 
 class Replica:
     """A copy of the module whose parameters are leaves of their own on the same storage."""
 
     def __init__(self, module: nn.Module) -> None:
-        memo: dict[int, Any] = {
-            id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-            for p in module.parameters()
-        }
+        self.params: list[tuple[nn.Parameter, nn.Parameter]] = []
+        memo: dict[int, Any] = {}
+        for p in module.parameters():
+            mine = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            memo[id(p)] = mine
+            self.params.append((p, mine))
+        for part in module.modules():
+            for name in _HOOKS:
+                memo[id(part.__dict__[name])] = part.__dict__[name]
+            for value in part.__dict__.values():
+                # What an earlier forward left there (weight_norm does) is not the user's to copy.
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()
         self.module = copy.deepcopy(module, memo)
-        self.params = list(zip(module.parameters(), self.module.parameters(), strict=True))
         self.modules = list(zip(module.modules(), self.module.modules(), strict=True))
+        self.warm: set[Any] = set()  # what compiled code has seen, see Call
 
-    def follow(self, module: nn.Module) -> None:
-        """Takes over what may have changed since the last step; rebuilds if that is not enough."""
-        current = list(module.parameters())
-        same = len(current) == len(self.params) and all(
-            p is mine[0] and p.data_ptr() == mine[1].data_ptr() and p.dtype == mine[1].dtype
-            for p, mine in zip(current, self.params, strict=True)
-        )
-        if not same:
-            self.__init__(module)  # type: ignore[misc]
-            return
-        for original, mine in self.params:
-            mine.requires_grad_(original.requires_grad)
+    def follow(self) -> bool:
+        """Takes over what is cheap to; False if the parameters are no longer the same memory."""
+        for p, mine in self.params:
+            if (
+                p.data_ptr() != mine.data_ptr()
+                or p.dtype != mine.dtype
+                or p.shape != mine.shape
+                or p.stride() != mine.stride()
+            ):
+                return False
+            mine.requires_grad_(p.requires_grad)
         for source, copied in self.modules:
             copied.training = source.training
+        return True
 
     def take_buffers(self) -> list[Buffer]:
         """Gives the copy buffers of its own with the values of the original's."""
@@ -68,26 +89,84 @@ class Buffer:
         """What the shard left in it, or None if it left it alone."""
         # By value: batch_norm writes its statistics without raising the tensor's version.
         now = self.copied._buffers[self.name]
-        return None if now is None or torch.equal(now, self.given) else now.detach()
+        if now is None or now.shape != self.given.shape:
+            return now
+        return None if torch.equal(now, self.given) else now.detach()
 
 
-def caller_context() -> Any:
-    """What the calling thread has set, to be set on the spheres: grad mode and autocast."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = {
-        device: torch.get_autocast_dtype(device)
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    }
+class ReplicaPool:
+    """The replicas that are not in use, at most one for each shard that runs at once."""
 
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for device, dtype in autocast.items():
-                # The cache of cast weights is one per process: threads would clear each other's.
-                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
-            yield
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[Replica] = []
+        self._form: list[_Form] = []
 
-    return context
+    def follow(self, module: nn.Module) -> None:
+        """To be called before shards are run: drops replicas that the module has outgrown."""
+        form = [_Form.of(part) for part in module.modules()]
+        with self._lock:
+            if len(form) != len(self._form) or not all(map(_Form.same, form, self._form)):
+                self._idle.clear()
+                self._form = form
+            self._idle = [replica for replica in self._idle if replica.follow()]
+
+    def borrow(self, module: nn.Module) -> Replica:
+        """One for the calling thread alone, until `give_back`."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return Replica(module)
+
+    def give_back(self, replica: Replica) -> None:
+        """Ends a `borrow`."""
+        with self._lock:
+            self._idle.append(replica)
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+
+@dataclass
+class _Form:
+    """What a replica has copied of one module, to find out whether it still holds."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    children: dict[str, nn.Module | None]
+    parameters: dict[str, nn.Parameter | None]
+    buffers: set[str]
+
+    @staticmethod
+    def of(module: nn.Module) -> _Form:
+        attributes = {k: v for k, v in module.__dict__.items() if k not in _FOLLOWED}
+        return _Form(
+            module,
+            attributes,
+            dict(module._modules),
+            dict(module._parameters),
+            set(module._buffers),
+        )
+
+    def same(self, other: _Form) -> bool:
+        return (
+            self.module is other.module
+            and self.buffers == other.buffers
+            and _same_values(self.children, other.children)
+            and _same_values(self.parameters, other.parameters)
+            and _same_values(self.attributes, other.attributes)
+        )
+
+
+def _same_values(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    if mine.keys() != other.keys():
+        return False
+    for name, value in mine.items():
+        old = other[name]
+        if value is old:
+            continue
+        if type(value) is not type(old) or not isinstance(value, (bool, int, float, str)):
+            return False
+        if value != old:
+            return False
+    return True

@@ -1,0 +1,234 @@
+"""Gradients folded into the fixed tree while shards still run, so that few are alive at a time.
+
+A shard's gradients take as much memory as the weights. Keeping those of all shards until the end
+would cost 12, 144 or 1728 times that; here a finished shard is added as soon as its place in the
+tree allows, and a shard that would bring one set too many waits until there is room.
+
+With shards started in the order of the tree (`tree_order`) and at most *c* of them running, at most
+*c* + 4, *c* + 7 or *c* + 10 sets are alive for 12, 144 or 1728 shards: while the last quad of a
+node is on its way, the sum of the first two and three finished leaves wait, and on each level above
+up to three sums. (No evaluation order of this tree needs less than 4, 7, 10 in all, for one thread:
+it is the tree's Ershov number.)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_spheres import _core
+from torch_spheres.system import KissingSpheres
+from torch_spheres.tree import tree_sums
+
+__all__ = ["GradientFold", "rounded", "tree_order"]
+
+_KISSING = _core.KISSING
+_HALF = (torch.bfloat16, torch.float16)
+
+Grads = list[Tensor | None]  # one shard's, or a partial sum's; the same parameters in each
+
+
+def tree_order(leaves: int) -> list[int]:
+    """The leaves from left to right in the tree: all twelve of a last inner node together."""
+    if leaves == 1:
+        return [0]
+    inner = tree_order(leaves // _KISSING)
+    step = leaves // _KISSING
+    return [node + step * child for node in inner for child in range(_KISSING)]
+
+
+class _Node:
+    """An inner sphere's sum: the twelve places, and those still to come."""
+
+    def __init__(self, parent: _Node | None, place: int, bottom: bool) -> None:
+        self.parent, self.place, self.bottom = parent, place, bottom
+        self.values: list[Grads | None] = [None] * _KISSING
+        self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
+        self.children: list[_Node | None] = [None] * _KISSING
+
+    def done(self, begin: int, end: int) -> bool:
+        return not any(self.pending[begin:end])
+
+
+class GradientFold:
+    """Takes shards' gradients in any order, from any thread; gives their sum in the fixed tree.
+
+    Args:
+        leaves: 1, 12, 144 or 1728.
+        shards: which of them will come; the others are absent.
+        concurrency: how many may run at once.
+    """
+
+    def __init__(self, leaves: int, shards: Sequence[int], concurrency: int) -> None:
+        self._depth = 0
+        while _KISSING**self._depth < leaves:
+            self._depth += 1
+        self.limit = concurrency + 1 + 3 * max(1, self._depth)
+        coming = set(shards)
+        self._order = [k for k in tree_order(leaves) if k in coming]
+        self._changed = threading.Condition()
+        self._next = 0
+        self._admitted = 0
+        self._alive = 0  # sets: of running shards and of partial sums
+        self.peak = 0
+        self._failed = False
+        self._total: Grads | None = None
+        self._root = _Node(None, 0, self._depth <= 1)
+        self._leaf_nodes: dict[int, tuple[_Node, int]] = {}
+        for k in self._order:
+            self._plant(k)
+
+    def _plant(self, shard: int) -> None:
+        node, rest = self._root, shard
+        for level in range(1, self._depth):
+            place, rest = rest % _KISSING, rest // _KISSING
+            node.pending[place] += 1
+            child = node.children[place]
+            if child is None:
+                child = _Node(node, place, level == self._depth - 1)
+                node.children[place] = child
+            node = child
+        node.pending[rest] += 1
+        self._leaf_nodes[shard] = (node, rest)
+
+    # ---- shards ----
+
+    def begin(self) -> int | None:
+        """The shard to run next; waits while there is no room. None: another one has failed.
+
+        Strictly in order: whoever waits then has only earlier ones before it, which go on and make
+        room, down to the few sums that the limit allows for.
+        """
+        with self._changed:
+            rank = self._next
+            self._next += 1
+            self._changed.wait_for(
+                lambda: self._failed or (self._alive < self.limit and self._admitted == rank)
+            )
+            if self._failed:
+                return None
+            self._admitted += 1
+            self._changed.notify_all()
+            self._alive += 1
+            self.peak = max(self.peak, self._alive)
+            return self._order[rank]
+
+    def fail(self) -> None:
+        """A shard failed: lets go of those who wait for it."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def add(self, shard: int, grads: Sequence[Tensor | None]) -> None:
+        """Takes the gradients of a shard that has run; the tensors are the fold's own from here."""
+        mine: Grads = [
+            g.float() if g is not None and g.dtype in _HALF and not g.is_sparse else g
+            for g in grads
+        ]
+        del grads
+        node, place = self._leaf_nodes[shard]
+        if self._depth == 0:
+            self._total = mine
+            return
+        with self._changed:
+            node.values[place] = mine
+            node.pending[place] = 0
+        del mine
+        self._fold(node, place)
+
+    def _fold(self, node: _Node, place: int) -> None:
+        """Adds what can be added now that `place` of `node` is complete, and up the tree."""
+        while True:
+            # Whoever completes a range takes its values out under the lock, and so adds it alone.
+            quad = place // 4 * 4
+            ranges = [(quad, quad + 4), (0, 8)]
+            if not node.bottom:  # a set more or less on every level counts
+                ranges.insert(0, (place // 2 * 2, place // 2 * 2 + 2))
+            for begin, end in ranges:
+                self._add_range(node, begin, end)
+            parent = node.parent
+            if parent is None:
+                return  # the last additions are finish()'s, which has all threads for them
+            if not self._add_range(node, 0, _KISSING, up=True):
+                return
+            node, place = parent, node.place
+
+    def _add_range(self, node: _Node, begin: int, end: int, up: bool = False) -> bool:
+        """Adds the finished values in a range into its first place, or into the parent's."""
+        with self._changed:
+            if not node.done(begin, end) or (node.parent is None and node.done(0, _KISSING)):
+                return False
+            if up and node.parent is not None and node.parent.values[node.place] is not None:
+                return False  # somebody else did it
+            taken = node.values[begin:end]
+            present = [v for v in taken if v is not None]
+            if len(present) < 2 and not up:
+                return False
+            node.values[begin:end] = [None] * (end - begin)
+            # Nobody may add around this range while it is being added.
+            node.pending[begin] += 1
+        if not present:  # taken by another thread that is adding it now, or nothing there
+            with self._changed:
+                node.pending[begin] -= 1
+            return False
+        shards: list[Grads | None] = [None] * _KISSING
+        shards[begin:end] = taken
+        del taken
+        total = _sum(shards)
+        with self._changed:
+            node.pending[begin] -= 1
+            if up:
+                assert node.parent is not None
+                node.parent.values[node.place] = total
+                node.parent.pending[node.place] = 0
+            else:
+                node.values[begin] = total
+            self._alive -= len(present) - 1
+            self._changed.notify_all()
+        return True
+
+    def finish(self, spheres: KissingSpheres | None = None) -> Grads:
+        """The sum, once all shards have been added. A parameter without a gradient has None."""
+        if self._depth > 0:
+            self._total = _sum(self._root.values, spheres)
+        total, self._total = self._total, None
+        assert total is not None
+        return total
+
+
+def _sum(values: list[Grads | None], spheres: KissingSpheres | None = None) -> Grads:
+    """The twelve's sum, in the memory of one of them where nobody else can see it."""
+    present = [v for v in values if v is not None]
+    if len(present) == 1:
+        return present[0]
+    count = len(present[0])
+    shards = [[None if v is None else v[i] for v in values] for i in range(count)]
+    outs = [_own(column) for column in shards]
+    return tree_sums(shards, outs=outs, spheres=spheres)
+
+
+def _own(column: list[Tensor | None]) -> Tensor | None:
+    """The first present tensor if nothing else refers to its memory, as autograd steals one."""
+    first = next((t for t in column if t is not None), None)
+    if first is None or first.layout is not torch.strided or not first.is_contiguous():
+        return None
+    # One reference by the list of gradients, one by `column`, `first`, the argument.
+    uses: int = first._use_count()  # type: ignore[attr-defined]
+    if sys.getrefcount(first) > 4 or uses > 1:
+        return None
+    storage = first.untyped_storage()
+    owners: int = torch._C._storage_Use_Count(storage._cdata)
+    return first if owners <= 2 else None  # `first` and `storage`
+
+
+def rounded(grads: Grads, like: Sequence[Any]) -> Grads:
+    """Sums in the parameters' own types: the half types, summed in float32, are rounded once."""
+    return [
+        g if g is None or g.dtype == p.dtype else g.to(p.dtype)
+        for g, p in zip(grads, like, strict=True)
+    ]

@@ -1,0 +1,106 @@
+"""`SphereParallel.forward_backward`: forward, loss and backward of a shard in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_spheres.folding import Grads
+from torch_spheres.shards import Call, Shard, Split
+from torch_spheres.tree import tree_sum
+
+__all__ = ["forward_backward"]
+
+
+def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: Any) -> Tensor:
+    """See `SphereParallel.forward_backward`."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError("forward_backward() under torch.no_grad() has no gradients to compute")
+    goal = Split(targets, call.split.leaves)
+    if goal.rows != call.split.rows:
+        raise ValueError(
+            f"forward_backward() got inputs of {call.split.rows} rows and targets of {goal.rows}"
+        )
+    count = len(call.split.bounds)
+    losses: list[Tensor | None] = [None] * count
+    counts: list[Any] = [None] * count
+    shards: list[Shard | None] = [None] * count
+
+    def run(k: int) -> tuple[Grads, Grads]:
+        replica = call.pool.borrow(call.module)
+        try:
+            with torch.enable_grad():
+                shard = call.forward_shard(k, replica)
+                with call.in_shard(k, "loss", shard):
+                    output = shard.rebuild()
+                    target = goal.build([goal.part(i, k) for i in range(len(goal.flat))])
+                    loss, counts[k] = _checked(loss_fn(output, target), k)
+                    if counts[k] is None:
+                        loss = loss * call.split.weights[k]
+            losses[k] = loss.detach()
+            targets_of_grad = [*shard.params, *shard.inputs]
+            shard.outputs = []
+            del output
+            found: tuple[Tensor | None, ...] = ()
+            if targets_of_grad:
+                with call.in_shard(k, "backward", shard):
+                    found = torch.autograd.grad(loss, targets_of_grad, allow_unused=True)
+            shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
+            return list(found[: len(shard.params)]), list(found[len(shard.params) :])
+        finally:
+            call.pool.give_back(replica)
+
+    sums, input_grads = call.fold(run)
+    done = [shard for shard in shards if shard is not None]
+    call.merge_buffers(done)
+    call.check_random()
+    with torch.no_grad():
+        grads = [
+            *sums,
+            *(
+                call.gather_input_grad(value, [g[i] for g in input_grads])
+                for i, value in enumerate(call.inputs_with_grad)
+            ),
+        ]
+        loss = tree_sum(call.padded(losses))
+        assert loss is not None
+        if any(c is not None for c in counts):
+            if any(c is None for c in counts):
+                raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
+            total = torch.as_tensor(sum(float(c) for c in counts), dtype=loss.dtype)
+            loss = loss / total.to(loss.device)
+            for g in grads:
+                if g is not None:
+                    g.div_(total.to(g.device, g.dtype))
+    tensors = [*call.trainable, *call.inputs_with_grad]
+    _Given.apply(loss, grads, *tensors).backward()  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _checked(returned: Any, k: int) -> tuple[Tensor, Any]:
+    loss, count = returned if isinstance(returned, tuple) else (returned, None)
+    if not isinstance(loss, Tensor) or (loss.dim() != 0 and loss.numel() != 1):
+        raise ValueError(
+            "loss_fn must return a scalar tensor, or (sum, count); for shard "
+            f"{k} it returned {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}"
+        )
+    if not loss.requires_grad:
+        raise ValueError(f"loss_fn returned a loss without a graph for shard {k}: nothing to train")
+    return loss.reshape(()), count
+
+
+class _Given(torch.autograd.Function):
+    """A scalar whose gradients are known: autograd adds them to ``.grad`` and runs the hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: Grads, *_: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        grads, ctx.grads = ctx.grads, None
+        return (None, None, *grads)

@@ -1,0 +1,384 @@
+"""One call of a `SphereParallel` model: its shards' forward and backward, on the spheres."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_spheres.context import caller_context
+from torch_spheres.folding import GradientFold, rounded
+from torch_spheres.nesting import Nesting, flatten, unflatten
+from torch_spheres.random import CallRandom, ShardRandom
+from torch_spheres.replica import Buffer, Replica, ReplicaPool
+from torch_spheres.sampler import shard_bounds
+from torch_spheres.system import KissingSpheres
+from torch_spheres.tree import tree_sum
+
+__all__ = ["Call", "Shard", "Split"]
+
+# torch.compile traces when compiled code meets something new, and must not in two threads at once.
+_compiling = threading.RLock()
+_ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
+
+
+class Split:
+    """Nested values cut by rows, as `torch.tensor_split` cuts, over the leaves.
+
+    Raises:
+        ValueError: no tensor has rows, or not all have as many.
+        TypeError: a tensor of a kind that cannot be cut by rows.
+    """
+
+    def __init__(self, value: Any, leaves: int) -> None:
+        self.flat, self.nesting = flatten(value)
+        self.leaves = leaves
+        self.rows = self._count_rows()
+        self.bounds = [(a, b) for a, b in shard_bounds(self.rows, leaves) if b > a]
+
+    def _count_rows(self) -> int:
+        rows = None
+        for value in self.flat:
+            if isinstance(value, PackedSequence):
+                raise TypeError(
+                    "SphereParallel cannot split a PackedSequence by rows; give it the padded "
+                    "tensor and the lengths, and pack inside the module"
+                )
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.is_nested or value.layout is not torch.strided:
+                raise TypeError(
+                    f"SphereParallel splits dense tensors by rows, but got one of layout "
+                    f"{value.layout}{' (nested)' if value.is_nested else ''}; convert it inside "
+                    "the module"
+                )
+            if rows is None:
+                rows = value.shape[0]
+            elif value.shape[0] != rows:
+                raise ValueError(
+                    "SphereParallel splits every tensor argument along its first dimension, but "
+                    f"one has {rows} rows and another, of shape {tuple(value.shape)}, "
+                    f"{value.shape[0]}; make a tensor that is not part of the batch an attribute "
+                    "or a buffer of the module"
+                )
+        if rows is None:
+            raise ValueError(
+                "SphereParallel found no tensor with rows among the arguments to split over the "
+                "spheres; call model.module(...) instead"
+            )
+        if rows == 0:
+            raise ValueError("SphereParallel got a batch of 0 rows")
+        return rows
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each shard that runs."""
+        return [end - begin for begin, end in self.bounds]
+
+    @property
+    def weights(self) -> list[float]:
+        """Each shard's share of the rows."""
+        return [size / self.rows for size in self.sizes]
+
+    def part(self, i: int, shard: int) -> Any:
+        """Leaf `i` of the values for one shard."""
+        value = self.flat[i]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        begin, end = self.bounds[shard]
+        return aligned(value.detach()[begin:end])
+
+    def build(self, leaves: list[Any]) -> Any:
+        """The nested values with other leaves."""
+        return unflatten(leaves, self.nesting)
+
+
+def aligned(piece: Tensor) -> Tensor:
+    """The same values at storage that starts where kernels like it."""
+    return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+@dataclass
+class Shard:
+    """One shard from its forward to its backward."""
+
+    random: ShardRandom
+    replica: Replica
+    outputs: list[Any] = field(default_factory=list)
+    nesting: Nesting | None = None
+    params: list[Tensor] = field(default_factory=list)  # the replica's, as the module's own
+    inputs: list[Tensor] = field(default_factory=list)  # that require a gradient
+    buffers: list[tuple[Buffer, Tensor | None]] = field(default_factory=list)
+
+    def rebuild(self) -> Any:
+        """What the module returned."""
+        assert self.nesting is not None
+        return unflatten(self.outputs, self.nesting)
+
+
+class Call:
+    """One call's split, its shards, and what has to be put together from them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        pool: ReplicaPool,
+        spheres: KissingSpheres,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.module, self.pool, self.spheres = module, pool, spheres
+        self.split = Split((args, kwargs), spheres.leaves)
+        self.context = caller_context()
+        self.random = CallRandom()
+        self.shards: list[Shard | None] = []
+        self.nesting: Nesting | None = None  # of the outputs
+        pool.follow(module)
+        self.compiled = any(map(_is_compiled, module.modules()))
+        self.trainable = [p for p in module.parameters() if p.requires_grad]
+        self.differentiable = [
+            i
+            for i, value in enumerate(self.split.flat)
+            if isinstance(value, Tensor) and value.requires_grad
+        ]
+
+    @property
+    def inputs_with_grad(self) -> list[Tensor]:
+        """Tensors among the arguments that require a gradient."""
+        return [self.split.flat[i] for i in self.differentiable]
+
+    @contextlib.contextmanager
+    def in_shard(self, k: int, what: str, shard: Shard) -> Iterator[None]:
+        """On a sphere's thread: the caller's settings and the shard's random numbers."""
+        try:
+            with (
+                self._gate(what, k, shard.replica),
+                self.context(),
+                shard.random.active(),
+                torch.profiler.record_function(f"SphereParallel shard {k} {what}"),
+            ):
+                yield
+        except Exception as error:
+            begin, end = self.split.bounds[k]
+            error.add_note(f"in the {what} of shard {k}, rows {begin} to {end - 1} of the batch")
+            raise
+
+    # ---- forward ----
+
+    def forward_shard(self, k: int, replica: Replica) -> Shard:
+        """Runs one shard's forward in the calling thread's context, see `in_shard`."""
+        shard = Shard(ShardRandom(self.random, k), replica)
+        grad = torch.is_grad_enabled
+        taken = replica.take_buffers()
+        with self.in_shard(k, "forward", shard):
+            values = [self.split.part(i, k) for i in range(len(self.split.flat))]
+            for i in self.differentiable if grad() else ():
+                values[i] = values[i].detach().requires_grad_()
+                shard.inputs.append(values[i])
+            args, kwargs = self.split.build(values)
+            output = replica.module(*args, **kwargs)
+        shard.outputs, shard.nesting = flatten(output)
+        shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
+        shard.params = [mine for _, mine in replica.params if mine.requires_grad]
+        return shard
+
+    def run_forward(self) -> list[Any]:
+        """All shards' forward on the spheres; the outputs put together, as flat leaves."""
+
+        def run(k: int) -> Shard:
+            replica = self.pool.borrow(self.module)
+            try:
+                return self.forward_shard(k, replica)
+            finally:
+                self.pool.give_back(replica)
+
+        shards = self.spheres.map(run, range(len(self.split.bounds)))
+        self.shards = list(shards)
+        self.merge_buffers(shards)
+        self.check_random()
+        return self._gather(shards)
+
+    def check_random(self) -> None:
+        """Warns when random numbers were drawn that belong to no shard."""
+        if self.random.missed_any():
+            warnings.warn(
+                "something drew random numbers from torch's default generator while the shards "
+                "ran, but not through an operator that SphereParallel can key by shard (a custom "
+                "C++ operator, a CUDA kernel with its own dropout, or another thread): the result "
+                "is not reproducible. Draw with torch's own operators inside the module, or use "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    @contextlib.contextmanager
+    def _gate(self, what: str, k: int, replica: Replica) -> Iterator[None]:
+        """Lets compiled code through one shard at a time until it has seen such a shard."""
+        key = what, torch.is_grad_enabled(), replica.module.training, self.split.sizes[k]
+        if not self.compiled or key in replica.warm:
+            yield
+            return
+        with _compiling:
+            yield
+        replica.warm.add(key)
+
+    def _gather(self, shards: Sequence[Shard]) -> list[Any]:
+        first = shards[0]
+        self.nesting = first.nesting
+        for k, shard in enumerate(shards):
+            if shard.nesting != first.nesting:
+                raise ValueError(
+                    f"the module returned {first.nesting} for shard 0, but {shard.nesting} for "
+                    f"shard {k}: the outputs' structure must not depend on the rows"
+                )
+        with torch.no_grad():
+            return [self._gather_output(i, shards) for i in range(len(first.outputs))]
+
+    def _gather_output(self, i: int, shards: Sequence[Shard]) -> Any:
+        values = [shard.outputs[i] for shard in shards]
+        first = values[0]
+        if not isinstance(first, Tensor):
+            return first
+        if first.dim() == 0:
+            return self._mean(values)
+        sizes = self.split.sizes
+        times, rest = divmod(first.shape[0], sizes[0])
+        for k, value in enumerate(values):
+            if rest or value.shape[0] != times * sizes[k] or value.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"output {i} of shard {k} has shape {tuple(value.shape)} for {sizes[k]} rows "
+                    f"(shard 0's: {tuple(first.shape)} for {sizes[0]}): SphereParallel puts "
+                    "outputs together along the first dimension, which must be the batch's rows, "
+                    "or a fixed number of rows for each; transpose it inside the module"
+                )
+        return torch.cat(values)
+
+    def _mean(self, values: Sequence[Tensor]) -> Tensor:
+        """Of the shards' scalars, weighted by their rows."""
+        weighted = [v * w for v, w in zip(values, self.split.weights, strict=True)]
+        total = tree_sum(self.padded(weighted))
+        assert total is not None
+        return total
+
+    def padded(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One place for each leaf: those without rows are absent."""
+        return [*values, *([None] * (self.split.leaves - len(values)))]
+
+    def merge_buffers(self, shards: Sequence[Shard]) -> None:
+        """Of the buffers that changed, the mean over the shards; the first shard's if integer."""
+        with torch.no_grad():
+            for i, (buffer, _) in enumerate(shards[0].buffers):
+                values = [shard.buffers[i][1] for shard in shards]
+                if all(value is None for value in values):
+                    continue
+                target = buffer.source._buffers[buffer.name]
+                assert target is not None
+                # A shard that left the buffer alone has the value it was given.
+                given = [buffer.given if v is None else v for v in values]
+                if any(v.shape != target.shape for v in given):
+                    raise ValueError(
+                        f"buffer {buffer.name!r} of {type(buffer.source).__name__} was given "
+                        "another shape while a shard ran; SphereParallel merges buffers by value"
+                    )
+                if target.is_floating_point() or target.is_complex():
+                    total = tree_sum(self.padded(given))
+                    assert total is not None
+                    target.copy_(total / len(given))
+                else:
+                    target.copy_(given[0])
+
+    # ---- backward ----
+
+    def run_backward(self, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """All shards' backward; gradients of `trainable`, then of `inputs_with_grad`."""
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        shards = self.shards
+        if not shards:
+            raise RuntimeError(
+                "backward through SphereParallel a second time: the shards' graphs were freed; "
+                "use backward(retain_graph=True) the first time, or call the model again"
+            )
+        if not keep:
+            self.shards = []
+        pieces = [self._cut_grad(g, i, shards) for i, g in enumerate(grads)]
+
+        def backward(k: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
+            shard = shards[k]
+            assert shard is not None
+            if not keep:
+                shards[k] = None  # frees the graph as soon as this shard is done
+            roots, root_grads = [], []
+            for output, cut in zip(shard.outputs, pieces, strict=True):
+                if cut is not None and isinstance(output, Tensor) and output.requires_grad:
+                    roots.append(output)
+                    root_grads.append(cut[k])
+            targets = [*shard.params, *shard.inputs]
+            if not roots or not targets:
+                return [None] * len(shard.params), [None] * len(shard.inputs)
+            with self.in_shard(k, "backward", shard):
+                found = torch.autograd.grad(
+                    roots, targets, root_grads, allow_unused=True, retain_graph=keep
+                )
+            return list(found[: len(shard.params)]), list(found[len(shard.params) :])
+
+        sums, input_grads = self.fold(backward)
+        gathered = [
+            self.gather_input_grad(value, [g[i] for g in input_grads])
+            for i, value in enumerate(self.inputs_with_grad)
+        ]
+        return [*sums, *gathered]
+
+    def fold(
+        self, work: Callable[[int], tuple[list[Tensor | None], list[Tensor | None]]]
+    ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+        """Runs ``work(k)`` for every shard; the sum of what it returns first, the rest by shard."""
+        count = len(self.split.bounds)
+        fold = GradientFold(self.split.leaves, range(count), self.spheres.concurrency)
+        rest: list[list[Tensor | None]] = [[] for _ in range(count)]
+
+        def item(_: int) -> None:
+            k = fold.begin()
+            if k is None:
+                return
+            try:
+                with torch.no_grad():
+                    grads, rest[k] = work(k)
+                    fold.add(k, grads)
+            except BaseException:
+                fold.fail()
+                raise
+
+        self.spheres.map(item, range(count))
+        with torch.no_grad():
+            return rounded(fold.finish(self.spheres), self.trainable), rest
+
+    def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:
+        if grad is None:
+            return None
+        if grad.dim() == 0:
+            return [grad * weight for weight in self.split.weights]
+        sizes = [0 if shard is None else shard.outputs[i].shape[0] for shard in shards]
+        return [aligned(piece) for piece in grad.split(sizes)]
+
+    def gather_input_grad(self, value: Tensor, parts: list[Tensor | None]) -> Tensor | None:
+        """The gradient of an argument from those of its parts."""
+        if all(part is None for part in parts):
+            return None
+        if value.dim() == 0:
+            return tree_sum(self.padded(parts))
+        filled = [
+            torch.zeros_like(value[begin:end]) if part is None else part
+            for (begin, end), part in zip(self.split.bounds, parts, strict=True)
+        ]
+        return torch.cat(filled)
