@@ -195,8 +195,10 @@ def test_constructor_errors():
         ts.SphereParallel(3)
     with pytest.raises(TypeError, match="got str"):
         ts.SphereParallel(nn.Identity(), "spheres")
-    with pytest.raises(NotImplementedError, match="reproducible=False"):
-        ts.SphereParallel(nn.Identity(), reproducible=False)
+    with pytest.raises(TypeError, match="True or False, got 'no'"):
+        ts.SphereParallel(nn.Identity(), reproducible="no")
+    with pytest.raises(TypeError, match="SphereParallel in it"):
+        ts.SphereParallel(nn.Sequential(ts.SphereParallel(nn.Identity())))
 
 
 def double(_module, _args, output):

@@ -26,6 +26,7 @@ __all__: list[str] = [
     "active_isa",
     "available_isas",
     "current_sphere",
+    "keep_freed_memory",
     "noop",
     "read_range",
     "set_isa",
@@ -269,6 +270,11 @@ def available_isas() -> list[Isa]: ...
 def current_sphere() -> int:
     """
     The id of the sphere whose thread is calling, or -1.
+    """
+
+def keep_freed_memory() -> bool:
+    """
+    Has the C library reuse freed memory instead of returning it; see memory.py.
     """
 
 def noop() -> NativeFunction:

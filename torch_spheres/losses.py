@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_spheres.folding import Grads
-from torch_spheres.shards import Call, Shard, Split
+from torch_spheres.shards import Call, Shard
+from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sum
 
 __all__ = ["forward_backward"]
@@ -19,7 +20,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     """See `SphereParallel.forward_backward`."""
     if not torch.is_grad_enabled():
         raise RuntimeError("forward_backward() under torch.no_grad() has no gradients to compute")
-    goal = Split(targets, call.split.leaves)
+    goal = Split(targets, call.split.shards)
     if goal.rows != call.split.rows:
         raise ValueError(
             f"forward_backward() got inputs of {call.split.rows} rows and targets of {goal.rows}"

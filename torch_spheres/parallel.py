@@ -13,10 +13,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_spheres.losses import forward_backward
-from torch_spheres.nesting import unflatten
+from torch_spheres.memory import keep_freed_memory
+from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.replica import ReplicaPool
-from torch_spheres.shards import Call
+from torch_spheres.shards import Call, Crew
+from torch_spheres.splitting import rows_of
 from torch_spheres.system import KissingSpheres
+from torch_spheres.tuning import Tuners
 
 __all__ = ["SphereParallel"]
 
@@ -31,10 +34,11 @@ class SphereParallel(nn.Module):
         module: the model. Its parameters are shared by all shards, never copied; each of the at
             most ``spheres.concurrency`` running shards has its own copy of everything else.
         spheres: who runs the shards; None makes a `KissingSpheres` of two levels.
-        reproducible: only True so far: shards are a fixed part of the batch, run with one intra-op
-            thread each, and are summed in the fixed tree, so for one build of torch the bits of
-            outputs, gradients, buffers and weights do not depend on ``spheres.concurrency`` nor on
-            which thread ran what.
+        reproducible: True: shards are a fixed part of the batch, run with one intra-op thread each,
+            and are summed in the fixed tree, so for one build of torch the bits of outputs,
+            gradients, buffers and weights do not depend on ``spheres.concurrency`` nor on which
+            thread ran what. False: a few ways to run the batch are measured during the first 12 to
+            30 steps, among them the bare module as it is, and the fastest is kept; see `plan`.
 
     Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
     arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
@@ -58,8 +62,7 @@ class SphereParallel(nn.Module):
 
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
-            `KissingSpheres`.
-        NotImplementedError: ``reproducible=False``.
+            `KissingSpheres`, or `reproducible` not a bool.
     """
 
     def __init__(
@@ -83,23 +86,56 @@ class SphereParallel(nn.Module):
             spheres = KissingSpheres()
         elif not isinstance(spheres, KissingSpheres):
             raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
-        if reproducible is not True:
-            raise NotImplementedError(
-                f"reproducible={reproducible!r} is not there yet; leave it True"
-            )
+        if not isinstance(reproducible, bool):
+            raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+        keep_freed_memory()
         self.module = module
+        self.reproducible = reproducible
+        self._take(spheres)
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def _take(self, spheres: KissingSpheres) -> None:
         self._spheres = spheres
         self._pool = ReplicaPool()
-        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+        self._tuners = Tuners(spheres.leaves, spheres.concurrency)
 
     @property
     def spheres(self) -> KissingSpheres:
         """The hierarchy that runs the shards."""
         return self._spheres
 
+    @property
+    def plan(self) -> str | None:
+        """How batches are run: with ``reproducible=False`` None until the choice has been made."""
+        if self.reproducible:
+            return f"{self._spheres.leaves} shards on {self._spheres.concurrency} spheres"
+        latest = self._tuners.latest
+        return None if latest is None or latest.chosen is None else latest.chosen.name
+
+    @property
+    def plan_costs(self) -> dict[str, float]:
+        """With ``reproducible=False``: what each way took so far, in seconds per row."""
+        latest = self._tuners.latest
+        return {} if latest is None else latest.costs
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
-        call = self._call(args, kwargs)
+        if self.reproducible:
+            return self._run(Crew(self._spheres, self._spheres.leaves), args, kwargs)
+        rows = rows_of(args, kwargs)
+        tuner = self._tuners.of(rows, self.training)
+        trial = tuner.trial(rows)
+        if trial is None:
+            assert tuner.chosen is not None
+            return self._run(Crew.of(tuner.chosen, self._spheres), args, kwargs)
+        result = self._run(Crew.of(trial.plan, self._spheres), args, kwargs)
+        trial.forward_done(flatten(result)[0])
+        return result
+
+    def _run(self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if crew.shards == 1 and crew.alone:
+            return self.module(*args, **kwargs)
+        call = self._call(crew, args, kwargs)
         if not torch.is_grad_enabled():
             outputs = call.run_forward()
         else:
@@ -107,12 +143,12 @@ class SphereParallel(nn.Module):
             outputs = list(_OnSpheres.apply(call, *tensors))  # type: ignore[no-untyped-call]
         return _rebuild(call, outputs)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        call = Call(self.module, self._pool, self._spheres, args, kwargs)
+    def _call(self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = Call(self.module, self._pool, crew, args, kwargs)
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip
             _initialise(self.module, call)
-            call = Call(self.module, self._pool, self._spheres, args, kwargs)
+            call = Call(self.module, self._pool, crew, args, kwargs)
         return call
 
     def forward_backward(
@@ -148,7 +184,19 @@ class SphereParallel(nn.Module):
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
-        return forward_backward(self._call(args, kwargs), loss_fn, targets)
+        crew, trial = Crew(self._spheres, self._spheres.leaves), None
+        if not self.reproducible:
+            # Whole batches are no choice here: they would take the memory that this call saves.
+            rows = rows_of(args, kwargs)
+            tuner = self._tuners.of(rows, self.training, whole=False)
+            trial = tuner.trial(rows)
+            plan = tuner.chosen if trial is None else trial.plan
+            assert plan is not None
+            crew = Crew.of(plan, self._spheres)
+        loss = forward_backward(self._call(crew, args, kwargs), loss_fn, targets)
+        if trial is not None:
+            trial.done()
+        return loss
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -175,21 +223,23 @@ class SphereParallel(nn.Module):
         """A copy of the module on the same spheres."""
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        own = {k: v for k, v in self.__dict__.items() if k not in ("_spheres", "_pool")}
-        made.__dict__.update(copy.deepcopy(own, memo))
-        made._spheres, made._pool = self._spheres, ReplicaPool()
+        made.__dict__.update(copy.deepcopy(self._own(), memo))
+        made._take(self._spheres)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads stay behind: what is unpickled has spheres of its own, of the same kind."""
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_spheres", "_pool")}
-        return {**state, "_spheres": (self._spheres.levels, self._spheres.concurrency)}
+        return {**self._own(), "_spheres": (self._spheres.levels, self._spheres.concurrency)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         levels, concurrency = state["_spheres"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._spheres = KissingSpheres(levels, concurrency=concurrency)
-        self._pool = ReplicaPool()
+        self._take(KissingSpheres(levels, concurrency=concurrency))
+
+    def _own(self) -> dict[str, Any]:
+        """Everything but what belongs to the threads."""
+        threads = ("_spheres", "_pool", "_tuners")
+        return {k: v for k, v in self.__dict__.items() if k not in threads}
 
 
 class _OnSpheres(torch.autograd.Function):

@@ -6,103 +6,29 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres.context import caller_context
 from torch_spheres.folding import GradientFold, rounded
 from torch_spheres.nesting import Nesting, flatten, unflatten
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.replica import Buffer, Replica, ReplicaPool
-from torch_spheres.sampler import shard_bounds
+from torch_spheres.splitting import Split, aligned
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sum
+from torch_spheres.tuning import Plan
 
-__all__ = ["Call", "Shard", "Split"]
+__all__ = ["Call", "Crew", "Shard"]
+
+T = TypeVar("T")
 
 # torch.compile traces when compiled code meets something new, and must not in two threads at once.
 _compiling = threading.RLock()
-_ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
-
-
-class Split:
-    """Nested values cut by rows, as `torch.tensor_split` cuts, over the leaves.
-
-    Raises:
-        ValueError: no tensor has rows, or not all have as many.
-        TypeError: a tensor of a kind that cannot be cut by rows.
-    """
-
-    def __init__(self, value: Any, leaves: int) -> None:
-        self.flat, self.nesting = flatten(value)
-        self.leaves = leaves
-        self.rows = self._count_rows()
-        self.bounds = [(a, b) for a, b in shard_bounds(self.rows, leaves) if b > a]
-
-    def _count_rows(self) -> int:
-        rows = None
-        for value in self.flat:
-            if isinstance(value, PackedSequence):
-                raise TypeError(
-                    "SphereParallel cannot split a PackedSequence by rows; give it the padded "
-                    "tensor and the lengths, and pack inside the module"
-                )
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                continue
-            if value.is_nested or value.layout is not torch.strided:
-                raise TypeError(
-                    f"SphereParallel splits dense tensors by rows, but got one of layout "
-                    f"{value.layout}{' (nested)' if value.is_nested else ''}; convert it inside "
-                    "the module"
-                )
-            if rows is None:
-                rows = value.shape[0]
-            elif value.shape[0] != rows:
-                raise ValueError(
-                    "SphereParallel splits every tensor argument along its first dimension, but "
-                    f"one has {rows} rows and another, of shape {tuple(value.shape)}, "
-                    f"{value.shape[0]}; make a tensor that is not part of the batch an attribute "
-                    "or a buffer of the module"
-                )
-        if rows is None:
-            raise ValueError(
-                "SphereParallel found no tensor with rows among the arguments to split over the "
-                "spheres; call model.module(...) instead"
-            )
-        if rows == 0:
-            raise ValueError("SphereParallel got a batch of 0 rows")
-        return rows
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of each shard that runs."""
-        return [end - begin for begin, end in self.bounds]
-
-    @property
-    def weights(self) -> list[float]:
-        """Each shard's share of the rows."""
-        return [size / self.rows for size in self.sizes]
-
-    def part(self, i: int, shard: int) -> Any:
-        """Leaf `i` of the values for one shard."""
-        value = self.flat[i]
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        begin, end = self.bounds[shard]
-        return aligned(value.detach()[begin:end])
-
-    def build(self, leaves: list[Any]) -> Any:
-        """The nested values with other leaves."""
-        return unflatten(leaves, self.nesting)
-
-
-def aligned(piece: Tensor) -> Tensor:
-    """The same values at storage that starts where kernels like it."""
-    return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -127,6 +53,31 @@ class Shard:
         return unflatten(self.outputs, self.nesting)
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Into how many shards a batch is cut, and who runs them."""
+
+    spheres: KissingSpheres
+    shards: int
+    alone: bool = False  # the calling thread, one after another, with all its intra-op threads
+
+    @classmethod
+    def of(cls, plan: Plan, spheres: KissingSpheres) -> Crew:
+        """Who runs a plan."""
+        return cls(spheres, plan.shards, plan.alone)
+
+    @property
+    def concurrency(self) -> int:
+        """How many shards run at once, at most."""
+        return 1 if self.alone else self.spheres.concurrency
+
+    def map(self, fn: Callable[[int], T], count: int) -> list[T]:
+        """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
+        if self.alone:
+            return [fn(k) for k in range(count)]
+        return self.spheres.map(fn, range(count))
+
+
 class Call:
     """One call's split, its shards, and what has to be put together from them."""
 
@@ -134,13 +85,17 @@ class Call:
         self,
         module: nn.Module,
         pool: ReplicaPool,
-        spheres: KissingSpheres,
+        crew: Crew,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        self.module, self.pool, self.spheres = module, pool, spheres
-        self.split = Split((args, kwargs), spheres.leaves)
-        self.context = caller_context()
+        self.module, self.pool, self.crew = module, pool, crew
+        self.split = Split((args, kwargs), crew.shards)
+        # The calling thread itself has all but the grad mode, which autograd takes away.
+        grad = torch.is_grad_enabled()
+        self.context: Callable[[], AbstractContextManager[Any]] = (
+            (lambda: torch.set_grad_enabled(grad)) if crew.alone else caller_context()
+        )
         self.random = CallRandom()
         self.shards: list[Shard | None] = []
         self.nesting: Nesting | None = None  # of the outputs
@@ -203,7 +158,7 @@ class Call:
             finally:
                 self.pool.give_back(replica)
 
-        shards = self.spheres.map(run, range(len(self.split.bounds)))
+        shards = self.crew.map(run, len(self.split.bounds))
         self.shards = list(shards)
         self.merge_buffers(shards)
         self.check_random()
@@ -273,7 +228,7 @@ class Call:
 
     def padded(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One place for each leaf: those without rows are absent."""
-        return [*values, *([None] * (self.split.leaves - len(values)))]
+        return [*values, *([None] * (self.split.places - len(values)))]
 
     def merge_buffers(self, shards: Sequence[Shard]) -> None:
         """Of the buffers that changed, the mean over the shards; the first shard's if integer."""
@@ -344,7 +299,7 @@ class Call:
     ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """Runs ``work(k)`` for every shard; the sum of what it returns first, the rest by shard."""
         count = len(self.split.bounds)
-        fold = GradientFold(self.split.leaves, range(count), self.spheres.concurrency)
+        fold = GradientFold(self.split.places, range(count), self.crew.concurrency)
         rest: list[list[Tensor | None]] = [[] for _ in range(count)]
 
         def item(_: int) -> None:
@@ -359,9 +314,9 @@ class Call:
                 fold.fail()
                 raise
 
-        self.spheres.map(item, range(count))
+        self.crew.map(item, count)
         with torch.no_grad():
-            return rounded(fold.finish(self.spheres), self.trainable), rest
+            return rounded(fold.finish(self.crew.spheres), self.trainable), rest
 
     def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:
         if grad is None:

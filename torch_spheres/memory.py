@@ -1,0 +1,32 @@
+"""Memory that a training step frees is kept for the next step, instead of going back to the system.
+
+glibc gives large tensors back as soon as they are freed, and gets them anew, page by page cleared
+by the system, in the next step. For activations of many megabytes that can take as long as the
+arithmetic. Making a `SphereParallel` tells glibc to keep what is freed, as torch's allocator does
+on CUDA: the process then stays as large as it ever was. ``TORCH_SPHERES_KEEP_MEMORY=0`` in the
+environment leaves glibc alone; with another allocator (tcmalloc, jemalloc) nothing changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from torch_spheres import _core
+
+__all__ = ["keep_freed_memory"]
+
+_VARIABLE = "TORCH_SPHERES_KEEP_MEMORY"
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Once for the process; False where it was declined or the C library has no such setting.
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    wanted = os.environ.get(_VARIABLE, "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"the environment variable {_VARIABLE} must be 0 or 1, got {wanted!r}")
+    return wanted == "1" and _core.keep_freed_memory()

@@ -1,0 +1,115 @@
+"""How a batch is cut into shards: nested values, by rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_spheres import _core
+from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.sampler import shard_bounds
+
+__all__ = ["Split", "aligned", "rows_of"]
+
+_ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
+
+
+class Split:
+    """Nested values cut by rows, as `torch.tensor_split` cuts.
+
+    Args:
+        value: anything nested that has tensors in it.
+        shards: how many pieces to cut at most.
+
+    Raises:
+        ValueError: no tensor has rows, or not all have as many.
+        TypeError: a tensor of a kind that cannot be cut by rows.
+    """
+
+    def __init__(self, value: Any, shards: int) -> None:
+        self.flat, self.nesting = flatten(value)
+        self.shards = shards
+        self.rows = self._count_rows()
+        self.bounds = [(a, b) for a, b in shard_bounds(self.rows, shards) if b > a]
+
+    def _count_rows(self) -> int:
+        rows = None
+        for value in self.flat:
+            if isinstance(value, PackedSequence):
+                raise TypeError(
+                    "SphereParallel cannot split a PackedSequence by rows; give it the padded "
+                    "tensor and the lengths, and pack inside the module"
+                )
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.is_nested or value.layout is not torch.strided:
+                raise TypeError(
+                    f"SphereParallel splits dense tensors by rows, but got one of layout "
+                    f"{value.layout}{' (nested)' if value.is_nested else ''}; convert it inside "
+                    "the module"
+                )
+            if rows is None:
+                rows = value.shape[0]
+            elif value.shape[0] != rows:
+                raise ValueError(
+                    "SphereParallel splits every tensor argument along its first dimension, but "
+                    f"one has {rows} rows and another, of shape {tuple(value.shape)}, "
+                    f"{value.shape[0]}; make a tensor that is not part of the batch an attribute "
+                    "or a buffer of the module"
+                )
+        if rows is None:
+            raise ValueError(
+                "SphereParallel found no tensor with rows among the arguments to split over the "
+                "spheres; call model.module(...) instead"
+            )
+        if rows == 0:
+            raise ValueError("SphereParallel got a batch of 0 rows")
+        return rows
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each shard that runs."""
+        return [end - begin for begin, end in self.bounds]
+
+    @property
+    def places(self) -> int:
+        """Leaves of the tree in which the shards are summed: 1, 12, 144 or 1728."""
+        places = 1
+        while places < self.shards:
+            places *= _core.KISSING
+        return places
+
+    @property
+    def weights(self) -> list[float]:
+        """Each shard's share of the rows."""
+        return [size / self.rows for size in self.sizes]
+
+    def part(self, i: int, shard: int) -> Any:
+        """Leaf `i` of the values for one shard."""
+        value = self.flat[i]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        begin, end = self.bounds[shard]
+        return aligned(value.detach()[begin:end])
+
+    def build(self, leaves: list[Any]) -> Any:
+        """The nested values with other leaves."""
+        return unflatten(leaves, self.nesting)
+
+
+def aligned(piece: Tensor) -> Tensor:
+    """The same values at storage that starts where kernels like it."""
+    return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
+
+
+def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of the first tensor that has any, at least 1."""
+    first = args[0] if args else None
+    values = (
+        [first] if isinstance(first, Tensor) and first.dim() > 0 else flatten((args, kwargs))[0]
+    )
+    rows = (v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0)
+    return max(1, next(rows, 1))
