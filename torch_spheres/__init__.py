@@ -12,6 +12,7 @@ from torch_spheres._core import NativeFunction, State, Topology, Work
 from torch_spheres.errors import StoppedError
 from torch_spheres.gradients import GradientHook
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler, shard_bounds
 from torch_spheres.stats import SphereStats, Stats
 from torch_spheres.system import KissingSpheres, usable_cores
@@ -29,6 +30,7 @@ __all__ = [
     "StoppedError",
     "Topology",
     "Work",
+    "prepare",
     "shard_bounds",
     "tree_sum",
     "usable_cores",

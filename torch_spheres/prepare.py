@@ -1,0 +1,55 @@
+"""`prepare`: puts a model, its optimizer and its loader on the spheres in one line."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from torch_spheres.gradients import GradientHook
+from torch_spheres.parallel import SphereParallel
+from torch_spheres.system import KissingSpheres
+
+__all__ = ["prepare"]
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+Loader = TypeVar("Loader", bound="DataLoader[Any]")
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: Loader,
+    spheres: KissingSpheres | None = None,
+    *,
+    reproducible: bool = True,
+) -> tuple[SphereParallel, Optimizer, Loader]:
+    """``model, optimizer, loader = ts.prepare(model, optimizer, loader)``, and the loop stays.
+
+    Args:
+        model: becomes a `SphereParallel`; its parameters stay the same objects.
+        optimizer: of the model's parameters; gets a `GradientHook` that lives as long as it does.
+        loader: is returned as it is (a loader on the spheres is planned).
+        spheres: who runs the shards; None makes a `KissingSpheres` of two levels, which is
+            ``model.spheres``.
+        reproducible: as of `SphereParallel`.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: the optimizer has none of the model's parameters, so that it would never see a
+            gradient.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"loader must be a torch.utils.data.DataLoader, got {loader!r}")
+    parallel = SphereParallel(model, spheres, reproducible=reproducible)
+    hook = GradientHook(optimizer, parallel)
+    known = {id(p) for p in model.parameters()}
+    if known and not any(id(p) in known for p in hook.parameters):
+        hook.remove()
+        raise ValueError(
+            "the optimizer has none of the model's parameters; was it made for a copy of the "
+            "model, or before the model was given new ones?"
+        )
+    return parallel, optimizer, loader
