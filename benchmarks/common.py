@@ -237,12 +237,17 @@ class Report:
         self.console.print(f"\n{met} of {len(rows)} targets met; samples in {path}")
 
 
-def arguments(name: str, about: str) -> argparse.Namespace:
-    """`--quick`, `--json`, `--concurrency`; the same for every benchmark."""
+def arguments(
+    name: str,
+    about: str,
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
+    """`--quick`, `--json`, `--concurrency`; the same for every benchmark. `more` adds its own."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="seconds, for a smoke test only")
     parser.add_argument("--json", type=Path, help="default: results/NAME.json beside this script")
     parser.add_argument("--concurrency", type=int, default=ts.usable_cores())
+    more(parser)
     options = parser.parse_args()
     if options.json is None:
         # A smoke run must not replace a measurement.

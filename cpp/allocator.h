@@ -22,11 +22,12 @@ namespace torch_spheres {
 /// False where the C library has no such setting.
 inline bool keep_freed_memory() {
 #if defined(__GLIBC__)
-  // No allocation has a mapping of its own; memory at the end of a heap is never given back; and
-  // heaps grow by, and keep, at least the size of one heap of a thread.
+  // No allocation has a mapping of its own; memory at the end of the heap is never given back;
+  // heaps grow by a whole thread's heap at a time; and all threads share one, or each of 144
+  // spheres would keep what it once needed (9 GiB instead of 3 in benchmarks/bench_memory.py).
   constexpr int kThreadHeap = 64 << 20;
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1 &&
-         mallopt(M_TOP_PAD, kThreadHeap) == 1;
+         mallopt(M_TOP_PAD, kThreadHeap) == 1 && mallopt(M_ARENA_MAX, 1) == 1;
 #else
   return false;
 #endif

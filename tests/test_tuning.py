@@ -11,25 +11,29 @@ from torch.nn import functional as F
 
 import torch_spheres as ts
 from torch_spheres.memory import keep_freed_memory
-from torch_spheres.tuning import Tuner, candidates
+from torch_spheres.tuning import Tuner, all_ways, lean_ways, reproducible_ways
 
 
-def names(leaves, concurrency, whole=True):
-    return [plan.name for plan in candidates(leaves, concurrency, whole)]
+def names(ways, leaves=12, concurrency=2):
+    return [plan.name for plan in ways(leaves, concurrency)]
 
 
 def test_ways_worth_trying():
-    assert names(12, 2) == [
+    assert names(reproducible_ways) == ["12 shards on 2 spheres", "12 shards on 1 sphere"]
+    assert names(reproducible_ways, 12, 1) == ["12 shards on 1 sphere"]
+    assert names(reproducible_ways, 1, 1) == ["1 shard on 1 sphere"]
+    assert names(all_ways) == [
         "whole batch, intra-op threads",
         "12 shards in turn, intra-op threads",
         "2 shards on 2 spheres",
-        "12 shards on 2 spheres",
+        *names(reproducible_ways),
     ]
-    assert names(12, 12)[2:] == ["12 shards on 12 spheres"]
-    assert names(1, 1) == ["whole batch, intra-op threads", "12 shards in turn, intra-op threads"]
-    assert names(144, 2, whole=False) == [
+    assert names(all_ways, 12, 12)[2:] == names(reproducible_ways, 12, 12)
+    assert names(all_ways, 1, 1) == names(all_ways)[:2]
+    assert names(lean_ways, 144, 2) == [
         "144 shards in turn, intra-op threads",
         "144 shards on 2 spheres",
+        "144 shards on 1 sphere",
     ]
 
 
@@ -38,21 +42,23 @@ def tune(tuner, cost_of, limit=100):
     while (trial := tuner.trial(1)) is not None:
         assert len(steps) < limit
         steps.append(trial.plan.name)
-        tuner.record(trial.plan, cost_of(trial.plan.name, len(steps)))
+        tuner.record(trial.plan, cost_of(trial.plan.name, len(steps)), 1)
     return steps
 
 
-@pytest.mark.parametrize("best", names(12, 2))
+@pytest.mark.parametrize("best", names(all_ways)[:4])
 def test_the_fastest_is_chosen(best):
-    tuner = Tuner(candidates(12, 2))
+    tuner = Tuner(all_ways(12, 2))
     steps = tune(tuner, lambda name, _: 1.0 if name == best else 1.5)
-    assert tuner.chosen.name == best and len(steps) == 12  # one block each
+    assert (
+        tuner.chosen.name == best and len(steps) == 12
+    )  # one block each; one sphere alone takes ages
     assert tuner.costs[best] == 1.0
 
 
 def test_close_ones_are_measured_longer_and_slow_first_steps_do_not_count():
-    plans = names(12, 2)
-    tuner = Tuner(candidates(12, 2))
+    plans = names(all_ways)
+    tuner = Tuner(all_ways(12, 2))
     previous = [None]
 
     def cost(name, step):
@@ -87,7 +93,7 @@ def test_training_goes_on_while_ways_are_tried():
                 torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
             if step == 30:
                 assert model.plan is not None, model.plan_costs
-        assert model.plan in seen and seen <= set(names(12, 2))
+        assert model.plan in seen and seen <= set(names(all_ways))
         assert model.plan_costs[model.plan] == min(model.plan_costs.values())
         plan = model.plan
         model.eval()
@@ -106,17 +112,36 @@ def test_forward_backward_is_tuned_among_ways_that_save_memory():
     F.cross_entropy(bare(x), y).backward()
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(copy.deepcopy(bare), spheres, reproducible=False)
-        for _ in range(20):
+        for _ in range(36):
             model.zero_grad()
             loss = model.forward_backward(F.cross_entropy, x, y)
             torch.testing.assert_close(loss, F.cross_entropy(bare(x), y).detach())
             torch.testing.assert_close(model.module.weight.grad, bare.weight.grad)
-        assert model.plan in names(12, 2, whole=False)
+        assert model.plan in names(lean_ways)
 
 
-def test_reproducible_names_its_way():
-    with ts.KissingSpheres(concurrency=3) as spheres:
-        assert ts.SphereParallel(nn.Identity(), spheres).plan == "12 shards on 3 spheres"
+def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits():
+    def train(concurrency):
+        torch.manual_seed(0)
+        x, y = torch.randn(40, 20), torch.randint(0, 3, (40,))
+        with ts.KissingSpheres(concurrency=concurrency) as spheres:
+            module = nn.Sequential(nn.Linear(20, 30), nn.Dropout(0.1), nn.Linear(30, 3))
+            model = ts.SphereParallel(module, spheres)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(25):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            return module[0].weight, model.plan, model.plan_costs
+
+    weight, plan, costs = train(3)
+    assert plan in costs and set(costs) == {"12 shards on 3 spheres", "12 shards on 1 sphere"}
+    alone, plan, _ = train(1)
+    assert torch.equal(weight, alone) and plan == "12 shards on 1 sphere"
+
+    tuner = Tuner(reproducible_ways(12, 3))
+    assert tune(tuner, lambda *_: 0.06) == ["12 shards on 3 spheres"] * 3
+    assert tuner.chosen.name == "12 shards on 3 spheres"
 
 
 def test_keeping_memory_can_be_declined(monkeypatch):

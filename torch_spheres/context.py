@@ -41,6 +41,9 @@ def caller_context() -> Callable[[], AbstractContextManager[None]]:
     dispatch_modes = _get_current_dispatch_mode_stack()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
 
+    if not any((inference, autocast, function_modes, dispatch_modes, hooks)):
+        return lambda: torch.set_grad_enabled(grad)
+
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with contextlib.ExitStack() as stack:

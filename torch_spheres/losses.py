@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_spheres.folding import Grads
-from torch_spheres.shards import Call, Shard
+from torch_spheres.shards import Call, Shard, gradients_of
 from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sum
 
@@ -48,7 +48,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
             found: tuple[Tensor | None, ...] = ()
             if targets_of_grad:
                 with call.in_shard(k, "backward", shard):
-                    found = torch.autograd.grad(loss, targets_of_grad, allow_unused=True)
+                    found = gradients_of([loss], targets_of_grad, [torch.ones_like(loss)])
             shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
             return list(found[: len(shard.params)]), list(found[len(shard.params) :])
         finally:

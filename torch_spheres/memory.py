@@ -2,9 +2,10 @@
 
 glibc gives large tensors back as soon as they are freed, and gets them anew, page by page cleared
 by the system, in the next step. For activations of many megabytes that can take as long as the
-arithmetic. Making a `SphereParallel` tells glibc to keep what is freed, as torch's allocator does
-on CUDA: the process then stays as large as it ever was. ``TORCH_SPHERES_KEEP_MEMORY=0`` in the
-environment leaves glibc alone; with another allocator (tcmalloc, jemalloc) nothing changes.
+arithmetic. Starting spheres or making a `SphereParallel` tells glibc to keep what is freed, as
+torch's allocator does on CUDA, in one heap for all threads: the process then stays as large as it
+ever was. ``TORCH_SPHERES_KEEP_MEMORY=0`` in the environment leaves glibc alone; with another
+allocator (tcmalloc, jemalloc) nothing changes.
 """
 
 from __future__ import annotations

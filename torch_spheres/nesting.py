@@ -32,11 +32,16 @@ class _Opened:
     inside: Nesting
 
 
+_TENSOR = Nesting(pytree.tree_flatten(0)[1], (None,))
+
+
 def flatten(value: Any) -> tuple[list[Any], Nesting]:
     """The leaves of lists, tuples, dicts, dataclasses, mappings and what pytree has registered.
 
     A dataclass or an unregistered mapping is opened if there is a tensor in it, else it is a leaf.
     """
+    if isinstance(value, Tensor):  # what most modules return
+        return [value], _TENSOR
     flat, spec = pytree.tree_flatten(value)
     leaves: list[Any] = []
     opened: list[_Opened | None] = []
@@ -68,6 +73,8 @@ def _open(leaf: Any) -> tuple[list[Any], _Opened] | None:
 
 def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
     """The inverse of `flatten`, with other leaves; objects are copies of the first ones."""
+    if nesting is _TENSOR:
+        return leaves[0]
     value, rest = _take(iter(leaves), nesting)
     if next(rest, rest) is not rest:
         raise ValueError(f"{len(leaves)} leaves are too many for {nesting}")

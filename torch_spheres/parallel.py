@@ -19,7 +19,7 @@ from torch_spheres.replica import ReplicaPool
 from torch_spheres.shards import Call, Crew
 from torch_spheres.splitting import rows_of
 from torch_spheres.system import KissingSpheres
-from torch_spheres.tuning import Tuners
+from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 
 __all__ = ["SphereParallel"]
 
@@ -37,8 +37,8 @@ class SphereParallel(nn.Module):
         reproducible: True: shards are a fixed part of the batch, run with one intra-op thread each,
             and are summed in the fixed tree, so for one build of torch the bits of outputs,
             gradients, buffers and weights do not depend on ``spheres.concurrency`` nor on which
-            thread ran what. False: a few ways to run the batch are measured during the first 12 to
-            30 steps, among them the bare module as it is, and the fastest is kept; see `plan`.
+            thread ran what. False: a few ways to run the batch are measured during the first 15 to
+            35 steps, among them the bare module as it is, and the fastest is kept; see `plan`.
 
     Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
     arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
@@ -97,7 +97,7 @@ class SphereParallel(nn.Module):
     def _take(self, spheres: KissingSpheres) -> None:
         self._spheres = spheres
         self._pool = ReplicaPool()
-        self._tuners = Tuners(spheres.leaves, spheres.concurrency)
+        self._tuners = Tuners()
 
     @property
     def spheres(self) -> KissingSpheres:
@@ -106,34 +106,44 @@ class SphereParallel(nn.Module):
 
     @property
     def plan(self) -> str | None:
-        """How batches are run: with ``reproducible=False`` None until the choice has been made."""
-        if self.reproducible:
-            return f"{self._spheres.leaves} shards on {self._spheres.concurrency} spheres"
+        """How batches are run in training; None while that is being measured."""
         latest = self._tuners.latest
         return None if latest is None or latest.chosen is None else latest.chosen.name
 
     @property
     def plan_costs(self) -> dict[str, float]:
-        """With ``reproducible=False``: what each way took so far, in seconds per row."""
+        """What each way to run a batch in training took so far, in seconds per row."""
         latest = self._tuners.latest
         return {} if latest is None else latest.costs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
-        if self.reproducible:
-            return self._run(Crew(self._spheres, self._spheres.leaves), args, kwargs)
-        rows = rows_of(args, kwargs)
-        tuner = self._tuners.of(rows, self.training)
-        trial = tuner.trial(rows)
-        if trial is None:
-            assert tuner.chosen is not None
-            return self._run(Crew.of(tuner.chosen, self._spheres), args, kwargs)
-        result = self._run(Crew.of(trial.plan, self._spheres), args, kwargs)
-        trial.forward_done(flatten(result)[0])
+        ways = reproducible_ways if self.reproducible else all_ways
+        crew, trial = self._choose("forward", ways, args, kwargs)
+        result = self._run(crew, args, kwargs)
+        if trial is not None:
+            trial.forward_done(flatten(result)[0])
         return result
 
+    def _choose(
+        self,
+        what: str,
+        ways: Callable[[int, int], list[Plan]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Crew, Trial | None]:
+        spheres = self._spheres
+        rows = rows_of(args, kwargs)
+        tuner = self._tuners.of(
+            rows, self.training, what, lambda: ways(spheres.leaves, spheres.concurrency)
+        )
+        trial = tuner.trial(rows)
+        plan = tuner.chosen if trial is None else trial.plan
+        assert plan is not None
+        return Crew(spheres, plan), trial
+
     def _run(self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if crew.shards == 1 and crew.alone:
+        if crew.plan.shards == 1 and crew.plan.workers == 0:
             return self.module(*args, **kwargs)
         call = self._call(crew, args, kwargs)
         if not torch.is_grad_enabled():
@@ -184,15 +194,9 @@ class SphereParallel(nn.Module):
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
-        crew, trial = Crew(self._spheres, self._spheres.leaves), None
-        if not self.reproducible:
-            # Whole batches are no choice here: they would take the memory that this call saves.
-            rows = rows_of(args, kwargs)
-            tuner = self._tuners.of(rows, self.training, whole=False)
-            trial = tuner.trial(rows)
-            plan = tuner.chosen if trial is None else trial.plan
-            assert plan is not None
-            crew = Crew.of(plan, self._spheres)
+        # Whole batches are no choice here: they would take the memory that this call saves.
+        ways = reproducible_ways if self.reproducible else lean_ways
+        crew, trial = self._choose("forward_backward", ways, args, kwargs)
         loss = forward_backward(self._call(crew, args, kwargs), loss_fn, targets)
         if trial is not None:
             trial.done()

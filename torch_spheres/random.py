@@ -18,9 +18,7 @@ declares it and uses it for nothing.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,6 +64,24 @@ class CallRandom:
         return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
 
 
+class _Active:
+    __slots__ = ("_key", "_outer", "_shard")
+
+    def __init__(self, shard: ShardRandom) -> None:
+        self._shard = shard
+
+    def __enter__(self) -> None:
+        _install()
+        self._outer = getattr(_here, "shard", None)
+        _here.shard = self._shard
+        self._key = _IncludeKey(_KEY)
+        self._key.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._key.__exit__(*error)
+        _here.shard = self._outer
+
+
 class ShardRandom:
     """The random numbers of one shard, through its forward and its backward.
 
@@ -79,17 +95,9 @@ class ShardRandom:
         self._shard = shard
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> _Active:
         """On the calling thread: default random numbers are this shard's inside the block."""
-        _install()
-        outer = getattr(_here, "shard", None)
-        _here.shard = self
-        try:
-            with _IncludeKey(_KEY):
-                yield
-        finally:
-            _here.shard = outer
+        return _Active(self)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The shard's generator on a device."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -53,29 +53,100 @@ class Shard:
         return unflatten(self.outputs, self.nesting)
 
 
+def gradients_of(
+    roots: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    root_grads: Sequence[Tensor | None],
+    keep: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of roots and gradients that fit each other: spared its checks of that.
+
+    They take as long as the engine itself needs for a small shard.
+    """
+    found: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
+        tuple(roots),
+        tuple(root_grads),
+        keep_graph=keep,
+        create_graph=False,
+        inputs=tuple(targets),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
+
+
 @dataclass(frozen=True)
 class Crew:
-    """Into how many shards a batch is cut, and who runs them."""
+    """Who runs a plan's shards."""
 
     spheres: KissingSpheres
-    shards: int
-    alone: bool = False  # the calling thread, one after another, with all its intra-op threads
-
-    @classmethod
-    def of(cls, plan: Plan, spheres: KissingSpheres) -> Crew:
-        """Who runs a plan."""
-        return cls(spheres, plan.shards, plan.alone)
+    plan: Plan
 
     @property
     def concurrency(self) -> int:
         """How many shards run at once, at most."""
-        return 1 if self.alone else self.spheres.concurrency
+        return max(1, self.plan.workers)
 
     def map(self, fn: Callable[[int], T], count: int) -> list[T]:
         """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
-        if self.alone:
+        if self.plan.workers == 0:
             return [fn(k) for k in range(count)]
+        if self.plan.workers == 1:
+            return self.spheres.map(lambda _: [fn(k) for k in range(count)], range(1))[0]
         return self.spheres.map(fn, range(count))
+
+
+class _InShard:
+    """A block in which a thread works for one shard.
+
+    A class and not a generator, for speed: twelve shards enter it twice in a step.
+    """
+
+    __slots__ = ("_active", "_call", "_compiling", "_k", "_record", "_settings", "_shard", "_what")
+
+    def __init__(self, call: Call, k: int, what: str, shard: Shard) -> None:
+        self._call, self._k, self._what, self._shard = call, k, what, shard
+
+    def _warmth(self) -> Any:
+        """What compiled code has to have seen before two threads may run it at once."""
+        module = self._shard.replica.module
+        size = self._call.split.sizes[self._k]
+        return self._what, torch.is_grad_enabled(), module.training, size
+
+    def __enter__(self) -> None:
+        call = self._call
+        self._compiling = call.compiled and self._warmth() not in self._shard.replica.warm
+        if self._compiling:
+            _compiling.acquire()
+        self._settings = call.context()
+        self._settings.__enter__()
+        self._active = self._shard.random.active()
+        self._active.__enter__()
+        self._record = None
+        if torch.autograd.profiler._is_profiler_enabled:
+            name = f"SphereParallel shard {self._k} {self._what}"
+            self._record = torch.profiler.record_function(name)
+            self._record.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._record is not None:
+            self._record.__exit__(kind, error, traceback)
+        self._active.__exit__(kind, error, traceback)
+        self._settings.__exit__(kind, error, traceback)
+        if self._compiling:
+            _compiling.release()
+            if error is None:
+                self._shard.replica.warm.add(self._warmth())
+        if isinstance(error, Exception):
+            begin, end = self._call.split.bounds[self._k]
+            error.add_note(
+                f"in the {self._what} of shard {self._k}, rows {begin} to {end - 1} of the batch"
+            )
 
 
 class Call:
@@ -90,11 +161,11 @@ class Call:
         kwargs: dict[str, Any],
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
-        self.split = Split((args, kwargs), crew.shards)
+        self.split = Split((args, kwargs), crew.plan.shards)
         # The calling thread itself has all but the grad mode, which autograd takes away.
         grad = torch.is_grad_enabled()
         self.context: Callable[[], AbstractContextManager[Any]] = (
-            (lambda: torch.set_grad_enabled(grad)) if crew.alone else caller_context()
+            (lambda: torch.set_grad_enabled(grad)) if crew.plan.workers == 0 else caller_context()
         )
         self.random = CallRandom()
         self.shards: list[Shard | None] = []
@@ -113,21 +184,9 @@ class Call:
         """Tensors among the arguments that require a gradient."""
         return [self.split.flat[i] for i in self.differentiable]
 
-    @contextlib.contextmanager
-    def in_shard(self, k: int, what: str, shard: Shard) -> Iterator[None]:
+    def in_shard(self, k: int, what: str, shard: Shard) -> _InShard:
         """On a sphere's thread: the caller's settings and the shard's random numbers."""
-        try:
-            with (
-                self._gate(what, k, shard.replica),
-                self.context(),
-                shard.random.active(),
-                torch.profiler.record_function(f"SphereParallel shard {k} {what}"),
-            ):
-                yield
-        except Exception as error:
-            begin, end = self.split.bounds[k]
-            error.add_note(f"in the {what} of shard {k}, rows {begin} to {end - 1} of the batch")
-            raise
+        return _InShard(self, k, what, shard)
 
     # ---- forward ----
 
@@ -176,17 +235,6 @@ class Call:
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-    @contextlib.contextmanager
-    def _gate(self, what: str, k: int, replica: Replica) -> Iterator[None]:
-        """Lets compiled code through one shard at a time until it has seen such a shard."""
-        key = what, torch.is_grad_enabled(), replica.module.training, self.split.sizes[k]
-        if not self.compiled or key in replica.warm:
-            yield
-            return
-        with _compiling:
-            yield
-        replica.warm.add(key)
 
     def _gather(self, shards: Sequence[Shard]) -> list[Any]:
         first = shards[0]
@@ -282,9 +330,7 @@ class Call:
             if not roots or not targets:
                 return [None] * len(shard.params), [None] * len(shard.inputs)
             with self.in_shard(k, "backward", shard):
-                found = torch.autograd.grad(
-                    roots, targets, root_grads, allow_unused=True, retain_graph=keep
-                )
+                found = gradients_of(roots, targets, root_grads, keep)
             return list(found[: len(shard.params)]), list(found[len(shard.params) :])
 
         sums, input_grads = self.fold(backward)

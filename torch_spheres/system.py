@@ -17,6 +17,7 @@ from typing import Any, Self, TextIO, TypeVar
 
 from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
+from torch_spheres.memory import keep_freed_memory
 from torch_spheres.stats import Stats, format_stats, snapshot
 
 __all__ = ["KissingSpheres", "usable_cores"]
@@ -149,6 +150,7 @@ class KissingSpheres:
             RuntimeError: the system has no more threads to give (none is left running), or the
                 spheres belong to the process that this one was forked from.
         """
+        keep_freed_memory()  # before its threads come, or each would have a heap of its own
         self._core.start()
         self._started = True
         return self

@@ -1,4 +1,7 @@
-"""What ``reproducible=False`` does: measures a few ways to run a batch, and keeps the fastest.
+"""How `SphereParallel` chooses its way: it measures a few and keeps the fastest.
+
+With ``reproducible=True`` they differ in nothing but who runs the shards, so that the choice shows
+in no bit; with ``reproducible=False`` the bare module on the whole batch is one of them.
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
 which the first does not count: it finds the caches and the memory of the way before. All ways have
@@ -11,48 +14,64 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Trial", "Tuner", "Tuners", "candidates"]
+__all__ = ["Plan", "Trial", "Tuner", "Tuners", "all_ways", "lean_ways", "reproducible_ways"]
 
 
 @dataclass(frozen=True)
 class Plan:
     """One way to run a batch."""
 
-    name: str
-    shards: int  # 1: the bare module gets the whole batch
-    alone: bool  # run by the calling thread with all its intra-op threads, not by the spheres
+    shards: int  # 1 without workers: the bare module gets the whole batch
+    workers: int  # spheres at once, each with one intra-op thread; 0: the calling thread, with all
+    limit: float = float("inf")  # seconds: not worth a try if another way took longer
+
+    @property
+    def name(self) -> str:
+        """As users see it."""
+        shards = "1 shard" if self.shards == 1 else f"{self.shards} shards"
+        if self.workers == 0:
+            what = "whole batch" if self.shards == 1 else f"{shards} in turn"
+            return f"{what}, intra-op threads"
+        return f"{shards} on {self.workers} sphere{'s' if self.workers > 1 else ''}"
 
 
-def candidates(leaves: int, concurrency: int, whole: bool = True) -> list[Plan]:
-    """The ways worth trying, the one that torch would go first.
+# Where twelve shards take longer than this there is enough to do for more than one sphere: what
+# speaks for one alone are the hand-overs of Python's GIL between tiny operators.
+_TINY = 0.05
 
-    Args:
-        leaves: shards of the reproducible way.
-        concurrency: spheres that run at once.
-        whole: whether the batch may be run whole, or in as few shards as there are spheres; it
-            takes the memory of the whole batch's activations.
-    """
-    plans = [Plan("whole batch, intra-op threads", 1, alone=True)] if whole else []
-    many = max(leaves, 12)
-    plans.append(Plan(f"{many} shards in turn, intra-op threads", many, alone=True))
-    counts = {leaves, min(concurrency, leaves)} if whole else {leaves}
-    plans += [
-        Plan(f"{count} shards on {min(count, concurrency)} spheres", count, alone=False)
-        for count in sorted(counts - {1})
-    ]
+
+def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
+    """Ways that differ in nothing but time: the same shards, each with one intra-op thread."""
+    plans = [Plan(leaves, min(concurrency, leaves))]
+    if plans[0].workers > 1:
+        plans.append(Plan(leaves, 1, _TINY))
     return plans
+
+
+def all_ways(leaves: int, concurrency: int) -> list[Plan]:
+    """Ways that may differ in bits; first the one that torch would go."""
+    plans = [Plan(1, 0), Plan(max(leaves, 12), 0)]
+    if 1 < concurrency < leaves:
+        plans.append(Plan(concurrency, concurrency))
+    return [*plans, *(plan for plan in reproducible_ways(leaves, concurrency) if leaves > 1)]
+
+
+def lean_ways(leaves: int, concurrency: int) -> list[Plan]:
+    """Of `all_ways` those with few activations alive: small shards, as many as can run."""
+    return [Plan(max(leaves, 12), 0), *reproducible_ways(leaves, concurrency)]
 
 
 @dataclass
 class _Record:
     plan: Plan
     costs: list[float] = field(default_factory=list)  # seconds per row, of each step that counts
+    seconds: float = 0.0  # the last step's
 
     @property
     def cost(self) -> float:
@@ -87,24 +106,29 @@ class Tuner:
         with self._lock:
             return None if self.chosen is not None else Trial(self, self._queue[0].plan, rows)
 
-    def record(self, plan: Plan, cost: float) -> None:
-        """A measurement's result, in seconds per row."""
+    def record(self, plan: Plan, seconds: float, rows: int) -> None:
+        """A measurement's result."""
         with self._lock:
             if self.chosen is not None or self._queue[0].plan is not plan:
                 return  # of calls that overlap, the first counts
             current = self._queue[0]
+            current.seconds = seconds
             self._step += 1
             if self._step > 1:
-                current.costs.append(cost)
-            if self._step == self._STEPS:
-                self._step = 0
-                self._queue.pop(0)
-                if not self._queue:
-                    self._end_round()
+                current.costs.append(seconds / rows)
+            if self._step < self._STEPS:
+                return
+            self._step = 0
+            self._queue.pop(0)
+            fastest = min(r.seconds for r in self._records if r.costs)
+            self._queue = [r for r in self._queue if fastest < r.plan.limit]
+            if not self._queue:
+                self._end_round()
 
     def _end_round(self) -> None:
-        best = min(self._records, key=lambda r: r.cost)
-        self._queue = [r for r in self._records if r.cost <= self._FINAL * best.cost]
+        tried = [r for r in self._records if r.costs]
+        best = min(tried, key=lambda r: r.cost)
+        self._queue = [r for r in tried if r.cost <= self._FINAL * best.cost]
         if len(self._queue) == 1 or self._round == self._ROUNDS:
             self.chosen = best.plan
         self._round += 1
@@ -123,7 +147,7 @@ class Trial:
         self._forward = time.perf_counter() - self._since
         tracked = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
         if not tracked:
-            self._tuner.record(self.plan, self._forward / self._rows)
+            self._tuner.record(self.plan, self._forward, self._rows)
             return
         begun = False
 
@@ -141,27 +165,25 @@ class Trial:
     def done(self) -> None:
         """The end of the backward, or of all."""
         elapsed = self._forward + time.perf_counter() - self._since
-        self._tuner.record(self.plan, elapsed / self._rows)
+        self._tuner.record(self.plan, elapsed, self._rows)
 
 
 class Tuners:
     """A tuner for each kind of call: with gradients or without, training or not, by size."""
 
-    def __init__(self, leaves: int, concurrency: int) -> None:
-        self._leaves, self._concurrency = leaves, concurrency
+    def __init__(self) -> None:
         self._tuners: dict[Hashable, Tuner] = {}
         self._lock = threading.Lock()
         self.latest: Tuner | None = None  # of calls with gradients
 
-    def of(self, rows: int, training: bool, whole: bool = True) -> Tuner:
+    def of(self, rows: int, training: bool, what: str, plans: Callable[[], list[Plan]]) -> Tuner:
         """The tuner for calls of about so many rows (within a factor of two)."""
         grad = torch.is_grad_enabled()
-        key = (rows.bit_length(), grad, training, whole)
+        key = (rows.bit_length(), grad, training, what)
         with self._lock:
             tuner = self._tuners.get(key)
             if tuner is None:
-                tuner = Tuner(candidates(self._leaves, self._concurrency, whole))
-                self._tuners[key] = tuner
+                tuner = self._tuners[key] = Tuner(plans())
             if grad:
                 self.latest = tuner
             return tuner

@@ -1,0 +1,288 @@
+"""One way to train one model, as a process of its own that does what it is told through a pipe.
+
+`crews.py` starts it. It imports what its way needs and nothing else; torch_spheres only if it is
+ours, so that no peer is measured, for better or worse, with the library loaded.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from models import TASKS, Task
+from torch import Tensor, nn
+
+PLAIN = "plain"
+ACCUMULATE = "accumulate"
+DDP = "DDP"
+TUNED = "reproducible=False"
+REPRODUCIBLE = "reproducible=True"
+FORWARD_BACKWARD = "forward_backward"
+
+PEERS = (PLAIN, ACCUMULATE, DDP)
+OURS = (TUNED, REPRODUCIBLE, FORWARD_BACKWARD)
+
+SHARDS = 12
+BATCHES = 4  # that are trained on in turn
+PAUSE = 0.02  # seconds; the last contestant's threads spin a little before they sleep
+
+Gradients = Callable[[tuple[Tensor, ...], Tensor], Tensor]
+"""Forward, loss and backward of a batch; returns the loss."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    way: str
+    task: str
+    rows: int
+    """Of the whole batch, however many share it."""
+    workers: int
+    """Intra-op threads, processes or spheres that run at once, as the way has it."""
+    optimizer: str = "SGD"
+    levels: int = 2
+    rank: int = 0
+    meeting: str = ""
+    """A file through which DDP's processes find each other."""
+
+    @property
+    def processes(self) -> int:
+        return self.workers if self.way == DDP else 1
+
+
+# ---- the ways ----
+
+
+def whole(model: nn.Module, task: Task, scale: float = 1.0) -> Gradients:
+    """The usual loop; `scale` is for a share of the batch that is not an equal one."""
+
+    def gradients(inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        loss = task.loss(model(*inputs), targets)
+        if scale != 1:
+            loss = loss * scale
+        loss.backward()
+        return loss.detach()
+
+    return gradients
+
+
+def accumulated(model: nn.Module, task: Task) -> Gradients:
+    """The usual loop for gradient accumulation, over the shards that ours has."""
+
+    def gradients(inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        total = torch.zeros(())
+        pieces = zip(*(x.tensor_split(SHARDS) for x in (*inputs, targets)), strict=True)
+        for *xs, y in pieces:
+            loss = task.loss(model(*xs), y) * (len(y) / len(targets))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    return gradients
+
+
+def distributed(setup: Setup, model: nn.Module) -> nn.Module:
+    """The model as each process of DDP has it, set up to be fast.
+
+    Buffers are not kept equal: they are batch norm's statistics, and those of the first process do.
+    Buckets are torch's 25 MiB; 5 or 100 made no difference that could be measured.
+    """
+    from torch.distributed import init_process_group
+    from torch.nn.parallel import DistributedDataParallel
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host's name resolves to
+    # Depthwise convolutions have gradients of another layout than their weights: DDP copies them.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    init_process_group(
+        "gloo",
+        init_method=Path(setup.meeting).as_uri(),
+        rank=setup.rank,
+        world_size=setup.workers,
+    )
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=True, forward_sync_buffers=False, static_graph=True
+    )
+
+
+def on_spheres(setup: Setup, model: nn.Module) -> nn.Module:
+    import torch_spheres as ts
+
+    spheres = ts.KissingSpheres(setup.levels, concurrency=setup.workers)
+    return ts.SphereParallel(model, spheres, reproducible=setup.way != TUNED)
+
+
+def build(setup: Setup, task: Task) -> tuple[nn.Module, Gradients]:
+    model = task.seeded()
+    if setup.way == PLAIN:
+        return model, whole(model, task)
+    if setup.way == ACCUMULATE:
+        return model, accumulated(model, task)
+    if setup.way == DDP:
+        begin, end = share(setup)
+        model = distributed(setup, model)
+        return model, whole(model, task, (end - begin) * setup.workers / setup.rows)
+    model = on_spheres(setup, model)
+    if setup.way == FORWARD_BACKWARD:
+        return model, lambda inputs, targets: model.forward_backward(task.loss, inputs, targets)
+    return model, whole(model, task)
+
+
+def share(setup: Setup) -> tuple[int, int]:
+    """The rows of the batch that this process has."""
+    begin, end = (setup.rows * (setup.rank + i) // setup.processes for i in (0, 1))
+    return begin, end
+
+
+# ---- what a contestant can be told to do ----
+
+
+class Contestant:
+    """The public methods are the commands that come through the pipe."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        torch.set_num_threads(1 if setup.way == DDP else setup.workers)
+        task = TASKS[setup.task]
+        generator = torch.Generator().manual_seed(1)
+        mine = slice(*share(setup))
+        self._batches = [
+            (tuple(x[mine].clone() for x in inputs), targets[mine].clone())
+            for inputs, targets in (task.batch(setup.rows, generator) for _ in range(BATCHES))
+        ]
+        self._model, self._gradients = build(setup, task)
+        parameters = self._model.parameters()
+        if setup.optimizer == "AdamW":
+            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        else:
+            self._optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+        self._steps = 0
+
+    def check(self) -> tuple[float, float]:
+        """The first batch's loss, and the norm of its gradient, in evaluation mode.
+
+        There batch norm does not depend on how the batch is cut, so all contestants must agree.
+        """
+        self._model.eval()
+        loss = self._gradients(*self._batches[0])
+        if self.setup.processes > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= self.setup.processes
+        norms = [p.grad.norm().item() for p in self._model.parameters() if p.grad is not None]
+        self._optimizer.zero_grad()
+        self._model.train()
+        return loss.item(), math.hypot(*norms)
+
+    def warm(self) -> bool:
+        """A step; True when there have been enough for this way to be at its best."""
+        self._step()
+        return self._steps >= 2 and (self.setup.way != TUNED or self.plan() is not None)
+
+    def plan(self) -> str | None:
+        """What a model that tunes itself has chosen, if it has."""
+        plan = self._model.plan
+        return None if plan is None else str(plan)
+
+    def run(self, steps: int) -> float:
+        """Seconds of a step, over so many; for several processes, of the slowest."""
+        gc.collect()
+        gc.disable()
+        try:
+            time.sleep(PAUSE)
+            self._meet()
+            start = time.perf_counter()
+            for _ in range(steps):
+                self._step()
+            self._meet()
+            return (time.perf_counter() - start) / steps
+        finally:
+            gc.enable()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: the peak of what was resident, and how much of that are files (libraries)."""
+        status = _kibibytes("/proc/self/status")
+        return {
+            "peak": status["VmHWM"],
+            "files": status["RssFile"] + status["RssShmem"],
+            "pss at the end": _kibibytes("/proc/self/smaps_rollup").get("Pss", 0),
+        }
+
+    def _step(self) -> None:
+        inputs, targets = self._batches[self._steps % BATCHES]
+        self._optimizer.zero_grad()
+        self._gradients(inputs, targets)
+        self._optimizer.step()
+        self._steps += 1
+
+    def _meet(self) -> None:
+        if self.setup.processes > 1:
+            torch.distributed.barrier()
+
+
+def _kibibytes(path: str) -> dict[str, int]:
+    """The lines ``Name: number kB`` of a file, in bytes."""
+    found = {}
+    for line in Path(path).read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            found[name] = 1024 * int(value.split()[0])
+    return found
+
+
+# ---- the processes ----
+
+
+def serve(pipe: Connection) -> None:
+    """Answers commands, ``(method, arguments)``, until the pipe is closed.
+
+    An answer is a pair: ``ok`` and what was returned, ``missing`` or ``failed`` and why.
+    """
+    try:
+        contestant = Contestant(Setup(**pipe.recv()))
+        pipe.send(("ok", None))
+        while True:
+            command, arguments = pipe.recv()
+            pipe.send(("ok", getattr(contestant, command)(*arguments)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except NotImplementedError as error:
+        pipe.send(("missing", str(error)))
+    except Exception:  # noqa: BLE001 - the parent raises it
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def main() -> None:
+    """Serves the pipe whose file descriptor is given, or each of several in a fork of its own."""
+    pipes = [Connection(int(argument)) for argument in sys.argv[1:]]
+    if len(pipes) == 1:
+        return serve(pipes[0])
+    import torch._dynamo  # the optimizers do it later, which takes each of them a second
+    import torch.distributed  # noqa: F401
+
+    gc.freeze()  # or each collection before a measurement goes through all of torch's modules
+    children = []
+    for mine in pipes:
+        child = os.fork()
+        if child == 0:
+            for pipe in pipes:
+                if pipe is not mine:
+                    pipe.close()  # so that its end is seen when its own process ends
+            return serve(mine)
+        children.append(child)
+    for pipe in pipes:
+        pipe.close()
+    for child in children:
+        os.waitpid(child, 0)
+    return None
+
+
+if __name__ == "__main__":
+    main()
