@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+import torch.utils.checkpoint
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["caller_context"]
+__all__ = ["CallerContext", "caller_context"]
 
+CallerContext = Callable[[], AbstractContextManager[None]]
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-def caller_context() -> Callable[[], AbstractContextManager[None]]:
+def caller_context() -> CallerContext:
     """Captures the thread's settings; what it returns sets them on another thread, for a block.
 
     Grad and inference mode, autocast, torch-function modes (the default device is one), dispatch
@@ -24,7 +26,7 @@ def caller_context() -> Callable[[], AbstractContextManager[None]]:
 
     Raises:
         NotImplementedError: inside `torch.func` transforms (vmap, grad, jvp), whose levels live in
-            the caller's thread.
+            the caller's thread, or inside a checkpoint that is not reentrant.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
@@ -40,6 +42,12 @@ def caller_context() -> Callable[[], AbstractContextManager[None]]:
     function_modes = _get_current_function_mode_stack()
     dispatch_modes = _get_current_dispatch_mode_stack()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
+    if hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__:
+        raise NotImplementedError(
+            "SphereParallel cannot run inside torch.utils.checkpoint(..., use_reentrant=False), "
+            "which expects what is saved in the order of one thread; checkpoint inside the module, "
+            "or use use_reentrant=True around it"
+        )
 
     if not any((inference, autocast, function_modes, dispatch_modes, hooks)):
         return lambda: torch.set_grad_enabled(grad)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_spheres.folding import Grads
-from torch_spheres.shards import Call, Shard, gradients_of
+from torch_spheres.shard import Shard
+from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sum
 
@@ -42,15 +43,12 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                     if counts[k] is None:
                         loss = loss * call.split.weights[k]
             losses[k] = loss.detach()
-            targets_of_grad = [*shard.params, *shard.inputs]
             shard.outputs = []
             del output
-            found: tuple[Tensor | None, ...] = ()
-            if targets_of_grad:
-                with call.in_shard(k, "backward", shard):
-                    found = gradients_of([loss], targets_of_grad, [torch.ones_like(loss)])
+            with call.in_shard(k, "backward", shard):
+                found = shard.backward([loss])
             shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
-            return list(found[: len(shard.params)]), list(found[len(shard.params) :])
+            return found
         finally:
             call.pool.give_back(replica)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 __all__ = ["Nesting", "flatten", "unflatten"]
@@ -39,10 +40,12 @@ def flatten(value: Any) -> tuple[list[Any], Nesting]:
     """The leaves of lists, tuples, dicts, dataclasses, mappings and what pytree has registered.
 
     A dataclass or an unregistered mapping is opened if there is a tensor in it, else it is a leaf.
+    A PackedSequence is a leaf.
     """
     if isinstance(value, Tensor):  # what most modules return
         return [value], _TENSOR
-    flat, spec = pytree.tree_flatten(value)
+    # (A PackedSequence is a named tuple, but its parts mean nothing by themselves.)
+    flat, spec = pytree.tree_flatten(value, is_leaf=lambda v: isinstance(v, PackedSequence))
     leaves: list[Any] = []
     opened: list[_Opened | None] = []
     for leaf in flat:

@@ -82,6 +82,11 @@ class SphereParallel(nn.Module):
                     "SphereParallel; wrap the bare module, and put DistributedDataParallel around "
                     "the SphereParallel"
                 )
+            if isinstance(part, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"module has a {type(part).__name__} in it, whose copies cannot share its "
+                    "parameters; use the module that it was made of, or torch.compile"
+                )
         if spheres is None:
             spheres = KissingSpheres()
         elif not isinstance(spheres, KissingSpheres):
@@ -116,6 +121,7 @@ class SphereParallel(nn.Module):
         latest = self._tuners.latest
         return {} if latest is None else latest.costs
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
         ways = reproducible_ways if self.reproducible else all_ways
@@ -258,12 +264,11 @@ class _OnSpheres(torch.autograd.Function):
         outputs = call.run_forward()
         ctx.call = call
         ctx.set_materialize_grads(False)
-        first = call.shards[0]
-        assert first is not None
+        made = [shard.outputs for shard in call.shards if shard is not None]
         fixed = [
             o
-            for o, made in zip(outputs, first.outputs, strict=True)
-            if isinstance(o, Tensor) and not made.requires_grad
+            for o, *parts in zip(outputs, *made, strict=True)
+            if isinstance(o, Tensor) and not any(part.requires_grad for part in parts)
         ]
         ctx.mark_non_differentiable(*fixed)
         return tuple(outputs)
@@ -293,10 +298,12 @@ def _initialise(module: nn.Module, call: Call) -> None:
     module.eval()
     values = [call.split.part(i, 0) for i in range(len(call.split.flat))]
     args, kwargs = call.split.build(values)
-    with torch.no_grad():
-        module(*args, **kwargs)
-    for part in training:
-        part.training = True
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -50,8 +50,10 @@ class CallRandom:
         """Drawn when the first shard needs it; whichever asks first, they all get the same."""
         with self._lock:
             if self._base is None:
-                drawn = torch.randint(_SEEDS, (), generator=torch.default_generator, device="cpu")
-                self._base = int(drawn)
+                # Also where the shards' key is included: this draw is nobody's but the default's.
+                with _ExcludeDispatchKeyGuard(_KEYS):
+                    default = torch.default_generator
+                    self._base = int(torch.randint(_SEEDS, (), generator=default, device="cpu"))
                 self._expected[0] = torch.default_generator.get_state()
             return self._base
 
@@ -123,6 +125,12 @@ def _default_generators() -> list[torch.Generator]:
     return [torch.default_generator, *cuda]
 
 
+def _is_default(generator: torch.Generator) -> bool:
+    # By address: an operator's arguments come here in new Python objects.
+    address: int = generator._cdata  # type: ignore[attr-defined]
+    return any(address == known._cdata for known in _default_generators())  # type: ignore[attr-defined]
+
+
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     for value in (*args, kwargs.get("out")):
         if isinstance(value, Tensor):
@@ -138,7 +146,7 @@ def _draw(op: Any, position: int | None, args: tuple[Any, ...], kwargs: dict[str
             return op(*args, **kwargs)
         in_args = position is not None and position < len(args)
         given = args[position] if in_args else kwargs.get("generator")  # type: ignore[index]
-        if given is not None and not any(given is known for known in _default_generators()):
+        if given is not None and not _is_default(given):
             raise RuntimeError(
                 f"{op} was called with a generator of its own inside SphereParallel: the shards "
                 "would draw from it in the order in which threads come by, and the numbers would "

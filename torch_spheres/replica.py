@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = ["Buffer", "Replica", "ReplicaPool"]
 
@@ -23,7 +24,15 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-_FOLLOWED = {*_HOOKS, "training", "_parameters", "_buffers", "_modules"}
+# Which a forward does not look at.
+_OTHER_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_non_persistent_buffers_set",
+)
+_FOLLOWED = {*_HOOKS, *_OTHER_HOOKS, "training", "_parameters", "_buffers", "_modules"}
 
 
 class Replica:
@@ -33,7 +42,8 @@ class Replica:
         self.params: list[tuple[nn.Parameter, nn.Parameter]] = []
         memo: dict[int, Any] = {}
         for p in module.parameters():
-            mine = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            # One that was made in inference mode cannot have a gradient: it may as well be shared.
+            mine = p if p.is_inference() else nn.Parameter(p.detach(), p.requires_grad)
             memo[id(p)] = mine
             self.params.append((p, mine))
         for part in module.modules():
@@ -43,9 +53,22 @@ class Replica:
                 # What an earlier forward left there (weight_norm does) is not the user's to copy.
                 if isinstance(value, Tensor) and not value.is_leaf:
                     memo[id(value)] = value.detach()
-        self.module = copy.deepcopy(module, memo)
+        try:
+            self.module = copy.deepcopy(module, memo)
+        except Exception as error:
+            error.add_note(
+                "SphereParallel copies everything of the module but its parameters for each shard "
+                "that runs; give the attribute that cannot be copied (a lock, a file, a tensor "
+                "with a graph) a __deepcopy__, or keep it outside the module"
+            )
+            raise
         self.modules = list(zip(module.modules(), self.module.modules(), strict=True))
+        for source, copied in self.modules:
+            _compile_as(source, copied)
+        for part in filter(is_parametrized, self.module.modules()):
+            _compute_at_each_use(part)
         self.warm: set[Any] = set()  # what compiled code has seen, see Call
+        self.grads = threading.Lock()  # held by who uses `.grad` of the copy's parameters
 
     def follow(self) -> bool:
         """Takes over what is cheap to; False if the parameters are no longer the same memory."""
@@ -57,7 +80,8 @@ class Replica:
                 or p.stride() != mine.stride()
             ):
                 return False
-            mine.requires_grad_(p.requires_grad)
+            if mine is not p:
+                mine.requires_grad_(p.requires_grad)
         for source, copied in self.modules:
             copied.training = source.training
         return True
@@ -74,6 +98,32 @@ class Replica:
                 copied._buffers[name] = value.detach().clone()
                 taken.append(Buffer(source, copied, name, value.detach()))
         return taken
+
+
+def _compile_as(source: nn.Module, copied: nn.Module) -> None:
+    """`nn.Module.compile` has compiled the source's own method; the copy compiles its own."""
+    compiled: Any = source._compiled_call_impl
+    if compiled is not None and compiled.__closure__ is not None:
+        cells = zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True)
+        context = {name: cell.cell_contents for name, cell in cells}["self"]
+        copied._compiled_call_impl = context(copied._call_impl)
+
+
+def _compute_at_each_use(part: nn.Module) -> None:
+    """Parametrized tensors, also inside `parametrize.cached()`.
+
+    Its cache is one for all threads and for all copies of a module: a shard would use a tensor out
+    of another one's graph.
+    """
+    kind: Any = type(part)
+    properties = {}
+    for name in part.parametrizations:  # type: ignore[union-attr]
+
+        def compute(self: Any, name: str = name) -> Any:
+            return self.parametrizations[name]()
+
+        properties[name] = property(compute, getattr(kind, name).fset)
+    part.__class__ = type(kind.__name__, (kind,), properties)
 
 
 @dataclass
@@ -139,7 +189,7 @@ class _Form:
 
     @staticmethod
     def of(module: nn.Module) -> _Form:
-        attributes = {k: v for k, v in module.__dict__.items() if k not in _FOLLOWED}
+        attributes = {k: _held(v) for k, v in module.__dict__.items() if k not in _FOLLOWED}
         return _Form(
             module,
             attributes,
@@ -154,19 +204,40 @@ class _Form:
             and self.buffers == other.buffers
             and _same_values(self.children, other.children)
             and _same_values(self.parameters, other.parameters)
-            and _same_values(self.attributes, other.attributes)
+            and self.attributes == other.attributes
         )
 
 
 def _same_values(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    if mine.keys() != other.keys():
-        return False
-    for name, value in mine.items():
-        old = other[name]
-        if value is old:
-            continue
-        if type(value) is not type(old) or not isinstance(value, (bool, int, float, str)):
-            return False
-        if value != old:
-            return False
-    return True
+    return mine.keys() == other.keys() and all(v is other[k] for k, v in mine.items())
+
+
+class _Is:
+    """Equal to what has the very same value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Is) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+def _held(value: Any, depth: int = 3) -> Any:
+    """Equal for as long as `value` is the same, and what it holds: a config may change in place."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, (list, tuple)) and depth > 0:
+        return [v if type(v) in _PLAIN else _held(v, depth - 1) for v in value]
+    if isinstance(value, Tensor):
+        return _Is(value), 0 if value.is_inference() else value._version
+    inside = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if not inside or depth == 0 or callable(value):  # modules, classes, functions
+        return _Is(value)
+    return _Is(value), {k: _held(v, depth - 1) for k, v in list(inside.items())}

@@ -2,77 +2,43 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from torch_spheres.context import caller_context
+from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.folding import GradientFold, rounded
-from torch_spheres.nesting import Nesting, flatten, unflatten
+from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.random import CallRandom, ShardRandom
-from torch_spheres.replica import Buffer, Replica, ReplicaPool
+from torch_spheres.replica import Replica, ReplicaPool
+from torch_spheres.shard import InShard, Shard
 from torch_spheres.splitting import Split, aligned
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sum
 from torch_spheres.tuning import Plan
 
-__all__ = ["Call", "Crew", "Shard"]
+__all__ = ["Call", "Crew"]
 
 T = TypeVar("T")
 
-# torch.compile traces when compiled code meets something new, and must not in two threads at once.
-_compiling = threading.RLock()
+
+def _dimensions(value: Any) -> int | None:
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-@dataclass
-class Shard:
-    """One shard from its forward to its backward."""
-
-    random: ShardRandom
-    replica: Replica
-    outputs: list[Any] = field(default_factory=list)
-    nesting: Nesting | None = None
-    params: list[Tensor] = field(default_factory=list)  # the replica's, as the module's own
-    inputs: list[Tensor] = field(default_factory=list)  # that require a gradient
-    buffers: list[tuple[Buffer, Tensor | None]] = field(default_factory=list)
-
-    def rebuild(self) -> Any:
-        """What the module returned."""
-        assert self.nesting is not None
-        return unflatten(self.outputs, self.nesting)
-
-
-def gradients_of(
-    roots: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    root_grads: Sequence[Tensor | None],
-    keep: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of roots and gradients that fit each other: spared its checks of that.
-
-    They take as long as the engine itself needs for a small shard.
-    """
-    found: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
-        tuple(roots),
-        tuple(root_grads),
-        keep_graph=keep,
-        create_graph=False,
-        inputs=tuple(targets),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
-    return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +53,13 @@ class Crew:
         """How many shards run at once, at most."""
         return max(1, self.plan.workers)
 
+    def context(self) -> CallerContext:
+        """What the calling thread has set, to be set wherever the shards run."""
+        if self.plan.workers > 0:
+            return caller_context()
+        grad = torch.is_grad_enabled()  # it keeps all but this, which autograd takes away
+        return lambda: torch.set_grad_enabled(grad)
+
     def map(self, fn: Callable[[int], T], count: int) -> list[T]:
         """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
         if self.plan.workers == 0:
@@ -94,59 +67,6 @@ class Crew:
         if self.plan.workers == 1:
             return self.spheres.map(lambda _: [fn(k) for k in range(count)], range(1))[0]
         return self.spheres.map(fn, range(count))
-
-
-class _InShard:
-    """A block in which a thread works for one shard.
-
-    A class and not a generator, for speed: twelve shards enter it twice in a step.
-    """
-
-    __slots__ = ("_active", "_call", "_compiling", "_k", "_record", "_settings", "_shard", "_what")
-
-    def __init__(self, call: Call, k: int, what: str, shard: Shard) -> None:
-        self._call, self._k, self._what, self._shard = call, k, what, shard
-
-    def _warmth(self) -> Any:
-        """What compiled code has to have seen before two threads may run it at once."""
-        module = self._shard.replica.module
-        size = self._call.split.sizes[self._k]
-        return self._what, torch.is_grad_enabled(), module.training, size
-
-    def __enter__(self) -> None:
-        call = self._call
-        self._compiling = call.compiled and self._warmth() not in self._shard.replica.warm
-        if self._compiling:
-            _compiling.acquire()
-        self._settings = call.context()
-        self._settings.__enter__()
-        self._active = self._shard.random.active()
-        self._active.__enter__()
-        self._record = None
-        if torch.autograd.profiler._is_profiler_enabled:
-            name = f"SphereParallel shard {self._k} {self._what}"
-            self._record = torch.profiler.record_function(name)
-            self._record.__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._record is not None:
-            self._record.__exit__(kind, error, traceback)
-        self._active.__exit__(kind, error, traceback)
-        self._settings.__exit__(kind, error, traceback)
-        if self._compiling:
-            _compiling.release()
-            if error is None:
-                self._shard.replica.warm.add(self._warmth())
-        if isinstance(error, Exception):
-            begin, end = self._call.split.bounds[self._k]
-            error.add_note(
-                f"in the {self._what} of shard {self._k}, rows {begin} to {end - 1} of the batch"
-            )
 
 
 class Call:
@@ -162,11 +82,7 @@ class Call:
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
         self.split = Split((args, kwargs), crew.plan.shards)
-        # The calling thread itself has all but the grad mode, which autograd takes away.
-        grad = torch.is_grad_enabled()
-        self.context: Callable[[], AbstractContextManager[Any]] = (
-            (lambda: torch.set_grad_enabled(grad)) if crew.plan.workers == 0 else caller_context()
-        )
+        self.context = crew.context()
         self.random = CallRandom()
         self.shards: list[Shard | None] = []
         self.nesting: Nesting | None = None  # of the outputs
@@ -184,9 +100,19 @@ class Call:
         """Tensors among the arguments that require a gradient."""
         return [self.split.flat[i] for i in self.differentiable]
 
-    def in_shard(self, k: int, what: str, shard: Shard) -> _InShard:
-        """On a sphere's thread: the caller's settings and the shard's random numbers."""
-        return _InShard(self, k, what, shard)
+    def in_shard(
+        self, k: int, what: str, shard: Shard, context: CallerContext | None = None
+    ) -> InShard:
+        """On a sphere's thread: the caller's settings and the shard's random numbers.
+
+        The settings are those of the call, unless others are given.
+        """
+        begin, end = self.split.bounds[k]
+        label = f"the {what} of shard {k}, rows {begin} to {end - 1} of the batch"
+        gate = None
+        if self.compiled:
+            gate = what, torch.is_grad_enabled(), shard.replica.module.training, end - begin
+        return InShard(shard, label, context or self.context, gate)
 
     # ---- forward ----
 
@@ -251,6 +177,18 @@ class Call:
     def _gather_output(self, i: int, shards: Sequence[Shard]) -> Any:
         values = [shard.outputs[i] for shard in shards]
         first = values[0]
+        if any(isinstance(v, PackedSequence) for v in values):
+            raise TypeError(
+                "SphereParallel cannot put together a PackedSequence that the module returned; "
+                "pad it inside the module (torch.nn.utils.rnn.pad_packed_sequence, total_length=)"
+            )
+        for k, value in enumerate(values):
+            if _dimensions(value) != _dimensions(first):
+                raise ValueError(
+                    f"output {i} of the module is {_described(first)} for shard 0, but "
+                    f"{_described(value)} for shard {k}: what the module returns must not depend "
+                    "on the rows"
+                )
         if not isinstance(first, Tensor):
             return first
         if first.dim() == 0:
@@ -306,6 +244,7 @@ class Call:
     def run_backward(self, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """All shards' backward; gradients of `trainable`, then of `inputs_with_grad`."""
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        context = self.crew.context()  # now: an autocast block usually ends with the forward
         shards = self.shards
         if not shards:
             raise RuntimeError(
@@ -326,12 +265,10 @@ class Call:
                 if cut is not None and isinstance(output, Tensor) and output.requires_grad:
                     roots.append(output)
                     root_grads.append(cut[k])
-            targets = [*shard.params, *shard.inputs]
-            if not roots or not targets:
+            if not roots:
                 return [None] * len(shard.params), [None] * len(shard.inputs)
-            with self.in_shard(k, "backward", shard):
-                found = gradients_of(roots, targets, root_grads, keep)
-            return list(found[: len(shard.params)]), list(found[len(shard.params) :])
+            with self.in_shard(k, "backward", shard, context):
+                return shard.backward(roots, root_grads, keep)
 
         sums, input_grads = self.fold(backward)
         gathered = [

@@ -1,0 +1,45 @@
+"""Comparing a SphereParallel model with the bare module, for several test files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import torch_spheres as ts
+
+
+def pair(module: nn.Module, spheres: ts.KissingSpheres) -> tuple[ts.SphereParallel, nn.Module]:
+    """The module on the spheres, and a bare copy of it; in float64, so that rounding is small."""
+    module.double()
+    return ts.SphereParallel(copy.deepcopy(module), spheres), module
+
+
+def assert_same_gradients(parallel: nn.Module, bare: nn.Module) -> None:
+    """Up to rounding. Parameters without a gradient have none in either."""
+    for (name, p), (_, q) in zip(parallel.named_parameters(), bare.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def assert_same_weights(parallel: nn.Module, bare: nn.Module) -> None:
+    """Up to rounding: parameters and buffers."""
+    mine, other = parallel.state_dict(), bare.state_dict()
+    assert mine.keys() == other.keys()
+    for name, value in other.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def at_each_concurrency(
+    run: Callable[[ts.KissingSpheres], Tensor], *concurrencies: int
+) -> list[Tensor]:
+    """What `run` returns on spheres of each concurrency, from the same seed."""
+    results = []
+    for concurrency in concurrencies:
+        with ts.KissingSpheres(concurrency=concurrency) as spheres:
+            torch.manual_seed(0)
+            results.append(run(spheres))
+    return results

@@ -1,0 +1,133 @@
+"""One shard of a batch: what it holds from its forward to its backward, and where it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_spheres.checkpoints import Checkpoints
+from torch_spheres.context import CallerContext
+from torch_spheres.nesting import Nesting, unflatten
+from torch_spheres.random import ShardRandom
+from torch_spheres.replica import Buffer, Replica
+
+__all__ = ["InShard", "Shard"]
+
+# torch.compile traces when compiled code meets something new, and must not in two threads at once.
+_compiling = threading.RLock()
+
+
+def _gradients(
+    roots: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    root_grads: Sequence[Tensor],
+    keep: bool,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of roots and gradients that fit each other: spared its checks of that.
+
+    They take as long as the engine itself needs for a small shard.
+    """
+    found: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
+        tuple(roots),
+        tuple(root_grads),
+        keep_graph=keep,
+        create_graph=False,
+        inputs=tuple(targets),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
+
+
+@dataclass
+class Shard:
+    """One shard from its forward to its backward."""
+
+    random: ShardRandom
+    replica: Replica
+    outputs: list[Any] = field(default_factory=list)
+    nesting: Nesting | None = None
+    params: list[Tensor] = field(default_factory=list)  # the replica's, as the module's own
+    inputs: list[Tensor] = field(default_factory=list)  # that require a gradient
+    buffers: list[tuple[Buffer, Tensor | None]] = field(default_factory=list)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+
+    def rebuild(self) -> Any:
+        """What the module returned."""
+        assert self.nesting is not None
+        return unflatten(self.outputs, self.nesting)
+
+    def backward(
+        self, roots: list[Tensor], grads: list[Tensor] | None = None, keep: bool = False
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the roots with respect to `params`, and to `inputs`."""
+        targets = [*self.params, *self.inputs]
+        # (Some may have been frozen since the forward.)
+        wanted = [t for t in targets if t.requires_grad]
+        if not wanted:
+            found: list[Tensor | None] = []
+        elif self.checkpoints.reentrant:
+            with self.replica.grads:  # another shard of this replica may be on its way as well
+                torch.autograd.backward(roots, grads, retain_graph=keep)
+                found = [t.grad for t in wanted]
+                for t in wanted:
+                    t.grad = None
+        else:
+            if grads is None:
+                grads = [torch.ones_like(root) for root in roots]
+            found = list(_gradients(roots, wanted, grads, keep))
+        rest = iter(found)
+        all_found = [next(rest) if t.requires_grad else None for t in targets]
+        return all_found[: len(self.params)], all_found[len(self.params) :]
+
+
+class InShard:
+    """A block in which a thread works for one shard.
+
+    A class and not a generator, for speed: each of twelve shards enters it twice in a step.
+
+    Args:
+        shard: whose random numbers are drawn in the block.
+        label: for errors and profiles.
+        context: what the caller has set.
+        gate: for compiled code: what it has to have seen once before two threads may run it.
+    """
+
+    __slots__ = ("_blocks", "_context", "_gate", "_label", "_shard")
+
+    def __init__(self, shard: Shard, label: str, context: CallerContext, gate: Any) -> None:
+        self._shard, self._label, self._context = shard, label, context
+        self._gate = gate if gate not in shard.replica.warm else None
+        self._blocks: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self._gate is not None:
+            self._enter(_compiling)
+        self._enter(self._context())
+        self._enter(self._shard.random.active())
+        self._enter(self._shard.checkpoints.noticed())
+        if torch.autograd.profiler._is_profiler_enabled:
+            self._enter(torch.profiler.record_function(f"SphereParallel: {self._label}"))
+
+    def _enter(self, block: Any) -> None:
+        block.__enter__()
+        self._blocks.append(block)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._blocks:
+            self._blocks.pop().__exit__(kind, error, traceback)
+        if error is None:
+            self._shard.replica.warm.add(self._gate)
+        elif isinstance(error, Exception):
+            error.add_note(f"in {self._label}")
