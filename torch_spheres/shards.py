@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.folding import GradientFold, rounded
+from torch_spheres.intra_op import rest
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.replica import Replica, ReplicaPool
@@ -66,6 +67,7 @@ class Crew:
             return [fn(k) for k in range(count)]
         if self.plan.workers == 1:
             return self.spheres.map(lambda _: [fn(k) for k in range(count)], range(1))[0]
+        rest()
         return self.spheres.map(fn, range(count))
 
 

@@ -1,0 +1,200 @@
+"""torch.compile inside and around: what it makes of the model is what runs."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from loop_support import assert_same_gradients, at_each_concurrency, pair
+from reference import digest
+from torch import nn
+
+import torch_spheres as ts
+
+# What torch.compile itself has to say about torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is not a leaf Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning"),
+]
+
+X = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.norm = nn.LayerNorm(16)
+        self.calls = 0
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x).tanh()))
+
+
+class Counting:
+    """A backend that runs graphs as they are, and counts what it was given and how often it ran."""
+
+    def __init__(self):
+        self.graphs = self.runs = 0
+
+    def __call__(self, graph, _examples):
+        self.graphs += 1
+
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend)
+
+
+def in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+def a_part(model, backend):
+    model.a = nn.Sequential(Doubled(model.a))
+    model.a[0].compile(backend=backend)
+    return model
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+WAYS = {"torch.compile": whole, "Module.compile": in_place, "a part": a_part}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_shard_runs_compiled_code(way):
+    backend = Counting()
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        model = Net().double()
+        bare = copy.deepcopy(model)
+        if way == "a part":
+            bare.a = nn.Sequential(Doubled(bare.a))
+        parallel = ts.SphereParallel(WAYS[way](model, backend), spheres)
+        for step in range(3):
+            runs, graphs = backend.runs, backend.graphs
+            parallel(X).square().sum().backward()
+            bare(X).square().sum().backward()
+            for p, q in zip(parallel.parameters(), bare.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+            assert backend.runs == runs + 12
+            assert graphs == backend.graphs or step == 0, "compiled once, not for each shard"
+        assert backend.graphs <= 2  # for 4 and for 5 rows
+        items = backend.runs
+        with torch.no_grad():
+            torch.testing.assert_close(parallel.eval()(X), bare.eval()(X))
+        assert backend.runs == items + 12
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_bits_of_compiled_code_at_every_concurrency(way):
+    def run(spheres):
+        torch._dynamo.reset()
+        parallel = ts.SphereParallel(WAYS[way](Net(), "aot_eager"), spheres)
+        optimizer = torch.optim.AdamW(parallel.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            out = parallel(X.float())
+            out.square().sum().backward()
+            optimizer.step()
+        return digest([out, *parallel.parameters()])
+
+    assert len(set(at_each_concurrency(run, 1, 3, 12))) == 1
+
+
+def test_dropout_in_compiled_code_is_keyed_by_shard():
+    def run(spheres):
+        torch._dynamo.reset()
+        model = nn.Sequential(Net(), nn.Dropout(0.5))
+        parallel = ts.SphereParallel(torch.compile(model, backend="eager"), spheres)
+        return digest([parallel(X.float()) for _ in range(2)])
+
+    assert len(set(at_each_concurrency(run, 1, 3, 12))) == 1
+
+
+def test_compiling_after_wrapping():
+    backend = Counting()
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        parallel, bare = pair(Net(), spheres)
+        parallel(X)
+        parallel.module.compile(backend=backend)
+        for net in (parallel, bare):
+            net(X).square().sum().backward()
+        assert backend.runs == 12
+        assert_same_gradients(parallel, bare)
+
+
+def test_forward_backward_of_compiled_code():
+    backend = Counting()
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        model = Net().double()
+        bare = copy.deepcopy(model)
+        parallel = ts.SphereParallel(torch.compile(model, backend=backend), spheres)
+        parallel.forward_backward(lambda out, y: (out - y[:, :3]).square().mean(), X, X)
+        (bare(X) - X[:, :3]).square().mean().backward()
+        assert backend.runs == 12
+        assert_same_gradients(model, bare)
+
+
+def test_compiling_around_runs_the_shards_as_they_are():
+    backend = Counting()
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        parallel, bare = pair(Net(), spheres)
+        around = torch.compile(
+            nn.Sequential(parallel, nn.Tanh(), Doubled(nn.Identity())), backend=backend
+        )
+        out = around(X)
+        out.square().sum().backward()
+        (2 * bare(X).tanh()).square().sum().backward()
+        assert_same_gradients(parallel, bare)
+        assert backend.runs >= 1  # what comes after the shards
+        alone = torch.compile(parallel, backend=backend)
+        torch.testing.assert_close(alone(X), bare(X))
+
+
+def test_errors_in_compiled_code_come_back():
+    class Picky(Net):
+        def forward(self, x):
+            if x.shape[0] == 5:
+                raise ValueError("five rows")
+            return super().forward(x)
+
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        parallel = ts.SphereParallel(torch.compile(Picky().double(), backend="eager"), spheres)
+        with pytest.raises(ValueError, match="five rows"):
+            parallel(X)
+        assert parallel(X[:48]).shape == (48, 3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.timeout(300)
+def test_inductor():
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = Net().double()
+        bare = copy.deepcopy(model)
+        parallel = ts.SphereParallel(torch.compile(model), spheres)
+        for net in (parallel, bare):
+            net(X[:48]).square().sum().backward()
+        assert_same_gradients(model, bare)

@@ -1,0 +1,46 @@
+"""Torch's own threads make room for the spheres, and come back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+import torch_spheres as ts
+from torch_spheres import intra_op
+
+
+def threads():
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+
+def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert intra_op._pause() is not None, "torch 2.13 comes with an OpenMP that can pause"
+        x, w = torch.randn(512, 512), torch.randn(512, 512)
+        idle = threads()
+        product = torch.nn.functional.linear(x, w)
+        helpers = threads() - idle
+        assert helpers
+        intra_op.rest()
+        deadline = time.monotonic() + 10
+        while helpers & threads() and time.monotonic() < deadline:
+            time.sleep(0.01)  # a joined thread leaves the list a moment later
+        assert not helpers & threads()
+        intra_op.rest()  # nothing to end is no error
+        assert torch.equal(torch.nn.functional.linear(x, w), product)
+        assert threads() - idle - helpers and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_step_on_several_spheres_rests_first(monkeypatch):
+    rests = []
+    monkeypatch.setattr("torch_spheres.shards.rest", lambda: rests.append(1))
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
+        model(torch.randn(24, 3)).sum().backward()
+    assert len(rests) == 2
