@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from torch_spheres.advice import Adviser
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -60,6 +62,8 @@ class SphereParallel(nn.Module):
 
     Other attributes that a forward sets are set on a copy, and lost.
 
+    With ``reproducible=True`` a UserWarning says once if the bare module turns out to be faster.
+
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
             `KissingSpheres`, or `reproducible` not a bool.
@@ -103,6 +107,7 @@ class SphereParallel(nn.Module):
         self._spheres = spheres
         self._pool = ReplicaPool()
         self._tuners = Tuners()
+        self._adviser = Adviser()
 
     @property
     def spheres(self) -> KissingSpheres:
@@ -126,10 +131,14 @@ class SphereParallel(nn.Module):
         """Runs the shards; see the class for what is split and how outputs are put together."""
         ways = reproducible_ways if self.reproducible else all_ways
         crew, trial = self._choose("forward", ways, args, kwargs)
-        result = self._run(crew, args, kwargs)
         if trial is not None:
+            result = self._run(crew, args, kwargs)
             trial.forward_done(flatten(result)[0])
-        return result
+            return result
+        if self.reproducible and self.training and torch.is_grad_enabled():
+            run = functools.partial(self._run, crew, args, kwargs)
+            return self._adviser.watch(run, self.module, args, kwargs)
+        return self._run(crew, args, kwargs)
 
     def _choose(
         self,
@@ -248,7 +257,7 @@ class SphereParallel(nn.Module):
 
     def _own(self) -> dict[str, Any]:
         """Everything but what belongs to the threads."""
-        threads = ("_spheres", "_pool", "_tuners")
+        threads = ("_spheres", "_pool", "_tuners", "_adviser")
         return {k: v for k, v in self.__dict__.items() if k not in threads}
 
 

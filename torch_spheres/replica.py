@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["Buffer", "Replica", "ReplicaPool"]
+__all__ = ["HOOKS", "Buffer", "Replica", "ReplicaPool"]
 
 # A replica uses the original's own dicts of hooks, so that hooks are the objects that the user
 # registered, and later ones are found too.
-_HOOKS = (
+HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
     "_forward_hooks",
@@ -32,7 +32,7 @@ _OTHER_HOOKS = (
     "_load_state_dict_post_hooks",
     "_non_persistent_buffers_set",
 )
-_FOLLOWED = {*_HOOKS, *_OTHER_HOOKS, "training", "_parameters", "_buffers", "_modules"}
+_FOLLOWED = {*HOOKS, *_OTHER_HOOKS, "training", "_parameters", "_buffers", "_modules"}
 
 
 class Replica:
@@ -47,7 +47,7 @@ class Replica:
             memo[id(p)] = mine
             self.params.append((p, mine))
         for part in module.modules():
-            for name in _HOOKS:
+            for name in HOOKS:
                 memo[id(part.__dict__[name])] = part.__dict__[name]
             for value in part.__dict__.values():
                 # What an earlier forward left there (weight_norm does) is not the user's to copy.

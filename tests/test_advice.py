@@ -1,0 +1,91 @@
+"""Shards that are too small to be worth it are told of, once, with the way out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import torch_spheres as ts
+
+
+class Paid(nn.Module):
+    """Sleeps for each call, and for each row: what is faster, shards or the whole, is sure."""
+
+    def __init__(self, call: float, row: float) -> None:
+        super().__init__()
+        self.call, self.row = call, row
+        self.norm = nn.BatchNorm1d(3)
+        self.calls = 0
+
+    def forward(self, x):
+        time.sleep(self.call + self.row * len(x))
+        return self.norm(x) + torch.rand(len(x), 1)
+
+
+def train(call, row, concurrency, steps, **options):
+    torch.manual_seed(0)
+    heard = []
+    hooked = []
+    with ts.KissingSpheres(concurrency=concurrency) as spheres:
+        module = Paid(call, row)
+        module.register_forward_hook(lambda *_: hooked.append(1))
+        model = ts.SphereParallel(module, spheres, **options)
+        x = torch.randn(24, 3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(steps):
+                model(x).sum().backward()
+                heard += [step] * (len(caught) > len(heard))
+    assert len(hooked) == (12 * steps if not options else len(hooked))
+    return heard, caught, (module.norm.running_mean, torch.get_rng_state())
+
+
+def test_expensive_calls_are_told_of_once():
+    heard, caught, state = train(0.002, 0.0, 2, 30)
+    assert len(caught) == 1 and heard[0] < 25
+    message = str(caught[0].message)
+    assert "plain PyTorch would be faster" in message and "reproducible=False" in message
+    assert caught[0].filename == __file__, "the user's line, not one of ours"
+    # The measurement left no trace: neither hooks nor buffers nor random numbers.
+    quiet = train(0.0, 0.001, 1, 30)
+    assert quiet[1] == []
+    assert all(torch.equal(a, b) for a, b in zip(state, quiet[2], strict=True))
+
+
+def test_shards_that_pay_are_not():
+    assert train(0.0, 0.001, 12, 20)[1] == []
+
+
+def test_choosing_by_itself_needs_no_advice():
+    assert train(0.002, 0.0, 2, 40, reproducible=False)[1] == []
+
+
+def test_a_batch_that_only_fits_in_shards_is_no_case_for_advice():
+    class Limited(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            if len(x) > 2:
+                raise RuntimeError("out of memory")
+            time.sleep(0.001)
+            return self.w * x
+
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(Limited(), spheres)
+        for _ in range(25):
+            model(torch.ones(24, 1)).sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad"])
+def test_evaluation_is_left_alone(mode):
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(Paid(0.001, 0), spheres).train(mode != "eval")
+        with torch.set_grad_enabled(mode != "no_grad"):
+            for _ in range(20):
+                model(torch.ones(24, 3))

@@ -1,0 +1,83 @@
+"""Says, once, when the bare module would be faster than its shards.
+
+Twelve small shards cost twelve times what torch needs for each call. Whether that is more than the
+spheres gain is measured, not guessed: once, when the way to run the shards has been chosen, the
+forward of the whole batch is timed on a copy of the module with torch's own threads.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_spheres.replica import HOOKS, Replica
+
+__all__ = ["Adviser"]
+
+
+class Adviser:
+    """Compares forward passes of the shards, which it is told of, with one of the whole batch."""
+
+    _SAMPLES = 3
+    _MARGIN = 1.25  # the forward passes differ by less than this: no advice
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._due = True
+
+    def watch(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs a forward on the spheres; after a few of them comes the comparison."""
+        if not self._due:
+            return run()
+        begin = time.perf_counter()
+        result = run()
+        self._seconds.append(time.perf_counter() - begin)
+        if len(self._seconds) == self._SAMPLES:
+            self._due = False
+            self._compare(module, args, kwargs)
+        return result
+
+    def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        ours = min(self._seconds)
+        try:
+            whole = _seconds_of_whole_batch(module, args, kwargs, 1.5 * ours)
+        except RuntimeError:
+            return  # a batch that only works in shards (memory, for one) is no case for advice
+        if whole * self._MARGIN > ours:
+            return
+        warnings.warn(
+            f"the shards of this model are so small that plain PyTorch would be faster: a forward "
+            f"takes {ours * 1e3:.1f} ms in shards and {whole * 1e3:.1f} ms as a whole. Larger "
+            "batches make shards worth it; SphereParallel(..., reproducible=False) chooses the "
+            "faster way by itself; ignore this if it is the same bits that you are here for",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience: float) -> float:
+    """The fastest of a few forward passes that leave no trace: no hooks, buffers, random numbers.
+
+    Args:
+        module: is copied, but for its parameters.
+        args, kwargs: the whole batch.
+        patience: seconds after which no other is tried.
+    """
+    replica = Replica(module)
+    for part in replica.module.modules():
+        for name in HOOKS:
+            setattr(part, name, OrderedDict())
+    replica.take_buffers()
+    seconds: list[float] = []
+    with torch.no_grad(), torch.random.fork_rng():
+        while len(seconds) < 3 and sum(seconds) <= patience:
+            begin = time.perf_counter()
+            replica.module(*args, **kwargs)
+            seconds.append(time.perf_counter() - begin)
+    return min(seconds)
