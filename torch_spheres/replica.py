@@ -42,8 +42,8 @@ class Replica:
         self.params: list[tuple[nn.Parameter, nn.Parameter]] = []
         memo: dict[int, Any] = {}
         for p in module.parameters():
-            # One that was made in inference mode cannot have a gradient: it may as well be shared.
-            mine = p if p.is_inference() else nn.Parameter(p.detach(), p.requires_grad)
+            with torch.inference_mode(p.is_inference()):
+                mine = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
             memo[id(p)] = mine
             self.params.append((p, mine))
         for part in module.modules():
@@ -80,8 +80,9 @@ class Replica:
                 or p.stride() != mine.stride()
             ):
                 return False
-            if mine is not p:
-                mine.requires_grad_(p.requires_grad)
+            if mine.requires_grad != p.requires_grad:
+                with torch.inference_mode(p.is_inference()):
+                    mine.requires_grad_(p.requires_grad)
         for source, copied in self.modules:
             copied.training = source.training
         return True
