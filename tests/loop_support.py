@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import torch_spheres as ts
+
+T = TypeVar("T")
 
 
 def pair(module: nn.Module, spheres: ts.KissingSpheres) -> tuple[ts.SphereParallel, nn.Module]:
@@ -33,9 +37,15 @@ def assert_same_weights(parallel: nn.Module, bare: nn.Module) -> None:
         torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def at_each_concurrency(
-    run: Callable[[ts.KissingSpheres], Tensor], *concurrencies: int
-) -> list[Tensor]:
+def soon(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """For what a sphere lets go of after it has woken the caller."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+def at_each_concurrency(run: Callable[[ts.KissingSpheres], T], *concurrencies: int) -> list[T]:
     """What `run` returns on spheres of each concurrency, from the same seed."""
     results = []
     for concurrency in concurrencies:

@@ -75,9 +75,8 @@ def train(how, spheres):
         optimizer.step()
         parallel.forward_backward(lambda out, y: out.square().mean(), X, X)
         optimizer.step()
-    assert all(
-        p.grad is None for r in parallel._pool._idle for r in [r.module] for p in r.parameters()
-    )
+    for replica in parallel._pool._idle:
+        assert all(p.grad is None for p in replica.module.parameters())
     return digest([*model.parameters(), *(p.grad for p in model.parameters())])
 
 
@@ -119,18 +118,18 @@ def test_autocast_is_there_again_when_a_checkpoint_runs():
         assert len(prints) == 1
 
 
-def test_fewer_activations_are_alive_between_forward_and_backward():
-    """What a graph saves is kept once per shard without checkpoints."""
+def test_checkpoints_save_less():
     saved = {}
     for how in ("none", "non-reentrant", "reentrant"):
         sizes = []
-        model = Blocks(HOW[how])
+
+        def pack(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
         with ts.KissingSpheres(concurrency=3) as spheres:
-            parallel = ts.SphereParallel(model, spheres)
-            hooks = torch.autograd.graph.saved_tensors_hooks(
-                lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
-            )
-            with hooks:
-                parallel(X).sum().backward
+            parallel = ts.SphereParallel(Blocks(HOW[how]), spheres)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                parallel(X)
         saved[how] = sum(sizes)
-    assert saved["reentrant"] < saved["none"]
+    assert max(saved["reentrant"], saved["non-reentrant"]) < 0.7 * saved["none"]

@@ -101,7 +101,7 @@ def test_every_shard_runs_compiled_code(way):
                 torch.testing.assert_close(p.grad, q.grad)
             assert backend.runs == runs + 12
             assert graphs == backend.graphs or step == 0, "compiled once, not for each shard"
-        assert backend.graphs <= 2  # for 4 and for 5 rows
+        assert backend.graphs <= 3  # for 4, for 5, for any number of rows
         items = backend.runs
         with torch.no_grad():
             torch.testing.assert_close(parallel.eval()(X), bare.eval()(X))

@@ -45,8 +45,8 @@ def test_unused_parameters_have_no_gradient(spheres):
         parallel.zero_grad()
         bare.zero_grad()
         parallel(X).square().sum().backward()
-        for a in X.tensor_split(12):
-            bare(a).square().sum().backward()  # by shards: which layers are used depends on them
+        for rows in X.tensor_split(12):  # what is used depends on a shard's first row
+            bare(rows).square().sum().backward()
         assert_same_gradients(parallel, bare)
         assert bare.layers[1 - which].weight.grad is None and bare.layers[2].weight.grad is not None
 

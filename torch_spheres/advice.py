@@ -7,15 +7,18 @@ forward of the whole batch is timed on a copy of the module with torch's own thr
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import torch_spheres
 from torch_spheres.replica import HOOKS, Replica
 
 __all__ = ["Adviser"]
@@ -57,17 +60,23 @@ class Adviser:
             "batches make shards worth it; SphereParallel(..., reproducible=False) chooses the "
             "faster way by itself; ignore this if it is the same bits that you are here for",
             UserWarning,
-            stacklevel=6,
+            stacklevel=_users_level(),
         )
+
+
+def _users_level() -> int:
+    """The stack level, for the caller, of the line that called the model: beyond torch and us."""
+    ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, torch_spheres))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience: float) -> float:
     """The fastest of a few forward passes that leave no trace: no hooks, buffers, random numbers.
 
-    Args:
-        module: is copied, but for its parameters.
-        args, kwargs: the whole batch.
-        patience: seconds after which no other is tried.
+    The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
     """
     replica = Replica(module)
     for part in replica.module.modules():

@@ -49,7 +49,7 @@ class _Node:
         self.parent, self.place, self.bottom = parent, place, bottom
         self.values: list[Grads | None] = [None] * _KISSING
         self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
-        self.children: list[_Node | None] = [None] * _KISSING
+        # (Not the children: parent and child would be a cycle, which lives until it is collected.)
 
     def done(self, begin: int, end: int) -> bool:
         return not any(self.pending[begin:end])
@@ -80,18 +80,19 @@ class GradientFold:
         self._total: Grads | None = None
         self._root = _Node(None, 0, self._depth <= 1)
         self._leaf_nodes: dict[int, tuple[_Node, int]] = {}
+        planted: dict[tuple[_Node, int], _Node] = {}
         for k in self._order:
-            self._plant(k)
+            self._plant(k, planted)
 
-    def _plant(self, shard: int) -> None:
+    def _plant(self, shard: int, planted: dict[tuple[_Node, int], _Node]) -> None:
         node, rest = self._root, shard
         for level in range(1, self._depth):
             place, rest = rest % _KISSING, rest // _KISSING
             node.pending[place] += 1
-            child = node.children[place]
+            child = planted.get((node, place))
             if child is None:
                 child = _Node(node, place, level == self._depth - 1)
-                node.children[place] = child
+                planted[node, place] = child
             node = child
         node.pending[rest] += 1
         self._leaf_nodes[shard] = (node, rest)
@@ -124,13 +125,13 @@ class GradientFold:
             self._failed = True
             self._changed.notify_all()
 
-    def add(self, shard: int, grads: Sequence[Tensor | None]) -> None:
-        """Takes the gradients of a shard that has run; the tensors are the fold's own from here."""
+    def add(self, shard: int, grads: Grads) -> None:
+        """Takes the gradients of a shard that has run, out of the list, which is empty then."""
         mine: Grads = [
             g.float() if g is not None and g.dtype in _HALF and not g.is_sparse else g
             for g in grads
         ]
-        del grads
+        grads.clear()  # the caller's frame would keep them alive while they are folded
         node, place = self._leaf_nodes[shard]
         if self._depth == 0:
             self._total = mine
@@ -178,8 +179,10 @@ class GradientFold:
             return False
         shards: list[Grads | None] = [None] * _KISSING
         shards[begin:end] = taken
-        del taken
+        count = len(present)
+        del taken, present
         total = _sum(shards)
+        del shards  # before anybody is told that there is room
         with self._changed:
             node.pending[begin] -= 1
             if up:
@@ -188,14 +191,15 @@ class GradientFold:
                 node.parent.pending[node.place] = 0
             else:
                 node.values[begin] = total
-            self._alive -= len(present) - 1
+            self._alive -= count - 1
             self._changed.notify_all()
         return True
 
     def finish(self, spheres: KissingSpheres | None = None) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""
         if self._depth > 0:
-            self._total = _sum(self._root.values, spheres)
+            values, self._root.values = self._root.values, []
+            self._total = _sum(values, spheres)
         total, self._total = self._total, None
         assert total is not None
         return total

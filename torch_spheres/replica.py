@@ -49,6 +49,9 @@ class Replica:
         for part in module.modules():
             for name in HOOKS:
                 memo[id(part.__dict__[name])] = part.__dict__[name]
+            compiler = part.__dict__.get("dynamo_ctx")  # of what torch.compile has returned
+            if compiler is not None:
+                memo[id(compiler)] = compiler
             for value in part.__dict__.values():
                 # What an earlier forward left there (weight_norm does) is not the user's to copy.
                 if isinstance(value, Tensor) and not value.is_leaf:
