@@ -30,6 +30,9 @@ def test_ways_worth_trying():
     ]
     assert names(all_ways, 12, 12)[2:] == names(reproducible_ways, 12, 12)
     assert names(all_ways, 1, 1) == names(all_ways)[:2]
+    assert names(reproducible_ways, 12, 0) == ["12 shards in turn, intra-op threads"]
+    assert names(all_ways, 12, 0) == names(all_ways)[:2]
+    assert names(lean_ways, 12, 0) == names(reproducible_ways, 12, 0)
     assert names(lean_ways, 144, 2) == [
         "144 shards in turn, intra-op threads",
         "144 shards on 2 spheres",
@@ -120,6 +123,7 @@ def test_forward_backward_is_tuned_among_ways_that_save_memory():
         assert model.plan in names(lean_ways)
 
 
+@pytest.mark.filterwarnings("ignore:the shards of this model are so small")
 def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits():
     def train(concurrency):
         torch.manual_seed(0)

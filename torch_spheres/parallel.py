@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,9 @@ class SphereParallel(nn.Module):
     Python's and numpy's generators are not keyed by shard.
 
     Other attributes that a forward sets are set on a copy, and lost.
+
+    On an accelerator the shards run one after another, in the calling thread; the sum is made on
+    the device.
 
     With ``reproducible=True`` a UserWarning says once if the bare module turns out to be faster.
 
@@ -135,7 +139,8 @@ class SphereParallel(nn.Module):
             result = self._run(crew, args, kwargs)
             trial.forward_done(flatten(result)[0])
             return result
-        if self.reproducible and self.training and torch.is_grad_enabled():
+        advise = self.reproducible and self.training and torch.is_grad_enabled()
+        if advise and crew.plan.workers > 0:
             run = functools.partial(self._run, crew, args, kwargs)
             return self._adviser.watch(run, self.module, args, kwargs)
         return self._run(crew, args, kwargs)
@@ -149,8 +154,13 @@ class SphereParallel(nn.Module):
     ) -> tuple[Crew, Trial | None]:
         spheres = self._spheres
         rows = rows_of(args, kwargs)
+        # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
+        # device's own, for which threads that it waits for would wait in turn.
+        on_cpu = all(t.is_cpu for t in itertools.islice(self.module.parameters(), 1))
+        concurrency = spheres.concurrency if on_cpu else 0
         tuner = self._tuners.of(
-            rows, self.training, what, lambda: ways(spheres.leaves, spheres.concurrency)
+            (rows.bit_length(), self.training, on_cpu, what),
+            lambda: ways(spheres.leaves, concurrency),
         )
         trial = tuner.trial(rows)
         plan = tuner.chosen if trial is None else trial.plan

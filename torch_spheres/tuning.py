@@ -47,7 +47,12 @@ _TINY = 0.05
 
 
 def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
-    """Ways that differ in nothing but time: the same shards, each with one intra-op thread."""
+    """Ways that differ in nothing but time: the same shards, each with one intra-op thread.
+
+    Without concurrency, on an accelerator: one after another.
+    """
+    if concurrency == 0:
+        return [Plan(leaves, 0)]
     plans = [Plan(leaves, min(concurrency, leaves))]
     if plans[0].workers > 1:
         plans.append(Plan(leaves, 1, _TINY))
@@ -57,6 +62,8 @@ def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
 def all_ways(leaves: int, concurrency: int) -> list[Plan]:
     """Ways that may differ in bits; first the one that torch would go."""
     plans = [Plan(1, 0), Plan(max(leaves, 12), 0)]
+    if concurrency == 0:
+        return plans
     if 1 < concurrency < leaves:
         plans.append(Plan(concurrency, concurrency))
     return [*plans, *(plan for plan in reproducible_ways(leaves, concurrency) if leaves > 1)]
@@ -64,7 +71,8 @@ def all_ways(leaves: int, concurrency: int) -> list[Plan]:
 
 def lean_ways(leaves: int, concurrency: int) -> list[Plan]:
     """Of `all_ways` those with few activations alive: small shards, as many as can run."""
-    return [Plan(max(leaves, 12), 0), *reproducible_ways(leaves, concurrency)]
+    in_turn = Plan(max(leaves, 12), 0)
+    return [in_turn, *(p for p in reproducible_ways(leaves, concurrency) if p != in_turn)]
 
 
 @dataclass
@@ -134,17 +142,24 @@ class Tuner:
         self._round += 1
 
 
+def _now() -> float:
+    """Seconds, once what an accelerator has been given so far is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Trial:
     """One call that is being measured: its forward, and its backward if there is one."""
 
     def __init__(self, tuner: Tuner, plan: Plan, rows: int) -> None:
         self._tuner, self.plan, self._rows = tuner, plan, rows
-        self._since = time.perf_counter()
+        self._since = _now()
         self._forward = 0.0
 
     def forward_done(self, outputs: Sequence[object]) -> None:
         """The measurement ends here if nothing is differentiable, else with the backward."""
-        self._forward = time.perf_counter() - self._since
+        self._forward = _now() - self._since
         tracked = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
         if not tracked:
             self._tuner.record(self.plan, self._forward, self._rows)
@@ -155,7 +170,7 @@ class Trial:
             nonlocal begun
             if not begun:
                 begun = True
-                self._since = time.perf_counter()
+                self._since = _now()
                 # Called when all of this backward is done, with .grad complete.
                 torch.autograd.Variable._execution_engine.queue_callback(self.done)
 
@@ -164,22 +179,22 @@ class Trial:
 
     def done(self) -> None:
         """The end of the backward, or of all."""
-        elapsed = self._forward + time.perf_counter() - self._since
+        elapsed = self._forward + _now() - self._since
         self._tuner.record(self.plan, elapsed, self._rows)
 
 
 class Tuners:
-    """A tuner for each kind of call: with gradients or without, training or not, by size."""
+    """A tuner for each kind of call: training or not, by size, ..."""
 
     def __init__(self) -> None:
         self._tuners: dict[Hashable, Tuner] = {}
         self._lock = threading.Lock()
         self.latest: Tuner | None = None  # of calls with gradients
 
-    def of(self, rows: int, training: bool, what: str, plans: Callable[[], list[Plan]]) -> Tuner:
-        """The tuner for calls of about so many rows (within a factor of two)."""
+    def of(self, kind: Hashable, plans: Callable[[], list[Plan]]) -> Tuner:
+        """The tuner for a kind of calls; those with gradients are apart from those without."""
         grad = torch.is_grad_enabled()
-        key = (rows.bit_length(), grad, training, what)
+        key = (grad, kind)
         with self._lock:
             tuner = self._tuners.get(key)
             if tuner is None:

@@ -1,0 +1,69 @@
+"""Processes outside, spheres inside: `DistributedDataParallel(SphereParallel(model))` over gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+RANK = """
+import copy, sys, torch, zoo
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+import torch_spheres as ts
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+bare = zoo.make("tied, unused, frozen").double()
+plain = DDP(copy.deepcopy(bare), find_unused_parameters=True)
+with ts.KissingSpheres(concurrency=2) as spheres:
+    model = DDP(ts.SphereParallel(bare, spheres), find_unused_parameters=True)
+    both = (plain, model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in both]
+    for step, (x, y) in enumerate(zoo.batches(50, 4)):
+        x, y = x.double().tensor_split(world)[rank], y.tensor_split(world)[rank]
+        for m, optimizer in zip(both, optimizers):
+            if step == 2:  # accumulate, without talking to the others
+                with m.no_sync():
+                    F.cross_entropy(m(x), y).backward()
+            F.cross_entropy(m(x), y).backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = [p.detach().clone() for p in model.parameters()]
+torch.save(weights, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(110)
+def test_gradients_and_weights_are_those_of_ddp(tmp_path):
+    environment = {
+        "PYTHONPATH": ":".join(p for p in sys.path if p),
+        "PATH": "/usr/bin:/bin",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", RANK, str(rank), "2", str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=100)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
