@@ -123,7 +123,6 @@ def test_forward_backward_is_tuned_among_ways_that_save_memory():
         assert model.plan in names(lean_ways)
 
 
-@pytest.mark.filterwarnings("ignore:the shards of this model are so small")
 def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits():
     def train(concurrency):
         torch.manual_seed(0)

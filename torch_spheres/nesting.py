@@ -76,7 +76,7 @@ def _open(leaf: Any) -> tuple[list[Any], _Opened] | None:
 
 def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
     """The inverse of `flatten`, with other leaves; objects are copies of the first ones."""
-    if nesting is _TENSOR:
+    if nesting is _TENSOR and len(leaves) == 1:
         return leaves[0]
     value, rest = _take(iter(leaves), nesting)
     if next(rest, rest) is not rest:

@@ -94,15 +94,18 @@ class InShard:
 
     Args:
         shard: whose random numbers are drawn in the block.
-        label: for errors and profiles.
+        name: for profiles.
+        place: for errors: the note on them says "in" this.
         context: what the caller has set.
         gate: for compiled code: what it has to have seen once before two threads may run it.
     """
 
-    __slots__ = ("_blocks", "_context", "_gate", "_label", "_shard")
+    __slots__ = ("_blocks", "_context", "_gate", "_name", "_place", "_shard")
 
-    def __init__(self, shard: Shard, label: str, context: CallerContext, gate: Any) -> None:
-        self._shard, self._label, self._context = shard, label, context
+    def __init__(
+        self, shard: Shard, name: str, place: str, context: CallerContext, gate: Any
+    ) -> None:
+        self._shard, self._name, self._place, self._context = shard, name, place, context
         self._gate = gate if gate not in shard.replica.warm else None
         self._blocks: list[Any] = []
 
@@ -113,7 +116,7 @@ class InShard:
         self._enter(self._shard.random.active())
         self._enter(self._shard.checkpoints.noticed())
         if torch.autograd.profiler._is_profiler_enabled:
-            self._enter(torch.profiler.record_function(f"SphereParallel: {self._label}"))
+            self._enter(torch.profiler.record_function(self._name))
 
     def _enter(self, block: Any) -> None:
         block.__enter__()
@@ -130,4 +133,4 @@ class InShard:
         if error is None:
             self._shard.replica.warm.add(self._gate)
         elif isinstance(error, Exception):
-            error.add_note(f"in {self._label}")
+            error.add_note(f"in {self._place}")

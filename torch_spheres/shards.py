@@ -110,11 +110,12 @@ class Call:
         The settings are those of the call, unless others are given.
         """
         begin, end = self.split.bounds[k]
-        label = f"the {what} of shard {k}, rows {begin} to {end - 1} of the batch"
+        name = f"SphereParallel shard {k} {what}"
+        place = f"the {what} of shard {k}, rows {begin} to {end - 1} of the batch"
         gate = None
         if self.compiled:
             gate = what, torch.is_grad_enabled(), shard.replica.module.training, end - begin
-        return InShard(shard, label, context or self.context, gate)
+        return InShard(shard, name, place, context or self.context, gate)
 
     # ---- forward ----
 

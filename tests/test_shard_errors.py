@@ -1,0 +1,211 @@
+"""Errors inside shards: the same object, with where it was; and nothing is broken afterwards."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from loop_support import soon
+from reference import digest
+from torch import nn
+
+import torch_spheres as ts
+
+X = torch.arange(50.0)[:, None].repeat(1, 4) / 50
+
+
+@pytest.fixture(scope="module")
+def spheres():
+    with ts.KissingSpheres(concurrency=3) as made:
+        yield made
+
+
+class PlannedError(Exception):
+    pass
+
+
+@pytest.fixture
+def plan():
+    """Where which error is to be raised; not in the module, of which each shard has a copy."""
+    PLAN.clear()
+    yield PLAN
+    PLAN.clear()
+
+
+PLAN: dict[str, BaseException] = {}
+
+
+class Fails(nn.Module):
+    """Raises what is planned, in the forward or the backward of the shard with a certain row."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        out = self.norm(self.layer(x))
+        if not (x[:, 0] == X[23, 0]).any():
+            return out
+        if "forward" in PLAN:
+            raise PLAN["forward"]
+        return Raises.apply(out)
+
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if "backward" in PLAN:
+            raise PLAN["backward"]
+        return g
+
+
+def step(parallel, way):
+    if way == "forward_backward":
+        return parallel.forward_backward(lambda out, y: (out * y).mean(), X, X)
+    loss = (parallel(X) * X).mean()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("way", ["backward", "forward_backward"])
+def test_the_same_object_with_notes_and_a_model_that_goes_on(spheres, plan, way, where):
+    parallel, other = (ts.SphereParallel(Fails(), spheres) for _ in range(2))
+    for _ in range(3):
+        plan[where] = error = PlannedError("here")
+        with pytest.raises(PlannedError, match="here") as caught:
+            step(parallel, way)
+        assert caught.value is error
+        names = [entry.name for entry in caught.traceback]
+        assert names[-1] == where and "step" in names
+        assert error.__notes__[0] == f"in the {where} of shard 5, rows 22 to 25 of the batch"
+        assert "raised by work item" in error.__notes__[1] and "on sphere" in error.__notes__[1]
+        assert all(p.grad is None for p in parallel.parameters())
+        assert len(parallel._pool) <= spheres.concurrency
+    if where == "forward" or way == "forward_backward":
+        assert digest(list(parallel.buffers())) == digest(list(other.buffers())), "not merged"
+    plan.clear()
+    parallel.load_state_dict(other.state_dict())
+    results = []
+    for net in (parallel, other):
+        loss = step(net, way)
+        results.append(digest([loss, *net.buffers(), *(p.grad for p in net.parameters())]))
+    assert results[0] == results[1]
+    assert spheres.map(abs, range(-3, 0)) == [3, 2, 1]
+
+
+def test_several_shards_fail_at_once(spheres):
+    class AllFail(nn.Module):
+        def forward(self, x):
+            meet.wait(20)
+            raise PlannedError(str(x[0, 0].item()))
+
+    meet = threading.Barrier(3)
+    parallel = ts.SphereParallel(AllFail(), spheres)
+    with pytest.raises(PlannedError) as caught:
+        parallel(X)
+    assert sum(note.startswith("also: PlannedError") for note in caught.value.__notes__) == 2
+    assert len(parallel._pool) == 3
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_error_comes_out_as_well(spheres, plan, kind):
+    parallel = ts.SphereParallel(Fails(), spheres)
+    for way in ("backward", "forward_backward"):
+        plan["forward"] = kind()
+        with pytest.raises(kind):
+            step(parallel, way)
+        plan.clear()
+        step(parallel, way)
+        assert len(parallel._pool) <= spheres.concurrency
+
+
+def test_nothing_of_a_failed_call_is_kept(spheres, plan):
+    alive = weakref.WeakSet()
+
+    class Held:
+        """What a hook packs lives as long as the graph."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()
+            alive.add(self)
+
+    parallel = ts.SphereParallel(Fails(), spheres)
+    for where in ("forward", "backward"):
+        plan[where] = PlannedError("here")
+        with pytest.raises(PlannedError):  # noqa: SIM117
+            with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+                step(parallel, "backward")
+        plan.clear()
+        gc.collect()  # an error, its traceback and the frames in it are a cycle
+        assert soon(lambda: not alive)
+
+
+def test_a_loss_that_fails_leaves_no_graph_behind(spheres):
+    parallel = ts.SphereParallel(Fails(), spheres)
+    out = parallel(X)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        (out - torch.ones(3)).sum().backward()
+    call = weakref.ref(out.grad_fn.call)
+    del out
+    assert soon(lambda: call() is None)
+    step(parallel, "backward")
+
+
+def test_attributes_that_cannot_be_copied_are_named_as_such(spheres):
+    class Locked(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.lock = threading.Lock()
+
+    parallel = ts.SphereParallel(Locked(), spheres)
+    with pytest.raises(TypeError, match="cannot pickle") as caught:
+        parallel(X)
+    assert any("keep it outside the module" in note for note in caught.value.__notes__)
+    parallel.module.lock = None
+    assert parallel(X).shape == (50, 4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_script_modules_are_refused(spheres):
+    with pytest.raises(TypeError, match=r"RecursiveScriptModule in it.*torch\.compile"):
+        ts.SphereParallel(nn.Sequential(torch.jit.script(nn.Linear(2, 2))), spheres)
+
+
+def test_distributed_data_parallel_belongs_outside(spheres):
+    inner = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(inner)  # (a whole one would need a process group)
+    with pytest.raises(TypeError, match=r"has a DistributedDataParallel in it.*around the Sphere"):
+        ts.SphereParallel(nn.Sequential(inner), spheres)
+
+
+def test_calls_from_inside_the_spheres_say_so(spheres):
+    parallel = ts.SphereParallel(nn.Linear(4, 4), spheres)
+    with pytest.raises(RuntimeError, match="from inside a work item"):
+        spheres.map(lambda _: parallel(X), range(1))
+
+
+def test_two_threads_train_two_models_on_the_same_spheres(spheres):
+    def train(model):
+        parallel = ts.SphereParallel(copy.deepcopy(model), spheres)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            parallel(X).square().mean().backward()
+            optimizer.step()
+        return digest(list(parallel.parameters()))
+
+    models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(2)]
+    alone = [train(model) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(train, models)) == alone
