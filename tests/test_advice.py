@@ -64,7 +64,8 @@ def test_choosing_by_itself_needs_no_advice():
     assert train(0.002, 0.0, 2, 40, reproducible=False)[1] == []
 
 
-def test_a_batch_that_only_fits_in_shards_is_no_case_for_advice():
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError])
+def test_a_batch_that_only_fits_in_shards_is_no_case_for_advice(error):
     class Limited(nn.Module):
         def __init__(self):
             super().__init__()
@@ -72,7 +73,7 @@ def test_a_batch_that_only_fits_in_shards_is_no_case_for_advice():
 
         def forward(self, x):
             if len(x) > 2:
-                raise RuntimeError("out of memory")
+                raise error("too many rows")
             time.sleep(0.001)
             return self.w * x
 

@@ -50,7 +50,7 @@ class Adviser:
         ours = min(self._seconds)
         try:
             whole = _seconds_of_whole_batch(module, args, kwargs, 1.5 * ours)
-        except RuntimeError:
+        except Exception:  # noqa: BLE001
             return  # a batch that only works in shards (memory, for one) is no case for advice
         if whole * self._MARGIN > ours:
             return
@@ -84,7 +84,7 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
             setattr(part, name, OrderedDict())
     replica.take_buffers()
     seconds: list[float] = []
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         while len(seconds) < 3 and sum(seconds) <= patience:
             begin = time.perf_counter()
             replica.module(*args, **kwargs)
