@@ -60,6 +60,22 @@ def test_shards_that_pay_are_not():
     assert train(0.0, 0.001, 12, 20)[1] == []
 
 
+def test_nothing_is_compiled_for_advice():
+    rows = set()
+
+    class Looks(nn.Linear):
+        def forward(self, x):
+            rows.add(len(x))
+            return super().forward(x)
+
+    with ts.KissingSpheres(concurrency=1) as spheres:
+        compiled = torch.compile(Looks(3, 3), backend=lambda graph, _: graph.forward)
+        model = ts.SphereParallel(compiled, spheres)
+        for _ in range(5):
+            model(torch.randn(24, 3)).sum().backward()
+    assert rows == {2}
+
+
 def test_choosing_by_itself_needs_no_advice():
     assert train(0.002, 0.0, 2, 40, reproducible=False)[1] == []
 

@@ -124,6 +124,21 @@ def test_the_bits_of_compiled_code_at_every_concurrency(way):
     assert len(set(at_each_concurrency(run, 1, 3, 12))) == 1
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_new_shapes_are_compiled_once_and_not_by_every_thread(mode):
+    graphs = []
+    for concurrency in (1, 6):
+        torch._dynamo.reset()
+        backend = Counting()
+        with ts.KissingSpheres(concurrency=concurrency) as spheres, mode():
+            model = torch.compile(Net(), backend=backend, dynamic=False)
+            parallel = ts.SphereParallel(model, spheres).eval()
+            for length in range(1, 5):
+                assert parallel(torch.ones(24, length, 8)).shape == (24, length, 3)
+        graphs.append(backend.graphs)
+    assert graphs == [4, 4]
+
+
 def test_dropout_in_compiled_code_is_keyed_by_shard():
     def run(spheres):
         torch._dynamo.reset()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 from collections import Counter
 
 import pytest
 import torch
+import torch._dynamo
 from loop_support import assert_same_gradients, pair
 from reference import digest
 from torch import nn
@@ -99,6 +101,28 @@ def test_default_dtype_reaches_the_shards(spheres):
     finally:
         torch.set_default_dtype(torch.float32)
     assert seen == {torch.float64: 12}
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_context_variables_reach_the_shards(concurrency):
+    """torch's compiler keeps its configuration in some."""
+    mine = contextvars.ContextVar("mine", default="default")
+    seen = Counter()
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            seen["forward", mine.get(), torch._dynamo.config.recompile_limit] += 1
+            x.register_hook(lambda g: seen.update([("backward", mine.get())]))
+            return x * 2
+
+    with ts.KissingSpheres(concurrency=concurrency) as spheres:
+        parallel = ts.SphereParallel(Looks(), spheres)
+        mine.set("forward's")
+        with torch._dynamo.config.patch(recompile_limit=77):
+            out = parallel(X.clone().requires_grad_())
+        mine.set("backward's")
+        out.sum().backward()
+    assert seen == {("forward", "forward's", 77): 12, ("backward", "backward's"): 12}
 
 
 def test_function_and_dispatch_modes_reach_the_shards(spheres):

@@ -20,6 +20,7 @@ from torch import nn
 
 import torch_spheres
 from torch_spheres.replica import HOOKS, Replica
+from torch_spheres.shards import is_compiled
 
 __all__ = ["Adviser"]
 
@@ -47,6 +48,8 @@ class Adviser:
         return result
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if any(map(is_compiled, module.modules())):
+            return  # it would be compiled for the whole batch, which can take minutes
         ours = min(self._seconds)
         try:
             whole = _seconds_of_whole_batch(module, args, kwargs, 1.5 * ours)

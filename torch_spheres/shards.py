@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sum
 from torch_spheres.tuning import Plan
 
-__all__ = ["Call", "Crew"]
+__all__ = ["Call", "Crew", "is_compiled"]
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ def _described(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on it, not on a part of it."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
@@ -65,10 +67,13 @@ class Crew:
         """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
         if self.plan.workers == 0:
             return [fn(k) for k in range(count)]
+        # Context variables are the caller's too: torch's compiler keeps its configuration in them.
+        ours = contextvars.copy_context()
         if self.plan.workers == 1:
-            return self.spheres.map(lambda _: [fn(k) for k in range(count)], range(1))[0]
+            alone = self.spheres.map(lambda _: ours.run(lambda: [*map(fn, range(count))]), range(1))
+            return alone[0]
         rest()
-        return self.spheres.map(fn, range(count))
+        return self.spheres.map(lambda k: ours.copy().run(fn, k), range(count))
 
 
 class Call:
@@ -89,13 +94,21 @@ class Call:
         self.shards: list[Shard | None] = []
         self.nesting: Nesting | None = None  # of the outputs
         pool.follow(module)
-        self.compiled = any(map(_is_compiled, module.modules()))
+        self.compiled = self._signature() if any(map(is_compiled, module.modules())) else None
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         self.differentiable = [
             i
             for i, value in enumerate(self.split.flat)
             if isinstance(value, Tensor) and value.requires_grad
         ]
+
+    def _signature(self) -> tuple[Any, ...]:
+        """What compiled code depends on, but for the rows: new ones are compiled anew."""
+        tensors = [v for v in self.split.flat if isinstance(v, Tensor)]
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        shapes = [(v.shape[1:], v.stride()[1:], v.dtype, v.requires_grad) for v in tensors]
+        return (*modes, *autocast, *shapes)
 
     @property
     def inputs_with_grad(self) -> list[Tensor]:
@@ -112,9 +125,7 @@ class Call:
         begin, end = self.split.bounds[k]
         name = f"SphereParallel shard {k} {what}"
         place = f"the {what} of shard {k}, rows {begin} to {end - 1} of the batch"
-        gate = None
-        if self.compiled:
-            gate = what, torch.is_grad_enabled(), shard.replica.module.training, end - begin
+        gate = self.compiled and (what, self.compiled, end - begin)
         return InShard(shard, name, place, context or self.context, gate)
 
     # ---- forward ----
