@@ -20,7 +20,7 @@ from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.replica import ReplicaPool
 from torch_spheres.shards import Call, Crew
-from torch_spheres.splitting import rows_of
+from torch_spheres.splitting import rows_of, tensors_of
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 
@@ -40,8 +40,8 @@ class SphereParallel(nn.Module):
         reproducible: True: shards are a fixed part of the batch, run with one intra-op thread each,
             and are summed in the fixed tree, so for one build of torch the bits of outputs,
             gradients, buffers and weights do not depend on ``spheres.concurrency`` nor on which
-            thread ran what. False: a few ways to run the batch are measured during the first 15 to
-            35 steps, among them the bare module as it is, and the fastest is kept; see `plan`.
+            thread ran what. False: a few ways to run the batch are measured during the first 12 to
+            45 steps, among them the bare module as it is, and the fastest is kept; see `plan`.
 
     Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
     arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
@@ -153,10 +153,11 @@ class SphereParallel(nn.Module):
         kwargs: dict[str, Any],
     ) -> tuple[Crew, Trial | None]:
         spheres = self._spheres
-        rows = rows_of(args, kwargs)
+        tensors = tensors_of(args, kwargs)
+        rows = rows_of(tensors)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
-        on_cpu = all(t.is_cpu for t in itertools.islice(self.module.parameters(), 1))
+        on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
         concurrency = spheres.concurrency if on_cpu else 0
         tuner = self._tuners.of(
             (rows.bit_length(), self.training, on_cpu, what),

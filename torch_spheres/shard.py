@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,27 +101,24 @@ class InShard:
         gate: for compiled code: what it has to have seen once before two threads may run it.
     """
 
-    __slots__ = ("_blocks", "_context", "_gate", "_name", "_place", "_shard")
+    __slots__ = ("_context", "_gate", "_name", "_place", "_shard", "_stack")
 
     def __init__(
         self, shard: Shard, name: str, place: str, context: CallerContext, gate: Any
     ) -> None:
         self._shard, self._name, self._place, self._context = shard, name, place, context
         self._gate = gate if gate not in shard.replica.warm else None
-        self._blocks: list[Any] = []
 
     def __enter__(self) -> None:
-        if self._gate is not None:
-            self._enter(_compiling)
-        self._enter(self._context())
-        self._enter(self._shard.random.active())
-        self._enter(self._shard.checkpoints.noticed())
-        if torch.autograd.profiler._is_profiler_enabled:
-            self._enter(torch.profiler.record_function(self._name))
-
-    def _enter(self, block: Any) -> None:
-        block.__enter__()
-        self._blocks.append(block)
+        with contextlib.ExitStack() as stack:
+            if self._gate is not None:
+                stack.enter_context(_compiling)
+            stack.enter_context(self._context())
+            stack.enter_context(self._shard.random.active())
+            stack.enter_context(self._shard.checkpoints.noticed())
+            if torch.autograd.profiler._is_profiler_enabled:
+                stack.enter_context(torch.profiler.record_function(self._name))
+            self._stack = stack.pop_all()
 
     def __exit__(
         self,
@@ -128,9 +126,8 @@ class InShard:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        while self._blocks:
-            self._blocks.pop().__exit__(kind, error, traceback)
-        if error is None:
+        self._stack.__exit__(kind, error, traceback)
+        if error is None and self._gate is not None:
             self._shard.replica.warm.add(self._gate)
         elif isinstance(error, Exception):
             error.add_note(f"in {self._place}")

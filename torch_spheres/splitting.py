@@ -12,7 +12,7 @@ from torch_spheres import _core
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.sampler import shard_bounds
 
-__all__ = ["Split", "aligned", "rows_of"]
+__all__ = ["Split", "aligned", "rows_of", "tensors_of"]
 
 _ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
 
@@ -105,11 +105,13 @@ def aligned(piece: Tensor) -> Tensor:
     return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
 
 
-def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among a call's arguments."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return [args[0]]
+    return [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+
+
+def rows_of(tensors: list[Tensor]) -> int:
     """Rows of the first tensor that has any, at least 1."""
-    first = args[0] if args else None
-    values = (
-        [first] if isinstance(first, Tensor) and first.dim() > 0 else flatten((args, kwargs))[0]
-    )
-    rows = (v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0)
-    return max(1, next(rows, 1))
+    return max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))

@@ -5,7 +5,7 @@ in no bit; with ``reproducible=False`` the bare module on the whole batch is one
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
 which the first does not count: it finds the caches and the memory of the way before. All ways have
-a block; those close to the best then have two more. So it takes some 12 to 30 steps, in which the
+a block; those close to the best then have two more. So it takes 12 to 45 steps, in which the
 training goes on as ever.
 """
 
