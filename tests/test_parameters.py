@@ -342,6 +342,25 @@ def test_a_second_backward_needs_retain_graph(spheres):
         losses[0].backward()
 
 
+def test_a_forward_that_writes_to_parameters_says_so(spheres):
+    class Teacher(nn.Module):
+        """Averages its weights in the forward, as momentum encoders do."""
+
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.teacher.weight.lerp_(self.student.weight, 0.1)
+            return self.student(x) - self.teacher(x)
+
+    parallel = ts.SphereParallel(Teacher().double(), spheres)
+    for call in (parallel, lambda x: parallel.forward_backward(lambda out, y: out.mean(), x, x)):
+        with pytest.raises(RuntimeError, match=r"wrote to its parameters \['teacher.weight'\]"):
+            call(X)
+
+
 def test_weights_that_changed_since_the_forward_are_noticed(spheres):
     parallel = ts.SphereParallel(nn.Linear(6, 2).double(), spheres)
     out = parallel(X.clone().requires_grad_())

@@ -54,6 +54,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
 
     sums, input_grads = call.fold(run)
     done = [shard for shard in shards if shard is not None]
+    call.check_parameters()
     call.merge_buffers(done)
     call.check_random()
     with torch.no_grad():

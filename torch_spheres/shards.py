@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres.context import CallerContext, caller_context
@@ -95,6 +96,7 @@ class Call:
         self.nesting: Nesting | None = None  # of the outputs
         pool.follow(module)
         self.compiled = self._signature() if any(map(is_compiled, module.modules())) else None
+        self._versions = self._parameter_versions()
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         self.differentiable = [
             i
@@ -159,9 +161,27 @@ class Call:
 
         shards = self.crew.map(run, len(self.split.bounds))
         self.shards = list(shards)
+        self.check_parameters()
         self.merge_buffers(shards)
         self.check_random()
         return self._gather(shards)
+
+    def _parameter_versions(self) -> list[int]:
+        parameters = self.module.parameters()
+        return [0 if is_lazy(p) or p.is_inference() else p._version for p in parameters]
+
+    def check_parameters(self) -> None:
+        """Shards share the weights: what writes to one in a forward writes in every shard."""
+        versions = self._parameter_versions()
+        if versions == self._versions:
+            return
+        now = zip(self.module.named_parameters(), versions, self._versions, strict=True)
+        names = [name for (name, _), after, before in now if after != before]
+        raise RuntimeError(
+            f"the module's forward wrote to its parameters {names}, which has happened once for "
+            "each shard, and in several threads; make them buffers, whose new values "
+            "SphereParallel averages over the shards, or update them outside of the forward"
+        )
 
     def check_random(self) -> None:
         """Warns when random numbers were drawn that belong to no shard."""
