@@ -39,9 +39,12 @@ class Counting:
 
     def __init__(self):
         self.graphs = self.runs = 0
+        self.kinds = set()
 
-    def __call__(self, graph, _examples):
+    def __call__(self, graph, examples):
         self.graphs += 1
+        shapes = tuple(str(v.shape) if isinstance(v, torch.Tensor) else str(v) for v in examples)
+        self.kinds.add((graph.code, shapes))
 
         def run(*args):
             self.runs += 1
@@ -93,15 +96,17 @@ def test_every_shard_runs_compiled_code(way):
         if way == "a part":
             bare.a = nn.Sequential(Doubled(bare.a))
         parallel = ts.SphereParallel(WAYS[way](model, backend), spheres)
-        for step in range(3):
-            runs, graphs = backend.runs, backend.graphs
+        for _ in range(3):
+            runs = backend.runs
             parallel(X).square().sum().backward()
             bare(X).square().sum().backward()
             for p, q in zip(parallel.parameters(), bare.parameters(), strict=True):
                 torch.testing.assert_close(p.grad, q.grad)
             assert backend.runs == runs + 12
-            assert graphs == backend.graphs or step == 0, "compiled once, not for each shard"
-        assert backend.graphs <= 3  # for 4, for 5, for any number of rows
+            assert len(backend.kinds) == 2, "for 4 rows and for 5, whichever shard came first"
+        # Not for each of 36 shards. (Now and then torch makes the same code once more: its guards
+        # have state that threads share, and fail "even though they passed" when asked why.)
+        assert backend.graphs <= 6
         items = backend.runs
         with torch.no_grad():
             torch.testing.assert_close(parallel.eval()(X), bare.eval()(X))

@@ -101,12 +101,13 @@ class InShard:
         gate: for compiled code: what it has to have seen once before two threads may run it.
     """
 
-    __slots__ = ("_context", "_gate", "_name", "_place", "_shard", "_stack")
+    __slots__ = ("_compiled", "_context", "_gate", "_name", "_place", "_shard", "_stack")
 
     def __init__(
         self, shard: Shard, name: str, place: str, context: CallerContext, gate: Any
     ) -> None:
         self._shard, self._name, self._place, self._context = shard, name, place, context
+        self._compiled = gate is not None
         self._gate = gate if gate not in shard.replica.warm else None
 
     def __enter__(self) -> None:
@@ -114,6 +115,12 @@ class InShard:
             if self._gate is not None:
                 stack.enter_context(_compiling)
             stack.enter_context(self._context())
+            if self._compiled:
+                # Each number of rows has code of its own. With code for any number as well, which
+                # of the two a shard runs would depend on which was used last, by any thread.
+                from torch._dynamo import config  # not before: it takes a second
+
+                stack.enter_context(config.patch(automatic_dynamic_shapes=False))
             stack.enter_context(self._shard.random.active())
             stack.enter_context(self._shard.checkpoints.noticed())
             if torch.autograd.profiler._is_profiler_enabled:
