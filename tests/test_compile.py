@@ -43,7 +43,9 @@ class Counting:
 
     def __call__(self, graph, examples):
         self.graphs += 1
-        shapes = tuple(str(v.shape) if isinstance(v, torch.Tensor) else str(v) for v in examples)
+        assert all(isinstance(v, torch.Tensor) for v in examples), "a size that is not fixed"
+        shapes = tuple(tuple(map(str, v.shape)) for v in examples)
+        assert all(size.isdecimal() for shape in shapes for size in shape), shapes
         self.kinds.add((graph.code, shapes))
 
         def run(*args):

@@ -124,6 +124,47 @@ def test_state_dict_has_the_bare_keys_also_inside_another_module():
         assert torch.equal(model[0].weight, bare["net"][0].weight)
 
 
+def test_shards_and_their_gradients_start_at_aligned_storage():
+    """Kernels choose their path by it, and so their bits."""
+    seen = []
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(x.data_ptr() % 64)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(grad.data_ptr() % 64)
+            return grad
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(7))
+
+        def forward(self, x):
+            return Looks.apply(x) * self.w
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(7))
+
+        def forward(self, x):
+            return Looks.apply(x * self.w)
+
+    x = torch.randn(50, 7)  # rows of 28 bytes
+    with ts.KissingSpheres() as spheres:
+        ts.SphereParallel(Model(), spheres)(x)
+        assert seen == [0] * 12
+        out = ts.SphereParallel(Last(), spheres)(x)
+        seen.clear()
+        out.backward(torch.randn(50, 7))
+        assert seen == [0] * 12
+
+
 def test_weights_are_shared_not_copied():
     model = nn.Linear(1000, 1000)
     with ts.KissingSpheres() as spheres:
