@@ -7,6 +7,11 @@
 // that is half of the time of a step (benchmarks/bench_training.py). Kept memory is reused
 // uncleared, as torch's own allocator does on CUDA. The process stays as large as it ever was.
 //
+// With `lean`, blocks of a megabyte and more are given back after all. glibc seldom reuses an
+// aligned block for another of the same size: it looks for room for the alignment as well, and
+// small objects take what was left beside the block. With the gradients of 144 shards coming and
+// going, the heap grew to three times what was ever in use (benchmarks/bench_memory.py).
+//
 // Any thread; it holds for the whole process and cannot be undone. With another allocator in
 // place of glibc's (tcmalloc, jemalloc), which have settings of their own, it changes nothing.
 #pragma once
@@ -20,14 +25,19 @@
 namespace torch_spheres {
 
 /// False where the C library has no such setting.
-inline bool keep_freed_memory() {
+inline bool keep_freed_memory([[maybe_unused]] bool lean) {
 #if defined(__GLIBC__)
-  // No allocation has a mapping of its own; memory at the end of the heap is never given back;
-  // heaps grow by a whole thread's heap at a time; and all threads share one, or each of 144
-  // spheres would keep what it once needed (9 GiB instead of 3 in benchmarks/bench_memory.py).
+  // No block has a mapping of its own, or only large ones; memory at the end of the heap is never
+  // given back; heaps grow by a whole thread's heap at a time; and all threads share one, or each
+  // of 144 spheres would keep what it once needed (9 GiB instead of 3 in
+  // benchmarks/bench_memory.py).
   constexpr int kThreadHeap = 64 << 20;
-  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1 &&
-         mallopt(M_TOP_PAD, kThreadHeap) == 1 && mallopt(M_ARENA_MAX, 1) == 1;
+  constexpr int kLarge = 1 << 20;
+  const bool mapped =
+      lean ? mallopt(M_MMAP_MAX, 65536) == 1 && mallopt(M_MMAP_THRESHOLD, kLarge) == 1
+           : mallopt(M_MMAP_MAX, 0) == 1;
+  return mapped && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, kThreadHeap) == 1 &&
+         mallopt(M_ARENA_MAX, 1) == 1;
 #else
   return false;
 #endif

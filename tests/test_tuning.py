@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,13 +150,28 @@ def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits():
 
 
 def test_keeping_memory_can_be_declined(monkeypatch):
-    keep_freed_memory.cache_clear()
-    try:
-        monkeypatch.setenv("TORCH_SPHERES_KEEP_MEMORY", "0")
-        assert not keep_freed_memory()
-        keep_freed_memory.cache_clear()
-        monkeypatch.setenv("TORCH_SPHERES_KEEP_MEMORY", "yes")
-        with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
-            ts.SphereParallel(nn.Identity())
-    finally:
-        keep_freed_memory.cache_clear()
+    monkeypatch.setenv("TORCH_SPHERES_KEEP_MEMORY", "0")
+    assert not keep_freed_memory()
+    monkeypatch.setenv("TORCH_SPHERES_KEEP_MEMORY", "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+        ts.SphereParallel(nn.Identity())
+
+
+@pytest.mark.parametrize(("levels", "kept"), [(2, True), (3, False)])
+def test_large_blocks_are_kept_unless_there_are_three_levels(levels, kept):
+    """In a process of its own: what glibc is told holds for all of it."""
+    script = f"""
+import torch, torch_spheres as ts
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+with ts.KissingSpheres({levels}, concurrency=1):
+    before = resident()
+    block = torch.ones(64 << 18)  # 64 MiB
+    held = resident() - before
+    del block
+    print(held > 60, resident() - before > 60)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert ran.stdout.split() == ["True", str(kept)]

@@ -272,7 +272,7 @@ def current_sphere() -> int:
     The id of the sphere whose thread is calling, or -1.
     """
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(lean: bool) -> bool:
     """
     Has the C library reuse freed memory instead of returning it; see memory.py.
     """

@@ -4,13 +4,14 @@ glibc gives large tensors back as soon as they are freed, and gets them anew, pa
 by the system, in the next step. For activations of many megabytes that can take as long as the
 arithmetic. Starting spheres or making a `SphereParallel` tells glibc to keep what is freed, as
 torch's allocator does on CUDA, in one heap for all threads: the process then stays as large as it
-ever was. ``TORCH_SPHERES_KEEP_MEMORY=0`` in the environment leaves glibc alone; with another
-allocator (tcmalloc, jemalloc) nothing changes.
+ever was. From three levels on, which are for saving memory, blocks of a megabyte and more are given
+back all the same: the heap would grow to several times what is in use.
+``TORCH_SPHERES_KEEP_MEMORY=0`` in the environment leaves glibc alone; with another allocator
+(tcmalloc, jemalloc) nothing changes.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 
 from torch_spheres import _core
@@ -18,11 +19,17 @@ from torch_spheres import _core
 __all__ = ["keep_freed_memory"]
 
 _VARIABLE = "TORCH_SPHERES_KEEP_MEMORY"
+_LEAN_LEVELS = 3
+
+_done: dict[bool, bool] = {}  # lean or not: whether glibc took it
 
 
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Once for the process; False where it was declined or the C library has no such setting.
+def keep_freed_memory(levels: int = 1) -> bool:
+    """Tells glibc, once for the process; False where it was declined or there is no such setting.
+
+    Args:
+        levels: of the hierarchy that will run. Once there were three, blocks of a megabyte stay
+            outside of what is kept.
 
     Raises:
         ValueError: the environment variable is neither 0 nor 1.
@@ -30,4 +37,9 @@ def keep_freed_memory() -> bool:
     wanted = os.environ.get(_VARIABLE, "1")
     if wanted not in ("0", "1"):
         raise ValueError(f"the environment variable {_VARIABLE} must be 0 or 1, got {wanted!r}")
-    return wanted == "1" and _core.keep_freed_memory()
+    if wanted == "0":
+        return False
+    lean = levels >= _LEAN_LEVELS or True in _done
+    if lean not in _done:
+        _done[lean] = _core.keep_freed_memory(lean)
+    return _done[lean]

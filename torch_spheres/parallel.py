@@ -101,7 +101,7 @@ class SphereParallel(nn.Module):
             raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
         if not isinstance(reproducible, bool):
             raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
-        keep_freed_memory()
+        keep_freed_memory(spheres.levels)
         self.module = module
         self.reproducible = reproducible
         self._take(spheres)

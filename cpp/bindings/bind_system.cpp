@@ -22,7 +22,7 @@ void bind_system(py::module_& module) {
   module.def(
       "current_sphere", [] { return System::current() ? System::current()->id : kNoSphere; },
       "The id of the sphere whose thread is calling, or -1.");
-  module.def("keep_freed_memory", &keep_freed_memory,
+  module.def("keep_freed_memory", &keep_freed_memory, py::arg("lean"),
              "Has the C library reuse freed memory instead of returning it; see memory.py.");
   module.def("set_thread_hooks", &SphereGil::set_hooks, py::arg("enter"), py::arg("leave"),
              "Called on a sphere's thread before its first and after its last Python call.");
