@@ -26,6 +26,7 @@ __all__: list[str] = [
     "active_isa",
     "available_isas",
     "current_sphere",
+    "gather_rows",
     "keep_freed_memory",
     "noop",
     "read_range",
@@ -270,6 +271,13 @@ def available_isas() -> list[Isa]: ...
 def current_sphere() -> int:
     """
     The id of the sphere whose thread is calling, or -1.
+    """
+
+def gather_rows(
+    columns: collections.abc.Sequence[typing.Any], system: System | None = None
+) -> None:
+    """
+    Copies rows to where they belong in batches. A column is (addresses of its rows, bytes of a row, address of the output); nothing is checked, see gather.py.
     """
 
 def keep_freed_memory(lean: bool) -> bool:

@@ -150,7 +150,8 @@ class KissingSpheres:
             RuntimeError: the system has no more threads to give (none is left running), or the
                 spheres belong to the process that this one was forked from.
         """
-        keep_freed_memory(self.levels)  # before its threads come, or each would have a heap of its own
+        # Before its threads come, or each would have a heap of its own.
+        keep_freed_memory(self.levels)
         self._core.start()
         self._started = True
         return self

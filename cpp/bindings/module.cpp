@@ -13,4 +13,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_work(module);
   bind_system(module);
   bind_gradients(module);
+  bind_gather(module);
 }
