@@ -11,6 +11,9 @@
 from torch_spheres._core import NativeFunction, State, Topology, Work
 from torch_spheres.errors import StoppedError
 from torch_spheres.gradients import GradientHook
+from torch_spheres.loader import SphereLoader, wrap
+from torch_spheres.loading.info import sample_seed
+from torch_spheres.loading.stats import LoaderStats
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler, shard_bounds
@@ -21,8 +24,10 @@ from torch_spheres.tree import tree_sum
 __all__ = [
     "GradientHook",
     "KissingSpheres",
+    "LoaderStats",
     "NativeFunction",
     "SphereBatchSampler",
+    "SphereLoader",
     "SphereParallel",
     "SphereStats",
     "State",
@@ -31,8 +36,10 @@ __all__ = [
     "Topology",
     "Work",
     "prepare",
+    "sample_seed",
     "shard_bounds",
     "tree_sum",
     "usable_cores",
+    "wrap",
 ]
 __version__ = "0.1.0"

@@ -19,14 +19,14 @@ declares it and uses it for nothing.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKeySet, _dispatch_key_parse, _ExcludeDispatchKeyGuard
 from torch._C import _IncludeDispatchKeyGuard as _IncludeKey
 
-__all__ = ["CallRandom", "ShardRandom"]
+__all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom"]
 
 _KEY_NAME = "DeferredInit"
 _KEY = _dispatch_key_parse(_KEY_NAME)
@@ -66,10 +66,22 @@ class CallRandom:
         return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
 
 
-class _Active:
+class RandomSource(Protocol):
+    """What stands in for the default generators on a thread."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """In place of the default generator of the device."""
+
+    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
+        """In place of a generator that was handed to the operator."""
+
+
+class Active:
+    """A block in which the calling thread's default random numbers come from a source."""
+
     __slots__ = ("_key", "_outer", "_shard")
 
-    def __init__(self, shard: ShardRandom) -> None:
+    def __init__(self, shard: RandomSource) -> None:
         self._shard = shard
 
     def __enter__(self) -> None:
@@ -97,9 +109,9 @@ class ShardRandom:
         self._shard = shard
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def active(self) -> _Active:
+    def active(self) -> Active:
         """On the calling thread: default random numbers are this shard's inside the block."""
-        return _Active(self)
+        return Active(self)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The shard's generator on a device."""
@@ -110,8 +122,22 @@ class ShardRandom:
             self._generators[device] = generator
         return generator
 
+    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
+        """Refuses.
 
-def current_shard() -> ShardRandom | None:
+        Raises:
+            RuntimeError: always.
+        """
+        del given
+        raise RuntimeError(
+            f"{op} was called with a generator of its own inside SphereParallel: the shards "
+            "would draw from it in the order in which threads come by, and the numbers would "
+            "not be reproducible. Leave generator= out: the shard's own generator is used "
+            "then, seeded by torch.manual_seed()"
+        )
+
+
+def current_shard() -> RandomSource | None:
     """The shard that the calling thread runs, if any."""
     return getattr(_here, "shard", None)
 
@@ -147,20 +173,17 @@ def _draw(op: Any, position: int | None, args: tuple[Any, ...], kwargs: dict[str
         in_args = position is not None and position < len(args)
         given = args[position] if in_args else kwargs.get("generator")  # type: ignore[index]
         if given is not None and not _is_default(given):
-            raise RuntimeError(
-                f"{op} was called with a generator of its own inside SphereParallel: the shards "
-                "would draw from it in the order in which threads come by, and the numbers would "
-                "not be reproducible. Leave generator= out: the shard's own generator is used "
-                "then, seeded by torch.manual_seed()"
-            )
-        device = _device_of(args, kwargs)
-        if device.type != "meta":
+            generator = shard.instead_of(given, op)
+        else:
+            device = _device_of(args, kwargs)
+            if device.type == "meta":
+                return op(*args, **kwargs)
             generator = shard.generator(device)
-            if in_args:
-                assert position is not None
-                args = (*args[:position], generator, *args[position + 1 :])
-            else:
-                kwargs = {**kwargs, "generator": generator}
+        if in_args:
+            assert position is not None
+            args = (*args[:position], generator, *args[position + 1 :])
+        else:
+            kwargs = {**kwargs, "generator": generator}
         return op(*args, **kwargs)
 
 

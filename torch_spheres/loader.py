@@ -1,0 +1,245 @@
+"""`wrap`: a `DataLoader` whose batches are loaded by the spheres' threads.
+
+The same batches in the same order as the loader that it was given, with the same random numbers
+drawn from the same generators at the same moments; in one process, without pickling, shared memory
+or worker processes that start anew at each epoch.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterDataPipe, MapDataPipe
+
+from torch_spheres.loading.ahead import AheadIterator
+from torch_spheres.loading.base import SphereIterator
+from torch_spheres.loading.inline import InlineIterator
+from torch_spheres.loading.progress import Progress
+from torch_spheres.loading.stats import LoaderStats, Meter
+from torch_spheres.loading.tempo import Tempo
+from torch_spheres.loading.transfer import Transfer
+from torch_spheres.memory import keep_freed_memory
+from torch_spheres.system import KissingSpheres
+
+__all__ = ["SphereLoader", "wrap"]
+
+T = TypeVar("T", covariant=True)
+_WORKERS = ("sphere", "process")
+
+
+class SphereLoader(DataLoader[T]):
+    """What `wrap` returns: a `DataLoader`, of the class that was wrapped too.
+
+    All attributes are those of the wrapped loader, its sampler and dataset the very same objects.
+    """
+
+    spheres: KissingSpheres
+    device: torch.device | None
+    copy_dataset: bool
+    workers: str
+    _meter: Meter
+    _tempo: Tempo
+    _pending: Progress | None
+    _newest: weakref.ref[SphereIterator] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+        raise TypeError("make a DataLoader, and hand it to torch_spheres.wrap(loader)")
+
+    def _get_iterator(self) -> Any:
+        if self.workers == "process":
+            self._meter.way = "process"
+            iterator = super()._get_iterator()
+            return iterator if self.device is None else _Sending(iterator, self.device)
+        pending, self._pending = self._pending, None
+        kind = InlineIterator if self.num_workers == 0 else AheadIterator
+        made = kind(self, pending)
+        self._newest = weakref.ref(made)
+        return made
+
+    def check_worker_number_rationality(self) -> None:
+        """Nothing to check: no processes will be made."""
+        if self.workers == "process":
+            super().check_worker_number_rationality()
+
+    # ---- figures ----
+
+    def stats(self) -> LoaderStats:
+        """What this loader has done since it was made; print it, or read its ``advice``."""
+        return self._meter.snapshot()
+
+    # ---- positions ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iterator that began last is; plain values and tensors.
+
+        Batches that were loaded ahead but not handed out will come again. Save the process's own
+        random state with it (``torch.get_rng_state()``): a shuffle of an epoch to come is drawn
+        from there.
+
+        Raises:
+            RuntimeError: batches come from processes, or out of order; or an iterable dataset that
+                logical workers share keeps its position in itself.
+        """
+        self._need_threads("state_dict()")
+        newest = self._newest() if self._newest is not None else None
+        if newest is not None and not newest.finished:
+            return newest.progress().as_dict()
+        if self._pending is not None:
+            return self._pending.as_dict()
+        state = Progress.to_come(self)
+        if newest is not None and self.persistent_workers:
+            last = newest.progress()
+            state.base_seed, state.workers, state.fresh = last.base_seed, last.workers, False
+            for worker in state.workers.values():
+                worker.update(fetched=0, holder="", progress=None)
+        return state.as_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The next iterator goes on where the saved one was; those after it begin at the beginning.
+
+        Args:
+            state_dict: from `state_dict`, also of another process. The dataset, the sampler and
+                the loader's arguments have to be the same.
+
+        Raises:
+            ValueError: it is no such state, or one of a loader with other arguments.
+            RuntimeError: batches come from processes. By the iterator: the sampler does not repeat
+                the batches that were handed out.
+        """
+        self._need_threads("load_state_dict()")
+        self._pending = Progress.of(state_dict, self)
+        self._newest = None
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._iterator = None
+
+    def _need_threads(self, what: str) -> None:
+        if self.workers == "process":
+            raise RuntimeError(
+                f"{what} does not know where worker processes are; use wrap(loader), without "
+                'workers="process"'
+            )
+
+
+class _Sending:
+    """An iterator over worker processes whose batches go to a device one ahead of the loop."""
+
+    def __init__(self, iterator: Any, device: torch.device) -> None:
+        self._iterator, self._transfer = iterator, Transfer(device)
+
+    def __iter__(self) -> _Sending:
+        return self
+
+    def __next__(self) -> Any:
+        return self._transfer.send(next(self._iterator))()
+
+    def __len__(self) -> int:
+        return len(self._iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+
+@functools.cache
+def _class_for(kind: Any) -> type[SphereLoader[Any]]:
+    if kind is DataLoader:
+        return SphereLoader
+    # Methods of a subclass stay; what makes iterators is ours.
+    return type(f"Sphere{kind.__name__}", (SphereLoader, kind), {"__module__": kind.__module__})
+
+
+def wrap(
+    loader: DataLoader[T],
+    spheres: KissingSpheres | None = None,
+    *,
+    device: torch.device | str | int | None = None,
+    copy_dataset: bool = False,
+    workers: str = "sphere",
+) -> SphereLoader[T]:
+    """The loader, with its batches loaded by the threads of `spheres`.
+
+    ::
+
+        loader = ts.wrap(loader, spheres)
+
+    ``num_workers=n`` of the loader means *n* logical workers: `get_worker_info()` and all random
+    numbers are those that *n* worker processes would have, on any number of threads, and batches
+    are loaded ahead (``prefetch_factor``). With ``num_workers=0`` the kissing spheres share each
+    batch; a dataset that draws random numbers, or is no faster in threads, is left to the calling
+    thread. Datasets that are tensors in memory are gathered in C++ either way.
+
+    Args:
+        loader: any `DataLoader`; it stays as it is, and shares its sampler and dataset.
+        spheres: whose threads load. None: a `KissingSpheres` of two levels, which is
+            ``wrapped.spheres``.
+        device: batches are pinned, copied there in the background, and ready when handed over.
+            None or the CPU: they stay where the loader leaves them.
+        copy_dataset: each logical worker (each sphere, without workers) has its own deep copy of
+            the dataset; for datasets that are not thread-safe. They share one otherwise.
+        workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
+            faster for datasets that run in Python and keep the GIL. The rest stays the same.
+
+    Raises:
+        TypeError: the loader is no `DataLoader`, or another argument of the wrong kind.
+        ValueError: `workers` is something else; ``"process"`` with ``num_workers=0``; a loader that
+            is wrapped already; or one that makes its iterators itself.
+    """
+    _check(loader, spheres, copy_dataset, workers)
+    if isinstance(loader.dataset, (IterDataPipe, MapDataPipe)) and workers == "sphere":
+        raise TypeError(
+            f"{type(loader.dataset).__name__} is a DataPipe, which torch no longer develops and "
+            "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
+            "loader as it is"
+        )
+    if loader.multiprocessing_context is not None and workers == "sphere":
+        warnings.warn(
+            "multiprocessing_context has no effect on a wrapped loader, which makes no processes",
+            UserWarning,
+            stacklevel=2,
+        )
+    keep_freed_memory()
+    base: Any = type(loader)
+    kind = _class_for(base)
+    wrapped: SphereLoader[T] = kind.__new__(kind)
+    # Past DataLoader.__setattr__, which would refuse some of them.
+    vars(wrapped).update(vars(loader))
+    vars(wrapped).update(
+        spheres=KissingSpheres() if spheres is None else spheres,
+        device=None if device is None else torch.device(device),
+        copy_dataset=copy_dataset,
+        workers=workers,
+        _iterator=None,
+        _meter=Meter(loader.num_workers),
+        _tempo=Tempo(),
+        _pending=None,
+        _newest=None,
+    )
+    return wrapped
+
+
+def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"loader must be a torch.utils.data.DataLoader, got {loader!r}")
+    if isinstance(loader, SphereLoader):
+        raise ValueError("loader is wrapped already; wrap the DataLoader that it was made of")
+    if spheres is not None and not isinstance(spheres, KissingSpheres):
+        raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
+    if not isinstance(copy_dataset, bool):
+        raise TypeError(f"copy_dataset must be True or False, got {copy_dataset!r}")
+    if workers not in _WORKERS:
+        raise ValueError(f"workers must be one of {_WORKERS}, got {workers!r}")
+    if workers == "process" and loader.num_workers == 0:
+        raise ValueError(
+            'workers="process" needs a DataLoader with num_workers > 0, got num_workers=0'
+        )
+    if type(loader)._get_iterator is not DataLoader._get_iterator:
+        raise ValueError(
+            f"{type(loader).__name__} makes its iterators itself (it overrides _get_iterator), "
+            "and would not use the spheres; wrap the DataLoader inside of it"
+        )

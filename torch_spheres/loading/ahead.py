@@ -1,0 +1,219 @@
+"""The iterator of a wrapped loader with ``num_workers > 0``: logical workers load ahead of it.
+
+Which index list goes to which worker, when the sampler is asked for the next one, and in which
+order results are handed out is what a `DataLoader` does with worker processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import _DatasetKind
+
+from torch_spheres.context import caller_context
+from torch_spheres.loading.base import SphereIterator
+from torch_spheres.loading.gather import gather, gathers
+from torch_spheres.loading.progress import Progress
+from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.team import Plan, Result, Team
+
+if TYPE_CHECKING:
+    from torch_spheres.loader import SphereLoader
+
+__all__ = ["AheadIterator"]
+
+
+@dataclass
+class _Task:
+    """One index list."""
+
+    worker: int
+    index: Any
+    digest: int  # of the index lists up to this one
+
+
+class AheadIterator(SphereIterator):
+    """As torch's iterator over worker processes, with threads."""
+
+    def __init__(self, loader: SphereLoader[Any], resumed: Progress | None) -> None:
+        super().__init__(loader, resumed)
+        assert loader.prefetch_factor is not None
+        self._limit = loader.prefetch_factor * self._num_workers
+        self._in_order = loader.in_order
+        self._copies = loader.copy_dataset
+        self._gathers = (
+            self._dataset_kind == _DatasetKind.Map
+            and loader.worker_init_fn is None
+            and self._auto_collation
+            and self._sender_is_plain
+            and gathers(self._dataset, self._collate_fn)
+        )
+        plan = Plan(
+            kind=self._dataset_kind,
+            dataset=self._dataset,
+            auto_collation=self._auto_collation,
+            collate_fn=self._collate_fn,
+            drop_last=self._drop_last,
+            init_fn=loader.worker_init_fn,
+            workers=self._num_workers,
+            base_seed=self._base_seed,
+            copies=loader.copy_dataset,
+            context=caller_context(),
+            sender=self._sender,
+            meter=self._meter,
+        )
+        self._snapshots: dict[int, Snapshot] = resumed.snapshots() if resumed else {}
+        self._team = Team(plan, loader.spheres, self._snapshots)
+        # As torch does, which begins the first epoch of its workers like any other.
+        self._sampler_iter = iter(self._index_sampler)
+        self._begin_epoch(resumed)
+
+    def _begin_epoch(self, resumed: Progress | None) -> None:
+        self._sent = self._received = 0  # tasks
+        self._open: dict[int, _Task] = {}  # that were not handed out
+        self._active = [True] * self._num_workers
+        self._load = [0] * self._num_workers  # tasks under way
+        first = 0
+        if resumed is not None:
+            self._sent = self._received = resumed.tasks
+            first = resumed.next_worker
+            for worker in resumed.ended:
+                self._active[worker] = False
+        turn = itertools.cycle(range(self._num_workers))
+        self._turn = itertools.islice(turn, first, None)
+        with self._skipping(resumed):
+            for _ in range(self._limit):
+                self._put()
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        """The next epoch of persistent workers."""
+        self._begin_counting(fresh=False)
+        super()._reset(loader, first_iter)
+        self._team.begin_epoch()
+        self._begin_epoch(None)
+
+    def _put(self) -> None:
+        """Asks the sampler for one more index list, and gives it to the worker whose turn it is."""
+        try:
+            index = self._next_index()
+        except StopIteration:
+            return
+        for worker in itertools.islice(self._turn, self._num_workers):
+            if self._active[worker] and (
+                self._in_order or self._load[worker] < self._limit // sum(self._active)
+            ):
+                break
+        else:
+            return  # all have come to the end of their datasets
+        task, self._sent = self._sent, self._sent + 1
+        self._open[task] = _Task(worker, index, self._pulled.value)
+        self._load[worker] += 1
+        if not self._gathers:
+            self._team.put(worker, task, index)
+
+    def _next_data(self) -> Any:
+        while True:
+            # What was handed out out of order, or given to workers that have come to their end.
+            while self._received < self._sent and self._received not in self._open:
+                self._received += 1
+            if self._received == self._sent:
+                self._finished = True
+                if not self._persistent_workers:
+                    self._team.close()
+                raise StopIteration
+            ready = self._team.ready
+            if self._gathers:
+                batch = self._gather(self._received)
+                if batch is not None:
+                    return batch
+            number, result = self._take()
+            task = self._open.get(number)
+            if task is None:
+                continue
+            if result.snapshot is not None:
+                self._snapshots[result.worker] = result.snapshot
+            if result.ended:
+                self._end(result.worker)
+                continue
+            return self._hand_out(number, task, result, ready)
+
+    def _take(self) -> tuple[int, Result]:
+        try:
+            return self._team.take(self._received if self._in_order else None, self._timeout)
+        except TimeoutError:
+            raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+
+    def _end(self, worker: int) -> None:
+        """A worker's iterable dataset is at its end: what else it was given is nobody's."""
+        self._active[worker] = False
+        self._ended.add(worker)
+        self._open = {n: task for n, task in self._open.items() if task.worker != worker}
+        self._put()
+
+    def _close(self, number: int, task: _Task) -> None:
+        """A task's batch, or error, is about to be the loop's."""
+        del self._open[number]
+        self._load[task.worker] -= 1
+        self._last_worker = task.worker
+        self._handed_out(number, task.digest)
+        self._put()
+
+    def _hand_out(self, number: int, task: _Task, result: Result, ready: int) -> Any:
+        self._close(number, task)
+        self._meter.way = "spheres"
+        if result.error is not None:
+            try:
+                raise result.error
+            finally:
+                del result  # it owns the error, whose traceback owns this frame
+        assert result.deliver is not None
+        batch = result.deliver()
+        self._meter.handed_out(batch, self._size_of(task.index), ready)
+        return batch
+
+    def _gather(self, number: int) -> Any | None:
+        """None: it has to be loaded sample by sample, which has been set going."""
+        task = self._open[number]
+        with self._meter.working():
+            batch = gather(self._dataset, task.index, self._spheres._core)
+        if batch is None:
+            self._team.put(task.worker, number, task.index)
+            return None
+        self._close(number, task)
+        self._meter.way = "gather"
+        self._meter.handed_out(batch, len(task.index), len(self._open))
+        return batch
+
+    def progress(self) -> Progress:
+        """After the batch that was handed out last.
+
+        Raises:
+            RuntimeError: batches come out of order, or logical workers share a dataset that keeps
+                its position in itself.
+        """
+        if not self._in_order:
+            raise RuntimeError(
+                "a loader with in_order=False has no position to save; use in_order=True"
+            )
+        if self._shared_position():
+            raise RuntimeError(
+                f"{type(self._dataset).__name__} keeps its position in itself, and "
+                f"{self._num_workers} logical workers share it; give each its own with "
+                "wrap(..., copy_dataset=True), or give its iterator the state_dict()"
+            )
+        return super().progress()
+
+    def _shared_position(self) -> bool:
+        holders = {snapshot.holder for snapshot in self._snapshots.values()}
+        return self._num_workers > 1 and not self._copies and "dataset" in holders
+
+    def _shutdown_workers(self) -> None:
+        """Ends what is under way; the name is torch's, which other libraries call."""
+        self._team.close()
+
+    def __del__(self) -> None:
+        team = getattr(self, "_team", None)  # it is not there if __init__ raised
+        if team is not None:
+            team.close()

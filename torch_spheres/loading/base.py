@@ -1,0 +1,179 @@
+"""What both iterators of a wrapped loader have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import _DatasetKind
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from torch_spheres.loading.info import install
+from torch_spheres.loading.progress import Digest, Progress, Sources
+from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.transfer import Pinning, Transfer
+
+if TYPE_CHECKING:
+    from torch_spheres.loader import SphereLoader
+
+__all__ = ["SphereIterator"]
+
+
+class SphereIterator(_BaseDataLoaderIter):
+    """Draws, sampler, warnings and length are torch's; how to come back to a position is ours."""
+
+    _base_seed: int  # torch's annotation says what item() may return
+
+    def __init__(self, loader: SphereLoader[Any], resumed: Progress | None) -> None:
+        install()
+        self._spheres = loader.spheres
+        self._meter = loader._meter
+        self._sources = Sources(loader)
+        self._shape: dict[str, Any] = {
+            "batch_size": loader.batch_size,
+            "drop_last": loader.drop_last,
+            "num_workers": loader.num_workers,
+            "iterable": loader._dataset_kind == _DatasetKind.Iterable,
+        }
+        self._snapshots: dict[int, Snapshot] = {}
+        self._finished = False
+        self._begin_counting(fresh=True)
+        self._after_base_seed: torch.Tensor | None = None
+        self._last_next: float | None = None
+        if resumed is None:
+            super().__init__(loader)
+        else:
+            self._come_back(loader, resumed)
+        self._sender: Pinning | Transfer = (
+            Pinning(self._pin_memory_device if self._pin_memory else None)
+            if loader.device is None or loader.device.type == "cpu"
+            else Transfer(loader.device)
+        )
+        self._sender_is_plain = isinstance(self._sender, Pinning) and not self._pin_memory
+
+    # ---- positions ----
+
+    def _begin_counting(self, fresh: bool) -> None:
+        self._start = self._sources.capture()
+        self._fresh = fresh
+        self._tasks = 0
+        self._pulled = Digest()  # of all index lists so far, also those asked for ahead
+        self._digest = 0  # of those that were handed out
+        self._yielded = 0
+        self._last_worker = -1
+        self._ended: set[int] = set()
+
+    def _come_back(self, loader: SphereLoader[Any], resumed: Progress) -> None:
+        """Torch's own __init__, with the draws of the epoch that is resumed."""
+        self._fresh = resumed.fresh
+        if resumed.begun and resumed.fresh:
+            self._sources.restore(resumed.start)
+        saved = resumed.start["global"] if resumed.begun and resumed.fresh else None
+        if resumed.base_seed is None:  # of an epoch to come: it draws one as any other
+            self._sources.restore(resumed.start)
+            super().__init__(loader)
+            self._start = self._sources.capture()
+            return
+        with self._sources.repeating(saved):
+            super().__init__(loader)
+            self._after_base_seed = torch.get_rng_state()
+        self._base_seed = resumed.base_seed
+        self._start = resumed.start
+
+    @contextlib.contextmanager
+    def _skipping(self, resumed: Progress | None) -> Iterator[None]:
+        """A block in which the sampler stands where it stood; its first draws may come in it."""
+        if resumed is None or resumed.base_seed is None:
+            yield
+            return
+        if not resumed.fresh:
+            self._sources.restore(resumed.start)
+            self._sampler_iter = iter(self._index_sampler)
+        if not resumed.begun:
+            yield
+            return
+        state = self._after_base_seed if resumed.fresh else resumed.start["global"]
+        with self._sources.repeating(state):
+            skipped = 0 if resumed.iterable else resumed.tasks
+            for _ in range(skipped):
+                with contextlib.suppress(StopIteration):
+                    self._next_index()
+            if self._pulled.value != resumed.digest:
+                raise RuntimeError(
+                    f"the sampler does not repeat the {skipped} batches of the saved epoch: resume "
+                    "with the same data and epoch; a sampler with randomness of its own needs "
+                    "state_dict and load_state_dict"
+                )
+            self._tasks = resumed.tasks
+            self._num_yielded = self._yielded = resumed.yielded
+            self._digest = resumed.digest
+            self._last_worker = resumed.next_worker - 1
+            self._ended = set(resumed.ended)
+            yield
+
+    def _next_index(self) -> Any:
+        index = super()._next_index()
+        if self._dataset_kind == _DatasetKind.Map:
+            self._pulled.add(index)
+        return index
+
+    def _size_of(self, index: Any) -> int:
+        if self._dataset_kind == _DatasetKind.Iterable:
+            return 0
+        return len(index) if self._auto_collation else 1
+
+    def _handed_out(self, task: int, digest: int) -> None:
+        """The batch of an index list is about to be the loop's."""
+        self._tasks = task + 1
+        self._yielded += 1
+        self._digest = digest
+
+    def progress(self) -> Progress:
+        """After the batch that was handed out last."""
+        return Progress(
+            **self._shape,
+            source=self._sources.kind,
+            start=self._start,
+            begun=True,
+            base_seed=self._base_seed,
+            fresh=self._fresh,
+            tasks=self._tasks,
+            yielded=self._yielded,
+            digest=self._digest,
+            next_worker=(self._last_worker + 1) % max(1, self._num_workers),
+            ended=sorted(self._ended),
+            workers={w: snapshot.as_dict() for w, snapshot in self._snapshots.items()},
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of the epoch was handed out."""
+        return self._finished
+
+    # ---- torch's interface ----
+
+    def __next__(self) -> Any:
+        begin = time.perf_counter()
+        try:
+            return super().__next__()
+        finally:
+            end = time.perf_counter()
+            since = begin if self._last_next is None else self._last_next
+            self._last_next = end
+            self._meter.waited(end - begin, end - since)
+            self._look()
+
+    def _look(self) -> None:
+        """Says once what is worth saying, see `LoaderStats.advice`."""
+        text = self._meter.news()
+        if text is not None:
+            warnings.warn(text, UserWarning, stacklevel=3)
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        super()._reset(loader, first_iter)
+        self._finished = False
+        self._last_next = None

@@ -1,0 +1,211 @@
+"""Batches of datasets that are tensors in memory, gathered row by row in C++.
+
+A `TensorDataset` (a `Subset`, `ConcatDataset` or `StackDataset` of such, arrays and tensors in a
+`StackDataset`) with `default_collate` gives a batch whose rows are rows of the tensors: there is no
+need to make a tensor for each of them first. Only what provably does nothing else is taken: exactly
+these classes, with torch's own methods, dense CPU tensors, and no mode that would see the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset, default_collate
+
+from torch_spheres import _core
+from torch_spheres.loading.info import collates_plainly
+
+__all__ = ["gather", "gathers"]
+
+_Index = npt.NDArray[np.int64]
+
+
+def _methods(kind: type) -> tuple[Any, ...]:
+    names = ("__getitem__", "__getitems__", "__len__")
+    return tuple(getattr(kind, name, None) for name in names)
+
+
+_KINDS = (TensorDataset, Subset, ConcatDataset, StackDataset)
+_ARRAYS = (np.ndarray, np.memmap)
+_ROWS = (Tensor, *_ARRAYS)  # in a StackDataset
+_METHODS: dict[Any, Any] = {kind: _methods(kind) for kind in _KINDS}  # as torch has them
+
+
+class _Slow(Exception):  # noqa: N818
+    """The batch has to be loaded sample by sample."""
+
+
+@dataclass
+class _Column:
+    """One tensor of the batch."""
+
+    addresses: _Index  # of its rows
+    shape: tuple[int, ...]  # of a row
+    dtype: torch.dtype
+    owners: list[Any]  # keep the rows alive
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def gathers(dataset: Any, collate_fn: Callable[[Any], Any]) -> bool:
+    """Whether batches of the dataset may be gathered; a look at classes, not at tensors."""
+    return collate_fn is default_collate and collates_plainly() and _is_known(dataset)
+
+
+def _is_known(dataset: Any, stacked: bool = False) -> bool:
+    kind: Any = type(dataset)
+    if stacked and kind in _ROWS:
+        return True
+    if kind not in _METHODS or _METHODS[kind] != _methods(kind):
+        return False
+    if "__getitems__" in vars(dataset):
+        return False
+    if kind is TensorDataset:
+        return True
+    if kind is Subset:
+        return _is_known(dataset.dataset)
+    parts = dataset.datasets
+    if kind is ConcatDataset:
+        return all(map(_is_known, parts))
+    values = parts.values() if isinstance(parts, dict) else parts
+    return all(_is_known(part, stacked=True) for part in values)
+
+
+def gather(
+    dataset: Any,
+    indices: Sequence[int],
+    system: _core.System | None,
+    *,
+    pinned: bool = False,
+) -> Any | None:
+    """What ``default_collate([dataset[i] for i in indices])`` returns, or None: do that.
+
+    None also where that would be an error, which is raised with its own message then.
+    """
+    if not indices or {*map(type, indices)} != {int}:
+        return None
+    if _get_current_function_mode_stack() or _get_current_dispatch_mode_stack():
+        return None
+    try:
+        tree = _resolve(dataset, indices)
+    except (_Slow, IndexError, OverflowError):
+        return None
+    columns: list[tuple[_Index, int, int]] = []
+    batch = _allocate(tree, len(indices), pinned, columns)
+    _core.gather_rows(columns, system)
+    return batch  # (`tree` has kept the rows alive until here)
+
+
+def _allocate(tree: Any, rows: int, pinned: bool, columns: list[tuple[_Index, int, int]]) -> Any:
+    if isinstance(tree, dict):
+        return {k: _allocate(part, rows, pinned, columns) for k, part in tree.items()}
+    if isinstance(tree, list):
+        return [_allocate(part, rows, pinned, columns) for part in tree]
+    out = torch.empty((rows, *tree.shape), dtype=tree.dtype, device="cpu", pin_memory=pinned)
+    columns.append((tree.addresses, tree.row_bytes, out.data_ptr()))
+    return out
+
+
+def _resolve(dataset: Any, indices: Sequence[int]) -> Any:
+    """Lists and dicts of columns, nested as `default_collate` would nest the batch."""
+    kind: Any = type(dataset)
+    if kind is TensorDataset:
+        index = np.array(indices, dtype=np.int64)
+        return [_rows(tensor, index) for tensor in dataset.tensors]
+    if kind is Tensor:
+        return _rows(dataset, np.array(indices, dtype=np.int64))
+    if kind in _ARRAYS:
+        return _rows(_as_tensor(dataset), np.array(indices, dtype=np.int64))
+    if kind is Subset:
+        chosen = [dataset.indices[i] for i in indices]
+        if {*map(type, chosen)} != {int}:
+            raise _Slow
+        return _resolve(dataset.dataset, chosen)
+    if kind is StackDataset:
+        if isinstance(dataset.datasets, dict):
+            return {k: _resolve(part, indices) for k, part in dataset.datasets.items()}
+        return [_resolve(part, indices) for part in dataset.datasets]
+    return _concatenated(dataset, np.array(indices, dtype=np.int64))
+
+
+def _as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    # One-dimensional arrays give scalars, which are collated in another way.
+    if array.ndim < 2 or not array.flags.c_contiguous or not array.flags.writeable:
+        raise _Slow
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError):
+        raise _Slow from None
+
+
+def _rows(tensor: Tensor, index: _Index) -> _Column:
+    if (
+        type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or tensor.layout is not torch.strided
+        or tensor.dim() == 0
+        or not tensor.is_contiguous()
+        or tensor.requires_grad
+        or tensor.is_quantized
+        or tensor.is_conj()
+        or tensor.is_neg()
+        or tensor.is_inference()
+    ):
+        raise _Slow
+    index = _checked(index, tensor.shape[0])
+    shape = tuple(tensor.shape[1:])
+    column = _Column(index, shape, tensor.dtype, [tensor])
+    column.addresses = index * column.row_bytes + tensor.data_ptr()
+    return column
+
+
+def _checked(index: _Index, rows: int) -> _Index:
+    low, high = int(index.min()), int(index.max())
+    if low < -rows or high >= rows:
+        raise _Slow
+    return np.where(index < 0, index + rows, index) if low < 0 else index
+
+
+def _concatenated(dataset: Any, index: _Index) -> Any:
+    ends = np.array(dataset.cumulative_sizes, dtype=np.int64)
+    index = _checked(index, int(ends[-1]))
+    part_of = np.searchsorted(ends, index, side="right")
+    trees, places = [], []
+    for k in np.unique(part_of).tolist():
+        where = np.flatnonzero(part_of == k)
+        begin = int(ends[k - 1]) if k else 0
+        trees.append(_resolve(dataset.datasets[k], (index[where] - begin).tolist()))
+        places.append(where)
+    return _merged(trees, places, len(index))
+
+
+def _merged(trees: list[Any], places: list[npt.NDArray[np.intp]], rows: int) -> Any:
+    first = trees[0]
+    if len(trees) == 1:
+        return first
+    if any(type(tree) is not type(first) for tree in trees):
+        raise _Slow
+    if isinstance(first, dict):
+        if any(tree.keys() != first.keys() for tree in trees):
+            raise _Slow
+        return {k: _merged([tree[k] for tree in trees], places, rows) for k in first}
+    if isinstance(first, list):
+        if any(len(tree) != len(first) for tree in trees):
+            raise _Slow
+        return [_merged([tree[i] for tree in trees], places, rows) for i in range(len(first))]
+    if any((tree.shape, tree.dtype) != (first.shape, first.dtype) for tree in trees):
+        raise _Slow
+    addresses = np.empty(rows, dtype=np.int64)
+    for tree, where in zip(trees, places, strict=True):
+        addresses[where] = tree.addresses
+    return _Column(addresses, first.shape, first.dtype, [tree.owners for tree in trees])

@@ -1,0 +1,153 @@
+"""What a dataset sees of the logical worker that loads it: `get_worker_info` in every thread.
+
+`torch.utils.data.get_worker_info` reads a global of its module, which is right for processes only.
+Users have imported the function by name, so it cannot be replaced; its code can. Afterwards a
+thread that loads for a logical worker sees that one's info, and everybody else what was there.
+
+`default_collate` takes shared memory wherever there is a worker info, to hand tensors to another
+process. In threads nothing is handed over: while it stacks tensors, there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+from torch.utils.data._utils import collate as torch_collate
+from torch.utils.data._utils import worker as torch_worker
+
+__all__ = ["Position", "at", "hidden", "install", "sample_seed", "shown", "worker_info"]
+
+
+class _Here(threading.local):
+    info: torch_worker.WorkerInfo | None = None
+    position: Position | None = None
+
+
+_here = _Here()
+_lock = threading.Lock()
+_plain_collate_tensors = torch_collate.collate_tensor_fn
+
+
+def worker_info(
+    worker: int, workers: int, base_seed: int, dataset: Any, generator: torch.Generator
+) -> torch_worker.WorkerInfo:
+    """With the seeds, and random streams, that the process worker would have."""
+    seed = base_seed + worker
+    numpy_seed = torch_worker._generate_state(base_seed, worker)
+    rng = torch_worker._RNG(random.Random(seed), generator, np.random.RandomState(numpy_seed))
+    return torch_worker.WorkerInfo(worker, workers, seed, dataset, rng, "thread")
+
+
+@contextlib.contextmanager
+def shown(info: torch_worker.WorkerInfo | None) -> Iterator[None]:
+    """On the calling thread `get_worker_info()` returns `info` inside the block."""
+    outer, _here.info = _here.info, info
+    try:
+        yield
+    finally:
+        _here.info = outer
+
+
+def hidden() -> contextlib.AbstractContextManager[None]:
+    """`get_worker_info()` returns None inside the block."""
+    return shown(None)
+
+
+def _collate_tensors(batch: Any, *, collate_fn_map: Any = None) -> Any:
+    """`default_collate`'s own for tensors; without shared memory on threads of this process."""
+    if _here.info is None:
+        return _plain_collate_tensors(batch, collate_fn_map=collate_fn_map)
+    with hidden():
+        return _plain_collate_tensors(batch, collate_fn_map=collate_fn_map)
+
+
+def install() -> None:
+    """Makes both right for threads; once, by the first wrapped loader."""
+    with _lock:
+        map_ = torch_collate.default_collate_fn_map
+        if map_.get(torch.Tensor) is _plain_collate_tensors:  # else it is the user's own
+            map_[torch.Tensor] = _collate_tensors
+        if hasattr(torch_worker, "_torch_spheres_here"):
+            return
+        torch_worker._torch_spheres_here = _here  # type: ignore[attr-defined]
+        assert isinstance(get_worker_info, FunctionType)
+        get_worker_info.__code__ = _replacement.__code__
+
+
+def collates_plainly() -> bool:
+    """Whether `default_collate` stacks tensors as it always did."""
+    known = (_plain_collate_tensors, _collate_tensors)
+    return torch_collate.default_collate_fn_map.get(torch.Tensor) in known
+
+
+def _replacement() -> Any:
+    # Runs as the code of get_worker_info: these are globals of torch.utils.data._utils.worker.
+    info = _torch_spheres_here.info  # type: ignore[name-defined] # noqa: F821
+    return _worker_info if info is None else info  # type: ignore[name-defined] # noqa: F821
+
+
+# ---- a seed for each sample ----
+
+
+class Position:
+    """Where in the epoch a thread loads: what a sample's seed is made of."""
+
+    __slots__ = ("base_seed", "batch", "place")
+
+    def __init__(self, base_seed: int, batch: int) -> None:
+        self.base_seed, self.batch, self.place = base_seed, batch, 0
+
+
+@contextlib.contextmanager
+def at(position: Position) -> Iterator[None]:
+    """On the calling thread `sample_seed()` is that of `position` inside the block."""
+    outer, _here.position = _here.position, position
+    try:
+        yield
+    finally:
+        _here.position = outer
+
+
+_MASK = 2**64 - 1
+
+
+def _mixed(value: int) -> int:
+    """SplitMix64's step (Steele, Lea, Flood: Fast splittable pseudorandom generators, 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def sample_seed() -> int:
+    """A seed for the sample that is being loaded, in ``Dataset.__getitem__`` of a wrapped loader.
+
+    It depends on the epoch's base seed, the number of the batch and the place in the batch: not on
+    the number of workers, on the concurrency or on which thread loads. Where the dataset is asked
+    for a whole batch (``__getitems__``, ``collate_fn``, iterable datasets) it is the batch's.
+
+    Returns:
+        0 to 2**63 - 1, fit for ``torch.Generator().manual_seed``, ``numpy.random.default_rng`` and
+        ``random.Random``.
+
+    Raises:
+        RuntimeError: no loader that `wrap` has returned is loading in this thread.
+    """
+    position = _here.position
+    if position is None:
+        raise RuntimeError(
+            "sample_seed() is known while a loader from torch_spheres.wrap() loads, in "
+            "Dataset.__getitem__ and what it calls; this thread loads nothing"
+        )
+    mixed = _mixed(position.base_seed & _MASK)
+    for number in (position.batch, position.place):
+        mixed = _mixed(mixed ^ number)
+    return mixed >> 1

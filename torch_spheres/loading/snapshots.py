@@ -1,0 +1,89 @@
+"""What a logical worker has to know to go on in the middle of an epoch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_spheres.loading.samples import Fetcher
+
+__all__ = ["Snapshot"]
+
+
+def _can(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(
+        getattr(value, "load_state_dict", None)
+    )
+
+
+@dataclass
+class Snapshot:
+    """After a task: random streams, and how far an iterable dataset has come."""
+
+    fetched: int
+    """Tasks that the worker has done in the epoch."""
+    streams: dict[str, Any] | None
+    holder: str
+    """Whose `progress` is the state: the dataset's ``"iterator"``, the ``"dataset"``, or ``""``."""
+    progress: Any = None
+
+    @staticmethod
+    def of(rng: Any, fetcher: Any, fetched: int) -> Snapshot:
+        """On the worker's thread."""
+        snapshot = Snapshot(fetched, None if rng is None else _streams_of(rng), "")
+        iterator = getattr(fetcher, "dataset_iter", None)
+        if iterator is None:  # map-style: the sampler's position is all there is
+            return snapshot
+        for holder, value in (("iterator", iterator), ("dataset", fetcher.dataset)):
+            if _can(value):
+                snapshot.holder, snapshot.progress = holder, copy.deepcopy(value.state_dict())
+                break
+        return snapshot
+
+    def restore_dataset(self, dataset: Any) -> None:
+        """Before the dataset is iterated."""
+        if self.holder == "dataset":
+            dataset.load_state_dict(copy.deepcopy(self.progress))
+
+    def restore_iterator(self, fetcher: Fetcher, samples: int) -> None:
+        """After that: by its own state, or else by dropping the samples that each task took."""
+        iterator = getattr(fetcher.fetcher, "dataset_iter", None)
+        if iterator is None or self.holder == "dataset":
+            return
+        if self.holder == "iterator":
+            iterator.load_state_dict(copy.deepcopy(self.progress))
+            return
+        for _ in range(self.fetched * samples):
+            next(iterator, None)
+
+    def restore_streams(self, rng: Any) -> None:
+        """Last, because what was fetched once more has drawn from them."""
+        if self.streams is None or rng is None:
+            return
+        rng.torch_generator.set_state(self.streams["torch"])
+        words, gauss = self.streams["random"]
+        rng.random_generator.setstate((3, tuple(words.tolist()), gauss))
+        keys, position, has_gauss, cached = self.streams["numpy"]
+        state = ("MT19937", keys.numpy().astype("uint32"), position, has_gauss, cached)
+        rng.numpy_generator.set_state(state)
+
+    def streams_only(self) -> Snapshot:
+        """For a worker that has not gone on with its epoch when the next one begins."""
+        return Snapshot(0, self.streams, "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return dict(vars(self))
+
+
+def _streams_of(rng: Any) -> dict[str, Any]:
+    _, words, gauss = rng.random_generator.getstate()
+    _, keys, position, has_gauss, cached = rng.numpy_generator.get_state(legacy=True)
+    return {
+        "torch": rng.torch_generator.get_state(),
+        "random": (torch.tensor(words), gauss),
+        "numpy": (torch.from_numpy(keys.astype("int64")), position, has_gauss, cached),
+    }

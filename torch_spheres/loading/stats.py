@@ -1,0 +1,191 @@
+"""What a wrapped loader has done: who waited for whom, and what to change."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["LoaderStats", "Meter"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderStats:
+    """A wrapped loader's figures since it was made. Times are in seconds."""
+
+    batches: int
+    """Batches handed to the loop."""
+    samples: int
+    """Rows asked of the sampler for them; 0 where the loader does not know (iterable datasets)."""
+    bytes: int
+    """Bytes of the tensors in them."""
+    waited: float
+    """Time that the loop spent in ``next()``. High: loading is what takes the time."""
+    worked: float
+    """Time that threads spent loading, added up over them (the caller's, if it loaded itself)."""
+    computed: float
+    """Of that, time on a core. Far less than `worked`: they waited, for a disk or for the GIL."""
+    elapsed: float
+    """Time between the first ``next()`` and the last, of each epoch, added up."""
+    queue_depth: float
+    """Batches that stood ready when the loop asked for one, on average. 0: the loop had to wait."""
+    workers: int
+    """Logical workers that load ahead of the loop; 0: the loop's own thread and the spheres."""
+    way: str
+    """How batches were loaded last: ``"gather"`` (rows copied in C++), ``"spheres"`` (samples in
+    threads), ``"caller"`` (as the plain loader does), ``"process"`` (the loader's own processes).
+    """
+
+    declined: str
+    """Why a loader with ``num_workers=0`` leaves the spheres alone: ``"random"`` (the dataset draws
+    random numbers that are the whole process's, and threads would draw them in another order),
+    ``"slower"`` (measured in the first batches), or ``""``."""
+
+    @property
+    def waiting(self) -> float:
+        """Share of the elapsed time, 0 to 1, that the loop waited."""
+        return min(1.0, self.waited / self.elapsed) if self.elapsed > 0 else 0.0
+
+    @property
+    def cores(self) -> float:
+        """Cores that loading kept busy while the loop ran, on average."""
+        return self.computed / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def advice(self) -> str | None:
+        """One line on what to change, when the loop mostly waits; None when it does not."""
+        if self.batches < _ENOUGH_BATCHES or self.waiting < _MOSTLY or self.way == "gather":
+            return None
+        share = f"the loop waited for data {self.waiting:.0%} of the time"
+        if self.way == "process":
+            return f"{share}; more num_workers may help"
+        if self.declined == "slower":
+            return (
+                f"{share}, and the dataset is no faster on several threads: it runs in Python, one "
+                "thread at a time (the GIL). Process workers may be faster: a DataLoader with "
+                'num_workers=, and wrap(loader, workers="process")'
+            )
+        if self.declined == "random":
+            return (
+                f"{share}; samples are loaded one by one, because the dataset draws from the "
+                "process's random numbers. Give the DataLoader num_workers=: its logical workers "
+                "have streams of their own"
+            )
+        if self.workers == 0:
+            return f"{share}; give the DataLoader num_workers=, so that threads load ahead of it"
+        if self.python_bound:
+            return (
+                f"{share}, and {self.workers} logical workers kept {self.cores:.1f} cores busy: "
+                "the dataset runs in Python, one thread at a time (the GIL). Use "
+                'wrap(loader, workers="process"), or let the dataset work in calls that release '
+                "the GIL (Pillow, OpenCV, numpy, torch)"
+            )
+        return f"{share}; more num_workers, or more spheres (concurrency=), may help"
+
+    @property
+    def python_bound(self) -> bool:
+        """Whether the GIL held the workers back: several wanted to run, and one core was busy."""
+        wanted = self.worked / self.elapsed if self.elapsed > 0 else 0.0
+        return self.workers > 1 and wanted > 1.5 and 0.7 < self.cores < 1.3
+
+    def __str__(self) -> str:
+        per_second = f", {self.samples / self.elapsed:,.0f} samples/s" if self.elapsed else ""
+        line = (
+            f"{self.batches} batches ({self.bytes / 2**20:,.1f} MiB) by {self.way}{per_second}; "
+            f"waited {self.waited:.3f} s of {self.elapsed:.3f} s, loading took {self.worked:.3f} s "
+            f"({self.computed:.3f} s on a core), {self.queue_depth:.1f} batches ready"
+        )
+        return line if self.advice is None else f"{line}\n{self.advice}"
+
+
+_ENOUGH_BATCHES = 8
+_ENOUGH_SECONDS = 1.0
+_MOSTLY = 0.5
+
+
+class Meter:
+    """Counts for `LoaderStats`; of one loader, from any thread."""
+
+    def __init__(self, workers: int) -> None:
+        self._lock = threading.Lock()
+        self._workers = workers
+        self.way = "caller"
+        self.declined = ""  # why a loader without workers does not use the spheres
+        self._told = False
+        self._batches = self._samples = self._bytes = self._ready = 0
+        self._waited = self._worked = self._computed = self._elapsed = 0.0
+
+    def handed_out(self, batch: Any, samples: int, ready: int) -> None:
+        """The loop gets a batch, while so many stood ready."""
+        size = sum(_bytes(pytree.tree_leaves(batch)))
+        with self._lock:
+            self._batches += 1
+            self._samples += samples
+            self._bytes += size
+            self._ready += ready
+
+    def waited(self, seconds: float, elapsed: float) -> None:
+        """The loop was in ``next()``, and so long ago came the one before."""
+        with self._lock:
+            self._waited += seconds
+            self._elapsed += elapsed
+
+    def working(self) -> _Working:
+        """A block in which the calling thread loads."""
+        return _Working(self)
+
+    def worked(self, seconds: float, computed: float) -> None:
+        """A thread has loaded."""
+        with self._lock:
+            self._worked += seconds
+            self._computed += computed
+
+    def news(self) -> str | None:
+        """What a user should be told, once, because another way to load is faster."""
+        if self._told or self._elapsed < _ENOUGH_SECONDS or self._batches < _ENOUGH_BATCHES:
+            return None
+        now = self.snapshot()
+        if now.waiting < _MOSTLY or not (now.python_bound or self.declined):
+            return None
+        self._told = True
+        return now.advice
+
+    def snapshot(self) -> LoaderStats:
+        """The figures so far."""
+        with self._lock:
+            return LoaderStats(
+                batches=self._batches,
+                samples=self._samples,
+                bytes=self._bytes,
+                waited=self._waited,
+                worked=self._worked,
+                computed=self._computed,
+                elapsed=self._elapsed,
+                queue_depth=self._ready / self._batches if self._batches else 0.0,
+                workers=self._workers,
+                way=self.way,
+                declined=self.declined,
+            )
+
+
+def _bytes(leaves: Iterable[Any]) -> Iterable[int]:
+    return (leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_sparse)
+
+
+class _Working:
+    __slots__ = ("_begin", "_meter")
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *error: object) -> None:
+        begin, cpu = self._begin
+        self._meter.worked(time.perf_counter() - begin, time.thread_time() - cpu)

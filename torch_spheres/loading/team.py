@@ -1,0 +1,283 @@
+"""Logical workers: what worker processes are to a `DataLoader`, on the spheres' threads.
+
+A worker is a queue of tasks that are done one after another, in its own random streams, with its
+own `get_worker_info`, context variables and (on request) copy of the dataset. Which thread does a
+task is up to the spheres: each task is a work item of theirs, so that a loader shares them with
+whatever else they do.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import _DatasetKind
+
+from torch_spheres import _core
+from torch_spheres._core import Work
+from torch_spheres.context import CallerContext
+from torch_spheres.errors import StoppedError
+from torch_spheres.loading.info import Position, shown, worker_info
+from torch_spheres.loading.samples import Fetcher
+from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.stats import Meter
+from torch_spheres.loading.streams import WorkerStreams
+from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
+from torch_spheres.system import KissingSpheres
+
+__all__ = ["Plan", "Result", "Team"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all workers of a loader have in common."""
+
+    kind: int
+    dataset: Any
+    auto_collation: bool
+    collate_fn: Callable[[Any], Any]
+    drop_last: bool
+    init_fn: Callable[[int], Any] | None
+    workers: int
+    base_seed: int
+    copies: bool
+    context: CallerContext
+    sender: Pinning | Transfer
+    meter: Meter
+
+
+@dataclass
+class Result:
+    """Of one task."""
+
+    worker: int
+    deliver: Delivery | None = None
+    error: BaseException | None = None
+    ended: bool = False  # the worker's iterable dataset
+    snapshot: Snapshot | None = None  # of the worker, after the task
+
+
+class _Worker:
+    """One logical worker; its tasks come one at a time, so nothing in it needs a lock."""
+
+    def __init__(self, plan: Plan, number: int, restored: Snapshot | None) -> None:
+        self._plan, self.number = plan, number
+        self._restored = restored
+        # (Variables that one task sets are there for the next, as in a process.)
+        self._variables = contextvars.copy_context()
+        self._ready = False
+        self._fetcher: Fetcher | None = None
+        self._failure: BaseException | None = None
+        self.fetched = 0  # tasks, of this epoch
+        self.ended = False
+
+    def begin_epoch(self) -> None:
+        """The next task makes a new iterator of the dataset, as persistent workers do."""
+        self._fetcher = None
+        self.fetched = 0
+        self.ended = False
+        if self._restored is not None:
+            self._restored = self._restored.streams_only()
+
+    def run(self, index: Any, batch: int) -> Result:
+        """Does a task on the calling thread."""
+        return self._variables.run(self._run, index, batch)
+
+    def _run(self, index: Any, batch: int) -> Result:
+        result = Result(self.number, ended=self.ended)
+        if self.ended:
+            return result
+        try:
+            with self._plan.context(), self._plan.meter.working():
+                self._load(index, batch, result)
+        except BaseException as error:  # noqa: BLE001
+            # To the thread that asks for the batch; anything else would end a sphere's batch.
+            result.error = error
+        return result
+
+    def _load(self, index: Any, batch: int, result: Result) -> None:
+        plan = self._plan
+        if self._failure is not None:
+            raise self._failure
+        if not self._ready:
+            self._prepare()
+        with shown(self._info), self._streams.active():
+            if self._fetcher is None:
+                self._fetcher = self._begin(len(index) if plan.auto_collation else 1)
+            try:
+                batch_data = self._fetcher.fetch(index, Position(plan.base_seed, batch))
+            except StopIteration:
+                if plan.kind != _DatasetKind.Iterable:
+                    raise
+                self.ended = result.ended = True
+                return
+            finally:
+                self.fetched += 1
+                result.snapshot = Snapshot.of(self._info.rng, self._fetcher.fetcher, self.fetched)
+            result.deliver = plan.sender.send(batch_data)
+
+    def _prepare(self) -> None:
+        plan = self._plan
+        self._ready = True
+        dataset = copy.deepcopy(plan.dataset) if plan.copies else plan.dataset
+        generator = torch.Generator()
+        generator.manual_seed(plan.base_seed + self.number)
+        self._info = worker_info(self.number, plan.workers, plan.base_seed, dataset, generator)
+        self._streams = WorkerStreams(self._info.seed, generator)
+        if plan.init_fn is None:
+            return
+        with shown(self._info), self._streams.active():
+            try:
+                plan.init_fn(self.number)
+            except BaseException as error:
+                error.add_note(f"in worker_init_fn of logical worker {self.number}")
+                self._failure = error
+                raise
+
+    def _begin(self, samples: int) -> Fetcher:
+        plan, restored = self._plan, self._restored
+        self._restored = None
+        dataset = self._info.dataset
+        if restored is not None:
+            restored.restore_dataset(dataset)
+        fetcher = Fetcher(plan.kind, dataset, plan.auto_collation, plan.collate_fn, plan.drop_last)
+        if restored is not None:
+            self.fetched = restored.fetched
+            restored.restore_iterator(fetcher, samples)
+            restored.restore_streams(self._info.rng)
+        return fetcher
+
+
+@dataclass
+class _Queue:
+    worker: _Worker
+    tasks: deque[tuple[int, Any]] = field(default_factory=deque)
+    running: bool = False
+    work: Work | None = None  # the item that does its next task
+
+    @property
+    def lost(self) -> bool:
+        """Whether the spheres were stopped before they came to it."""
+        return self.running and self.work is not None and self.work.cancelled > 0
+
+
+class Team:
+    """The workers of one iterator, or of all of a loader with persistent workers.
+
+    Nothing of it refers to the iterator, which closes it when it is dropped.
+    """
+
+    def __init__(
+        self, plan: Plan, spheres: KissingSpheres, restored: dict[int, Snapshot] | None = None
+    ) -> None:
+        self._spheres = spheres
+        self._changed = threading.Condition()
+        self._results: dict[int, Result] = {}
+        self._closed = self._stopped = False
+        known = restored or {}
+        self._queues = [_Queue(_Worker(plan, w, known.get(w))) for w in range(plan.workers)]
+
+    # ---- the consumer's side ----
+
+    def put(self, worker: int, task: int, index: Any) -> None:
+        """Adds a task to a worker's queue."""
+        queue = self._queues[worker]
+        with self._changed:
+            queue.tasks.append((task, index))
+            if queue.running:
+                return
+            queue.running = True
+        self._hand_on(queue)
+
+    def take(self, task: int | None, timeout: float) -> tuple[int, Result]:
+        """The result of a task, or the first that there is (None); waits for it.
+
+        Raises:
+            TimeoutError: there was none within `timeout` seconds (0: for ever).
+            StoppedError: the spheres were stopped.
+        """
+        end = time.monotonic() + timeout if timeout > 0 else None
+        with self._changed:
+            while True:
+                found = min(self._results, default=None) if task is None else task
+                if found is not None and found in self._results:
+                    return found, self._results.pop(found)
+                left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
+                if left <= 0:
+                    raise TimeoutError
+                self._changed.wait(left)
+                self._check_running()
+
+    @property
+    def ready(self) -> int:
+        """Results that nobody has taken."""
+        return len(self._results)
+
+    def begin_epoch(self) -> None:
+        """Waits for what is under way, drops it, and has the workers begin anew."""
+        with self._changed:
+            while any(queue.running for queue in self._queues):
+                self._changed.wait(_LOOK)
+                self._check_running()
+            self._results.clear()
+            for queue in self._queues:
+                queue.worker.begin_epoch()
+
+    def close(self) -> None:
+        """Drops what has not begun; tasks that run finish and leave nothing."""
+        with self._changed:
+            self._closed = True
+            for queue in self._queues:
+                queue.tasks.clear()
+            self._results.clear()
+
+    def _check_running(self) -> None:
+        if self._stopped or any(queue.lost for queue in self._queues):
+            raise StoppedError(
+                "the spheres were stopped while a loader had batches under way; stop them after "
+                "the loop, or begin another one"
+            )
+
+    # ---- the spheres' side ----
+
+    def _hand_on(self, queue: _Queue) -> None:
+        # One task per work item: shards of a model that wait for a sphere get their turn.
+        try:
+            queue.work = self._spheres.distribute_work((queue,), self._do_one)
+        except StoppedError:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+        except RuntimeError:
+            if _core.current_sphere() < 0:
+                raise
+            self._do_one(queue)  # the spheres take no more batches of work for now
+
+    def _do_one(self, queue: _Queue) -> None:
+        with self._changed:
+            if self._closed or not queue.tasks:
+                queue.running = False
+                self._changed.notify_all()
+                return
+            task, index = queue.tasks.popleft()
+        result = queue.worker.run(index, task)
+        with self._changed:
+            if not self._closed:
+                self._results[task] = result
+            del result
+            if not queue.tasks:
+                queue.running = False
+            self._changed.notify_all()
+            if not queue.running:
+                return
+        self._hand_on(queue)
+
+
+_LOOK = 0.5  # seconds between two looks at whether the spheres still run
