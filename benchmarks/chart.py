@@ -1,6 +1,9 @@
 """Draws what bench_training.py measured: speeds relative to plain torch, a dot for each way.
 
 python benchmarks/chart.py results/training.json training.png
+python benchmarks/chart.py results/loader.json loader.png
+
+The second is drawn by loader_chart.py.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ Spread = tuple[float, float, float]
 """First quartile, median, third quartile."""
 Speeds = dict[str, dict[str, Spread]]
 """By row and way: how many times as fast as plain."""
+Styles = Mapping[str, tuple[str, str, bool, str]]
 
 
 def speeds(samples: Mapping[str, Sequence[float]]) -> Speeds:
@@ -97,15 +101,15 @@ def draw(sections: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def panel(axis: Any, measured: Speeds) -> None:
+def panel(axis: Any, measured: Speeds, styles: Styles = STYLES) -> None:
     """A line of dots for each row, the first on top."""
     axis.axvline(1, color="#b0b0b0", linewidth=1, zorder=0)
-    for i, (way, (colour, marker, filled, label)) in enumerate(STYLES.items()):
+    for i, (way, (colour, marker, filled, label)) in enumerate(styles.items()):
         here = [(y, ways[way]) for y, ways in enumerate(measured.values()) if way in ways]
         if not here:
             continue
         # A little below one another, so that equal speeds stay visible.
-        heights = [y + 0.13 * (i - (len(STYLES) - 1) / 2) for y, _ in here]
+        heights = [y + 0.65 * ((i + 0.5) / len(styles) - 0.5) for y, _ in here]
         axis.hlines(heights, [s[0] for _, s in here], [s[2] for _, s in here], colour, linewidth=1)
         axis.plot(
             [s[1] for _, s in here], heights, marker, color=colour, label=label, markersize=5.5,
@@ -124,7 +128,12 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    draw(report["sections"], Path(sys.argv[2]))
+    if report["benchmark"] == "bench_loader":
+        import loader_chart
+
+        loader_chart.draw(report["sections"], Path(sys.argv[2]))
+    else:
+        draw(report["sections"], Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

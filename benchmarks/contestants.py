@@ -9,15 +9,13 @@ from __future__ import annotations
 import gc
 import math
 import os
-import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import serving
 import torch
 from models import TASKS, Task
 from torch import Tensor, nn
@@ -208,11 +206,11 @@ class Contestant:
 
     def memory(self) -> dict[str, int]:
         """Bytes: the peak of what was resident, and how much of that are files (libraries)."""
-        status = _kibibytes("/proc/self/status")
+        status = serving.kibibytes("/proc/self/status")
         return {
             "peak": status["VmHWM"],
             "files": status["RssFile"] + status["RssShmem"],
-            "pss at the end": _kibibytes("/proc/self/smaps_rollup").get("Pss", 0),
+            "pss at the end": serving.kibibytes("/proc/self/smaps_rollup").get("Pss", 0),
         }
 
     def _step(self) -> None:
@@ -227,62 +225,13 @@ class Contestant:
             torch.distributed.barrier()
 
 
-def _kibibytes(path: str) -> dict[str, int]:
-    """The lines ``Name: number kB`` of a file, in bytes."""
-    found = {}
-    for line in Path(path).read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if value.endswith(" kB"):
-            found[name] = 1024 * int(value.split()[0])
-    return found
+# ---- the process ----
 
 
-# ---- the processes ----
-
-
-def serve(pipe: Connection) -> None:
-    """Answers commands, ``(method, arguments)``, until the pipe is closed.
-
-    An answer is a pair: ``ok`` and what was returned, ``missing`` or ``failed`` and why.
-    """
-    try:
-        contestant = Contestant(Setup(**pipe.recv()))
-        pipe.send(("ok", None))
-        while True:
-            command, arguments = pipe.recv()
-            pipe.send(("ok", getattr(contestant, command)(*arguments)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except NotImplementedError as error:
-        pipe.send(("missing", str(error)))
-    except Exception:  # noqa: BLE001 - the parent raises it
-        pipe.send(("failed", traceback.format_exc()))
-
-
-def main() -> None:
-    """Serves the pipe whose file descriptor is given, or each of several in a fork of its own."""
-    pipes = [Connection(int(argument)) for argument in sys.argv[1:]]
-    if len(pipes) == 1:
-        return serve(pipes[0])
+def prepare() -> None:
     import torch._dynamo  # the optimizers do it later, which takes each of them a second
     import torch.distributed  # noqa: F401
 
-    gc.freeze()  # or each collection before a measurement goes through all of torch's modules
-    children = []
-    for mine in pipes:
-        child = os.fork()
-        if child == 0:
-            for pipe in pipes:
-                if pipe is not mine:
-                    pipe.close()  # so that its end is seen when its own process ends
-            return serve(mine)
-        children.append(child)
-    for pipe in pipes:
-        pipe.close()
-    for child in children:
-        os.waitpid(child, 0)
-    return None
-
 
 if __name__ == "__main__":
-    main()
+    serving.main(lambda order: Contestant(Setup(**order)), prepare)

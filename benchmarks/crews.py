@@ -13,15 +13,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from contestants import Setup
-
 PATIENCE = 600  # seconds for one answer; whoever needs more hangs
+
+Setup = Any
+"""What a contestant is: a frozen dataclass with `processes`, whose fields these are sent."""
 
 
 class Missing(Exception):  # noqa: N818 - not an error
@@ -35,7 +36,7 @@ class Crew:
         self.setup = setup
         self._pipes = list(pipes)
         for rank, pipe in enumerate(pipes):
-            pipe.send(asdict(replace(setup, rank=rank, meeting=str(meeting))))
+            pipe.send(asdict(setup) | {"rank": rank, "meeting": str(meeting)})
 
     def join(self) -> None:
         """Waits until all are ready to be asked.
@@ -86,14 +87,18 @@ class Crews:
 
     `there` are those that can be asked, `missing` says why others cannot. The processes are forked
     from one that has imported torch and done nothing else, which saves seconds each; `apart` starts
-    each from nothing, for those whose memory is looked at.
+    each from nothing, for those whose memory is looked at. `script` is what they run, a file beside
+    this one that calls `serving.main`.
     """
 
-    def __init__(self, setups: Sequence[Setup], *, apart: bool = False) -> None:
+    def __init__(
+        self, setups: Sequence[Setup], *, apart: bool = False, script: str = "contestants.py"
+    ) -> None:
         self.there: list[Crew] = []
         self.missing: dict[Setup, str] = {}
         self._setups = setups
         self._apart = apart
+        self._script = Path(__file__).with_name(script)
         self._crews: list[Crew] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="crews-")
@@ -112,6 +117,11 @@ class Crews:
             raise
         return self
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that were started; with `apart` those of the contestants."""
+        return [process.pid for process in self._processes]
+
     def _start(self) -> None:
         ends: list[Connection] = []
         for i, setup in enumerate(self._setups):
@@ -121,10 +131,9 @@ class Crews:
             self._crews.append(Crew(setup, [ours for ours, _ in pipes], meeting))
         for group in [[end] for end in ends] if self._apart else [ends]:
             files = [end.fileno() for end in group]
-            script = Path(__file__).with_name("contestants.py")
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(script), *map(str, files)],
+                    [sys.executable, str(self._script), *map(str, files)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=files,
                     start_new_session=True,  # Ctrl-C is for the parent, who ends them all

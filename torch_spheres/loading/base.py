@@ -116,7 +116,7 @@ class SphereIterator(_BaseDataLoaderIter):
             yield
 
     def _next_index(self) -> Any:
-        index = super()._next_index()
+        index = super()._next_index()  # type: ignore[no-untyped-call]
         if self._dataset_kind == _DatasetKind.Map:
             self._pulled.add(index)
         return index

@@ -57,7 +57,7 @@ class _Job:
         self.begun = time.perf_counter()
         self.seconds = 0.0  # until it was done
         self.work: _core.Work | None = None
-        self.drew = False
+        self.drew = self.dropped = False
         self.delivery: Delivery | None = None
         self.error: BaseException | None = None
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class _Job:
             first, last = parts[k]
             watch = Watching()
             try:
-                if not any(other < first for other in list(self._errors)):
+                if not (self.dropped or any(other < first for other in list(self._errors))):
                     with context(), loading.meter.working(), watch.active():
                         position = Position(loading.base_seed, self.number)
                         with at(position):
@@ -90,7 +90,8 @@ class _Job:
             self._finish(parts, samples, loading, context)
 
         spheres._ensure_started("a wrapped loader")
-        self.work = spheres._core.submit(run, tuple(range(len(parts))), collect=False)
+        # (What is collected is nobody's to wait for, but for this job's.)
+        self.work = spheres._core.submit(run, tuple(range(len(parts))), collect=True)
 
     def _finish(
         self,
@@ -104,6 +105,7 @@ class _Job:
         try:
             if self._errors:
                 self.error = self._errors[min(self._errors)]
+            if self._errors or self.dropped:
                 return
             with context(), loading.meter.working(), watch.active():
                 position = Position(loading.base_seed, self.number)
@@ -198,7 +200,8 @@ class InlineIterator(SphereIterator):
             self._drop_last,
         )
         size = self._index_sampler.batch_size if self._auto_collation else 1
-        snapshot.restore_iterator(self._fetcher, size)
+        with self._sources.repeating(self._after_base_seed):
+            snapshot.restore_iterator(self._fetcher, size)
         self._snapshots = {0: snapshot}
 
     def _next_data(self) -> Any:
@@ -326,9 +329,7 @@ class InlineIterator(SphereIterator):
     def _shutdown_workers(self) -> None:
         """Drops what is under way."""
         while self._ahead:
-            work = self._ahead.popleft().work
-            if work is not None:
-                self._spheres._core.cancel(work)
+            self._ahead.popleft().dropped = True
 
     def __del__(self) -> None:
         self._shutdown_workers()

@@ -204,6 +204,7 @@ class Team:
             StoppedError: the spheres were stopped.
         """
         end = time.monotonic() + timeout if timeout > 0 else None
+        self._require_parent()
         with self._changed:
             while True:
                 found = min(self._results, default=None) if task is None else task
@@ -222,6 +223,7 @@ class Team:
 
     def begin_epoch(self) -> None:
         """Waits for what is under way, drops it, and has the workers begin anew."""
+        self._require_parent()
         with self._changed:
             while any(queue.running for queue in self._queues):
                 self._changed.wait(_LOOK)
@@ -232,11 +234,18 @@ class Team:
 
     def close(self) -> None:
         """Drops what has not begun; tasks that run finish and leave nothing."""
+        if self._spheres._core.forked():
+            return
         with self._changed:
             self._closed = True
             for queue in self._queues:
                 queue.tasks.clear()
             self._results.clear()
+
+    def _require_parent(self) -> None:
+        # Before the lock is taken, which a thread of the parent may have held.
+        if self._spheres._core.forked():
+            self._spheres._core.require_running("a wrapped loader")
 
     def _check_running(self) -> None:
         if self._stopped or any(queue.lost for queue in self._queues):
@@ -250,7 +259,9 @@ class Team:
     def _hand_on(self, queue: _Queue) -> None:
         # One task per work item: shards of a model that wait for a sphere get their turn.
         try:
-            queue.work = self._spheres.distribute_work((queue,), self._do_one)
+            self._spheres._ensure_started("a wrapped loader")
+            # (What is collected is none of those who wait for all work that was distributed.)
+            queue.work = self._spheres._core.submit(self._do_one, (queue,), collect=True)
         except StoppedError:
             with self._changed:
                 self._stopped = True

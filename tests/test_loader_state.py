@@ -1,0 +1,353 @@
+"""`state_dict` and `load_state_dict`: on with the batches that were left, in a new process too."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from loader_support import Numbers, flat, on_spheres
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    get_worker_info,
+)
+
+import torch_spheres as ts
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def spheres():
+    with ts.KissingSpheres(levels=2, concurrency=3) as running:
+        yield running
+
+
+class Drawing(Dataset):
+    """Draws from all of a worker's streams."""
+
+    def __len__(self):
+        return 41
+
+    def __getitem__(self, index):
+        info = get_worker_info()
+        if info is None:
+            return index, torch.rand(2)
+        rng = info.rng
+        return index, torch.rand(2), rng.random_generator.gauss(0, 1), rng.numpy_generator.rand()
+
+
+TENSORS = TensorDataset(torch.arange(41.0), torch.randn(41, 2))
+
+
+def resumption(make, spheres, stop_after, between=lambda loader: None):
+    """What is left of three epochs after a stop, without and with one; and the end's states."""
+
+    def go_on(loader, out):
+        for _ in range(2):
+            for batch in loader:
+                out.append((batch, torch.rand(1)))
+        out.append(torch.get_rng_state())
+        if loader.generator is not None:
+            out.append(loader.generator.get_state())
+        return out
+
+    torch.manual_seed(6)
+    loader, out = ts.wrap(make(), spheres), []
+    iterator = iter(loader)
+    for _ in range(stop_after):
+        next(iterator)
+        torch.rand(1)
+    between(loader)
+    state, rng = loader.state_dict(), torch.get_rng_state()
+    assert flat(loader.state_dict()) == flat(state)  # asking changes nothing
+    for batch in iterator:
+        out.append((batch, torch.rand(1)))
+    whole = go_on(loader, out)
+
+    torch.manual_seed(1234)
+    again = ts.wrap(make(), spheres)
+    torch.rand(3)
+    torch.set_rng_state(rng)
+    again.load_state_dict(state)
+    resumed = []
+    for batch in again:
+        resumed.append((batch, torch.rand(1)))
+    go_on(again, resumed)
+    for k, (a, b) in enumerate(zip(resumed, whole, strict=True)):
+        assert flat(a) == flat(b), f"item {k} after the resumption: {a} instead of {b}"
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize(
+    ("workers", "persistent"), [(0, False), *((w, p) for w in (1, 2, 3) for p in (False, True))]
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_left_comes(spheres, stop_after, workers, own, persistent):
+    for dataset in (Drawing(), TENSORS):
+
+        def make(dataset=dataset):
+            generator = torch.Generator().manual_seed(2) if own else None
+            return DataLoader(
+                dataset,
+                5,
+                shuffle=True,
+                num_workers=workers,
+                generator=generator,
+                persistent_workers=persistent,
+            )
+
+        resumption(make, spheres, stop_after)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samplers_and_batch_samplers(spheres, workers):
+    dataset = Drawing()
+    for make_options in (
+        lambda: {"sampler": RandomSampler(dataset, replacement=True, num_samples=60)},
+        lambda: {"batch_sampler": BatchSampler(RandomSampler(dataset), 4, drop_last=True)},
+        lambda: {"batch_sampler": ts.SphereBatchSampler(RandomSampler(dataset), 4)},
+        lambda: {"batch_size": None, "shuffle": True},
+        lambda: {"sampler": [*range(40, -1, -1)], "batch_size": 3},
+    ):
+        for stop_after in (0, 2, 5):
+            resumption(
+                lambda options=make_options: DataLoader(dataset, num_workers=workers, **options()),
+                spheres,
+                stop_after,
+            )
+
+
+def test_a_later_epoch_of_persistent_workers(spheres):
+    def make():
+        return DataLoader(Drawing(), 5, shuffle=True, num_workers=2, persistent_workers=True)
+
+    torch.manual_seed(3)
+    loader = ts.wrap(make(), spheres)
+    assert len([*loader]) == 9
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    state, rng = loader.state_dict(), torch.get_rng_state()
+    left = [*iterator]
+    third = [*loader]
+
+    torch.manual_seed(99)
+    again = ts.wrap(make(), spheres)
+    again.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert flat([*again]) == flat(left)
+    assert flat([*again]) == flat(third)
+
+
+def test_on_the_spheres_batches_that_were_loaded_ahead_are_not_lost(spheres):
+    loader = on_spheres(ts.wrap(DataLoader(Numbers(40), 4, shuffle=True), spheres))
+    torch.manual_seed(1)
+    iterator = iter(loader)
+    first = [next(iterator) for _ in range(3)]
+    state = loader.state_dict()
+    left = [*iterator]
+    assert loader.stats().way == "spheres" and len(first) + len(left) == 10
+    torch.manual_seed(50)
+    again = on_spheres(ts.wrap(DataLoader(Numbers(40), 4, shuffle=True), spheres))
+    again.load_state_dict(state)
+    assert flat([*again]) == flat(left)
+    assert len([*again]) == 10  # the next epoch begins at the beginning
+
+
+class Counter(IterableDataset):
+    """Keeps its position in an iterator that can save it."""
+
+    def __init__(self, rows=23):
+        self.rows = rows
+
+    def __iter__(self):
+        return CounterIterator(self.rows)
+
+
+class CounterIterator:
+    replayed = 0
+
+    def __init__(self, rows):
+        info = get_worker_info()
+        self.step = 1 if info is None else info.num_workers
+        self.at = 0 if info is None else info.id
+        self.rows = rows
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at >= self.rows:
+            raise StopIteration
+        CounterIterator.replayed += 1
+        self.at += self.step
+        return self.at - self.step, torch.rand(1)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class Remembering(IterableDataset):
+    """Keeps its position in itself."""
+
+    def __init__(self, rows=23):
+        self.rows, self.at, self.loaded = rows, 0, False
+
+    def __iter__(self):
+        info = get_worker_info()
+        step, first = (1, 0) if info is None else (info.num_workers, info.id)
+        start, self.loaded = (self.at if self.loaded else 0), False
+        for k in range(start, self.rows):
+            self.at = k + 1
+            yield k * step + first, torch.rand(1)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at, self.loaded = state["at"], True
+
+
+class Plain(IterableDataset):
+    """Keeps nothing: what was there has to be read over."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        step, first = (1, 0) if info is None else (info.num_workers, info.id)
+        for k in range(first, 23, step):
+            yield k, torch.rand(1)
+
+
+@pytest.mark.parametrize("kind", [Counter, Remembering, Plain])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_iterable_datasets(spheres, kind, workers):
+    for batch_size in (None, 4):
+        for stop_after in (0, 1, 4, 6):
+
+            def begin(batch_size=batch_size):
+                plain = DataLoader(kind(), batch_size, num_workers=workers)
+                return ts.wrap(plain, spheres, copy_dataset=workers > 1)
+
+            torch.manual_seed(8)
+            loader = begin()
+            iterator = iter(loader)
+            if stop_after > 4 and batch_size and workers == 0:
+                continue
+            for _ in range(stop_after):
+                next(iterator)
+            state, rng = loader.state_dict(), torch.get_rng_state()
+            left = [*iterator]
+            torch.manual_seed(77)
+            again = begin()
+            again.load_state_dict(state)
+            torch.set_rng_state(rng)
+            before = CounterIterator.replayed
+            assert flat([*again]) == flat(left)
+            if kind is Counter:  # nothing is read that was read before
+                rows = len(left) if batch_size is None else sum(len(b[0]) for b in left)
+                assert CounterIterator.replayed - before == rows
+
+
+def test_workers_that_share_a_dataset_with_a_position_cannot_save_it(spheres):
+    loader = ts.wrap(DataLoader(Remembering(), 2, num_workers=2), spheres)
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(RuntimeError, match="Remembering keeps its position in itself, and 2"):
+        loader.state_dict()
+
+
+def test_mistakes(spheres):
+    loader = ts.wrap(DataLoader(Numbers(20), 4, shuffle=True), spheres)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=r"not a state of a wrapped loader: no \['base_seed'"):
+        loader.load_state_dict({"epoch": 3})
+    other = ts.wrap(DataLoader(Numbers(20), 5, shuffle=True, num_workers=1), spheres)
+    with pytest.raises(ValueError, match="batch_size=4, not 5; num_workers=0, not 1"):
+        other.load_state_dict(state)
+    shorter = ts.wrap(DataLoader(Numbers(11), 4, shuffle=True), spheres)
+    shorter.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="the sampler does not repeat the 1 batches"):
+        iter(shorter)
+    free = ts.wrap(DataLoader(Numbers(20), 4, num_workers=2, in_order=False), spheres)
+    iterator = iter(free)
+    next(iterator)
+    with pytest.raises(RuntimeError, match="in_order=False has no position"):
+        free.state_dict()
+
+
+def test_the_state_is_plain_and_can_be_saved(spheres, tmp_path):
+    loader = ts.wrap(DataLoader(Drawing(), 4, shuffle=True, num_workers=2), spheres)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    left = [*iterator]
+    again = ts.wrap(DataLoader(Drawing(), 4, shuffle=True, num_workers=2), spheres)
+    again.load_state_dict(state)
+    assert flat([*again]) == flat(left)
+
+
+SCRIPT = """
+import sys, torch
+import torch_spheres as ts
+from torch.utils.data import DataLoader, Dataset
+class Noisy(Dataset):
+    def __len__(self): return 50
+    def __getitem__(self, index): return index + torch.rand(())
+path, workers, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+torch.manual_seed(0 if not resume else 1)
+loader = ts.wrap(DataLoader(Noisy(), 4, shuffle=True, num_workers=workers))
+if resume:
+    state, rng = torch.load(path, weights_only=True)
+    loader.load_state_dict(state)
+    torch.set_rng_state(rng)
+iterator = iter(loader)
+if not resume:
+    for _ in range(5):
+        next(iterator)
+    torch.save((loader.state_dict(), torch.get_rng_state()), path)
+for epoch in range(2):
+    for batch in iterator:
+        print(batch.numpy().tobytes().hex(), float(torch.rand(())))
+    iterator = loader
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_new_process(tmp_path, workers):
+    def run(what):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "state.pt"), str(workers), what]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.splitlines()
+
+    left = run("save")
+    assert len(left) == 8 + 13
+    assert run("resume") == left
+
+
+def test_a_random_place(spheres):
+    generator = random.Random(5)
+    for _ in range(10):
+        rows, size = generator.randint(5, 60), generator.randint(1, 9)
+        workers = generator.randint(0, 3)
+        stop = generator.randint(0, rows // size)
+
+        def make(rows=rows, size=size, workers=workers):
+            return DataLoader(Numbers(rows, ("torch",)), size, shuffle=True, num_workers=workers)
+
+        resumption(make, spheres, stop)

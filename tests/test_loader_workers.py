@@ -1,0 +1,392 @@
+"""Logical workers: what a dataset sees of them, their random streams, and their errors."""
+
+from __future__ import annotations
+
+import contextvars
+import random
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from loader_support import Numbers, flat, on_spheres
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils.worker import _generate_state
+
+import torch_spheres as ts
+from torch_spheres.loading.info import shown
+from torch_spheres.loading.inline import _parts
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def spheres():
+    with ts.KissingSpheres(levels=2, concurrency=3) as running:
+        yield running
+
+
+class Asking(Dataset):
+    """Samples are what `ask(index)` returns, in whatever thread."""
+
+    def __init__(self, ask, rows=24):
+        self.ask, self.rows = ask, rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        return self.ask(index)
+
+
+def ask(spheres, fn, rows=24, batch_size=2, workers=3, **options):
+    """What `fn(index)` returns in a wrapped loader's threads."""
+    wrapping = {k: options.pop(k) for k in ("copy_dataset",) if k in options}
+    plain = DataLoader(
+        Asking(fn, rows), batch_size, num_workers=workers, collate_fn=list, **options
+    )
+    return [sample for batch in ts.wrap(plain, spheres, **wrapping) for sample in batch]
+
+
+# ---- what a dataset sees ----
+
+
+def test_worker_info_is_that_of_the_batchs_worker(spheres):
+    torch.manual_seed(0)
+    base = int(torch.empty((), dtype=torch.int64).random_())
+    torch.manual_seed(0)
+    infos = ask(spheres, lambda _: get_worker_info())
+    assert [info.id for info in infos] == [i // 2 % 3 for i in range(24)]
+    for info in infos:
+        assert info.num_workers == 3 and info.seed == base + info.id
+        assert isinstance(info.dataset, Asking) and info.worker_method == "thread"
+        assert info.rng.torch_generator.initial_seed() == info.seed
+    assert get_worker_info() is None
+    assert set(ask(spheres, lambda _: get_worker_info(), workers=0)) == {None}
+
+
+def test_streams_are_those_of_process_workers(spheres):
+    def draws(_):
+        info = get_worker_info()
+        rng = info.rng
+        return (
+            info.seed,
+            torch.initial_seed(),
+            torch.rand(2),
+            torch.random.thread_safe_generator() is rng.torch_generator,
+            rng.random_generator.random(),
+            rng.numpy_generator.rand(),
+        )
+
+    first, *_, last = ask(spheres, draws, workers=2)
+    for sample, worker in ((first, 0), (last, 1)):
+        seed = sample[0]
+        base = seed - worker
+        assert sample[1] == seed and sample[3]
+        mine = random.Random(seed)
+        numpy = np.random.RandomState(_generate_state(base, worker))
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(12 if worker else 1):  # worker 1's last sample is its twelfth
+            expected = torch.rand(2, generator=generator), mine.random(), numpy.rand()
+        assert flat([sample[2], sample[4], sample[5]]) == flat([*expected])
+
+
+def test_the_same_batches_at_any_concurrency():
+    def draws(_):
+        rng = get_worker_info().rng
+        return torch.rand(2), rng.random_generator.random(), rng.numpy_generator.rand()
+
+    results = []
+    for levels, concurrency in ((1, 1), (2, 1), (2, 2), (2, 12), (3, 5)):
+        with ts.KissingSpheres(levels=levels, concurrency=concurrency) as spheres:
+            torch.manual_seed(4)
+            results.append(flat(ask(spheres, draws, rows=40)))
+    assert all(result == results[0] for result in results)
+
+
+def test_sample_seeds_depend_on_the_place_alone():
+    seeds = {}
+    for workers, concurrency in ((0, 1), (0, 5), (2, 2), (3, 4)):
+        with ts.KissingSpheres(levels=2, concurrency=concurrency) as spheres:
+            torch.manual_seed(4)
+            seeds[workers, concurrency] = ask(
+                spheres, lambda _: ts.sample_seed(), rows=100, batch_size=20, workers=workers
+            )
+    first, *others = seeds.values()
+    assert all(other == first for other in others)
+    assert len(set(first)) == 100 and all(0 <= seed < 2**63 for seed in first)
+    with pytest.raises(RuntimeError, match="this thread loads nothing"):
+        ts.sample_seed()
+
+
+def test_sample_seeds_of_batches_and_streams(spheres):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return (ts.sample_seed() for _ in range(6))
+
+    torch.manual_seed(1)
+    first = [*ts.wrap(DataLoader(Stream(), 2, num_workers=1), spheres)]
+    assert len(first) == 3 and all(len(set(batch.tolist())) == 1 for batch in first)
+    assert len({int(batch[0]) for batch in first}) == 3
+
+
+def test_no_shared_memory_is_taken(spheres):
+    plain = DataLoader(Numbers(8), 4, num_workers=2)
+    for batch in ts.wrap(plain, spheres):
+        assert not batch[0].is_shared()
+    for batch in plain:
+        assert batch[0].is_shared()  # the process workers' still
+
+
+def test_a_collate_fn_sees_the_worker(spheres):
+    def collate(samples):
+        return get_worker_info().id, torch.utils.data.default_collate(samples).is_shared()
+
+    loader = DataLoader(torch.arange(12.0), 2, num_workers=3, collate_fn=collate)
+    assert [*ts.wrap(loader, spheres)] == [(i % 3, False) for i in range(6)]
+
+
+def test_the_info_of_an_outer_loader_comes_back():
+    assert get_worker_info() is None
+    with shown("outer"):
+        with shown(None):
+            assert get_worker_info() is None
+        assert get_worker_info() == "outer"
+    assert get_worker_info() is None
+
+
+def test_context_variables_of_a_worker_stay(spheres):
+    variable = contextvars.ContextVar("variable")
+
+    def begin(worker):
+        variable.set([worker])
+
+    def visit(index):
+        variable.get().append(index)
+        return [*variable.get()]
+
+    loader = DataLoader(
+        Asking(visit, 8), 1, num_workers=2, worker_init_fn=begin, collate_fn=lambda s: s[0]
+    )
+    assert [*ts.wrap(loader, spheres)][-2:] == [[0, 0, 2, 4, 6], [1, 1, 3, 5, 7]]
+
+
+def test_worker_init_fn_runs_once_for_each_worker_and_seeds_it(spheres):
+    calls = []
+
+    def init(worker):
+        calls.append((worker, get_worker_info().id, torch.initial_seed() == get_worker_info().seed))
+        torch.manual_seed(100 + worker)
+
+    loader = DataLoader(
+        Asking(lambda _: torch.initial_seed(), 12),
+        2,
+        num_workers=2,
+        worker_init_fn=init,
+        persistent_workers=True,
+    )
+    wrapped = ts.wrap(loader, spheres)
+    for _ in range(2):
+        assert [batch.tolist() for batch in wrapped] == [[100, 100], [101, 101]] * 3
+    assert sorted(calls) == [(0, 0, True), (1, 1, True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_of_the_dataset(spheres, workers):
+    class Counting(Dataset):
+        def __init__(self):
+            self.active = 0
+
+        def __len__(self):
+            return 48
+
+        def __getitem__(self, index):
+            self.active += 1  # not thread-safe
+            seen = self.active
+            time.sleep(0.001)
+            self.active -= 1
+            return seen, id(self)
+
+        __hash__ = object.__hash__
+
+    dataset = Counting()
+    plain = DataLoader(dataset, 12, num_workers=workers, collate_fn=list)
+    samples = [s for batch in ts.wrap(plain, spheres, copy_dataset=True) for s in batch]
+    assert {seen for seen, _ in samples} == {1}
+    owners = {owner for _, owner in samples}
+    assert len(owners) == 2 if workers else len(owners) > 2
+    shared = [s for batch in ts.wrap(plain, spheres) for s in batch]
+    assert {owner for _, owner in shared} == {id(dataset)}
+
+
+def test_the_parts_of_a_batch_go_to_the_kissing_spheres():
+    """A batch's rows belong to the spheres as `shard_bounds` cuts, on two levels and on three."""
+    for levels, rows in ((2, 30), (3, 300)):
+        with ts.KissingSpheres(levels=levels, concurrency=2) as spheres:
+            plain = DataLoader(Asking(lambda index: index, 6 * rows), rows, collate_fn=list)
+            seen = [s for batch in on_spheres(ts.wrap(plain, spheres)) for s in batch]
+            assert seen == list(range(6 * rows))
+            leaves = spheres.stats().level(levels - 1)
+            assert sum(s.items_run for s in leaves) == 6 * min(rows, spheres.leaves)
+
+
+def test_parts_follow_the_trees_order():
+    for rows, leaves in ((0, 12), (7, 12), (100, 12), (100, 144), (1000, 144), (5, 1)):
+        parts = _parts(rows, leaves)
+        assert sorted(row for begin, end in parts for row in range(begin, end)) == [*range(rows)]
+        groups = ts.shard_bounds(rows, min(12, leaves))
+        for k, (begin, end) in enumerate(parts):  # item k belongs to kissing sphere k mod 12
+            low, high = groups[k % 12]
+            assert low <= begin < end <= high
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_original_exception_comes_with_its_place(spheres, workers):
+    error = KeyError("no such row")
+
+    def fail(index):
+        if index == 13:
+            raise error
+        return index
+
+    loader = ts.wrap(DataLoader(Asking(fail), 4, num_workers=workers, collate_fn=list), spheres)
+    iterator = iter(loader)
+    assert [next(iterator) for _ in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(KeyError) as caught:
+        next(iterator)
+    assert caught.value is error
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "fail" in frames
+    note = caught.value.__notes__[0]
+    assert note.startswith("while loading dataset[13], sample 1 of batch 3, ")
+    assert "on sphere " in note or "in the caller's thread" in note
+    assert [*iterator] == [[16, 17, 18, 19], [20, 21, 22, 23]]
+
+
+def test_of_several_errors_in_a_batch_the_first_is_raised(spheres):
+    def fail(index):
+        if index >= 40:
+            time.sleep(0.002 * (60 - index) / 20)  # the later, the sooner
+            raise ValueError(index)
+        return index
+
+    loader = DataLoader(Asking(fail, 60), 10, collate_fn=list)
+    wrapped = on_spheres(ts.wrap(loader, spheres))
+    iterator = iter(wrapped)
+    for _ in range(4):
+        next(iterator)
+    for first in (40, 50):
+        with pytest.raises(ValueError) as caught:
+            next(iterator)
+        assert caught.value.args == (first,)
+    assert wrapped.stats().way == "spheres"
+
+
+def test_errors_of_collate_fn_and_worker_init_fn(spheres):
+    def collate(samples):
+        raise OSError(f"cannot put {samples} together")
+
+    for workers in (0, 2):
+        loader = ts.wrap(
+            DataLoader(torch.arange(4), 2, num_workers=workers, collate_fn=collate), spheres
+        )
+        with pytest.raises(OSError, match="cannot put"):
+            next(iter(loader))
+
+    def init(worker):
+        raise OSError(f"no worker {worker}")
+
+    loader = DataLoader(torch.arange(4), 2, num_workers=2, worker_init_fn=init)
+    iterator = iter(ts.wrap(loader, spheres))
+    for worker in (0, 1):
+        with pytest.raises(OSError, match=f"no worker {worker}") as caught:
+            next(iterator)
+        assert f"in worker_init_fn of logical worker {worker}" in caught.value.__notes__
+
+
+def test_a_timeout_says_so_and_the_batch_still_comes(spheres):
+    gate = threading.Event()
+    loader = DataLoader(
+        Asking(lambda index: gate.wait(60) and index, 4), 2, num_workers=1, timeout=0.05
+    )
+    iterator = iter(ts.wrap(loader, spheres))
+    with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0\.05 seconds"):
+        next(iterator)
+    gate.set()
+    loader_rows = []
+    while len(loader_rows) < 2:
+        try:
+            loader_rows.append(next(iterator).tolist())
+        except RuntimeError:
+            continue
+    assert loader_rows == [[0, 1], [2, 3]]
+
+
+def test_mistakes(spheres):
+    loader = DataLoader(torch.arange(4))
+    with pytest.raises(TypeError, match=r"loader must be a torch\.utils\.data\.DataLoader, got \["):
+        ts.wrap([1, 2], spheres)
+    with pytest.raises(TypeError, match="spheres must be a KissingSpheres, got int"):
+        ts.wrap(loader, 12)
+    with pytest.raises(TypeError, match=r"copy_dataset must be True or False, got 'yes'"):
+        ts.wrap(loader, spheres, copy_dataset="yes")
+    with pytest.raises(ValueError, match=r"workers must be one of .*, got 'thread'"):
+        ts.wrap(loader, spheres, workers="thread")
+    with pytest.raises(ValueError, match="needs a DataLoader with num_workers > 0"):
+        ts.wrap(loader, spheres, workers="process")
+    with pytest.raises(ValueError, match="wrapped already"):
+        ts.wrap(ts.wrap(loader, spheres), spheres)
+    with pytest.raises(TypeError, match=r"hand it to torch_spheres\.wrap\(loader\)"):
+        ts.SphereLoader(loader.dataset)
+    with pytest.raises(RuntimeError, match="nonsense"):
+        ts.wrap(loader, spheres, device="nonsense")
+
+    class Own(DataLoader):
+        def _get_iterator(self):
+            return iter([1])
+
+    with pytest.raises(ValueError, match="Own makes its iterators itself"):
+        ts.wrap(Own(torch.arange(4)), spheres)
+
+
+def test_a_multiprocessing_context_is_accepted_and_said_to_have_no_effect(spheres):
+    loader = DataLoader(torch.arange(4), 2, num_workers=1, multiprocessing_context="spawn")
+    with pytest.warns(UserWarning, match="multiprocessing_context has no effect"):
+        wrapped = ts.wrap(loader, spheres)
+    assert [batch.tolist() for batch in wrapped] == [[0, 1], [2, 3]]
+
+
+def test_processes_can_go_on_loading(spheres):
+    loader = DataLoader(Numbers(20, draws=("torch", "random")), 4, num_workers=2)
+    torch.manual_seed(2)
+    plain = [*loader]
+    torch.manual_seed(2)
+    wrapped = ts.wrap(loader, spheres, workers="process", device="cpu")
+    assert flat([*wrapped]) == flat(plain)
+    assert wrapped.stats().way == "process"
+    with pytest.raises(RuntimeError, match="does not know where worker processes are"):
+        wrapped.state_dict()
+
+
+def test_get_worker_info_that_was_imported_before():
+    script = """
+from torch.utils.data import DataLoader, get_worker_info
+import torch
+class Who(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, index): return get_worker_info().id
+import torch_spheres as ts
+loader = DataLoader(Who(), 1, num_workers=2)
+print([int(b) for b in ts.wrap(loader)], [int(b) for b in loader], get_worker_info())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=100
+    )
+    assert ran.stdout == "[0, 1, 0, 1] [0, 1, 0, 1] None\n", ran.stderr
