@@ -17,13 +17,6 @@ from tqdm import tqdm
 import torch_spheres as ts
 
 
-class Whole(TensorDataset):
-    """Fetches a batch with one index instead of row by row."""
-
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor[indices] for tensor in self.tensors)
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
@@ -57,18 +50,18 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
     sampler = BatchSampler(order, args.batch_size, drop_last=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
+    dataset = TensorDataset(data.train_x, data.train_y)
+    loader: DataLoader = DataLoader(dataset, batch_sampler=sampler)
     spheres = None
     if not args.plain:  # the lines that put the training on the spheres
         spheres = ts.KissingSpheres(levels=args.levels, concurrency=args.concurrency).start()
         sampler = ts.SphereBatchSampler(order, args.batch_size, spheres=spheres)
+        loader = ts.wrap(DataLoader(dataset, batch_sampler=sampler), spheres)
         model = ts.SphereParallel(model, spheres)
         # Eight digits a shard are few, and the advice says so; --plain is there to compare.
         warnings.filterwarnings("ignore", message="the shards of this model are so small")
         ts.GradientHook(optimizer, model)
 
-    loader = DataLoader(
-        Whole(data.train_x, data.train_y), batch_sampler=sampler, collate_fn=lambda batch: batch
-    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.epochs * len(loader))
     criterion = nn.CrossEntropyLoss()
     for epoch in range(args.epochs):

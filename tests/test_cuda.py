@@ -10,6 +10,7 @@ import zoo
 from reference import digest
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
 
@@ -79,3 +80,29 @@ def test_devices_other_than_the_cpu_run_shards_in_turn():
         assert model.module.weight.grad.is_meta
         assert model.plan == "12 shards in turn, intra-op threads"
         assert spheres.stats().items_run == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_cuda)])
+def test_loaders_hand_over_batches_on_the_device(device, workers):
+    dataset = [{"x": torch.full((3,), float(i)), "name": str(i)} for i in range(20)]
+    plain = DataLoader(dataset, 4, num_workers=workers)
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        batches = [*ts.wrap(plain, spheres, device=device)]
+    assert [batch["name"] for batch in batches] == [batch["name"] for batch in plain]
+    for batch, other in zip(batches, plain, strict=True):
+        assert batch["x"].device.type == device and batch["x"].shape == other["x"].shape
+        if device == "cuda":
+            assert torch.equal(batch["x"].cpu(), other["x"])
+
+
+@needs_cuda
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_are_done_when_the_loop_uses_them(workers):
+    rows = torch.randn(64, 1 << 18)
+    plain = DataLoader(TensorDataset(rows), 8, num_workers=workers)
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        for _ in range(3):
+            loader = ts.wrap(plain, spheres, device="cuda")
+            sums = torch.cat([batch[0].double().sum(1) for batch in loader])
+            torch.testing.assert_close(sums.cpu(), rows.double().sum(1))

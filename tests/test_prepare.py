@@ -30,10 +30,11 @@ def train(model, optimizer, loader):
 def test_the_loop_stays_and_so_do_the_parameters():
     model, optimizer, loader = parts()
     weight, plain = model.weight, copy.deepcopy(model)
-    parallel, same_optimizer, same_loader = ts.prepare(model, optimizer, loader)
-    assert same_optimizer is optimizer and same_loader is loader
+    parallel, same_optimizer, wrapped = ts.prepare(model, optimizer, loader)
+    assert same_optimizer is optimizer and isinstance(wrapped, ts.SphereLoader)
+    assert wrapped.spheres is parallel.spheres and wrapped.dataset is loader.dataset
     assert parallel.module is model and parallel.module.weight is weight
-    train(parallel, optimizer, loader)
+    train(parallel, optimizer, wrapped)
     train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), loader)
     torch.testing.assert_close(model.weight, plain.weight)
     parallel.spheres.stop()
@@ -41,7 +42,11 @@ def test_the_loop_stays_and_so_do_the_parameters():
 
 def test_spheres_and_mode_are_passed_on():
     with ts.KissingSpheres(concurrency=2) as spheres:
-        parallel, optimizer, _ = ts.prepare(*parts(), spheres, reproducible=False)
+        model, optimizer, loader = parts()
+        loader = ts.wrap(loader, spheres, copy_dataset=True)
+        prepared = ts.prepare(model, optimizer, loader, spheres, reproducible=False)
+        parallel, optimizer, same_loader = prepared
+        assert same_loader is loader
         assert parallel.spheres is spheres and not parallel.reproducible
         assert len(optimizer._optimizer_step_pre_hooks) == 1
 

@@ -36,11 +36,12 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / name).exists(), name
 
 
-def test_existing_loop_example_runs():
+@pytest.mark.parametrize("name", ["existing_loop.py", "wrap_loader.py"])
+def test_example_runs(name):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "existing_loop.py")],
+        [sys.executable, str(ROOT / "examples" / name)],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "bit for bit" in done.stdout
+    assert "bit for bit" in done.stdout and "NO" not in done.stdout

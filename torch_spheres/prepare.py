@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from torch_spheres.gradients import GradientHook
+from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["prepare"]
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
-Loader = TypeVar("Loader", bound="DataLoader[Any]")
+T = TypeVar("T")
 
 
 def prepare(
     model: nn.Module,
     optimizer: Optimizer,
-    loader: Loader,
+    loader: DataLoader[T],
     spheres: KissingSpheres | None = None,
     *,
     reproducible: bool = True,
-) -> tuple[SphereParallel, Optimizer, Loader]:
+) -> tuple[SphereParallel, Optimizer, SphereLoader[T]]:
     """``model, optimizer, loader = ts.prepare(model, optimizer, loader)``, and the loop stays.
 
     Args:
         model: becomes a `SphereParallel`; its parameters stay the same objects.
         optimizer: of the model's parameters; gets a `GradientHook` that lives as long as it does.
-        loader: is returned as it is (a loader on the spheres is planned).
+        loader: is wrapped, see `wrap`; one that is wrapped already stays as it is.
         spheres: who runs the shards; None makes a `KissingSpheres` of two levels, which is
             ``model.spheres``.
         reproducible: as of `SphereParallel`.
@@ -52,4 +53,5 @@ def prepare(
             "the optimizer has none of the model's parameters; was it made for a copy of the "
             "model, or before the model was given new ones?"
         )
-    return parallel, optimizer, loader
+    wrapped = loader if isinstance(loader, SphereLoader) else wrap(loader, parallel.spheres)
+    return parallel, optimizer, wrapped
