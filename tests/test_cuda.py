@@ -96,8 +96,7 @@ def test_loaders_hand_over_batches_on_the_device(device, workers):
             assert torch.equal(batch["x"].cpu(), other["x"])
 
 
-@needs_cuda
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(n, marks=needs_cuda) for n in (0, 2)])
 def test_copies_are_done_when_the_loop_uses_them(workers):
     rows = torch.randn(64, 1 << 18)
     plain = DataLoader(TensorDataset(rows), 8, num_workers=workers)
