@@ -16,13 +16,14 @@ from chart import Speeds, panel, spread
 
 # colour (Okabe and Ito's, which colour-blind people tell apart), marker, filled?, legend
 STYLES = {
-    names.OURS: ("#0072b2", "o", True, "ours, num_workers=2"),
+    names.OURS: ("#0072b2", "o", True, "ours, with workers"),
     names.OURS_NO_WORKERS: ("#0072b2", "o", False, "ours, num_workers=0"),
     names.OURS_PROCESS: ("#009e73", "P", True, 'ours, workers="process"'),
     names.NO_WORKERS: ("#8a8a8a", "s", False, "DataLoader, num_workers=0"),
     names.PROCESSES: ("#3d3d3d", "D", False, "DataLoader, new processes"),
+    names.FORKSERVER: ("#3d3d3d", "x", True, "the same, forkserver"),
     names.PERSISTENT: ("#3d3d3d", "D", True, "DataLoader, persistent processes"),
-    names.PREFETCH: ("#8a8a8a", "s", True, "the same, prefetch_factor=8"),
+    names.PREFETCH: ("#8a8a8a", "s", True, "persistent, prefetch_factor=8"),
     names.WHOLE: ("#cc79a7", "X", True, "DataLoader, __getitems__ by hand"),
     names.SPDL: ("#d55e00", "^", True, "SPDL, threads"),
     names.NODES: ("#e69f00", "v", True, "torchdata.nodes, threads"),
@@ -59,8 +60,8 @@ def draw(sections: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_xlim(min(every) / 1.15, max(every) * 1.15)
     axis.minorticks_off()
     axis.set_xlabel(
-        "times as fast (memory: times as little) as the best plain DataLoader of the row; "
-        "right is better, dots are medians, lines quartiles",
+        "times as fast (memory: times as little) as the best plain DataLoader of the row\n"
+        "(right is better, dots are medians, lines quartiles)",
         fontsize=9,
     )
     handles, labels = axis.get_legend_handles_labels()

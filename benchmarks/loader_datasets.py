@@ -22,10 +22,7 @@ Samples = Dataset[Any]
 
 
 class Whole(TensorDataset):
-    """Fetches a batch with one index, as the dataset in examples/mnist.py.
-
-    That one is not imported because torch_spheres would be, which is none of the peers' business.
-    """
+    """Fetches a batch with one index: what one writes by hand to make a plain loader fast."""
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         return tuple(tensor[indices] for tensor in self.tensors)

@@ -60,6 +60,10 @@ class Stream(IterableDataset):
         return self.rows
 
 
+# Warnings about worker processes, and of a dataset, which in one of those nobody sees.
+_OTHER_PROCESS = ("will create", "non-tuple sequence")
+
+
 def epochs(loader, count=2, take=None):
     """Everything that comes out, errors too, with a draw of the training's after each batch."""
     out = []
@@ -75,7 +79,8 @@ def epochs(loader, count=2, take=None):
                 except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
                     out.append(type(error).__name__)
                 out.append(torch.rand(1))
-        out.extend(str(w.message) for w in caught if "will create" not in str(w.message))
+        messages = [str(w.message) for w in caught]
+        out.extend(m for m in messages if not any(known in m for known in _OTHER_PROCESS))
     out.append(torch.get_rng_state())
     if loader.generator is not None:
         out.append(loader.generator.get_state())

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_support import epochs, flat, same
@@ -168,8 +169,39 @@ def test_tensors_that_need_care_are_left_to_the_samples():
         assert gather(StackDataset(value), [1, 2], None) is None
 
 
+def test_tensors_without_the_memory_that_they_claim():
+    """Plain torch raises, or makes up zeros; reading there would be a crash."""
+    shrunk = torch.zeros(10, 4)
+    shrunk.untyped_storage().resize_(0)
+    part = torch.zeros(10, 4)
+    part.untyped_storage().resize_(80)
+    for value in (shrunk, part, torch._efficientzerotensor((10, 6))):
+        assert gather(TensorDataset(value), [0, 9], None) is None
+    packed = torch.randint(0, 2, (8,), dtype=torch.uint8).view(torch.quint2x4)
+    assert gather(TensorDataset(packed), [0], None) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transforms_of_torch_func_are_respected():
+    dataset = TensorDataset(torch.randn(6, 4))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn(6, 4), torch.ones(6, 4))
+        assert gather(TensorDataset(dual), [1], None) is None
+        assert gather(dataset, [1], None) is not None
+    seen = []
+
+    def inside(x):
+        seen.append(gather(dataset, [1], None))
+        return x
+
+    torch.vmap(inside)(torch.ones(3))
+    assert seen == [None]
+
+
 def test_indices_that_need_care_are_left_to_the_samples():
     dataset = TensorDataset(torch.arange(6.0))
+    for indices in ((1, 2), np.array([1, 2]), torch.tensor([1, 2]), {1}, range(3)):
+        assert gather(dataset, indices, None) is None
     for indices in ([], [True], [np.int64(1)], [torch.tensor(1)], [6], [-7], [1.0], ["1"], [2**70]):
         assert gather(dataset, indices, None) is None
     assert gather(Subset(dataset, [torch.tensor(1)]), [0], None) is None
@@ -198,6 +230,15 @@ def test_modes_and_registered_collate_functions_are_respected():
         assert [*ts.wrap(DataLoader(dataset, 2))] == [["mine"]] * 3
     finally:
         default_collate_fn_map[torch.Tensor] = known
+    for kind in (tuple, dict, np.ndarray):
+        before = dict(default_collate_fn_map)
+        try:
+            default_collate_fn_map[kind] = lambda batch, *, collate_fn_map=None: "mine"
+            assert not gathers(dataset, default_collate)
+        finally:
+            default_collate_fn_map.clear()
+            default_collate_fn_map.update(before)
+    assert gathers(dataset, default_collate)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

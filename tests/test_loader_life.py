@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -177,29 +181,162 @@ def test_a_hundred_workers(spheres):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_inside_a_work_item_of_the_same_spheres(spheres, workers):
-    """Without workers the item's thread loads; with workers others have to."""
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+def test_inside_a_work_item_of_the_same_spheres(workers, concurrency):
+    """The item's own thread loads: the others may be as busy."""
     plain = DataLoader(Numbers(20), 4, num_workers=workers)
 
     def count(_):
-        loader = ts.wrap(plain, spheres)
-        return sum(len(batch[1]) for batch in (loader if workers else on_spheres(loader)))
+        loader = wrapped_again(plain, spheres)
+        return sum(len(batch[1]) for batch in loader)
 
-    assert spheres.map(count, range(2)) == [20, 20]
+    with ts.KissingSpheres(levels=2, concurrency=concurrency) as spheres:
+        assert spheres.map(count, range(12)) == [20] * 12
 
 
-def test_a_loader_inside_the_dataset_of_another(spheres):
-    class Outer(Dataset):
-        def __len__(self):
-            return 6
+def wrapped_again(plain, spheres):
+    loader = ts.wrap(plain, spheres)
+    return loader if plain.num_workers else on_spheres(loader)
 
-        def __getitem__(self, index):
-            inner = on_spheres(ts.wrap(DataLoader(Numbers(8), 4), spheres))
-            return sum(int(batch[1].sum()) for batch in inner) + index
 
+class Outer(Dataset):
+    """Its samples come from loaders on the same spheres."""
+
+    def __init__(self, spheres, workers):
+        self.spheres, self.inner = spheres, DataLoader(Numbers(8), 4, num_workers=workers)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return sum(int(b[1].sum()) for b in wrapped_again(self.inner, self.spheres)) + index
+
+
+@pytest.mark.parametrize("outer", [0, 2, 3])
+@pytest.mark.parametrize("inner", [0, 2])
+def test_a_loader_inside_the_dataset_of_another(outer, inner):
+    for concurrency in (1, 2):
+        with ts.KissingSpheres(levels=2, concurrency=concurrency) as spheres:
+            loader = wrapped(Outer(spheres, inner), spheres, outer)
+            assert [batch.tolist() for batch in loader] == [[28, 29], [30, 31], [32, 33]]
+
+
+def test_a_full_runtime_and_a_long_queue():
+    """64 batches are in flight: tasks follow each other on one sphere, in a loop."""
+    with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
+        gate = threading.Event()
+        loader = wrapped(Numbers(4000), spheres, 1, prefetch_factor=1500)
+        iterator = iter(loader)
+        next(iterator)
+        for _ in range(60):
+            spheres.distribute_work([0], lambda _: gate.wait(0.05))
+        rows = 2 + sum(len(batch[1]) for batch in iterator)
+        gate.set()
+        assert rows == 4000
+
+
+def test_after_its_workers_were_shut_down_an_iterator_is_at_its_end(spheres):
+    loader = wrapped(Numbers(20), spheres, 2, persistent_workers=True)
+    iterator = iter(loader)
+    next(iterator)
+    iterator._shutdown_workers()
+    assert next(iterator, None) is None
+    assert len([*loader]) == 10
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    assert next(iterator, None) is None
+    assert len([*loader]) == 9 and len([*loader]) == 10
+
+
+def test_persistent_workers_live_again_with_their_spheres():
+    with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
+        dataset = Gated()
+        loader = wrapped(dataset, spheres, 2, persistent_workers=True)
+        iterator = iter(loader)
+        dataset.started.wait(60)
+        stopper = threading.Thread(target=spheres.stop)
+        stopper.start()
+        time.sleep(0.05)
+        dataset.gate.set()
+        stopper.join()
+        with pytest.raises(ts.StoppedError):
+            for _ in iterator:
+                pass
+        spheres.start()
+        assert len([*loader]) == 20 and len([*loader]) == 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_threads_may_share_an_iterator(spheres, workers):
+    iterator = iter(wrapped(Numbers(200), spheres, workers))
+    rows, lock = [], threading.Lock()
+
+    def take():
+        for batch in iterator:
+            with lock:
+                rows.extend(batch[1].tolist())
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(rows) == list(range(200))
+
+
+def test_a_warning_that_is_an_error_loses_no_batch(spheres):
+    loader = wrapped(Numbers(40), spheres, 2)
+    loader._meter.news = iter([None, None, "something new", *[None] * 100]).__next__
+    rows, told, iterator = [], 0, iter(loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while True:
+            try:
+                rows.extend(next(iterator)[1].tolist())
+            except UserWarning:
+                told += 1
+            except StopIteration:
+                break
+    assert rows == list(range(40)) and told == 1
+
+
+def test_errors_hold_nothing(spheres):
+    """An error's traceback owns frames; none of them may own the error, or the iterator stays."""
     for workers in (0, 2):
-        loader = wrapped(Outer(), spheres, workers)
-        assert [batch.tolist() for batch in loader] == [[28, 29], [30, 31], [32, 33]]
+        loader = wrapped(Numbers(20, bad=(5,)), spheres, workers)
+        iterator = iter(loader)
+        alive = weakref.ref(iterator)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                with contextlib.suppress(KeyError):
+                    next(iterator)
+            del iterator
+            assert alive() is None
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_and_pickles(spheres, workers):
+    class Named(DataLoader):
+        name = "mine"
+
+    globals()["Named"] = Named
+    Named.__qualname__ = "Named"
+    for kind in (DataLoader, Named):
+        plain = kind(Numbers(20), 4, num_workers=workers)
+        loader = ts.wrap(plain, spheres, copy_dataset=True)
+        deep, pickled = copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))
+        assert deep.spheres is spheres and pickled.spheres is not spheres
+        assert pickled.spheres.levels == 2 and pickled.spheres.concurrency == 3
+        for other in (deep, pickled):
+            assert type(other) is type(loader) and other.dataset is not loader.dataset
+            assert [b[1].tolist() for b in other] == [b[1].tolist() for b in plain]
+        pickled.spheres.stop()
 
 
 def run(script, **options):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import random
+import sqlite3
+import tempfile
+import threading
 import warnings
 
 import numpy as np
@@ -253,9 +257,7 @@ def test_draws_that_come_late_are_taken_back(spheres):
     assert loader.stats().declined == "random"
 
 
-def test_the_sampler_is_asked_ahead_only_where_nobody_can_tell(spheres):
-    """A loader without workers, on the spheres: a given generator is where the plain one has it."""
-
+def test_on_the_spheres_a_given_generator_is_where_the_plain_loader_has_it(spheres):
     class Slow(Dataset):
         def __len__(self):
             return 70
@@ -270,6 +272,166 @@ def test_the_sampler_is_asked_ahead_only_where_nobody_can_tell(spheres):
         return DataLoader(Slow(), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
 
     same(states(on_spheres(ts.wrap(make(), spheres))), states(make()))
+
+
+class Stateful(Dataset):
+    """Samples that depend on what was asked before, or on the thread that asks."""
+
+    def __init__(self, kind):
+        self.kind, self.asked = kind, 0
+        self.python, self.numpy = random.Random(4), np.random.default_rng(5)
+        self.legacy, self.torch = np.random.RandomState(6), torch.Generator().manual_seed(7)
+        self.holder = {"rng": [random.Random(8)]}
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.file.write(bytes(range(200)))
+        self.connection = sqlite3.connect(":memory:")
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        if self.kind == "counter":
+            self.asked += 1
+            return index, self.asked
+        if self.kind == "python":
+            return self.python.random()
+        if self.kind == "numpy":
+            return self.numpy.random()
+        if self.kind == "legacy":
+            return self.legacy.rand()
+        if self.kind == "torch":
+            return torch.rand((), generator=self.torch)
+        if self.kind == "deep":
+            return self.holder["rng"][0].random()
+        if self.kind == "late":  # the process's, and not in the first batches
+            return (np.random.rand(), random.random()) if index > 20 else (0.0, 0.0)
+        if self.kind == "file":
+            self.file.seek(index)
+            return self.file.read(1)[0]
+        if self.kind == "sqlite":
+            return self.connection.execute(f"select {index}").fetchone()[0]
+        return int(threading.current_thread() is threading.main_thread())
+
+    def close(self):
+        self.file.close()
+        self.connection.close()
+
+
+KINDS = {
+    "counter": "state",
+    "python": "state",
+    "numpy": "state",
+    "legacy": "state",
+    "torch": "random",
+    "deep": "state",
+    "late": "random",
+    "file": "state",
+    "sqlite": "thread",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_datasets_whose_samples_depend_on_the_order_or_thread(spheres, kind):
+    def passes(wrapped):
+        torch.manual_seed(0)
+        random.seed(1)
+        np.random.seed(2)
+        dataset = Stateful(kind)
+        loader = DataLoader(dataset, 4)
+        if wrapped:
+            loader = ts.wrap(loader, spheres)
+        out = epochs(loader)
+        dataset.close()
+        return [*out, random.random(), np.random.rand()], loader
+
+    plain, _ = passes(False)
+    mine, loader = passes(True)
+    same(mine, plain)
+    stats = loader.stats()
+    assert stats.declined in (KINDS[kind], "slower")
+    if kind != "sqlite" and kind != "late":  # these show on the spheres only, if they are tried
+        assert stats.declined == KINDS[kind] and stats.way == "caller"
+
+
+@pytest.mark.parametrize("kind", ["late", "sqlite", "torch"])
+def test_what_shows_on_the_spheres_only_is_taken_back(spheres, kind):
+    def passes(wrapped):
+        torch.manual_seed(0)
+        random.seed(1)
+        np.random.seed(2)
+        dataset = Stateful(kind)
+        loader = DataLoader(dataset, 4)
+        out = epochs(on_spheres(ts.wrap(loader, spheres)) if wrapped else loader)
+        dataset.close()
+        return [*out, random.random(), np.random.rand()]
+
+    same(passes(True), passes(False))
+
+
+def test_what_the_loop_changes_is_seen_by_the_next_batch(spheres):
+    class Changing(Dataset):
+        level = 0
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return self.level, variable.get(), float(np.geterr()["divide"] == "raise")
+
+    variable = contextvars.ContextVar("variable", default=0)
+
+    def passes(loader):
+        out = []
+        with np.errstate(divide="raise"):
+            for k, batch in enumerate(loader):
+                out.append(batch)
+                loader.dataset.level = k + 1
+                variable.set(-k)
+        variable.set(0)
+        loader.dataset.level = 0
+        return out
+
+    plain = DataLoader(Changing(), 4)
+    same(passes(on_spheres(ts.wrap(plain, spheres))), passes(plain))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", [TENSORS, Numbers(30)], ids=["tensors", "samples"])
+def test_index_batches_of_any_kind(spheres, workers, dataset):
+    for batches in (
+        [np.array([1, 2]), np.array([3, 4]), np.array([5])],
+        [torch.tensor([1, 2]), torch.tensor([3, 4])],
+        [(1, 2), (3, 4)],
+        [{1, 2}, {3}],
+        [{1: "a"}, {2: "b"}],
+        [range(3), range(3, 9)],
+        [[1, 2], [], [3, 4], []],
+        [[np.int64(1), True], [torch.tensor(3)]],
+        [["1"], [2]],
+    ):
+
+        def make(batches=batches):
+            return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)
+
+        compare(make, spheres, count=2)
+    if workers == 0:  # a process could not be sent one
+
+        class Generators(Sampler):
+            def __iter__(self):
+                return ((row for row in (k, k + 1)) for k in range(0, 8, 2))
+
+        compare(lambda: DataLoader(dataset, batch_sampler=Generators()), spheres)
+
+
+def test_a_persistent_loader_that_was_begun_in_inference_mode(spheres):
+    for dataset in (TENSORS, Numbers(30)):
+        loader = DataLoader(dataset, 6, num_workers=2, persistent_workers=True)
+        wrapped = ts.wrap(loader, spheres)
+        with torch.inference_mode():
+            iterator = iter(wrapped)
+            next(iterator)
+        for batch in [next(iterator), *wrapped]:
+            assert not batch[0].is_inference()
 
 
 def test_attributes_and_length(spheres):

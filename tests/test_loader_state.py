@@ -147,6 +147,149 @@ def test_a_later_epoch_of_persistent_workers(spheres):
     assert flat([*again]) == flat(third)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_chain_of_states(spheres, workers, own, shuffle):
+    """Saved before an epoch began, or at its end; resumed; saved again; resumed again."""
+
+    def make():
+        generator = torch.Generator().manual_seed(2) if own else None
+        return ts.wrap(
+            DataLoader(Drawing(), 5, shuffle=shuffle, num_workers=workers, generator=generator),
+            spheres,
+        )
+
+    torch.manual_seed(3)
+    loader = make()
+    for finished in (0, 1):
+        if finished:
+            assert len([*loader]) == 9
+        state, rng = loader.state_dict(), torch.get_rng_state()
+        expected = [*loader]
+        torch.manual_seed(17)
+        second = make()
+        second.load_state_dict(state)
+        torch.set_rng_state(rng)
+        iterator = iter(second)
+        assert flat([next(iterator), next(iterator)]) == flat(expected[:2])
+        state, rng = second.state_dict(), torch.get_rng_state()
+        torch.manual_seed(18)
+        third = make()
+        third.load_state_dict(state)
+        torch.set_rng_state(rng)
+        iterator = iter(third)
+        assert flat([next(iterator)]) == flat(expected[2:3])
+        state, rng = third.state_dict(), torch.get_rng_state()
+        fourth = make()
+        fourth.load_state_dict(state)
+        torch.set_rng_state(rng)
+        assert flat([*fourth]) == flat(expected[3:])
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+@pytest.mark.parametrize("first_epoch", [2, None])
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_the_second_epoch_of_persistent_workers(spheres, kind, first_epoch, taken):
+    """Also before all workers have handed out a batch; the first may have been broken out of."""
+
+    def make():
+        options = {"dataset": Plain()}
+        if kind == "map":
+            options = {"dataset": Drawing(), "shuffle": True}
+        plain = DataLoader(batch_size=5, num_workers=2, persistent_workers=True, **options)
+        return ts.wrap(plain, spheres)
+
+    torch.manual_seed(3)
+    loader = make()
+    iterator = iter(loader)
+    for _ in range(first_epoch or 100):
+        if next(iterator, None) is None:
+            break
+    iterator = iter(loader)
+    for _ in range(taken):
+        next(iterator)
+    state, rng = loader.state_dict(), torch.get_rng_state()
+    left = [*iterator]
+    torch.manual_seed(99)
+    again = make()
+    again.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert flat([*again]) == flat(left)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_generator_that_the_loop_draws_from_as_well(spheres, workers):
+    def make():
+        generator = torch.Generator().manual_seed(2)
+        plain = DataLoader(Numbers(30), 4, shuffle=True, num_workers=workers, generator=generator)
+        return ts.wrap(plain, spheres)
+
+    def go_on(loader, iterator):
+        out = []
+        for _ in range(2):
+            for batch in iterator:
+                out.append((batch, torch.rand(1, generator=loader.generator)))
+            iterator = loader
+        return out
+
+    loader = make()
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+        torch.rand(1, generator=loader.generator)
+    state = loader.state_dict()
+    left = go_on(loader, iterator)
+    again = make()
+    again.load_state_dict(state)
+    assert flat(go_on(again, iter(again))) == flat(left)
+
+
+class Shuffling(IterableDataset):
+    """Draws its order when it is iterated, and goes on drawing."""
+
+    def __iter__(self):
+        order = torch.randperm(20).tolist()
+        return ((row, torch.rand(1)) for row in order)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterable_dataset_that_shuffles_itself(spheres, workers):
+    for taken in (0, 1, 3):
+        torch.manual_seed(1)
+        loader = ts.wrap(DataLoader(Shuffling(), 4, num_workers=workers), spheres)
+        iterator = iter(loader)
+        for _ in range(taken):
+            next(iterator)
+        state, rng = loader.state_dict(), torch.get_rng_state()
+        left = [*iterator]
+        torch.manual_seed(50)
+        again = ts.wrap(DataLoader(Shuffling(), 4, num_workers=workers), spheres)
+        again.load_state_dict(state)
+        torch.set_rng_state(rng)
+        assert flat([*again]) == flat(left)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_whose_state_dict_fails_can_still_be_iterated(spheres, workers):
+    class Failing(Counter):
+        def __iter__(self):
+            iterator = super().__iter__()
+            iterator.__class__ = FailingIterator
+            return iterator
+
+    class FailingIterator(CounterIterator):
+        def state_dict(self):
+            raise OSError("no state today")
+
+    loader = ts.wrap(DataLoader(Failing(), 4, num_workers=workers), spheres)
+    assert sum(len(batch[0]) for batch in loader) == 23
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(RuntimeError, match=r"no state to save: FailingIterator.*no state today"):
+        loader.state_dict()
+
+
 def test_on_the_spheres_batches_that_were_loaded_ahead_are_not_lost(spheres):
     loader = on_spheres(ts.wrap(DataLoader(Numbers(40), 4, shuffle=True), spheres))
     torch.manual_seed(1)

@@ -76,7 +76,12 @@ def test_advice_says_what_to_change():
     assert "more num_workers, or more spheres" in advice(computed=0.5)  # they wait for a disk
     assert "give the DataLoader num_workers=" in advice(workers=0)
     assert "no faster on several threads" in advice(workers=0, declined="slower", way="caller")
-    assert "process's random numbers" in advice(workers=0, declined="random", way="caller")
+    for reason, words in (
+        ("random", "draws random numbers"),
+        ("state", "changes when it is asked"),
+        ("thread", "fails in another thread"),
+    ):
+        assert words in advice(workers=0, declined=reason, way="caller")
     assert "more num_workers may help" in advice(way="process")
     for quiet in ({"waited": 1.0}, {"batches": 3}, {"way": "gather"}):
         assert advice(**quiet) is None

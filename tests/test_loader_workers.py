@@ -271,22 +271,26 @@ def test_the_original_exception_comes_with_its_place(spheres, workers):
 
 
 def test_of_several_errors_in_a_batch_the_first_is_raised(spheres):
+    tried = set()
+
     def fail(index):
-        if index >= 40:
-            time.sleep(0.002 * (60 - index) / 20)  # the later, the sooner
+        tried.add((index, threading.get_ident() == main))
+        if index >= 10:
             raise ValueError(index)
         return index
 
-    loader = DataLoader(Asking(fail, 60), 10, collate_fn=list)
+    main = threading.get_ident()
+    loader = DataLoader(Asking(fail, 30), 10, collate_fn=list)
     wrapped = on_spheres(ts.wrap(loader, spheres))
     iterator = iter(wrapped)
-    for _ in range(4):
-        next(iterator)
-    for first in (40, 50):
+    next(iterator)
+    assert wrapped.stats().way == "spheres"
+    for first in (10, 20):
         with pytest.raises(ValueError) as caught:
             next(iterator)
         assert caught.value.args == (first,)
-    assert wrapped.stats().way == "spheres"
+        assert (first, True) in tried  # once more in the loop's own thread
+    assert wrapped.stats().declined == ""  # it failed there too: it is no matter of threads
 
 
 def test_errors_of_collate_fn_and_worker_init_fn(spheres):

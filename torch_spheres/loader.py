@@ -7,6 +7,7 @@ or worker processes that start anew at each epoch.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 import weakref
@@ -39,9 +40,10 @@ class SphereLoader(DataLoader[T]):
     """
 
     spheres: KissingSpheres
-    device: torch.device | None
-    copy_dataset: bool
-    workers: str
+    # (Names that a subclass is not likely to have for something else.)
+    _sphere_device: torch.device | None
+    _sphere_copies: bool
+    _sphere_workers: str
     _meter: Meter
     _tempo: Tempo
     _pending: Progress | None
@@ -52,10 +54,11 @@ class SphereLoader(DataLoader[T]):
         raise TypeError("make a DataLoader, and hand it to torch_spheres.wrap(loader)")
 
     def _get_iterator(self) -> Any:
-        if self.workers == "process":
+        if self._sphere_workers == "process":
             self._meter.way = "process"
             iterator = super()._get_iterator()
-            return iterator if self.device is None else _Sending(iterator, self.device)
+            device = self._sphere_device
+            return iterator if device is None else _Sending(iterator, device)
         pending, self._pending = self._pending, None
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
         made = kind(self, pending)
@@ -64,8 +67,26 @@ class SphereLoader(DataLoader[T]):
 
     def check_worker_number_rationality(self) -> None:
         """Nothing to check: no processes will be made."""
-        if self.workers == "process":
+        if self._sphere_workers == "process":
             super().check_worker_number_rationality()
+
+    def _own_attributes(self) -> dict[str, Any]:
+        left_out = {"spheres", *_new_parts(0)}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(self._own_attributes(), memo))
+        vars(made).update(spheres=self.spheres, **_new_parts(self.num_workers))
+        return made
+
+    def __reduce__(self) -> Any:
+        # By the class that was wrapped: its sphere class is made when it is needed.
+        bases = type(self).__bases__
+        base = DataLoader if type(self) is SphereLoader else bases[1]
+        shape = self.spheres.levels, self.spheres.concurrency
+        return _rebuild, (base, self._own_attributes(), shape)
 
     # ---- figures ----
 
@@ -96,7 +117,7 @@ class SphereLoader(DataLoader[T]):
         if newest is not None and self.persistent_workers:
             last = newest.progress()
             state.base_seed, state.workers, state.fresh = last.base_seed, last.workers, False
-            for worker in state.workers.values():
+            for worker in state.workers.values():  # what they draw goes on; the rest begins anew
                 worker.update(fetched=0, holder="", progress=None)
         return state.as_dict()
 
@@ -120,7 +141,7 @@ class SphereLoader(DataLoader[T]):
             self._iterator = None
 
     def _need_threads(self, what: str) -> None:
-        if self.workers == "process":
+        if self._sphere_workers == "process":
             raise RuntimeError(
                 f"{what} does not know where worker processes are; use wrap(loader), without "
                 'workers="process"'
@@ -128,7 +149,7 @@ class SphereLoader(DataLoader[T]):
 
 
 class _Sending:
-    """An iterator over worker processes whose batches go to a device one ahead of the loop."""
+    """An iterator over worker processes whose batches go to a device."""
 
     def __init__(self, iterator: Any, device: torch.device) -> None:
         self._iterator, self._transfer = iterator, Transfer(device)
@@ -211,16 +232,27 @@ def wrap(
     vars(wrapped).update(vars(loader))
     vars(wrapped).update(
         spheres=KissingSpheres() if spheres is None else spheres,
-        device=None if device is None else torch.device(device),
-        copy_dataset=copy_dataset,
-        workers=workers,
-        _iterator=None,
-        _meter=Meter(loader.num_workers),
-        _tempo=Tempo(),
+        _sphere_device=None if device is None else torch.device(device),
+        _sphere_copies=copy_dataset,
+        _sphere_workers=workers,
         _pending=None,
-        _newest=None,
+        **_new_parts(loader.num_workers),
     )
     return wrapped
+
+
+def _new_parts(workers: int) -> dict[str, Any]:
+    """What no two loaders share."""
+    return {"_iterator": None, "_newest": None, "_meter": Meter(workers), "_tempo": Tempo()}
+
+
+def _rebuild(base: Any, attributes: dict[str, Any], shape: tuple[int, int]) -> Any:
+    """A wrapped loader from a pickle: on spheres of its own, as many as the saved one's."""
+    kind = _class_for(base)
+    made = kind.__new__(kind)
+    vars(made).update(attributes, **_new_parts(attributes["num_workers"]))
+    made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
+    return made
 
 
 def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:

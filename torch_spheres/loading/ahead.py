@@ -10,9 +10,10 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import _DatasetKind
 
-from torch_spheres.context import caller_context
+from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import gather, gathers
 from torch_spheres.loading.progress import Progress
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 __all__ = ["AheadIterator"]
 
 
+def _context() -> CallerContext:
+    """What the caller has set; but for inference mode, whose tensors could not be trained on later.
+
+    A batch from a process is made where it is received, whatever was set where it was loaded.
+    """
+    if not torch.is_inference_mode_enabled():
+        return caller_context()
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return caller_context()
+
+
 @dataclass
 class _Task:
     """One index list."""
@@ -32,6 +44,7 @@ class _Task:
     worker: int
     index: Any
     digest: int  # of the index lists up to this one
+    given: bool  # to its worker
 
 
 class AheadIterator(SphereIterator):
@@ -42,7 +55,7 @@ class AheadIterator(SphereIterator):
         assert loader.prefetch_factor is not None
         self._limit = loader.prefetch_factor * self._num_workers
         self._in_order = loader.in_order
-        self._copies = loader.copy_dataset
+        self._copies = loader._sphere_copies
         self._gathers = (
             self._dataset_kind == _DatasetKind.Map
             and loader.worker_init_fn is None
@@ -50,7 +63,7 @@ class AheadIterator(SphereIterator):
             and self._sender_is_plain
             and gathers(self._dataset, self._collate_fn)
         )
-        plan = Plan(
+        self._plan = Plan(
             kind=self._dataset_kind,
             dataset=self._dataset,
             auto_collation=self._auto_collation,
@@ -59,18 +72,19 @@ class AheadIterator(SphereIterator):
             init_fn=loader.worker_init_fn,
             workers=self._num_workers,
             base_seed=self._base_seed,
-            copies=loader.copy_dataset,
-            context=caller_context(),
+            copies=loader._sphere_copies,
+            context=_context(),
             sender=self._sender,
             meter=self._meter,
         )
         self._snapshots: dict[int, Snapshot] = resumed.snapshots() if resumed else {}
-        self._team = Team(plan, loader.spheres, self._snapshots)
+        self._team = Team(self._plan, self._spheres, self._snapshots)
         # As torch does, which begins the first epoch of its workers like any other.
         self._sampler_iter = iter(self._index_sampler)
         self._begin_epoch(resumed)
 
     def _begin_epoch(self, resumed: Progress | None) -> None:
+        self._shut = False
         self._sent = self._received = 0  # tasks
         self._open: dict[int, _Task] = {}  # that were not handed out
         self._active = [True] * self._num_workers
@@ -91,7 +105,11 @@ class AheadIterator(SphereIterator):
         """The next epoch of persistent workers."""
         self._begin_counting(fresh=False)
         super()._reset(loader, first_iter)
-        self._team.begin_epoch()
+        if self._team.over:
+            self._snapshots = {}
+            self._team = Team(self._plan, self._spheres)
+        else:
+            self._snapshots = self._team.begin_epoch()
         self._begin_epoch(None)
 
     def _put(self) -> None:
@@ -108,12 +126,14 @@ class AheadIterator(SphereIterator):
         else:
             return  # all have come to the end of their datasets
         task, self._sent = self._sent, self._sent + 1
-        self._open[task] = _Task(worker, index, self._pulled.value)
+        self._open[task] = _Task(worker, index, self._pulled.value, not self._gathers)
         self._load[worker] += 1
         if not self._gathers:
             self._team.put(worker, task, index)
 
     def _next_data(self) -> Any:
+        if self._shut:
+            raise StopIteration
         while True:
             # What was handed out out of order, or given to workers that have come to their end.
             while self._received < self._sent and self._received not in self._open:
@@ -121,10 +141,10 @@ class AheadIterator(SphereIterator):
             if self._received == self._sent:
                 self._finished = True
                 if not self._persistent_workers:
-                    self._team.close()
+                    self._shutdown_workers()
                 raise StopIteration
             ready = self._team.ready
-            if self._gathers:
+            if not self._open[self._received].given:
                 batch = self._gather(self._received)
                 if batch is not None:
                     return batch
@@ -137,7 +157,10 @@ class AheadIterator(SphereIterator):
             if result.ended:
                 self._end(result.worker)
                 continue
-            return self._hand_out(number, task, result, ready)
+            try:
+                return self._hand_out(number, task, result, ready)
+            finally:
+                del result  # an error in it owns this frame, by its traceback
 
     def _take(self) -> tuple[int, Result]:
         try:
@@ -177,8 +200,9 @@ class AheadIterator(SphereIterator):
         """None: it has to be loaded sample by sample, which has been set going."""
         task = self._open[number]
         with self._meter.working():
-            batch = gather(self._dataset, task.index, self._spheres._core)
+            batch = gather(self._dataset, task.index, self._running_core())
         if batch is None:
+            task.given = True
             self._team.put(task.worker, number, task.index)
             return None
         self._close(number, task)
@@ -211,6 +235,7 @@ class AheadIterator(SphereIterator):
 
     def _shutdown_workers(self) -> None:
         """Ends what is under way; the name is torch's, which other libraries call."""
+        self._shut = True
         self._team.close()
 
     def __del__(self) -> None:

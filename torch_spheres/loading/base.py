@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ import torch
 from torch.utils.data import _DatasetKind
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from torch_spheres import _core
 from torch_spheres.loading.info import install
 from torch_spheres.loading.progress import Digest, Progress, Sources
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.snapshots import FAILED, Snapshot
 from torch_spheres.loading.transfer import Pinning, Transfer
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class SphereIterator(_BaseDataLoaderIter):
             "num_workers": loader.num_workers,
             "iterable": loader._dataset_kind == _DatasetKind.Iterable,
         }
+        self._one_at_a_time = threading.RLock()
         self._snapshots: dict[int, Snapshot] = {}
         self._finished = False
         self._begin_counting(fresh=True)
@@ -50,8 +53,8 @@ class SphereIterator(_BaseDataLoaderIter):
             self._come_back(loader, resumed)
         self._sender: Pinning | Transfer = (
             Pinning(self._pin_memory_device if self._pin_memory else None)
-            if loader.device is None or loader.device.type == "cpu"
-            else Transfer(loader.device)
+            if loader._sphere_device is None or loader._sphere_device.type == "cpu"
+            else Transfer(loader._sphere_device)
         )
         self._sender_is_plain = isinstance(self._sender, Pinning) and not self._pin_memory
 
@@ -75,8 +78,8 @@ class SphereIterator(_BaseDataLoaderIter):
         saved = resumed.start["global"] if resumed.begun and resumed.fresh else None
         if resumed.base_seed is None:  # of an epoch to come: it draws one as any other
             self._sources.restore(resumed.start)
-            super().__init__(loader)
             self._start = self._sources.capture()
+            super().__init__(loader)
             return
         with self._sources.repeating(saved):
             super().__init__(loader)
@@ -114,6 +117,7 @@ class SphereIterator(_BaseDataLoaderIter):
             self._last_worker = resumed.next_worker - 1
             self._ended = set(resumed.ended)
             yield
+        self._sources.restore_generators(resumed.now)
 
     def _next_index(self) -> Any:
         index = super()._next_index()  # type: ignore[no-untyped-call]
@@ -121,10 +125,23 @@ class SphereIterator(_BaseDataLoaderIter):
             self._pulled.add(index)
         return index
 
+    def _outside(self) -> bool:
+        """Whether the caller may wait for the spheres; inside a work item it would for itself."""
+        return not self._spheres._core.on_own_thread()
+
+    def _running_core(self) -> _core.System | None:
+        """For work that the caller shares with the spheres."""
+        if not self._outside():
+            return None
+        self._spheres._ensure_started("a wrapped loader")
+        return self._spheres._core
+
     def _size_of(self, index: Any) -> int:
         if self._dataset_kind == _DatasetKind.Iterable:
             return 0
-        return len(index) if self._auto_collation else 1
+        if not self._auto_collation:
+            return 1
+        return len(index) if hasattr(index, "__len__") else 0
 
     def _handed_out(self, task: int, digest: int) -> None:
         """The batch of an index list is about to be the loop's."""
@@ -133,11 +150,19 @@ class SphereIterator(_BaseDataLoaderIter):
         self._digest = digest
 
     def progress(self) -> Progress:
-        """After the batch that was handed out last."""
+        """After the batch that was handed out last.
+
+        Raises:
+            RuntimeError: the iterable dataset's own ``state_dict()`` has failed.
+        """
+        for snapshot in self._snapshots.values():
+            if snapshot.holder == FAILED:
+                raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")
         return Progress(
             **self._shape,
             source=self._sources.kind,
             start=self._start,
+            now=self._sources.capture(),
             begun=True,
             base_seed=self._base_seed,
             fresh=self._fresh,
@@ -157,15 +182,16 @@ class SphereIterator(_BaseDataLoaderIter):
     # ---- torch's interface ----
 
     def __next__(self) -> Any:
-        begin = time.perf_counter()
-        try:
-            return super().__next__()
-        finally:
-            end = time.perf_counter()
-            since = begin if self._last_next is None else self._last_next
-            self._last_next = end
-            self._meter.waited(end - begin, end - since)
-            self._look()
+        with self._one_at_a_time:  # threads may share an iterator
+            self._look()  # first: as an error, a warning must not lose a batch
+            begin = time.perf_counter()
+            try:
+                return super().__next__()
+            finally:
+                end = time.perf_counter()
+                since = begin if self._last_next is None else self._last_next
+                self._last_next = end
+                self._meter.waited(end - begin, end - since)
 
     def _look(self) -> None:
         """Says once what is worth saying, see `LoaderStats.advice`."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -32,6 +33,12 @@ def _methods(kind: type) -> tuple[Any, ...]:
     names = ("__getitem__", "__getitems__", "__len__")
     return tuple(getattr(kind, name, None) for name in names)
 
+
+_DTYPES = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint16, torch.uint32, torch.uint64, torch.float16, torch.bfloat16, torch.float32,
+    torch.float64, torch.complex32, torch.complex64, torch.complex128,
+}  # fmt: skip
 
 _KINDS = (TensorDataset, Subset, ConcatDataset, StackDataset)
 _ARRAYS = (np.ndarray, np.memmap)
@@ -92,9 +99,13 @@ def gather(
 
     None also where that would be an error, which is raised with its own message then.
     """
-    if not indices or {*map(type, indices)} != {int}:
+    if type(indices) is not list or not indices or {*map(type, indices)} != {int}:
         return None
-    if _get_current_function_mode_stack() or _get_current_dispatch_mode_stack():
+    if (
+        _get_current_function_mode_stack()
+        or _get_current_dispatch_mode_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return None
     try:
         tree = _resolve(dataset, indices)
@@ -156,10 +167,15 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or tensor.dim() == 0
         or not tensor.is_contiguous()
         or tensor.requires_grad
-        or tensor.is_quantized
+        or tensor.dtype not in _DTYPES
         or tensor.is_conj()
         or tensor.is_neg()
         or tensor.is_inference()
+        or tensor._is_zerotensor()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or (fwAD._current_level >= 0 and fwAD.unpack_dual(tensor).tangent is not None)
+        # Storage can be resized under a tensor, which torch's own kernels look at as well.
+        or (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > _storage_bytes(tensor)
     ):
         raise _Slow
     index = _checked(index, tensor.shape[0])
@@ -167,6 +183,10 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
     column = _Column(index, shape, tensor.dtype, [tensor])
     column.addresses = index * column.row_bytes + tensor.data_ptr()
     return column
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _checked(index: _Index, rows: int) -> _Index:

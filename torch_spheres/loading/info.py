@@ -34,6 +34,7 @@ class _Here(threading.local):
 _here = _Here()
 _lock = threading.Lock()
 _plain_collate_tensors = torch_collate.collate_tensor_fn
+_plain_map = dict(torch_collate.default_collate_fn_map)
 
 
 def worker_info(
@@ -83,9 +84,11 @@ def install() -> None:
 
 
 def collates_plainly() -> bool:
-    """Whether `default_collate` stacks tensors as it always did."""
-    known = (_plain_collate_tensors, _collate_tensors)
-    return torch_collate.default_collate_fn_map.get(torch.Tensor) in known
+    """Whether `default_collate` does what torch's does: nobody has registered anything."""
+    now = dict(torch_collate.default_collate_fn_map)
+    if now.get(torch.Tensor) is _collate_tensors:
+        now[torch.Tensor] = _plain_collate_tensors
+    return now == _plain_map
 
 
 def _replacement() -> Any:

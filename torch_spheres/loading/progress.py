@@ -34,6 +34,8 @@ class Progress:
     """What the sampler draws from."""
     start: dict[str, Any]
     """The state of that, and of the loader's generator, before the epoch's first draw."""
+    now: dict[str, Any]
+    """The same, when this was saved: others may draw from a given generator, too."""
     begun: bool
     """Whether the epoch has; if not, this is the epoch to come."""
     base_seed: int | None = None
@@ -86,7 +88,8 @@ class Progress:
     @staticmethod
     def to_come(loader: DataLoader[Any]) -> Progress:
         """Of an epoch that has not begun."""
-        return Progress(**_shape(loader), start=Sources(loader).capture(), begun=False)
+        now = Sources(loader).capture()
+        return Progress(**_shape(loader), start=now, now=now, begun=False)
 
 
 def _shape(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -117,6 +120,12 @@ class Sources:
     def restore(self, saved: dict[str, Any]) -> None:
         """All but the global generator."""
         if self.kind != "global":
+            self._restore(saved["sampler"])
+        self.restore_generators(saved)
+
+    def restore_generators(self, saved: dict[str, Any]) -> None:
+        """Those that were given, and that others may draw from as well."""
+        if self.kind == "generator":
             self._restore(saved["sampler"])
         if self._generator is not None and saved["loader"] is not None:
             self._generator.set_state(saved["loader"])

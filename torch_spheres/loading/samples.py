@@ -45,7 +45,7 @@ def load(dataset: Any, indices: Sequence[Any], position: Position, first: int = 
 
 
 class Copies:
-    """A dataset for each thread: a copy for each sphere, or the one that all share.
+    """A dataset for each thread: a copy for each sphere, made when it first loads, or one for all.
 
     Args:
         copied: what to copy; None: nothing is.

@@ -10,7 +10,9 @@ import torch
 
 from torch_spheres.loading.samples import Fetcher
 
-__all__ = ["Snapshot"]
+__all__ = ["FAILED", "Snapshot"]
+
+FAILED = "failed"
 
 
 def _can(value: Any) -> bool:
@@ -27,7 +29,8 @@ class Snapshot:
     """Tasks that the worker has done in the epoch."""
     streams: dict[str, Any] | None
     holder: str
-    """Whose `progress` is the state: the dataset's ``"iterator"``, the ``"dataset"``, or ``""``."""
+    """Whose `progress` is the state: the dataset's ``"iterator"``, the ``"dataset"``, or ``""``;
+    `FAILED`: there should be one, and `progress` says what its ``state_dict()`` raised."""
     progress: Any = None
 
     @staticmethod
@@ -39,7 +42,14 @@ class Snapshot:
             return snapshot
         for holder, value in (("iterator", iterator), ("dataset", fetcher.dataset)):
             if _can(value):
-                snapshot.holder, snapshot.progress = holder, copy.deepcopy(value.state_dict())
+                try:
+                    snapshot.holder, snapshot.progress = holder, copy.deepcopy(value.state_dict())
+                except Exception as error:  # noqa: BLE001
+                    # Whoever asks for the loader's state is told; nobody else needs it.
+                    snapshot.holder, snapshot.progress = (
+                        FAILED,
+                        f"{type(value).__name__}: {error!r}",
+                    )
                 break
         return snapshot
 

@@ -43,8 +43,9 @@ class LoaderStats:
 
     declined: str
     """Why a loader with ``num_workers=0`` leaves the spheres alone: ``"random"`` (the dataset draws
-    random numbers that are the whole process's, and threads would draw them in another order),
-    ``"slower"`` (measured in the first batches), or ``""``."""
+    random numbers, and threads would draw them in another order), ``"state"`` (it changes when it
+    is asked for samples), ``"thread"`` (it works in the loop's thread only), ``"slower"`` (measured
+    in the first batches), or ``""``."""
 
     @property
     def waiting(self) -> float:
@@ -70,11 +71,11 @@ class LoaderStats:
                 "thread at a time (the GIL). Process workers may be faster: a DataLoader with "
                 'num_workers=, and wrap(loader, workers="process")'
             )
-        if self.declined == "random":
+        if self.declined:
             return (
-                f"{share}; samples are loaded one by one, because the dataset draws from the "
-                "process's random numbers. Give the DataLoader num_workers=: its logical workers "
-                "have streams of their own"
+                f"{share}; samples are loaded one by one, because the dataset "
+                f"{_DECLINED[self.declined]}. Give the DataLoader num_workers=: logical workers "
+                "have random streams of their own, and copies with wrap(copy_dataset=True)"
             )
         if self.workers == 0:
             return f"{share}; give the DataLoader num_workers=, so that threads load ahead of it"
@@ -103,6 +104,11 @@ class LoaderStats:
         return line if self.advice is None else f"{line}\n{self.advice}"
 
 
+_DECLINED = {
+    "random": "draws random numbers, which come in the order of the samples",
+    "state": "changes when it is asked for samples",
+    "thread": "fails in another thread than the loop's",
+}
 _ENOUGH_BATCHES = 8
 _ENOUGH_SECONDS = 1.0
 _MOSTLY = 0.5
@@ -122,7 +128,10 @@ class Meter:
 
     def handed_out(self, batch: Any, samples: int, ready: int) -> None:
         """The loop gets a batch, while so many stood ready."""
-        size = sum(_bytes(pytree.tree_leaves(batch)))
+        try:
+            size = sum(_bytes(pytree.tree_leaves(batch)))
+        except RecursionError:  # a batch that holds itself is nobody's business here
+            size = 0
         with self._lock:
             self._batches += 1
             self._samples += samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from torch_spheres.random import Active
 
-__all__ = ["Noticing", "Watching", "WorkerStreams", "global_states"]
+__all__ = ["GlobalStates", "Noticing", "Watching", "WorkerStreams"]
 
 
 class WorkerStreams:
@@ -82,8 +83,22 @@ class Watching(Noticing):
         return self.generator(given.device)
 
 
-def global_states() -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class GlobalStates:
     """Of Python's and numpy's process-wide generators."""
-    numpy_state: Any = np.random.get_state(legacy=True)
-    kind, keys, position, gauss, cached = numpy_state
-    return random.getstate(), (kind, keys.tobytes(), position, gauss, cached)
+
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def now() -> GlobalStates:
+        """As they are."""
+        numpy_state: Any = np.random.get_state(legacy=True)
+        kind, keys, *rest = numpy_state
+        return GlobalStates(random.getstate(), (kind, keys.tobytes(), *rest))
+
+    def restore(self) -> None:
+        """As they were."""
+        random.setstate(self.python)
+        kind, keys, *rest = self.numpy
+        np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.utils.data import _DatasetKind
 
-from torch_spheres import _core
 from torch_spheres._core import Work
 from torch_spheres.context import CallerContext
 from torch_spheres.errors import StoppedError
@@ -70,6 +69,8 @@ class _Worker:
     def __init__(self, plan: Plan, number: int, restored: Snapshot | None) -> None:
         self._plan, self.number = plan, number
         self._restored = restored
+        # Now, as a process would have it, not when the first task comes.
+        self._dataset = copy.deepcopy(plan.dataset) if plan.copies else plan.dataset
         # (Variables that one task sets are there for the next, as in a process.)
         self._variables = contextvars.copy_context()
         self._ready = False
@@ -91,18 +92,17 @@ class _Worker:
         return self._variables.run(self._run, index, batch)
 
     def _run(self, index: Any, batch: int) -> Result:
-        result = Result(self.number, ended=self.ended)
         if self.ended:
-            return result
+            return Result(self.number, ended=True)
         try:
             with self._plan.context(), self._plan.meter.working():
-                self._load(index, batch, result)
+                return self._load(index, batch)
         except BaseException as error:  # noqa: BLE001
-            # To the thread that asks for the batch; anything else would end a sphere's batch.
-            result.error = error
-        return result
+            # To the thread that asks for the batch. (In no variable of this frame, which the
+            # error's traceback owns.)
+            return Result(self.number, error=error, snapshot=self.snapshot())
 
-    def _load(self, index: Any, batch: int, result: Result) -> None:
+    def _load(self, index: Any, batch: int) -> Result:
         plan = self._plan
         if self._failure is not None:
             raise self._failure
@@ -110,27 +110,35 @@ class _Worker:
             self._prepare()
         with shown(self._info), self._streams.active():
             if self._fetcher is None:
-                self._fetcher = self._begin(len(index) if plan.auto_collation else 1)
+                iterable = plan.kind == _DatasetKind.Iterable
+                self._fetcher = self._begin(len(index) if iterable and plan.auto_collation else 1)
             try:
-                batch_data = self._fetcher.fetch(index, Position(plan.base_seed, batch))
+                loaded = self._fetcher.fetch(index, Position(plan.base_seed, batch))
             except StopIteration:
                 if plan.kind != _DatasetKind.Iterable:
                     raise
-                self.ended = result.ended = True
-                return
+                self.ended = True
+                return Result(self.number, ended=True, snapshot=self.snapshot())
             finally:
                 self.fetched += 1
-                result.snapshot = Snapshot.of(self._info.rng, self._fetcher.fetcher, self.fetched)
-            result.deliver = plan.sender.send(batch_data)
+            return Result(self.number, plan.sender.send(loaded), snapshot=self.snapshot())
+
+    def snapshot(self) -> Snapshot | None:
+        """Where it is, between two tasks; None if it has not begun."""
+        if not self._ready:
+            return None
+        inner = None if self._fetcher is None else self._fetcher.fetcher
+        return Snapshot.of(self._info.rng, inner, self.fetched)
 
     def _prepare(self) -> None:
         plan = self._plan
-        self._ready = True
-        dataset = copy.deepcopy(plan.dataset) if plan.copies else plan.dataset
         generator = torch.Generator()
         generator.manual_seed(plan.base_seed + self.number)
-        self._info = worker_info(self.number, plan.workers, plan.base_seed, dataset, generator)
+        self._info = worker_info(
+            self.number, plan.workers, plan.base_seed, self._dataset, generator
+        )
         self._streams = WorkerStreams(self._info.seed, generator)
+        self._ready = True
         if plan.init_fn is None:
             return
         with shown(self._info), self._streams.active():
@@ -157,15 +165,18 @@ class _Worker:
 
 @dataclass
 class _Queue:
+    """A worker's tasks. Whoever makes `busy` true does the first of them, and nobody else any."""
+
     worker: _Worker
     tasks: deque[tuple[int, Any]] = field(default_factory=deque)
-    running: bool = False
-    work: Work | None = None  # the item that does its next task
+    busy: bool = False
+    scheduled: bool = False  # a work item is on its way to do one
+    work: Work | None = None  # that item
 
     @property
     def lost(self) -> bool:
         """Whether the spheres were stopped before they came to it."""
-        return self.running and self.work is not None and self.work.cancelled > 0
+        return self.scheduled and self.work is not None and self.work.cancelled > 0
 
 
 class Team:
@@ -186,15 +197,20 @@ class Team:
 
     # ---- the consumer's side ----
 
+    @property
+    def over(self) -> bool:
+        """Whether there will be no more results: it was closed, or the spheres were stopped."""
+        return self._closed or self._stopped or any(queue.lost for queue in self._queues)
+
     def put(self, worker: int, task: int, index: Any) -> None:
         """Adds a task to a worker's queue."""
         queue = self._queues[worker]
         with self._changed:
             queue.tasks.append((task, index))
-            if queue.running:
+            if queue.scheduled or queue.busy:
                 return
-            queue.running = True
-        self._hand_on(queue)
+            queue.scheduled = True
+        self._schedule(queue)
 
     def take(self, task: int | None, timeout: float) -> tuple[int, Result]:
         """The result of a task, or the first that there is (None); waits for it.
@@ -205,32 +221,45 @@ class Team:
         """
         end = time.monotonic() + timeout if timeout > 0 else None
         self._require_parent()
-        with self._changed:
-            while True:
+        # On a sphere's own thread the workers may wait for this very thread.
+        helps = self._spheres._core.on_own_thread()
+        while True:
+            with self._changed:
                 found = min(self._results, default=None) if task is None else task
                 if found is not None and found in self._results:
                     return found, self._results.pop(found)
-                left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
-                if left <= 0:
-                    raise TimeoutError
-                self._changed.wait(left)
-                self._check_running()
+                waiting = [q for q in self._queues if helps and q.tasks and not q.busy]
+                if not waiting:
+                    left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
+                    if left <= 0:
+                        raise TimeoutError
+                    self._check_running()
+                    self._changed.wait(left)
+                    continue
+                next_one = min(waiting, key=lambda queue: queue.tasks[0][0])
+            self._do_task(next_one)
 
     @property
     def ready(self) -> int:
         """Results that nobody has taken."""
         return len(self._results)
 
-    def begin_epoch(self) -> None:
-        """Waits for what is under way, drops it, and has the workers begin anew."""
+    def begin_epoch(self) -> dict[int, Snapshot]:
+        """Waits for what is under way, drops it, and has the workers begin anew.
+
+        Returns:
+            Where they are now.
+        """
         self._require_parent()
         with self._changed:
-            while any(queue.running for queue in self._queues):
-                self._changed.wait(_LOOK)
+            while any(queue.busy or queue.tasks for queue in self._queues):
                 self._check_running()
+                self._changed.wait(_LOOK)
             self._results.clear()
             for queue in self._queues:
                 queue.worker.begin_epoch()
+            now = {queue.worker.number: queue.worker.snapshot() for queue in self._queues}
+        return {number: snapshot for number, snapshot in now.items() if snapshot is not None}
 
     def close(self) -> None:
         """Drops what has not begun; tasks that run finish and leave nothing."""
@@ -241,6 +270,7 @@ class Team:
             for queue in self._queues:
                 queue.tasks.clear()
             self._results.clear()
+            self._changed.notify_all()
 
     def _require_parent(self) -> None:
         # Before the lock is taken, which a thread of the parent may have held.
@@ -248,7 +278,7 @@ class Team:
             self._spheres._core.require_running("a wrapped loader")
 
     def _check_running(self) -> None:
-        if self._stopped or any(queue.lost for queue in self._queues):
+        if self.over:
             raise StoppedError(
                 "the spheres were stopped while a loader had batches under way; stop them after "
                 "the loop, or begin another one"
@@ -256,8 +286,11 @@ class Team:
 
     # ---- the spheres' side ----
 
-    def _hand_on(self, queue: _Queue) -> None:
-        # One task per work item: shards of a model that wait for a sphere get their turn.
+    def _schedule(self, queue: _Queue) -> bool:
+        """One task per work item: shards of a model that wait for a sphere get their turn.
+
+        False: the spheres take no more batches of work from one of their own threads.
+        """
         try:
             self._spheres._ensure_started("a wrapped loader")
             # (What is collected is none of those who wait for all work that was distributed.)
@@ -267,28 +300,37 @@ class Team:
                 self._stopped = True
                 self._changed.notify_all()
         except RuntimeError:
-            if _core.current_sphere() < 0:
+            if not self._spheres._core.on_own_thread():
                 raise
-            self._do_one(queue)  # the spheres take no more batches of work for now
+            with self._changed:
+                queue.scheduled = False
+            return False
+        return True
 
     def _do_one(self, queue: _Queue) -> None:
         with self._changed:
-            if self._closed or not queue.tasks:
-                queue.running = False
-                self._changed.notify_all()
+            queue.scheduled = False
+        while self._do_task(queue):
+            if self._schedule(queue):
                 return
+
+    def _do_task(self, queue: _Queue) -> bool:
+        """Does a worker's first task, if nobody else is at it; whether to schedule the next."""
+        with self._changed:
+            if self._closed or queue.busy or not queue.tasks:
+                return False
+            queue.busy = True
             task, index = queue.tasks.popleft()
         result = queue.worker.run(index, task)
         with self._changed:
+            queue.busy = False
             if not self._closed:
                 self._results[task] = result
             del result
-            if not queue.tasks:
-                queue.running = False
+            again = bool(queue.tasks) and not queue.scheduled
+            queue.scheduled |= again
             self._changed.notify_all()
-            if not queue.running:
-                return
-        self._hand_on(queue)
+        return again
 
 
 _LOOK = 0.5  # seconds between two looks at whether the spheres still run
