@@ -16,6 +16,7 @@ from torch.utils.data import _DatasetKind
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import gather, gathers
+from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.team import Plan, Result, Team
@@ -80,7 +81,7 @@ class AheadIterator(SphereIterator):
         self._snapshots: dict[int, Snapshot] = resumed.snapshots() if resumed else {}
         self._team = Team(self._plan, self._spheres, self._snapshots)
         # As torch does, which begins the first epoch of its workers like any other.
-        self._sampler_iter = iter(self._index_sampler)
+        self._sampler_iter = index_lists(self._index_sampler)
         self._begin_epoch(resumed)
 
     def _begin_epoch(self, resumed: Progress | None) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import _DatasetKind
+from torch.utils.data import BatchSampler, _DatasetKind
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from torch_spheres import _core
+from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
 from torch_spheres.loading.progress import Digest, Progress, Sources
 from torch_spheres.loading.snapshots import FAILED, Snapshot
@@ -51,6 +52,8 @@ class SphereIterator(_BaseDataLoaderIter):
             super().__init__(loader)
         else:
             self._come_back(loader, resumed)
+        if type(self._index_sampler) is BatchSampler:  # torch's iterator of it has not begun
+            self._sampler_iter = index_lists(self._index_sampler)
         self._sender: Pinning | Transfer = (
             Pinning(self._pin_memory_device if self._pin_memory else None)
             if loader._sphere_device is None or loader._sphere_device.type == "cpu"
@@ -95,7 +98,7 @@ class SphereIterator(_BaseDataLoaderIter):
             return
         if not resumed.fresh:
             self._sources.restore(resumed.start)
-            self._sampler_iter = iter(self._index_sampler)
+            self._sampler_iter = index_lists(self._index_sampler)
         if not resumed.begun:
             yield
             return
@@ -201,5 +204,7 @@ class SphereIterator(_BaseDataLoaderIter):
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         super()._reset(loader, first_iter)
+        if type(self._index_sampler) is BatchSampler:
+            self._sampler_iter = index_lists(self._index_sampler)
         self._finished = False
         self._last_next = None

@@ -8,6 +8,7 @@ these classes, with torch's own methods, dense CPU tensors, and no mode that wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from torch_spheres.loading.info import collates_plainly
 
 __all__ = ["gather", "gathers"]
 
-_Index = npt.NDArray[np.int64]
+_Array = npt.NDArray[np.int64]
 
 
 def _methods(kind: type) -> tuple[Any, ...]:
@@ -54,14 +55,32 @@ class _Slow(Exception):  # noqa: N818
 class _Column:
     """One tensor of the batch."""
 
-    addresses: _Index  # of its rows
+    addresses: _Array  # of its rows
     shape: tuple[int, ...]  # of a row
     dtype: torch.dtype
     owners: list[Any]  # keep the rows alive
 
     @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Index:
+    """Indices as an array, made once for all tensors of a dataset."""
+
+    __slots__ = ("_high", "_low", "array")
+
+    def __init__(self, indices: Sequence[int] | _Array) -> None:
+        self.array: _Array = np.array(indices, dtype=np.int64)
+        self._low, self._high = int(self.array.min()), int(self.array.max())
+
+    def within(self, rows: int) -> _Array:
+        """Counted from the front."""
+        if self._low < -rows or self._high >= rows:
+            raise _Slow
+        return (
+            np.where(self.array < 0, self.array + rows, self.array) if self._low < 0 else self.array
+        )
 
 
 def gathers(dataset: Any, collate_fn: Callable[[Any], Any]) -> bool:
@@ -108,16 +127,16 @@ def gather(
     ):
         return None
     try:
-        tree = _resolve(dataset, indices)
+        tree = _resolve(dataset, _Index(indices))
     except (_Slow, IndexError, OverflowError):
         return None
-    columns: list[tuple[_Index, int, int]] = []
+    columns: list[tuple[_Array, int, int]] = []
     batch = _allocate(tree, len(indices), pinned, columns)
     _core.gather_rows(columns, system)
     return batch  # (`tree` has kept the rows alive until here)
 
 
-def _allocate(tree: Any, rows: int, pinned: bool, columns: list[tuple[_Index, int, int]]) -> Any:
+def _allocate(tree: Any, rows: int, pinned: bool, columns: list[tuple[_Array, int, int]]) -> Any:
     if isinstance(tree, dict):
         return {k: _allocate(part, rows, pinned, columns) for k, part in tree.items()}
     if isinstance(tree, list):
@@ -127,26 +146,25 @@ def _allocate(tree: Any, rows: int, pinned: bool, columns: list[tuple[_Index, in
     return out
 
 
-def _resolve(dataset: Any, indices: Sequence[int]) -> Any:
+def _resolve(dataset: Any, index: _Index) -> Any:
     """Lists and dicts of columns, nested as `default_collate` would nest the batch."""
     kind: Any = type(dataset)
     if kind is TensorDataset:
-        index = np.array(indices, dtype=np.int64)
         return [_rows(tensor, index) for tensor in dataset.tensors]
     if kind is Tensor:
-        return _rows(dataset, np.array(indices, dtype=np.int64))
+        return _rows(dataset, index)
     if kind in _ARRAYS:
-        return _rows(_as_tensor(dataset), np.array(indices, dtype=np.int64))
+        return _rows(_as_tensor(dataset), index)
     if kind is Subset:
-        chosen = [dataset.indices[i] for i in indices]
+        chosen = [dataset.indices[i] for i in index.array.tolist()]
         if {*map(type, chosen)} != {int}:
             raise _Slow
-        return _resolve(dataset.dataset, chosen)
+        return _resolve(dataset.dataset, _Index(chosen))
     if kind is StackDataset:
         if isinstance(dataset.datasets, dict):
-            return {k: _resolve(part, indices) for k, part in dataset.datasets.items()}
-        return [_resolve(part, indices) for part in dataset.datasets]
-    return _concatenated(dataset, np.array(indices, dtype=np.int64))
+            return {k: _resolve(part, index) for k, part in dataset.datasets.items()}
+        return [_resolve(part, index) for part in dataset.datasets]
+    return _concatenated(dataset, index)
 
 
 def _as_tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -178,10 +196,9 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > _storage_bytes(tensor)
     ):
         raise _Slow
-    index = _checked(index, tensor.shape[0])
-    shape = tuple(tensor.shape[1:])
-    column = _Column(index, shape, tensor.dtype, [tensor])
-    column.addresses = index * column.row_bytes + tensor.data_ptr()
+    rows = index.within(tensor.shape[0])
+    column = _Column(rows, tuple(tensor.shape[1:]), tensor.dtype, [tensor])
+    column.addresses = rows * column.row_bytes + tensor.data_ptr()
     return column
 
 
@@ -189,24 +206,17 @@ def _storage_bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
-def _checked(index: _Index, rows: int) -> _Index:
-    low, high = int(index.min()), int(index.max())
-    if low < -rows or high >= rows:
-        raise _Slow
-    return np.where(index < 0, index + rows, index) if low < 0 else index
-
-
 def _concatenated(dataset: Any, index: _Index) -> Any:
     ends = np.array(dataset.cumulative_sizes, dtype=np.int64)
-    index = _checked(index, int(ends[-1]))
-    part_of = np.searchsorted(ends, index, side="right")
+    rows = index.within(int(ends[-1]))
+    part_of = np.searchsorted(ends, rows, side="right")
     trees, places = [], []
     for k in np.unique(part_of).tolist():
         where = np.flatnonzero(part_of == k)
         begin = int(ends[k - 1]) if k else 0
-        trees.append(_resolve(dataset.datasets[k], (index[where] - begin).tolist()))
+        trees.append(_resolve(dataset.datasets[k], _Index(rows[where] - begin)))
         places.append(where)
-    return _merged(trees, places, len(index))
+    return _merged(trees, places, len(rows))
 
 
 def _merged(trees: list[Any], places: list[npt.NDArray[np.intp]], rows: int) -> Any:
