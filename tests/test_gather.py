@@ -23,6 +23,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 import torch_spheres as ts
 from torch_spheres import _core
+from torch_spheres.loading.buffers import Buffers
 from torch_spheres.loading.gather import gather, gathers
 
 DTYPES = [
@@ -263,6 +264,50 @@ def test_the_dataset_may_change_between_batches(spheres):
     assert next(iterator)[0].sum() == 24
     dataset.tensors = (torch.full((4, 12), 3.0).t(),)  # not contiguous: sample by sample
     assert next(iterator)[0].sum() == 36
+
+
+def test_memory_is_used_again_only_when_nobody_has_it(spheres):
+    """Whatever the loop keeps of a batch stays as it was: tensors, views, arrays, graphs."""
+    rows = torch.arange(4000.0).view(400, 10).repeat(1, 50)
+    iterator = iter(ts.wrap(DataLoader(TensorDataset(rows), 40), spheres))
+    kept = []
+    for keep in (lambda x: x, lambda x: x[3:5], lambda x: x.numpy(), lambda x: x.view(-1)[7]):
+        (x,) = next(iterator)
+        kept.append((keep(x), keep(x) + 0))
+        del x
+    (x,) = next(iterator)
+    weight = torch.ones(500, requires_grad=True)
+    loss = (x * weight).sum()  # the graph has it
+    expected = x.sum(0)
+    del x
+    addresses = set()
+    for (batch,) in iterator:
+        addresses.add(batch.data_ptr())
+    assert len(addresses) <= 2  # the loop has one while the next is gathered
+    loss.backward()
+    assert torch.equal(weight.grad, expected)
+    for value, copied in kept:
+        assert (value == copied).all()
+
+
+def test_tensors_in_used_memory_are_new_ones(spheres):
+    buffers = Buffers()
+    first = buffers.empty((300, 100), torch.float32)
+    address = first.data_ptr()
+    first.requires_grad_()
+    first.mine = 1
+    del first
+    again = buffers.empty((100, 300), torch.float32)
+    assert again.data_ptr() == address and again.shape == (100, 300)
+    assert not again.requires_grad and not hasattr(again, "mine") and again._version == 1
+    assert buffers.empty((100, 300), torch.float32).data_ptr() != address  # it is in use
+    del again
+    assert buffers.empty((100, 301), torch.float32).data_ptr() != address  # another size
+    other = buffers.empty((50, 300), torch.float64)  # another type of the same size
+    assert other.data_ptr() == address and other.dtype == torch.float64
+    other.share_memory_()
+    del other
+    assert not buffers.empty((100, 300), torch.float32).is_shared()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

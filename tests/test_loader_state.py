@@ -380,7 +380,7 @@ def test_iterable_datasets(spheres, kind, workers):
 
             def begin(batch_size=batch_size):
                 plain = DataLoader(kind(), batch_size, num_workers=workers)
-                return ts.wrap(plain, spheres, copy_dataset=workers > 1)
+                return ts.wrap(plain, spheres)
 
             torch.manual_seed(8)
             loader = begin()
@@ -400,14 +400,6 @@ def test_iterable_datasets(spheres, kind, workers):
             if kind is Counter:  # nothing is read that was read before
                 rows = len(left) if batch_size is None else sum(len(b[0]) for b in left)
                 assert CounterIterator.replayed - before == rows
-
-
-def test_workers_that_share_a_dataset_with_a_position_cannot_save_it(spheres):
-    loader = ts.wrap(DataLoader(Remembering(), 2, num_workers=2), spheres)
-    iterator = iter(loader)
-    next(iterator)
-    with pytest.raises(RuntimeError, match="Remembering keeps its position in itself, and 2"):
-        loader.state_dict()
 
 
 def test_mistakes(spheres):

@@ -223,6 +223,59 @@ def test_copies_of_the_dataset(spheres, workers):
     assert {owner for _, owner in shared} == {id(dataset)}
 
 
+class Range(IterableDataset):
+    """As in torch's documentation: every worker is given its part by `worker_init_fn`."""
+
+    def __init__(self, start, end):
+        self.start, self.end = start, end
+
+    def __iter__(self):
+        return iter(range(self.start, self.end))
+
+
+def take_part(worker):
+    info = get_worker_info()
+    dataset = info.dataset
+    size = -(-(dataset.end - dataset.start) // info.num_workers)
+    begin = dataset.start
+    dataset.start = begin + worker * size
+    dataset.end = min(dataset.start + size, dataset.end)
+
+
+class OwnIterator(IterableDataset):
+    """Is its own iterator, which two workers could not share."""
+
+    def __iter__(self):
+        self.rows = iter(range(get_worker_info().id * 10, get_worker_info().id * 10 + 6))
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+def test_attributes_that_a_worker_sets_are_its_own(spheres):
+    loaders = [
+        DataLoader(Range(3, 20), 2, num_workers=3, worker_init_fn=take_part),
+        DataLoader(OwnIterator(), 2, num_workers=3),
+    ]
+    for plain in loaders:
+        wrapped = ts.wrap(plain, spheres)
+        for _ in range(2):
+            assert flat([*wrapped]) == flat([*plain])
+    assert (loaders[0].dataset.start, loaders[0].dataset.end) == (3, 20)
+
+    def mark(worker):
+        dataset = get_worker_info().dataset
+        assert not hasattr(dataset, "mark")
+        dataset.mark = worker
+
+    marked = Asking(lambda index: index, 12)
+    loader = DataLoader(marked, 2, num_workers=3, worker_init_fn=mark)
+    marked.ask = lambda index: get_worker_info().dataset.mark
+    samples = [batch.tolist() for batch in ts.wrap(loader, spheres)]
+    assert samples == [[0, 0], [1, 1], [2, 2]] * 2 and not hasattr(marked, "mark")
+
+
 def test_the_parts_of_a_batch_go_to_the_kissing_spheres():
     """A batch's rows belong to the spheres as `shard_bounds` cuts, on two levels and on three."""
     for levels, rows in ((2, 30), (3, 300)):

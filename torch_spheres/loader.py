@@ -104,8 +104,8 @@ class SphereLoader(DataLoader[T]):
         from there.
 
         Raises:
-            RuntimeError: batches come from processes, or out of order; or an iterable dataset that
-                logical workers share keeps its position in itself.
+            RuntimeError: batches come from processes, or out of order; or an iterable dataset's own
+                ``state_dict()`` fails.
         """
         self._need_threads("state_dict()")
         newest = self._newest() if self._newest is not None else None
@@ -191,18 +191,21 @@ def wrap(
 
     ``num_workers=n`` of the loader means *n* logical workers: `get_worker_info()` and all random
     numbers are those that *n* worker processes would have, on any number of threads, and batches
-    are loaded ahead (``prefetch_factor``). With ``num_workers=0`` the kissing spheres share each
-    batch; a dataset that draws random numbers, or is no faster in threads, is left to the calling
-    thread. Datasets that are tensors in memory are gathered in C++ either way.
+    are loaded ahead (``prefetch_factor``). With ``num_workers=0`` nothing is, and the kissing
+    spheres share each batch; a dataset that draws random numbers, changes when it is asked, or is
+    no faster in threads, is left to the calling thread. Datasets that are tensors in memory are
+    gathered in C++ either way.
 
     Args:
         loader: any `DataLoader`; it stays as it is, and shares its sampler and dataset.
         spheres: whose threads load. None: a `KissingSpheres` of two levels, which is
             ``wrapped.spheres``.
-        device: batches are pinned, copied there in the background, and ready when handed over.
-            None or the CPU: they stay where the loader leaves them.
-        copy_dataset: each logical worker (each sphere, without workers) has its own deep copy of
-            the dataset; for datasets that are not thread-safe. They share one otherwise.
+        device: batches are pinned, copied there by a stream of their own (with workers, ahead of
+            the loop), and ready when handed over. None or the CPU: they stay where they are.
+        copy_dataset: each logical worker has its own deep copy of the dataset, made with the
+            iterator (without workers each sphere, when it first loads); for datasets that are not
+            thread-safe. They share one otherwise; but with a ``worker_init_fn``, and of an iterable
+            dataset, each has a shallow copy, so that attributes that it sets are its own.
         workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
             faster for datasets that run in Python and keep the GIL. The rest stays the same.
 

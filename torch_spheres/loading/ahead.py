@@ -56,7 +56,6 @@ class AheadIterator(SphereIterator):
         assert loader.prefetch_factor is not None
         self._limit = loader.prefetch_factor * self._num_workers
         self._in_order = loader.in_order
-        self._copies = loader._sphere_copies
         self._gathers = (
             self._dataset_kind == _DatasetKind.Map
             and loader.worker_init_fn is None
@@ -201,7 +200,7 @@ class AheadIterator(SphereIterator):
         """None: it has to be loaded sample by sample, which has been set going."""
         task = self._open[number]
         with self._meter.working():
-            batch = gather(self._dataset, task.index, self._running_core())
+            batch = gather(self._dataset, task.index, self._running_core(), self._buffers)
         if batch is None:
             task.given = True
             self._team.put(task.worker, number, task.index)
@@ -215,24 +214,13 @@ class AheadIterator(SphereIterator):
         """After the batch that was handed out last.
 
         Raises:
-            RuntimeError: batches come out of order, or logical workers share a dataset that keeps
-                its position in itself.
+            RuntimeError: batches come out of order, or the dataset's own ``state_dict()`` fails.
         """
         if not self._in_order:
             raise RuntimeError(
                 "a loader with in_order=False has no position to save; use in_order=True"
             )
-        if self._shared_position():
-            raise RuntimeError(
-                f"{type(self._dataset).__name__} keeps its position in itself, and "
-                f"{self._num_workers} logical workers share it; give each its own with "
-                "wrap(..., copy_dataset=True), or give its iterator the state_dict()"
-            )
         return super().progress()
-
-    def _shared_position(self) -> bool:
-        holders = {snapshot.holder for snapshot in self._snapshots.values()}
-        return self._num_workers > 1 and not self._copies and "dataset" in holders
 
     def _shutdown_workers(self) -> None:
         """Ends what is under way; the name is torch's, which other libraries call."""

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset, default_collate
 
 from torch_spheres import _core
+from torch_spheres.loading.buffers import Buffers
 from torch_spheres.loading.info import collates_plainly
 
 __all__ = ["gather", "gathers"]
@@ -111,12 +112,17 @@ def gather(
     dataset: Any,
     indices: Sequence[int],
     system: _core.System | None,
-    *,
-    pinned: bool = False,
+    buffers: Buffers | None = None,
 ) -> Any | None:
     """What ``default_collate([dataset[i] for i in indices])`` returns, or None: do that.
 
     None also where that would be an error, which is raised with its own message then.
+
+    Args:
+        dataset: what `gathers` has said yes to.
+        indices: of a batch.
+        system: who shares the work when there is much of it.
+        buffers: memory to use again.
     """
     if type(indices) is not list or not indices or {*map(type, indices)} != {int}:
         return None
@@ -131,17 +137,19 @@ def gather(
     except (_Slow, IndexError, OverflowError):
         return None
     columns: list[tuple[_Array, int, int]] = []
-    batch = _allocate(tree, len(indices), pinned, columns)
+    batch = _allocate(tree, len(indices), buffers or Buffers(), columns)
     _core.gather_rows(columns, system)
     return batch  # (`tree` has kept the rows alive until here)
 
 
-def _allocate(tree: Any, rows: int, pinned: bool, columns: list[tuple[_Array, int, int]]) -> Any:
+def _allocate(
+    tree: Any, rows: int, buffers: Buffers, columns: list[tuple[_Array, int, int]]
+) -> Any:
     if isinstance(tree, dict):
-        return {k: _allocate(part, rows, pinned, columns) for k, part in tree.items()}
+        return {k: _allocate(part, rows, buffers, columns) for k, part in tree.items()}
     if isinstance(tree, list):
-        return [_allocate(part, rows, pinned, columns) for part in tree]
-    out = torch.empty((rows, *tree.shape), dtype=tree.dtype, device="cpu", pin_memory=pinned)
+        return [_allocate(part, rows, buffers, columns) for part in tree]
+    out = buffers.empty((rows, *tree.shape), tree.dtype)
     columns.append((tree.addresses, tree.row_bytes, out.data_ptr()))
     return out
 

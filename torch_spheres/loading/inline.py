@@ -107,7 +107,7 @@ class InlineIterator(SphereIterator):
     def _load(self, index: Any, number: int) -> Any:
         if self._gathers:
             with self._meter.working():
-                batch = gather(self._dataset, index, self._running_core())
+                batch = gather(self._dataset, index, self._running_core(), self._buffers)
             if batch is not None:
                 self._meter.way = "gather"
                 return batch

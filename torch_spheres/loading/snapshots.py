@@ -10,12 +10,13 @@ import torch
 
 from torch_spheres.loading.samples import Fetcher
 
-__all__ = ["FAILED", "Snapshot"]
+__all__ = ["FAILED", "Snapshot", "has_position"]
 
 FAILED = "failed"
 
 
-def _can(value: Any) -> bool:
+def has_position(value: Any) -> bool:
+    """Whether it can save where it is, as torchdata has it."""
     return callable(getattr(value, "state_dict", None)) and callable(
         getattr(value, "load_state_dict", None)
     )
@@ -41,7 +42,7 @@ class Snapshot:
         if iterator is None:  # map-style: the sampler's position is all there is
             return snapshot
         for holder, value in (("iterator", iterator), ("dataset", fetcher.dataset)):
-            if _can(value):
+            if has_position(value):
                 try:
                     snapshot.holder, snapshot.progress = holder, copy.deepcopy(value.state_dict())
                 except Exception as error:  # noqa: BLE001

@@ -25,7 +25,7 @@ from torch_spheres.context import CallerContext
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.info import Position, shown, worker_info
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.snapshots import Snapshot, has_position
 from torch_spheres.loading.stats import Meter
 from torch_spheres.loading.streams import WorkerStreams
 from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
@@ -52,6 +52,28 @@ class Plan:
     meter: Meter
 
 
+def _dataset_for_worker(plan: Plan) -> Any:
+    """The dataset itself where sharing it is safe by what `DataLoader` promises to it.
+
+    In a process a worker may set attributes of its dataset: in ``worker_init_fn``, as torch's
+    documentation of iterable datasets has it, or while it iterates. A shallow copy has attributes
+    of its own, and shares what they hold; one that saves its position is copied as a whole.
+    """
+    iterable = plan.kind == _DatasetKind.Iterable
+    if plan.copies or (iterable and plan.workers > 1 and has_position(plan.dataset)):
+        try:
+            return copy.deepcopy(plan.dataset)
+        except Exception as error:
+            error.add_note(
+                f"wrap() copies {type(plan.dataset).__name__} for each logical worker, which was "
+                "asked for with copy_dataset=True, or saves its position (state_dict)"
+            )
+            raise
+    if iterable or plan.init_fn is not None:
+        return copy.copy(plan.dataset)
+    return plan.dataset
+
+
 @dataclass
 class Result:
     """Of one task."""
@@ -70,7 +92,7 @@ class _Worker:
         self._plan, self.number = plan, number
         self._restored = restored
         # Now, as a process would have it, not when the first task comes.
-        self._dataset = copy.deepcopy(plan.dataset) if plan.copies else plan.dataset
+        self._dataset = _dataset_for_worker(plan)
         # (Variables that one task sets are there for the next, as in a process.)
         self._variables = contextvars.copy_context()
         self._ready = False
