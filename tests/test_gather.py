@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -24,7 +26,18 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 import torch_spheres as ts
 from torch_spheres import _core
 from torch_spheres.loading.buffers import Buffers
-from torch_spheres.loading.gather import gather, gathers
+from torch_spheres.loading.gather import gathers, prepare
+
+
+def gather(dataset, indices, system):
+    """The batch, or None."""
+    prepared = prepare(dataset, indices, Buffers())
+    if prepared is None:
+        return None
+    batch, rows = prepared
+    rows.finish(system)
+    return batch
+
 
 DTYPES = [
     torch.float32,
@@ -326,6 +339,52 @@ def test_a_patched_class_is_not_gathered(monkeypatch):
     assert not gathers(TensorDataset(torch.arange(3)), default_collate)
 
 
+def test_rows_are_gathered_while_nobody_waits(spheres):
+    dataset = TensorDataset(torch.randn(4000, 301))
+    prepared = [prepare(dataset, random.choices(range(4000), k=500), Buffers()) for _ in range(80)]
+    for _, rows in prepared:  # more than there may be batches in flight: the rest waits
+        rows.start(spheres._core)
+        rows.start(spheres._core)
+    for batch, rows in prepared[::2]:
+        rows.finish(spheres._core)
+        rows.finish(spheres._core)  # once more is no harm
+        assert rows.bytes == batch[0].nbytes
+    del prepared, rows, batch  # those that nobody has waited for end first
+    again = prepare(dataset, [*range(4000)], Buffers())
+    again[1].start(spheres._core)
+    again[1].finish(spheres._core)
+    assert torch.equal(again[0][0], dataset.tensors[0])
+
+
+def test_spheres_that_stop_leave_the_rest_to_the_caller():
+    dataset = TensorDataset(torch.randn(4000, 301))
+    for _ in range(20):
+        with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+            gate = threading.Event()
+            spheres._core.submit(lambda _, gate=gate: gate.wait(0.01), (0,), collect=True)
+            batch, rows = prepare(dataset, [*range(4000)], Buffers())
+            rows.start(spheres._core)
+            stopper = threading.Thread(target=spheres.stop)
+            stopper.start()
+            gate.set()
+            rows.finish(spheres._core)
+            stopper.join()
+        assert torch.equal(batch[0], dataset.tensors[0])
+
+
+def test_a_half_used_loader_of_tensors_may_be_dropped_or_forked(spheres):
+    rows = torch.randn(2000, 1000)
+    for _ in range(10):
+        iterator = iter(ts.wrap(DataLoader(TensorDataset(rows), 200, num_workers=2), spheres))
+        next(iterator)
+        pid = os.fork()
+        if pid == 0:
+            del iterator  # must not wait for threads that are not here
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        del iterator
+
+
 def test_bad_columns_are_refused():
     for columns in (
         [(np.zeros(3, dtype=np.int32), 8, 0)],
@@ -334,4 +393,4 @@ def test_bad_columns_are_refused():
         [(np.zeros(6, dtype=np.int64)[::2], 8, 0)],
     ):
         with pytest.raises(ValueError, match=r"addresses must be a contiguous|a column is"):
-            _core.gather_rows(columns)
+            _core.Gather(columns, None)

@@ -10,6 +10,7 @@ import typing
 __all__: list[str] = [
     "BATCHES_IN_FLIGHT",
     "DType",
+    "Gather",
     "INBOX_CAPACITY",
     "Isa",
     "KISSING",
@@ -26,10 +27,10 @@ __all__: list[str] = [
     "active_isa",
     "available_isas",
     "current_sphere",
-    "gather_rows",
     "keep_freed_memory",
     "noop",
     "read_range",
+    "row_numbers",
     "set_isa",
     "set_thread_hooks",
     "transition_allowed",
@@ -266,18 +267,33 @@ class SumJob:
     @property
     def depth(self) -> int: ...
 
+class Gather:
+    """
+    Rows to be copied to where they belong in a batch.
+    """
+    def __init__(self, columns: collections.abc.Sequence[typing.Any], keep: typing.Any) -> None:
+        """
+        A column is (addresses of its rows, bytes of a row, address of the output), and nothing of it is checked, see gather.py. What has to stay alive is kept.
+        """
+    def finish(self, system: System | None = None) -> None:
+        """
+        Copies all rows, or waits until the spheres have.
+        """
+    def start(self, system: System) -> None:
+        """
+        Has the spheres begin, if it is worth their while; does not wait.
+        """
+    @property
+    def bytes(self) -> int:
+        """
+        Of the batch.
+        """
+
 def active_isa() -> Isa: ...
 def available_isas() -> list[Isa]: ...
 def current_sphere() -> int:
     """
     The id of the sphere whose thread is calling, or -1.
-    """
-
-def gather_rows(
-    columns: collections.abc.Sequence[typing.Any], system: System | None = None
-) -> None:
-    """
-    Copies rows to where they belong in batches. A column is (addresses of its rows, bytes of a row, address of the output); nothing is checked, see gather.py.
     """
 
 def keep_freed_memory(lean: bool) -> bool:
@@ -296,6 +312,11 @@ def read_range(
 ) -> float:
     """
     Reads float32 memory: the benchmark's bandwidth ceiling.
+    """
+
+def row_numbers(indices: typing.Any) -> typing.Any:
+    """
+    (array of int64, least, greatest) of a list of plain ints; None for anything else.
     """
 
 def set_isa(isa: Isa) -> None:

@@ -4,7 +4,8 @@
 
 #include "bindings.h"
 #include "gradient_work.h"
-#include "helped_run.h"
+#include "helper.h"
+#include "py_system.h"
 #include "tensor_view.h"
 
 namespace torch_spheres::bindings {
@@ -38,7 +39,25 @@ bool try_add(SumJob& job, py::sequence shards, py::handle out) {
 }
 
 void run_job(const SumJob& job, PySystem* system) {
-  run_helped<SumWork>(job, system, job.bytes() >= kWorthSharing, "tree_sum()");
+  if (system == nullptr || !system->running() || system->core().on_own_thread() ||
+      job.bytes() < kWorthSharing) {
+    const py::gil_scoped_release release;
+    job.run_here();
+    return;
+  }
+  const auto batch = system->submit_core(std::make_shared<SumWork>(job), job.items(), "tree_sum()");
+  Helper helper(system->core());
+  try {
+    wait_interruptibly({}, [&](Milliseconds time) { return helper.wait_for(*batch, time); });
+  } catch (...) {
+    // The buffers die with this call: let no sphere touch them afterwards.
+    const py::gil_scoped_release release;
+    system->core().cancel(batch);
+    while (!batch->wait_for(Milliseconds(1000))) {
+    }
+    throw;
+  }
+  if (batch->cancelled() > 0) throw StoppedError("tree_sum(): the spheres were stopped");
 }
 
 }  // namespace

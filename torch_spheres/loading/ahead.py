@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import _DatasetKind
 
+from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
-from torch_spheres.loading.gather import gather, gathers
+from torch_spheres.loading.gather import gathers, prepare
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
@@ -45,7 +46,8 @@ class _Task:
     worker: int
     index: Any
     digest: int  # of the index lists up to this one
-    given: bool  # to its worker
+    rows: _core.Gather | None = None  # being copied
+    batch: Any = None  # into this
 
 
 class AheadIterator(SphereIterator):
@@ -126,10 +128,11 @@ class AheadIterator(SphereIterator):
         else:
             return  # all have come to the end of their datasets
         task, self._sent = self._sent, self._sent + 1
-        self._open[task] = _Task(worker, index, self._pulled.value, not self._gathers)
+        opened = self._open[task] = _Task(worker, index, self._pulled.value)
         self._load[worker] += 1
-        if not self._gathers:
-            self._team.put(worker, task, index)
+        if self._gathers and self._begin_to_gather(opened):
+            return
+        self._team.put(worker, task, index)
 
     def _next_data(self) -> Any:
         if self._shut:
@@ -144,10 +147,8 @@ class AheadIterator(SphereIterator):
                     self._shutdown_workers()
                 raise StopIteration
             ready = self._team.ready
-            if not self._open[self._received].given:
-                batch = self._gather(self._received)
-                if batch is not None:
-                    return batch
+            if self._open[self._received].rows is not None:
+                return self._gathered(self._received)
             number, result = self._take()
             task = self._open.get(number)
             if task is None:
@@ -196,18 +197,30 @@ class AheadIterator(SphereIterator):
         self._meter.handed_out(batch, self._size_of(task.index), ready)
         return batch
 
-    def _gather(self, number: int) -> Any | None:
-        """None: it has to be loaded sample by sample, which has been set going."""
+    def _begin_to_gather(self, task: _Task) -> bool:
+        """False: it has to be loaded sample by sample."""
+        with self._meter.copying():
+            if torch.is_inference_mode_enabled():  # see `_context`
+                with torch.inference_mode(mode=False):
+                    prepared = prepare(self._dataset, task.index, self._buffers)
+            else:
+                prepared = prepare(self._dataset, task.index, self._buffers)
+            if prepared is None:
+                return False
+            task.batch, task.rows = prepared
+            core = self._running_core()
+            if core is not None:
+                task.rows.start(core)
+        return True
+
+    def _gathered(self, number: int) -> Any:
         task = self._open[number]
-        with self._meter.working():
-            batch = gather(self._dataset, task.index, self._running_core(), self._buffers)
-        if batch is None:
-            task.given = True
-            self._team.put(task.worker, number, task.index)
-            return None
+        assert task.rows is not None
+        task.rows.finish(self._running_core())
+        batch = task.batch
         self._close(number, task)
         self._meter.way = "gather"
-        self._meter.handed_out(batch, len(task.index), len(self._open))
+        self._meter.handed_out(batch, len(task.index), len(self._open), task.rows.bytes)
         return batch
 
     def progress(self) -> Progress:

@@ -9,7 +9,7 @@ these classes, with torch's own methods, dense CPU tensors, and no mode that wou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch_spheres import _core
 from torch_spheres.loading.buffers import Buffers
 from torch_spheres.loading.info import collates_plainly
 
-__all__ = ["gather", "gathers"]
+__all__ = ["gathers", "prepare"]
 
 _Array = npt.NDArray[np.int64]
 
@@ -67,21 +67,28 @@ class _Column:
 
 
 class _Index:
-    """Indices as an array, made once for all tensors of a dataset."""
+    """Row numbers as an array, made once for all tensors of a dataset."""
 
     __slots__ = ("_high", "_low", "array")
 
-    def __init__(self, indices: Sequence[int] | _Array) -> None:
-        self.array: _Array = np.array(indices, dtype=np.int64)
-        self._low, self._high = int(self.array.min()), int(self.array.max())
+    def __init__(self, numbers: tuple[_Array, int, int]) -> None:
+        self.array, self._low, self._high = numbers
+
+    @staticmethod
+    def of(indices: Any) -> _Index:
+        """Of a list of plain ints; nothing else is understood."""
+        numbers = _core.row_numbers(indices)
+        if numbers is None:
+            raise _Slow
+        return _Index(numbers)
 
     def within(self, rows: int) -> _Array:
         """Counted from the front."""
         if self._low < -rows or self._high >= rows:
             raise _Slow
-        return (
-            np.where(self.array < 0, self.array + rows, self.array) if self._low < 0 else self.array
-        )
+        if self._low >= 0:
+            return self.array
+        return np.where(self.array < 0, self.array + rows, self.array)
 
 
 def gathers(dataset: Any, collate_fn: Callable[[Any], Any]) -> bool:
@@ -108,24 +115,16 @@ def _is_known(dataset: Any, stacked: bool = False) -> bool:
     return all(_is_known(part, stacked=True) for part in values)
 
 
-def gather(
-    dataset: Any,
-    indices: Sequence[int],
-    system: _core.System | None,
-    buffers: Buffers | None = None,
-) -> Any | None:
-    """What ``default_collate([dataset[i] for i in indices])`` returns, or None: do that.
+def prepare(dataset: Any, indices: Any, buffers: Buffers) -> tuple[Any, _core.Gather] | None:
+    """What ``default_collate([dataset[i] for i in indices])`` returns, and how to fill it.
 
-    None also where that would be an error, which is raised with its own message then.
+    None: do that. Also where that would be an error, which is raised with its own message then.
 
     Args:
         dataset: what `gathers` has said yes to.
         indices: of a batch.
-        system: who shares the work when there is much of it.
         buffers: memory to use again.
     """
-    if type(indices) is not list or not indices or {*map(type, indices)} != {int}:
-        return None
     if (
         _get_current_function_mode_stack()
         or _get_current_dispatch_mode_stack()
@@ -133,13 +132,12 @@ def gather(
     ):
         return None
     try:
-        tree = _resolve(dataset, _Index(indices))
+        tree = _resolve(dataset, _Index.of(indices))
     except (_Slow, IndexError, OverflowError):
         return None
     columns: list[tuple[_Array, int, int]] = []
-    batch = _allocate(tree, len(indices), buffers or Buffers(), columns)
-    _core.gather_rows(columns, system)
-    return batch  # (`tree` has kept the rows alive until here)
+    batch = _allocate(tree, len(indices), buffers, columns)
+    return batch, _core.Gather(columns, (tree, batch))
 
 
 def _allocate(
@@ -165,9 +163,7 @@ def _resolve(dataset: Any, index: _Index) -> Any:
         return _rows(_as_tensor(dataset), index)
     if kind is Subset:
         chosen = [dataset.indices[i] for i in index.array.tolist()]
-        if {*map(type, chosen)} != {int}:
-            raise _Slow
-        return _resolve(dataset.dataset, _Index(chosen))
+        return _resolve(dataset.dataset, _Index.of(chosen))
     if kind is StackDataset:
         if isinstance(dataset.datasets, dict):
             return {k: _resolve(part, index) for k, part in dataset.datasets.items()}
@@ -222,7 +218,7 @@ def _concatenated(dataset: Any, index: _Index) -> Any:
     for k in np.unique(part_of).tolist():
         where = np.flatnonzero(part_of == k)
         begin = int(ends[k - 1]) if k else 0
-        trees.append(_resolve(dataset.datasets[k], _Index(rows[where] - begin)))
+        trees.append(_resolve(dataset.datasets[k], _Index.of((rows[where] - begin).tolist())))
         places.append(where)
     return _merged(trees, places, len(rows))
 

@@ -22,7 +22,7 @@ from torch_spheres import _core
 from torch_spheres.context import caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.fingerprint import fingerprint
-from torch_spheres.loading.gather import gather, gathers
+from torch_spheres.loading.gather import gathers, prepare
 from torch_spheres.loading.info import Position, at
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.samples import Copies, Fetcher, has_getitems, load
@@ -100,18 +100,21 @@ class InlineIterator(SphereIterator):
             self._finished = True
             raise
         self._handed_out(number, self._pulled.value)
+        prepared = prepare(self._dataset, index, self._buffers) if self._gathers else None
+        if prepared is not None:
+            batch, rows = prepared
+            with self._meter.copying():
+                rows.finish(self._running_core())
+            self._meter.way = "gather"
+            self._meter.handed_out(batch, len(index), 0, rows.bytes)
+            return batch
         batch = self._load(index, number)
         self._meter.handed_out(batch, self._size_of(index), 0)
         return batch
 
     def _load(self, index: Any, number: int) -> Any:
-        if self._gathers:
-            with self._meter.working():
-                batch = gather(self._dataset, index, self._running_core(), self._buffers)
-            if batch is not None:
-                self._meter.way = "gather"
-                return batch
-        elif self._splits and type(index) is list and len(index) > 1 and self._outside():
+        splits = self._splits and not self._gathers and self._outside()
+        if splits and type(index) is list and len(index) > 1:
             if self._tempo.way == "spheres":
                 return self._load_on_spheres(index, number)
             if not self._tempo.decided:

@@ -126,12 +126,13 @@ class Meter:
         self._batches = self._samples = self._bytes = self._ready = 0
         self._waited = self._worked = self._computed = self._elapsed = 0.0
 
-    def handed_out(self, batch: Any, samples: int, ready: int) -> None:
-        """The loop gets a batch, while so many stood ready."""
-        try:
-            size = sum(_bytes(pytree.tree_leaves(batch)))
-        except RecursionError:  # a batch that holds itself is nobody's business here
-            size = 0
+    def handed_out(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
+        """The loop gets a batch, of so many bytes if that is known, while so many stood ready."""
+        if size is None:
+            try:
+                size = sum(_bytes(pytree.tree_leaves(batch)))
+            except RecursionError:  # a batch that holds itself is nobody's business here
+                size = 0
         with self._lock:
             self._batches += 1
             self._samples += samples
@@ -147,6 +148,10 @@ class Meter:
     def working(self) -> _Working:
         """A block in which the calling thread loads."""
         return _Working(self)
+
+    def copying(self) -> _Copying:
+        """A block in which rows are gathered: on a core all the time."""
+        return _Copying(self)
 
     def worked(self, seconds: float, computed: float) -> None:
         """A thread has loaded."""
@@ -184,6 +189,21 @@ class Meter:
 
 def _bytes(leaves: Iterable[Any]) -> Iterable[int]:
     return (leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_sparse)
+
+
+class _Copying:
+    # (Asking for the thread's own time can take as long as gathering a batch.)
+    __slots__ = ("_begin", "_meter")
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = time.perf_counter() - self._begin
+        self._meter.worked(seconds, seconds)
 
 
 class _Working:

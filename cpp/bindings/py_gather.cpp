@@ -1,0 +1,103 @@
+#include "py_gather.h"
+
+#include <pybind11/numpy.h>
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "helper.h"
+
+namespace torch_spheres::bindings {
+
+namespace {
+
+/// Below this a hand-over to other threads costs more than it saves.
+constexpr std::size_t kWorthSharing = 256u << 10;
+
+}  // namespace
+
+PyGather::Addresses::Addresses(const py::buffer& array) : info_(array.request()) {
+  if (info_.ndim != 1 || info_.itemsize != sizeof(std::int64_t) ||
+      (info_.size > 1 && info_.strides[0] != info_.itemsize)) {
+    throw std::invalid_argument("addresses must be a contiguous array of int64");
+  }
+}
+
+PyGather::PyGather(const py::sequence& columns, py::object keep) : keep_(std::move(keep)) {
+  addresses_.reserve(columns.size());
+  for (const py::handle item : columns) {
+    const auto column = py::cast<py::tuple>(item);
+    if (column.size() != 3) {
+      throw std::invalid_argument("a column is (addresses, bytes of a row, address of the output)");
+    }
+    addresses_.emplace_back(py::cast<py::buffer>(column[0]));
+    const Addresses& rows = addresses_.back();
+    job_.add({rows.data(), rows.size(), py::cast<std::size_t>(column[1]),
+              reinterpret_cast<char*>(py::cast<std::uintptr_t>(column[2]))});
+  }
+}
+
+PyGather::~PyGather() { settle(); }
+
+void PyGather::settle() {
+  if (!batch_) return;
+  // (In the child of a fork there is nobody who could be writing.)
+  if (!system_->core().forked()) {
+    const py::gil_scoped_release release;
+    system_->core().cancel(batch_);
+    while (!batch_->wait_for(Milliseconds(1000))) {
+    }
+  }
+  batch_.reset();
+}
+
+void PyGather::start(const std::shared_ptr<PySystem>& system) {
+  if (batch_ || job_.bytes() < kWorthSharing || !system->running() ||
+      system->core().on_own_thread()) {
+    return;
+  }
+  auto batch = std::make_shared<Batch>(std::make_shared<GatherWork>(job_), job_.items());
+  const py::gil_scoped_release release;
+  if (system->core().try_submit(batch) != Submitted::kAccepted) return;
+  system_ = system;
+  batch_ = std::move(batch);
+}
+
+void PyGather::finish(const std::shared_ptr<PySystem>& system) {
+  if (system) start(system);
+  if (batch_ && !system_->core().forked()) {
+    Helper helper(system_->core());
+    wait_interruptibly({}, [&](Milliseconds time) { return helper.wait_for(*batch_, time); });
+    const bool stopped = batch_->cancelled() > 0;
+    batch_.reset();
+    if (!stopped) return;
+  }
+  batch_.reset();  // what was begun is done once more, which does no harm
+  const py::gil_scoped_release release;
+  job_.run_here();
+}
+
+py::object row_numbers(py::handle list) {
+  if (!PyList_CheckExact(list.ptr())) return py::none();
+  const auto size = PyList_GET_SIZE(list.ptr());
+  if (size == 0) return py::none();
+  py::array_t<std::int64_t> numbers(size);
+  std::int64_t* out = numbers.mutable_data();
+  std::int64_t low = std::numeric_limits<std::int64_t>::max();
+  std::int64_t high = std::numeric_limits<std::int64_t>::min();
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = PyList_GET_ITEM(list.ptr(), i);
+    if (!PyLong_CheckExact(item)) return py::none();
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow != 0) return py::none();
+    out[i] = value;
+    low = std::min<std::int64_t>(low, value);
+    high = std::max<std::int64_t>(high, value);
+  }
+  return py::make_tuple(numbers, low, high);
+}
+
+}  // namespace torch_spheres::bindings
