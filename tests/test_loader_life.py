@@ -350,7 +350,7 @@ def test_copies_and_pickles(spheres, workers):
 
 def run(script, **options):
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        [sys.executable, "-P", "-W", "ignore", "-c", textwrap.dedent(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -465,7 +465,15 @@ for epoch in range(2):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_a_new_process(tmp_path, workers):
     def run(what):
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "state.pt"), str(workers), what]
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            SCRIPT,
+            str(tmp_path / "state.pt"),
+            str(workers),
+            what,
+        ]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.splitlines()

@@ -444,6 +444,9 @@ loader = DataLoader(Who(), 1, num_workers=2)
 print([int(b) for b in ts.wrap(loader)], [int(b) for b in loader], get_worker_info())
 """
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=100
+        [sys.executable, "-P", "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert ran.stdout == "[0, 1, 0, 1] [0, 1, 0, 1] None\n", ran.stderr

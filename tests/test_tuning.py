@@ -172,6 +172,10 @@ with ts.KissingSpheres({levels}, concurrency=1):
     print(held > 60, resident() - before > 60)
 """
     ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-P", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
     assert ran.stdout.split() == ["True", str(kept)]
