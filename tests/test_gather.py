@@ -25,13 +25,12 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 import torch_spheres as ts
 from torch_spheres import _core
-from torch_spheres.loading.buffers import Buffers
 from torch_spheres.loading.gather import gathers, prepare
 
 
 def gather(dataset, indices, system):
     """The batch, or None."""
-    prepared = prepare(dataset, indices, Buffers())
+    prepared = prepare(dataset, indices)
     if prepared is None:
         return None
     batch, rows = prepared
@@ -279,50 +278,6 @@ def test_the_dataset_may_change_between_batches(spheres):
     assert next(iterator)[0].sum() == 36
 
 
-def test_memory_is_used_again_only_when_nobody_has_it(spheres):
-    """Whatever the loop keeps of a batch stays as it was: tensors, views, arrays, graphs."""
-    rows = torch.arange(4000.0).view(400, 10).repeat(1, 50)
-    iterator = iter(ts.wrap(DataLoader(TensorDataset(rows), 40), spheres))
-    kept = []
-    for keep in (lambda x: x, lambda x: x[3:5], lambda x: x.numpy(), lambda x: x.view(-1)[7]):
-        (x,) = next(iterator)
-        kept.append((keep(x), keep(x) + 0))
-        del x
-    (x,) = next(iterator)
-    weight = torch.ones(500, requires_grad=True)
-    loss = (x * weight).sum()  # the graph has it
-    expected = x.sum(0)
-    del x
-    addresses = set()
-    for (batch,) in iterator:
-        addresses.add(batch.data_ptr())
-    assert len(addresses) <= 2  # the loop has one while the next is gathered
-    loss.backward()
-    assert torch.equal(weight.grad, expected)
-    for value, copied in kept:
-        assert (value == copied).all()
-
-
-def test_tensors_in_used_memory_are_new_ones(spheres):
-    buffers = Buffers()
-    first = buffers.empty((300, 100), torch.float32)
-    address = first.data_ptr()
-    first.requires_grad_()
-    first.mine = 1
-    del first
-    again = buffers.empty((100, 300), torch.float32)
-    assert again.data_ptr() == address and again.shape == (100, 300)
-    assert not again.requires_grad and not hasattr(again, "mine") and again._version == 1
-    assert buffers.empty((100, 300), torch.float32).data_ptr() != address  # it is in use
-    del again
-    assert buffers.empty((100, 301), torch.float32).data_ptr() != address  # another size
-    other = buffers.empty((50, 300), torch.float64)  # another type of the same size
-    assert other.data_ptr() == address and other.dtype == torch.float64
-    other.share_memory_()
-    del other
-    assert not buffers.empty((100, 300), torch.float32).is_shared()
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_index_out_of_range_is_the_datasets_own_error(spheres, workers):
     dataset = TensorDataset(torch.arange(6.0))
@@ -341,7 +296,7 @@ def test_a_patched_class_is_not_gathered(monkeypatch):
 
 def test_rows_are_gathered_while_nobody_waits(spheres):
     dataset = TensorDataset(torch.randn(4000, 301))
-    prepared = [prepare(dataset, random.choices(range(4000), k=500), Buffers()) for _ in range(80)]
+    prepared = [prepare(dataset, random.choices(range(4000), k=500)) for _ in range(80)]
     for _, rows in prepared:  # more than there may be batches in flight: the rest waits
         rows.start(spheres._core)
         rows.start(spheres._core)
@@ -350,7 +305,7 @@ def test_rows_are_gathered_while_nobody_waits(spheres):
         rows.finish(spheres._core)  # once more is no harm
         assert rows.bytes == batch[0].nbytes
     del prepared, rows, batch  # those that nobody has waited for end first
-    again = prepare(dataset, [*range(4000)], Buffers())
+    again = prepare(dataset, [*range(4000)])
     again[1].start(spheres._core)
     again[1].finish(spheres._core)
     assert torch.equal(again[0][0], dataset.tensors[0])
@@ -362,7 +317,7 @@ def test_spheres_that_stop_leave_the_rest_to_the_caller():
         with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
             gate = threading.Event()
             spheres._core.submit(lambda _, gate=gate: gate.wait(0.01), (0,), collect=True)
-            batch, rows = prepare(dataset, [*range(4000)], Buffers())
+            batch, rows = prepare(dataset, [*range(4000)])
             rows.start(spheres._core)
             stopper = threading.Thread(target=spheres.stop)
             stopper.start()

@@ -202,9 +202,9 @@ class AheadIterator(SphereIterator):
         with self._meter.copying():
             if torch.is_inference_mode_enabled():  # see `_context`
                 with torch.inference_mode(mode=False):
-                    prepared = prepare(self._dataset, task.index, self._buffers)
+                    prepared = prepare(self._dataset, task.index)
             else:
-                prepared = prepare(self._dataset, task.index, self._buffers)
+                prepared = prepare(self._dataset, task.index)
             if prepared is None:
                 return False
             task.batch, task.rows = prepared

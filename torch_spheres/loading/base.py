@@ -14,7 +14,6 @@ from torch.utils.data import BatchSampler, _DatasetKind
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from torch_spheres import _core
-from torch_spheres.loading.buffers import Buffers
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
 from torch_spheres.loading.progress import Digest, Progress, Sources
@@ -43,7 +42,6 @@ class SphereIterator(_BaseDataLoaderIter):
             "num_workers": loader.num_workers,
             "iterable": loader._dataset_kind == _DatasetKind.Iterable,
         }
-        self._buffers = Buffers()
         self._one_at_a_time = threading.RLock()
         self._snapshots: dict[int, Snapshot] = {}
         self._finished = False

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset, default_collate
 
 from torch_spheres import _core
-from torch_spheres.loading.buffers import Buffers
 from torch_spheres.loading.info import collates_plainly
 
 __all__ = ["gathers", "prepare"]
@@ -115,7 +114,7 @@ def _is_known(dataset: Any, stacked: bool = False) -> bool:
     return all(_is_known(part, stacked=True) for part in values)
 
 
-def prepare(dataset: Any, indices: Any, buffers: Buffers) -> tuple[Any, _core.Gather] | None:
+def prepare(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
     """What ``default_collate([dataset[i] for i in indices])`` returns, and how to fill it.
 
     None: do that. Also where that would be an error, which is raised with its own message then.
@@ -123,7 +122,6 @@ def prepare(dataset: Any, indices: Any, buffers: Buffers) -> tuple[Any, _core.Ga
     Args:
         dataset: what `gathers` has said yes to.
         indices: of a batch.
-        buffers: memory to use again.
     """
     if (
         _get_current_function_mode_stack()
@@ -136,18 +134,16 @@ def prepare(dataset: Any, indices: Any, buffers: Buffers) -> tuple[Any, _core.Ga
     except (_Slow, IndexError, OverflowError):
         return None
     columns: list[tuple[_Array, int, int]] = []
-    batch = _allocate(tree, len(indices), buffers, columns)
+    batch = _allocate(tree, len(indices), columns)
     return batch, _core.Gather(columns, (tree, batch))
 
 
-def _allocate(
-    tree: Any, rows: int, buffers: Buffers, columns: list[tuple[_Array, int, int]]
-) -> Any:
+def _allocate(tree: Any, rows: int, columns: list[tuple[_Array, int, int]]) -> Any:
     if isinstance(tree, dict):
-        return {k: _allocate(part, rows, buffers, columns) for k, part in tree.items()}
+        return {k: _allocate(part, rows, columns) for k, part in tree.items()}
     if isinstance(tree, list):
-        return [_allocate(part, rows, buffers, columns) for part in tree]
-    out = buffers.empty((rows, *tree.shape), tree.dtype)
+        return [_allocate(part, rows, columns) for part in tree]
+    out = torch.empty((rows, *tree.shape), dtype=tree.dtype, device="cpu")
     columns.append((tree.addresses, tree.row_bytes, out.data_ptr()))
     return out
 

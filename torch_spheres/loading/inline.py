@@ -100,7 +100,7 @@ class InlineIterator(SphereIterator):
             self._finished = True
             raise
         self._handed_out(number, self._pulled.value)
-        prepared = prepare(self._dataset, index, self._buffers) if self._gathers else None
+        prepared = prepare(self._dataset, index) if self._gathers else None
         if prepared is not None:
             batch, rows = prepared
             with self._meter.copying():
