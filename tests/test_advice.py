@@ -45,7 +45,7 @@ def train(call, row, concurrency, steps, **options):
 
 
 def test_expensive_calls_are_told_of_once():
-    heard, caught, state = train(0.002, 0.0, 2, 30)
+    heard, caught, state = train(0.02, 0.0, 2, 30)
     assert len(caught) == 1 and heard[0] < 25
     message = str(caught[0].message)
     assert "plain PyTorch would be faster" in message and "reproducible=False" in message

@@ -158,7 +158,10 @@ def optimizer_of(model: nn.Module, kind: str = "adamw") -> Optimizers:
 
 
 def fingerprint(model: nn.Module, optimizers: Optimizers, losses: list[Tensor]) -> str:
-    """Of weights, buffers, gradients, optimizer state, losses and the random generator."""
+    """Of weights and buffers, optimizer state, gradients, losses and the random generator.
+
+    One digest for each kind, so that a difference says where it is.
+    """
     state = [
         value
         for optimizer in optimizers.each
@@ -167,6 +170,11 @@ def fingerprint(model: nn.Module, optimizers: Optimizers, losses: list[Tensor]) 
         for value in optimizer.state.get(p, {}).values()
         if isinstance(value, Tensor)
     ]
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    tensors = [*model.state_dict().values(), *state, *grads, *losses, torch.get_rng_state()]
-    return digest(tensors)
+    kinds = {
+        "weights": list(model.state_dict().values()),
+        "state": state,
+        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+        "losses": losses,
+        "random": [torch.get_rng_state()],
+    }
+    return " ".join(f"{kind}:{digest(tensors)}" for kind, tensors in kinds.items())
