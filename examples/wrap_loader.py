@@ -6,6 +6,7 @@ import io
 import time
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import torch_spheres as ts
@@ -26,6 +27,7 @@ class Drawings(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image = torch.load(io.BytesIO(self.files[index]))
+        image = F.interpolate(image[None], (96, 96), mode="bicubic", antialias=True)[0]
         return image + 0.1 * torch.randn_like(image), index
 
 

@@ -354,8 +354,9 @@ def test_errors_of_collate_fn_and_worker_init_fn(spheres):
         loader = ts.wrap(
             DataLoader(torch.arange(4), 2, num_workers=workers, collate_fn=collate), spheres
         )
-        with pytest.raises(OSError, match="cannot put"):
+        with pytest.raises(OSError, match="cannot put") as caught:
             next(iter(loader))
+        assert caught.value.__notes__[0].startswith("while loading batch 0, ")
 
     def init(worker):
         raise OSError(f"no worker {worker}")
@@ -366,6 +367,39 @@ def test_errors_of_collate_fn_and_worker_init_fn(spheres):
         with pytest.raises(OSError, match=f"no worker {worker}") as caught:
             next(iterator)
         assert f"in worker_init_fn of logical worker {worker}" in caught.value.__notes__
+
+
+def test_random_numbers_that_threads_share_are_told_of_once(spheres):
+    def seed(worker):
+        np.random.seed(worker)
+
+    for plain in (
+        DataLoader(Asking(lambda _: random.random(), 8), 1, num_workers=2),
+        DataLoader(Asking(lambda _: np.random.rand(), 8), 1, num_workers=2),
+        DataLoader(Asking(lambda index: index, 8), 1, num_workers=2, worker_init_fn=seed),
+    ):
+        loader = ts.wrap(plain, spheres)
+        with pytest.warns(UserWarning, match=r"get_worker_info\(\)\.rng") as caught:
+            batches = [batch for _ in range(2) for batch in loader]
+        assert len(batches) == 16 and len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_a_batch_that_nobody_waits_for_ends_with_its_sample(spheres):
+    gate, asked = threading.Event(), []
+
+    def wait(index):
+        asked.append(index)
+        assert gate.wait(60)
+        return index
+
+    iterator = iter(ts.wrap(DataLoader(Asking(wait, 24), 12, num_workers=1), spheres))
+    while not asked:
+        time.sleep(0.001)
+    work = iterator._team._queues[0].work
+    del iterator
+    gate.set()
+    work.wait(60)
+    assert asked == [0]
 
 
 def test_a_timeout_says_so_and_the_batch_still_comes(spheres):
@@ -388,7 +422,7 @@ def test_a_timeout_says_so_and_the_batch_still_comes(spheres):
 
 def test_mistakes(spheres):
     loader = DataLoader(torch.arange(4))
-    with pytest.raises(TypeError, match=r"loader must be a torch\.utils\.data\.DataLoader, got \["):
+    with pytest.raises(TypeError, match=r"must be a torch\.utils\.data\.DataLoader, got list; for"):
         ts.wrap([1, 2], spheres)
     with pytest.raises(TypeError, match="spheres must be a KissingSpheres, got int"):
         ts.wrap(loader, 12)
@@ -398,6 +432,11 @@ def test_mistakes(spheres):
         ts.wrap(loader, spheres, workers="thread")
     with pytest.raises(ValueError, match="needs a DataLoader with num_workers > 0"):
         ts.wrap(loader, spheres, workers="process")
+    with pytest.raises(ValueError, match="copy_dataset=True is for threads"):
+        ts.wrap(DataLoader([1], num_workers=1), spheres, workers="process", copy_dataset=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device='cuda': torch has no CUDA device"):
+            ts.wrap(loader, spheres, device="cuda")
     with pytest.raises(ValueError, match="wrapped already"):
         ts.wrap(ts.wrap(loader, spheres), spheres)
     with pytest.raises(TypeError, match=r"hand it to torch_spheres\.wrap\(loader\)"):
@@ -427,7 +466,8 @@ def test_processes_can_go_on_loading(spheres):
     torch.manual_seed(2)
     wrapped = ts.wrap(loader, spheres, workers="process", device="cpu")
     assert flat([*wrapped]) == flat(plain)
-    assert wrapped.stats().way == "process"
+    assert wrapped.stats().way == "process" and wrapped.stats().batches == 5
+    assert wrapped.stats().bytes > 0 and wrapped.stats().waited > 0
     with pytest.raises(RuntimeError, match="does not know where worker processes are"):
         wrapped.state_dict()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -57,8 +58,7 @@ class SphereLoader(DataLoader[T]):
         if self._sphere_workers == "process":
             self._meter.way = "process"
             iterator = super()._get_iterator()
-            device = self._sphere_device
-            return iterator if device is None else _Sending(iterator, device)
+            return _Counting(iterator, self._meter, self._sphere_device)
         pending, self._pending = self._pending, None
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
         made = kind(self, pending)
@@ -148,17 +148,28 @@ class SphereLoader(DataLoader[T]):
             )
 
 
-class _Sending:
-    """An iterator over worker processes whose batches go to a device."""
+class _Counting:
+    """An iterator over worker processes, for `LoaderStats`; its batches may go to a device."""
 
-    def __init__(self, iterator: Any, device: torch.device) -> None:
-        self._iterator, self._transfer = iterator, Transfer(device)
+    def __init__(self, iterator: Any, meter: Meter, device: torch.device | None) -> None:
+        self._iterator, self._meter = iterator, meter
+        moves = device is not None and device.type != "cpu"
+        self._transfer = Transfer(device) if moves and device is not None else None
+        self._last: float | None = None
 
-    def __iter__(self) -> _Sending:
+    def __iter__(self) -> _Counting:
         return self
 
     def __next__(self) -> Any:
-        return self._transfer.send(next(self._iterator))()
+        begin = time.perf_counter()
+        batch = next(self._iterator)
+        if self._transfer is not None:
+            batch = self._transfer.send(batch)()
+        end = time.perf_counter()
+        self._meter.handed_out(batch, 0, 0)
+        self._meter.waited(end - begin, end - (begin if self._last is None else self._last))
+        self._last = end
+        return batch
 
     def __len__(self) -> int:
         return len(self._iterator)
@@ -207,10 +218,12 @@ def wrap(
             thread-safe. They share one otherwise; but with a ``worker_init_fn``, and of an iterable
             dataset, each has a shallow copy, so that attributes that it sets are its own.
         workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
-            faster for datasets that run in Python and keep the GIL. The rest stays the same.
+            faster for datasets that run in Python and keep the GIL; without ``state_dict`` and
+            `sample_seed`.
 
     Raises:
         TypeError: the loader is no `DataLoader`, or another argument of the wrong kind.
+        RuntimeError: `device` is CUDA, and there is none.
         ValueError: `workers` is something else; ``"process"`` with ``num_workers=0``; a loader that
             is wrapped already; or one that makes its iterators itself.
     """
@@ -227,6 +240,9 @@ def wrap(
             UserWarning,
             stacklevel=2,
         )
+    where = None if device is None else torch.device(device)
+    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
     keep_freed_memory()
     base: Any = type(loader)
     kind = _class_for(base)
@@ -235,7 +251,7 @@ def wrap(
     vars(wrapped).update(vars(loader))
     vars(wrapped).update(
         spheres=KissingSpheres() if spheres is None else spheres,
-        _sphere_device=None if device is None else torch.device(device),
+        _sphere_device=where,
         _sphere_copies=copy_dataset,
         _sphere_workers=workers,
         _pending=None,
@@ -260,7 +276,10 @@ def _rebuild(base: Any, attributes: dict[str, Any], shape: tuple[int, int]) -> A
 
 def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"loader must be a torch.utils.data.DataLoader, got {loader!r}")
+        raise TypeError(
+            f"loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}; for a "
+            "dataset: wrap(DataLoader(dataset, batch_size=...))"
+        )
     if isinstance(loader, SphereLoader):
         raise ValueError("loader is wrapped already; wrap the DataLoader that it was made of")
     if spheres is not None and not isinstance(spheres, KissingSpheres):
@@ -269,6 +288,8 @@ def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
         raise TypeError(f"copy_dataset must be True or False, got {copy_dataset!r}")
     if workers not in _WORKERS:
         raise ValueError(f"workers must be one of {_WORKERS}, got {workers!r}")
+    if workers == "process" and copy_dataset:
+        raise ValueError('copy_dataset=True is for threads; with workers="process" all have copies')
     if workers == "process" and loader.num_workers == 0:
         raise ValueError(
             'workers="process" needs a DataLoader with num_workers > 0, got num_workers=0'

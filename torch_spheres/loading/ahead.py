@@ -20,12 +20,22 @@ from torch_spheres.loading.gather import gathers, prepare
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.streams import GlobalStates
 from torch_spheres.loading.team import Plan, Result, Team
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
 
 __all__ = ["AheadIterator"]
+
+
+_SHARED_RANDOM = (
+    "while logical workers loaded a batch, something drew from or seeded the process's own random "
+    "or numpy.random generators (the dataset or worker_init_fn, as it seems): threads share them, "
+    "so the numbers depend on the order in which threads come by. Draw from "
+    "torch.utils.data.get_worker_info().rng (random_generator, numpy_generator) or from torch, or "
+    'use wrap(loader, workers="process")'
+)
 
 
 def _context() -> CallerContext:
@@ -81,6 +91,8 @@ class AheadIterator(SphereIterator):
         )
         self._snapshots: dict[int, Snapshot] = resumed.snapshots() if resumed else {}
         self._team = Team(self._plan, self._spheres, self._snapshots)
+        # What worker processes have for themselves, and threads share; looked at once.
+        self._globals: GlobalStates | None = None if self._gathers else GlobalStates.now()
         # As torch does, which begins the first epoch of its workers like any other.
         self._sampler_iter = index_lists(self._index_sampler)
         self._begin_epoch(resumed)
@@ -150,6 +162,10 @@ class AheadIterator(SphereIterator):
             if self._open[self._received].rows is not None:
                 return self._gathered(self._received)
             number, result = self._take()
+            if self._globals is not None:
+                if self._globals != GlobalStates.now():
+                    self._meter.tell(_SHARED_RANDOM)
+                self._globals = None
             task = self._open.get(number)
             if task is None:
                 continue

@@ -103,10 +103,11 @@ def _replacement() -> Any:
 class Position:
     """Where in the epoch a thread loads: what a sample's seed is made of."""
 
-    __slots__ = ("base_seed", "batch", "place")
+    __slots__ = ("base_seed", "batch", "over", "place")
 
-    def __init__(self, base_seed: int, batch: int) -> None:
+    def __init__(self, base_seed: int, batch: int, over: threading.Event | None = None) -> None:
         self.base_seed, self.batch, self.place = base_seed, batch, 0
+        self.over = over  # set: nobody waits for the batch any more
 
 
 @contextlib.contextmanager
@@ -142,7 +143,8 @@ def sample_seed() -> int:
         ``random.Random``.
 
     Raises:
-        RuntimeError: no loader that `wrap` has returned is loading in this thread.
+        RuntimeError: no loader that `wrap` has returned is loading in this thread; worker
+            processes (``workers="process"``) do not know it either.
     """
     position = _here.position
     if position is None:

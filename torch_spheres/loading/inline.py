@@ -25,7 +25,7 @@ from torch_spheres.loading.fingerprint import fingerprint
 from torch_spheres.loading.gather import gathers, prepare
 from torch_spheres.loading.info import Position, at
 from torch_spheres.loading.progress import Progress
-from torch_spheres.loading.samples import Copies, Fetcher, has_getitems, load
+from torch_spheres.loading.samples import Copies, Fetcher, has_getitems, load, place_of_thread
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.streams import GlobalStates, Noticing, Watching
 from torch_spheres.sampler import shard_bounds
@@ -175,7 +175,11 @@ class InlineIterator(SphereIterator):
             self._leave_to_caller(why)
             return batch
         with self._meter.working(), at(Position(self._base_seed, number)):
-            batch = self._collate_fn(samples)
+            try:
+                batch = self._collate_fn(samples)
+            except Exception as error:
+                error.add_note(f"while loading batch {number}, {place_of_thread()}")
+                raise
         self._meter.way = "spheres"
         self._measured("spheres", time.perf_counter() - begin, len(index))
         return self._sender.send(batch)()

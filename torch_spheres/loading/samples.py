@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import threading
 from collections.abc import Sequence
@@ -11,9 +12,15 @@ from torch.utils.data import _DatasetKind
 
 from torch_spheres import _core
 from torch_spheres._core import Topology
+from torch_spheres.errors import StoppedError
 from torch_spheres.loading.info import Position, at
 
 __all__ = ["Copies", "Fetcher", "has_getitems", "load", "place_of_thread"]
+
+
+# Before the spheres are stopped at the end of the program, which waits for what they are at.
+_ending = threading.Event()
+atexit.register(_ending.set)
 
 
 def has_getitems(dataset: Any) -> bool:
@@ -31,6 +38,8 @@ def load(dataset: Any, indices: Sequence[Any], position: Position, first: int = 
     """``[dataset[i] for i in indices]``; the first of them is so far into its batch."""
     samples = []
     for place, index in enumerate(indices, first):
+        if _ending.is_set() or (position.over is not None and position.over.is_set()):
+            raise StoppedError("nobody waits for this batch any more")
         position.place = place + 1  # 0 is the batch as a whole
         try:
             samples.append(dataset[index])
@@ -83,10 +92,9 @@ class Fetcher:
     def fetch(self, index: Any, position: Position) -> Any:
         """The batch, or the sample, of what the sampler gave."""
         with at(position):
-            if self._one_by_one:
-                return self._collate_fn(load(self._dataset, index, position))
+            samples = load(self._dataset, index, position) if self._one_by_one else None
             try:
-                return self.fetcher.fetch(index)
+                return self.fetcher.fetch(index) if samples is None else self._collate_fn(samples)
             except StopIteration:
                 raise
             except Exception as error:

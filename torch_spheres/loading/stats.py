@@ -123,6 +123,8 @@ class Meter:
         self.way = "caller"
         self.declined = ""  # why a loader without workers does not use the spheres
         self._told = False
+        self._messages: list[str] = []
+        self._known: set[str] = set()
         self._batches = self._samples = self._bytes = self._ready = 0
         self._waited = self._worked = self._computed = self._elapsed = 0.0
 
@@ -161,6 +163,8 @@ class Meter:
 
     def news(self) -> str | None:
         """What a user should be told, once, because another way to load is faster."""
+        if self._messages:
+            return self._messages.pop()
         if self._told or self._elapsed < _ENOUGH_SECONDS or self._batches < _ENOUGH_BATCHES:
             return None
         now = self.snapshot()
@@ -168,6 +172,12 @@ class Meter:
             return None
         self._told = True
         return now.advice
+
+    def tell(self, text: str) -> None:
+        """Has the loop hear of it at its next ``next()``, once."""
+        if text not in self._known:
+            self._known.add(text)
+            self._messages.append(text)
 
     def snapshot(self) -> LoaderStats:
         """The figures so far."""

@@ -88,8 +88,10 @@ class Result:
 class _Worker:
     """One logical worker; its tasks come one at a time, so nothing in it needs a lock."""
 
-    def __init__(self, plan: Plan, number: int, restored: Snapshot | None) -> None:
-        self._plan, self.number = plan, number
+    def __init__(
+        self, plan: Plan, number: int, restored: Snapshot | None, over: threading.Event
+    ) -> None:
+        self._plan, self.number, self._over = plan, number, over
         self._restored = restored
         # Now, as a process would have it, not when the first task comes.
         self._dataset = _dataset_for_worker(plan)
@@ -135,7 +137,7 @@ class _Worker:
                 iterable = plan.kind == _DatasetKind.Iterable
                 self._fetcher = self._begin(len(index) if iterable and plan.auto_collation else 1)
             try:
-                loaded = self._fetcher.fetch(index, Position(plan.base_seed, batch))
+                loaded = self._fetcher.fetch(index, Position(plan.base_seed, batch, self._over))
             except StopIteration:
                 if plan.kind != _DatasetKind.Iterable:
                     raise
@@ -214,8 +216,11 @@ class Team:
         self._changed = threading.Condition()
         self._results: dict[int, Result] = {}
         self._closed = self._stopped = False
+        self._over = threading.Event()  # for tasks under way: nobody waits for them
         known = restored or {}
-        self._queues = [_Queue(_Worker(plan, w, known.get(w))) for w in range(plan.workers)]
+        self._queues = [
+            _Queue(_Worker(plan, w, known.get(w), self._over)) for w in range(plan.workers)
+        ]
 
     # ---- the consumer's side ----
 
@@ -289,6 +294,7 @@ class Team:
             return
         with self._changed:
             self._closed = True
+            self._over.set()
             for queue in self._queues:
                 queue.tasks.clear()
             self._results.clear()
@@ -302,8 +308,8 @@ class Team:
     def _check_running(self) -> None:
         if self.over:
             raise StoppedError(
-                "the spheres were stopped while a loader had batches under way; stop them after "
-                "the loop, or begin another one"
+                "the spheres were stopped under a loader; stop them after the loop, or start() "
+                "them and begin another one"
             )
 
     # ---- the spheres' side ----
