@@ -20,6 +20,7 @@ from torch_spheres.sampler import SphereBatchSampler, shard_bounds
 from torch_spheres.stats import SphereStats, Stats
 from torch_spheres.system import KissingSpheres, usable_cores
 from torch_spheres.tree import tree_sum
+from torch_spheres.vector_math import settle as _settle
 
 __all__ = [
     "GradientHook",
@@ -43,3 +44,5 @@ __all__ = [
     "wrap",
 ]
 __version__ = "0.1.0"
+
+_settle()
