@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -103,12 +104,18 @@ class GatherWork final : public Work {
   void run(Claimer& claimer) override {
     Chunk chunk;
     while (claimer.next(chunk)) {
-      for (std::int64_t i = 0; i < chunk.count; ++i) job_.run_item(chunk.first + i * chunk.stride);
+      for (std::int64_t i = 0; i < chunk.count; ++i) {
+        job_.run_item(chunk.first + i * chunk.stride);
+        pieces_done_.fetch_add(1, std::memory_order_relaxed);
+      }
     }
   }
+  /// A moving figure, to see whether anybody is at it.
+  std::int64_t was_done() const { return pieces_done_.load(std::memory_order_relaxed); }
 
  private:
   const GatherJob& job_;
+  std::atomic<std::int64_t> pieces_done_{0};
 };
 
 }  // namespace torch_spheres

@@ -343,9 +343,63 @@ def test_a_half_used_loader_of_tensors_may_be_dropped_or_forked(spheres):
 def test_bad_columns_are_refused():
     for columns in (
         [(np.zeros(3, dtype=np.int32), 8, 0)],
+        [(np.zeros(3, dtype=np.float64), 8, 0)],
         [(np.zeros((2, 2), dtype=np.int64), 8, 0)],
         [(np.zeros(3, dtype=np.int64), 8)],
         [(np.zeros(6, dtype=np.int64)[::2], 8, 0)],
     ):
         with pytest.raises(ValueError, match=r"addresses must be a contiguous|a column is"):
             _core.Gather(columns, None)
+
+
+def test_memory_that_a_tensor_has_given_up_is_read_to_the_end():
+    """`.data` gives it other memory while rows are on their way."""
+    dataset = TensorDataset(torch.ones(4000, 5000))
+    with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+        gate = threading.Event()
+        held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
+        iterator = iter(ts.wrap(DataLoader(dataset, 500, num_workers=2), spheres))
+        dataset.tensors[0].data = torch.full((4000, 5000), 2.0)
+        junk = torch.full((4000, 5000), 3.0)  # where the old memory would be
+        gate.set()
+        held.wait(60)
+        values = [batch.unique().tolist() for (batch,) in iterator]
+    del junk
+    # Four were on their way; those after them are of what is there now.
+    assert values == [[1.0]] * 4 + [[2.0]] * 4
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_work_item_finishes_what_others_began(started):
+    """Its own thread may be the one that should copy the rows."""
+    dataset = TensorDataset(torch.randn(2000, 301))
+    with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+        gate = threading.Event()
+        held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
+        batch, rows = prepare(dataset, [*range(1999, -1, -1)])
+
+        def finish(_):
+            rows.finish(spheres._core)
+            return torch.equal(batch[0], dataset.tensors[0].flip(0))
+
+        work = spheres._core.submit(finish, (0,), collect=True)
+        if started:
+            rows.start(spheres._core)
+        gate.set()
+        held.wait(60)
+        work.wait(60)
+        assert work.results == [True]
+
+
+def test_busy_spheres_keep_nobody_waiting():
+    dataset = TensorDataset(torch.randn(2000, 301))
+    with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+        gate = threading.Event()
+        held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
+        batch, rows = prepare(dataset, [*range(2000)])
+        rows.start(spheres._core)
+        assert not rows.done
+        rows.finish(spheres._core)
+        assert torch.equal(batch[0], dataset.tensors[0])
+        gate.set()
+        held.wait(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import os
 import pickle
 import signal
@@ -20,9 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 from loader_support import Numbers, Stream, on_spheres
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import torch_spheres as ts
+from torch_spheres.loading.team import Team
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -126,19 +128,14 @@ def test_a_dropped_iterator_releases_everything(spheres, workers):
     eventually(lambda: [ref() for ref in alive] == [None] * 3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_iterator_dropped_while_it_loads(spheres, workers):
+def test_an_iterator_dropped_while_it_loads(spheres):
     dataset = Gated()
-    loader = wrapped(dataset, spheres, workers)
+    loader = wrapped(dataset, spheres, 2)
     iterator = iter(loader)
-    taker = threading.Thread(target=next, args=(iterator,))
-    if workers == 0:
-        taker.start()
     dataset.started.wait(60)
-    if workers == 0:
-        dataset.gate.set()
-        taker.join()
-    del iterator, taker
+    gone = weakref.ref(iterator)
+    del iterator
+    assert gone() is None
     dataset.gate.set()
     alive = weakref.ref(dataset)
     assert len([*loader]) == 20
@@ -146,33 +143,43 @@ def test_an_iterator_dropped_while_it_loads(spheres, workers):
     eventually(lambda: alive() is None)
 
 
-def test_spheres_that_are_stopped_end_the_loop():
-    for workers in (0, 2):
-        dataset = Gated()
-        with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
-            iterator = iter(wrapped(dataset, spheres, workers))
-            caught = []
+@pytest.mark.parametrize("workers", [0, 2])
+def test_spheres_that_are_stopped_under_a_loader(workers):
+    """Logical workers are gone with them; without workers the loop's own thread goes on."""
+    dataset = Gated()
+    with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
+        iterator = iter(wrapped(dataset, spheres, workers))
+        caught, rows = [], []
 
-            def loop(iterator=iterator, caught=caught):
-                try:
-                    for _ in iterator:
-                        pass
-                except ts.StoppedError as error:
-                    caught.append(error)
+        def loop():
+            try:
+                for batch in iterator:
+                    rows.extend(batch.tolist())
+            except ts.StoppedError as error:
+                caught.append(error)
 
-            thread = threading.Thread(target=loop)
-            thread.start()
-            dataset.started.wait(60)
-            stopper = threading.Thread(target=spheres.stop)
-            stopper.start()
-            eventually(lambda spheres=spheres: takes_no_work(spheres))
-            dataset.gate.set()
-            thread.join(60)
-            stopper.join(60)
-            assert not thread.is_alive() and len(caught) == 1
-            # Other spheres' threads: the loader goes on with a new iterator.
-            spheres.start()
-            assert len([*wrapped(dataset, spheres, workers)]) == 20
+        thread = threading.Thread(target=loop)
+        thread.start()
+        dataset.started.wait(60)
+        stopper = threading.Thread(target=spheres.stop)
+        stopper.start()
+        eventually(lambda: takes_no_work(spheres))
+        dataset.gate.set()
+        thread.join(60)
+        stopper.join(60)
+        assert not thread.is_alive()
+        if workers:
+            assert len(caught) == 1
+            with pytest.raises(ts.StoppedError):
+                [*wrapped(dataset, spheres, workers)]
+        else:
+            assert rows == list(range(40)) and not caught
+            loader = wrapped(dataset, spheres, 0)
+            assert len([*loader]) == 20 and loader.stats().way == "caller"
+        # Other threads of the same spheres: a new iterator.
+        spheres.start()
+        loader = wrapped(dataset, spheres, workers)
+        assert len([*loader]) == 20 and loader.stats().way == "spheres"
 
 
 def test_more_loaders_than_batches_may_be_in_flight(spheres):
@@ -230,18 +237,149 @@ def test_a_loader_inside_the_dataset_of_another(outer, inner):
             assert [batch.tolist() for batch in loader] == [[28, 29], [30, 31], [32, 33]]
 
 
-def test_a_full_runtime_and_a_long_queue():
+def test_a_full_runtime_and_a_long_queue(monkeypatch):
     """64 batches are in flight: tasks follow each other on one sphere, in a loop."""
+    refused = []
+    schedule = Team._schedule
+
+    def counting(team, queue):
+        taken = schedule(team, queue)
+        refused.append(not taken)
+        return taken
+
+    monkeypatch.setattr(Team, "_schedule", counting)
+    with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
+        first, gate = threading.Event(), threading.Event()
+
+        class Waits(Numbers):
+            def __getitem__(self, index):
+                assert index > 0 or first.wait(60)
+                return super().__getitem__(index)
+
+        loader = wrapped(Waits(4000), spheres, 1, prefetch_factor=1500)
+        iterator = iter(loader)
+        fill_up(spheres, gate, already=1)
+        first.set()
+        rows = sum(len(batch[1]) for batch in iterator)
+        gate.set()
+        assert rows == 4000 and any(refused)
+
+
+def fill_up(spheres, gate, already=0):
+    """Until there are 64 batches in flight, the most that there may be."""
+    return [
+        spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
+        for _ in range(64 - already)
+    ]
+
+
+def test_ctrl_c_while_a_task_waits_for_room():
+    """The batch that was on its way to the loop, and the task, are there when it comes again."""
     with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
         gate = threading.Event()
-        loader = wrapped(Numbers(4000), spheres, 1, prefetch_factor=1500)
-        iterator = iter(loader)
-        next(iterator)
-        for _ in range(60):
-            spheres.distribute_work([0], lambda _: gate.wait(0.05))
-        rows = 2 + sum(len(batch[1]) for batch in iterator)
+        iterator = iter(wrapped(Numbers(12), spheres, 1, prefetch_factor=1))
+        eventually(lambda: iterator._team.ready == 1)
+        held = fill_up(spheres, gate)
+        main = threading.get_ident()
+        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(iterator)
         gate.set()
-        assert rows == 4000
+        for work in held:
+            work.wait(60)
+        rows = [int(i) for batch in iterator for i in batch[1]]
+        assert rows == list(range(12))
+
+
+def sizes(iterator, most):
+    return [len(batch[0]) for batch in itertools.islice(iterator, most)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["samples", "tensors"])
+def test_work_items_and_the_loop_share_an_iterator(workers, kind):
+    """All spheres wait for their turn, while the loop waits for the spheres."""
+    dataset = Numbers(200) if kind == "samples" else TensorDataset(torch.randn(200, 9000))
+    for concurrency in (1, 2):
+        with ts.KissingSpheres(levels=2, concurrency=concurrency) as spheres:
+            iterator = iter(wrapped(dataset, spheres, workers))
+            work = spheres._core.submit(
+                lambda _, iterator=iterator: sizes(iterator, 20),
+                (0, 1),
+                collect=True,
+            )
+            rows = sizes(iterator, 40)
+            work.wait(60)
+            rows += [n for part in work.results for n in part]
+            rows += sizes(iterator, 100)
+            assert rows == [2] * 100
+
+
+@pytest.mark.parametrize("kind", ["samples", "tensors"])
+def test_an_iterator_from_outside_goes_on_in_a_work_item(kind):
+    """What is under way for it may be waiting for that item's very thread."""
+    dataset = Numbers(60) if kind == "samples" else TensorDataset(torch.randn(60, 60000))
+    with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+        loader = wrapped(dataset, spheres, 2, persistent_workers=True)
+        for _ in range(5):
+            gate = threading.Event()
+            held = spheres._core.submit(lambda _, gate=gate: gate.wait(60), (0,), collect=True)
+            iterator = iter(loader)
+            rest = spheres._core.submit(
+                lambda _, iterator=iterator: (len([*iterator]), len([*loader])), (0,), collect=True
+            )
+            gate.set()
+            held.wait(60)
+            rest.wait(60)
+            assert rest.results == [(30, 30)]
+
+
+def test_a_new_epoch_in_a_work_item_while_tasks_are_under_way():
+    with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+        loader = wrapped(Numbers(60), spheres, 2, persistent_workers=True)
+        gate = threading.Event()
+        held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
+        iter(loader)
+        rest = spheres._core.submit(lambda _: len([*loader]), (0,), collect=True)
+        gate.set()
+        held.wait(60)
+        rest.wait(60)
+        assert rest.results == [30]
+
+
+def test_what_a_waiting_sphere_has_set_is_not_the_datasets():
+    """A task that is done in the middle of somebody's inference is not part of it."""
+    seen = []
+
+    class Looks(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+            seen.append((*modes, torch.is_grad_enabled(), str(torch.ones(1).device)))
+            return torch.ones(1) * index
+
+    with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
+        gate = threading.Event()
+        held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
+        iterator = iter(wrapped(Looks(), spheres, 2))
+
+        def go_on(_):
+            with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+                batches = [*iterator]
+                assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+                assert torch.ones(1).device.type == "meta"
+            return batches
+
+        work = spheres._core.submit(go_on, (0,), collect=True)
+        gate.set()
+        held.wait(60)
+        work.wait(60)
+        batches = work.results[0]
+    assert seen == [(False, False, True, "cpu")] * 8
+    assert [b.flatten().tolist() for b in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert not any(b.is_inference() for b in batches)
 
 
 def test_after_its_workers_were_shut_down_an_iterator_is_at_its_end(spheres):
@@ -257,6 +395,20 @@ def test_after_its_workers_were_shut_down_an_iterator_is_at_its_end(spheres):
     loader.load_state_dict(state)
     assert next(iterator, None) is None
     assert len([*loader]) == 9 and len([*loader]) == 10
+
+
+def test_random_streams_of_persistent_workers_go_on_after_a_restart():
+    with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
+        loader = wrapped(Numbers(8, draws=("torch",)), spheres, 2, persistent_workers=True)
+        torch.manual_seed(0)
+        epochs = [torch.stack([batch[5] for batch in loader]) for _ in range(2)]
+        spheres.stop()
+        spheres.start()
+        epochs.append(torch.stack([batch[5] for batch in loader]))
+        plain = DataLoader(loader.dataset, 2, num_workers=2, persistent_workers=True)
+        torch.manual_seed(0)
+        for mine in epochs:
+            assert torch.equal(mine, torch.stack([batch[5] for batch in plain]))
 
 
 def test_persistent_workers_live_again_with_their_spheres():
@@ -361,7 +513,7 @@ def run(script, **options):
 SLOW = """
     import sys, threading, time, torch
     import torch_spheres as ts
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader, Dataset, TensorDataset
     class Slow(Dataset):
         def __len__(self): return 100
         def __getitem__(self, index):
@@ -387,14 +539,22 @@ def test_ctrl_c_is_answered_while_batches_load(workers):
     batches += iterator  # nothing was lost
     print(sorted(int(i) for batch in batches for i in batch) == [*range(100)], flush=True)
     """
-    process = run(SLOW.format(workers=workers) + loop)
+    on_threads = (
+        ""
+        if workers
+        else """
+    loader._tempo._seconds.update(caller=2.0, spheres=1.0)
+    loader._tempo._probes.clear()
+    """
+    )
+    process = run(SLOW.format(workers=workers) + on_threads + loop)
     for _ in range(2):
         assert process.stdout.readline() == "batch\n"
     time.sleep(0.2)  # until it waits for the third
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    # (Without workers the index list is lost whose batch the caller was loading, as it always was.)
+    # (Without workers the index list is lost whose batch was being loaded, as it always was.)
     assert out == "interrupted\nTrue\n" if workers else out.startswith("interrupted\n"), errors
 
 
@@ -407,22 +567,27 @@ def test_a_program_may_end_with_a_loader_half_used(workers):
     assert "Exception" not in errors and "Error" not in errors
 
 
-def test_after_a_fork_the_child_is_told():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_after_a_fork_the_child_is_told(workers):
+    """Without workers it needs nobody else, and goes on."""
     script = (
-        SLOW.format(workers=2)
+        SLOW.format(workers=workers)
         + """
-    import os
+    import os, signal
     gate.set()
     iterator = iter(loader)
     next(iterator)
     pid = os.fork()
     if pid == 0:
-        code = 1
+        signal.alarm(30)
+        code, more = 1, 0
         try:
-            while True:
-                next(iterator)
+            for _ in iterator:
+                more += 1
+            code = 0 if more == 24 and loader.num_workers == 0 else 3
         except RuntimeError as error:
-            code = 0 if "stopped" in str(error) or "fork" in str(error) else 2
+            told = "stopped" in str(error) or "fork" in str(error)
+            code = 0 if told and loader.num_workers else 2
         os._exit(code)
     _, status = os.waitpid(pid, 0)
     print(os.waitstatus_to_exitcode(status))

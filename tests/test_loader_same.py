@@ -8,6 +8,7 @@ import random
 import sqlite3
 import tempfile
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -284,7 +285,10 @@ class Stateful(Dataset):
         self.holder = {"rng": [random.Random(8)]}
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.file.write(bytes(range(200)))
-        self.connection = sqlite3.connect(":memory:")
+        # (In a list, which is too long for a look inside: that the thread matters shows later.)
+        self.connections = [None] * 100
+        if kind == "sqlite":
+            self.connections[0] = sqlite3.connect(":memory:")
 
     def __len__(self):
         return 48
@@ -309,12 +313,13 @@ class Stateful(Dataset):
             self.file.seek(index)
             return self.file.read(1)[0]
         if self.kind == "sqlite":
-            return self.connection.execute(f"select {index}").fetchone()[0]
+            return self.connections[0].execute(f"select {index}").fetchone()[0]
         return int(threading.current_thread() is threading.main_thread())
 
     def close(self):
         self.file.close()
-        self.connection.close()
+        if self.connections[0] is not None:
+            self.connections[0].close()
 
 
 KINDS = {
@@ -366,6 +371,74 @@ def test_what_shows_on_the_spheres_only_is_taken_back(spheres, kind):
         return [*out, random.random(), np.random.rand()]
 
     same(passes(True), passes(False))
+
+
+def test_what_other_threads_draw_meanwhile_stays_drawn(spheres):
+    """Only with no other thread about are draws on the spheres taken back."""
+    drawn, go_on = [], threading.Event()
+
+    class Draws(Dataset):
+        def __len__(self):
+            return 48
+
+        def __getitem__(self, index):
+            if index == 30:
+                go_on.set()
+                while len(drawn) < 5:
+                    time.sleep(0.001)
+            return index
+
+    def others():
+        go_on.wait(60)
+        drawn.extend(random.random() for _ in range(5))
+        go_on.clear()
+        go_on.wait(60)
+        drawn.extend(random.random() for _ in range(5))
+
+    random.seed(3)
+    thread = threading.Thread(target=others)
+    thread.start()
+    batches = [*on_spheres(ts.wrap(DataLoader(Draws(), 12), spheres))]
+    go_on.set()
+    thread.join(60)
+    assert torch.cat(batches).tolist() == list(range(48))
+    random.seed(3)
+    assert drawn == [random.random() for _ in range(10)]
+
+
+def test_a_file_that_is_opened_by_the_first_sample_says_nothing_yet(spheres):
+    class Lazy(Dataset):
+        cache = None
+
+        def __len__(self):
+            return 400
+
+        def __getitem__(self, index):
+            if self.cache is None:
+                self.cache = {"opened": True}
+            time.sleep(0.0005)
+            return index
+
+    loader = ts.wrap(DataLoader(Lazy(), 8), spheres)
+    assert torch.cat([*loader]).tolist() == list(range(400))
+    assert loader.stats().way == "spheres" and loader.stats().declined == ""
+
+
+def test_what_cannot_be_looked_into_is_left_to_the_caller(spheres):
+    class Opaque(Dataset):
+        def __init__(self):
+            self.rows = (n for n in range(40))
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            time.sleep(0.001)
+            return next(self.rows)
+
+    loader = ts.wrap(DataLoader(Opaque(), 4), spheres)
+    assert torch.cat([*loader]).tolist() == list(range(40))
+    assert loader.stats().declined == "opaque"
 
 
 def test_what_the_loop_changes_is_seen_by_the_next_batch(spheres):

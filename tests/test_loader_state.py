@@ -494,3 +494,19 @@ def test_a_random_place(spheres):
             return DataLoader(Numbers(rows, ("torch",)), size, shuffle=True, num_workers=workers)
 
         resumption(make, spheres, stop)
+
+
+def test_a_resumption_that_failed_can_be_tried_again(spheres):
+    """With the right data this time."""
+    loader = ts.wrap(DataLoader(Numbers(40), 4, shuffle=True, num_workers=2), spheres)
+    torch.manual_seed(1)
+    iterator = iter(loader)
+    next(iterator)
+    state, left = loader.state_dict(), [b[1].tolist() for b in iterator]
+    dataset = loader.dataset
+    loader.load_state_dict(state)
+    dataset.rows = 30
+    with pytest.raises(RuntimeError, match="does not repeat"):
+        iter(loader)
+    dataset.rows = 40
+    assert [b[1].tolist() for b in loader] == left

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 
 import numpy as np
 import pytest
@@ -382,6 +383,17 @@ def test_random_numbers_that_threads_share_are_told_of_once(spheres):
         with pytest.warns(UserWarning, match=r"get_worker_info\(\)\.rng") as caught:
             batches = [batch for _ in range(2) for batch in loader]
         assert len(batches) == 16 and len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_what_the_loop_draws_itself_is_nobodys_fault(spheres):
+    loader = ts.wrap(DataLoader(Asking(lambda index: index, 40), 1, num_workers=2), spheres)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        iterator = iter(loader)
+        for _ in range(40):
+            random.random()
+            np.random.rand()
+            next(iterator)
 
 
 def test_a_batch_that_nobody_waits_for_ends_with_its_sample(spheres):

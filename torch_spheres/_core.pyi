@@ -288,6 +288,11 @@ class Gather:
         """
         Of the batch.
         """
+    @property
+    def done(self) -> bool:
+        """
+        Whether it was started, and the spheres have copied all rows.
+        """
 
 def active_isa() -> Isa: ...
 def available_isas() -> list[Isa]: ...

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["CallerContext", "caller_context"]
+__all__ = ["CallerContext", "caller_context", "unset"]
 
 CallerContext = Callable[[], AbstractContextManager[None]]
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -72,6 +72,27 @@ def caller_context() -> CallerContext:
     return context
 
 
+@contextlib.contextmanager
+def unset() -> Iterator[None]:
+    """A block in which the calling thread has set nothing of what `caller_context` captures.
+
+    For a thread of the spheres that does somebody else's work in the middle of its own. (But for
+    saved-tensor hooks, which torch lets nobody take off.)
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        for dispatch in reversed(_get_current_dispatch_mode_stack()):
+            stack.enter_context(_popped_dispatch(dispatch))
+        for function in reversed(_get_current_function_mode_stack()):
+            stack.enter_context(_popped_function(function))
+        yield
+
+
 # Not `with mode:`, which writes to the mode itself, and so from several threads at once.
 
 
@@ -91,3 +112,21 @@ def _pushed_dispatch(mode: torch.utils._python_dispatch.TorchDispatchMode) -> It
         yield
     finally:
         torch.utils._python_dispatch._pop_mode()
+
+
+@contextlib.contextmanager
+def _popped_function(mode: torch.overrides.TorchFunctionMode) -> Iterator[None]:
+    torch._C._pop_torch_function_stack()
+    try:
+        yield
+    finally:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+@contextlib.contextmanager
+def _popped_dispatch(mode: torch.utils._python_dispatch.TorchDispatchMode) -> Iterator[None]:
+    torch.utils._python_dispatch._pop_mode()
+    try:
+        yield
+    finally:
+        torch.utils._python_dispatch._push_mode(mode)

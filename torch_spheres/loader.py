@@ -59,9 +59,9 @@ class SphereLoader(DataLoader[T]):
             self._meter.way = "process"
             iterator = super()._get_iterator()
             return _Counting(iterator, self._meter, self._sphere_device)
-        pending, self._pending = self._pending, None
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
-        made = kind(self, pending)
+        made = kind(self, self._pending)
+        self._pending = None  # not before: what could not be resumed can be tried again
         self._newest = weakref.ref(made)
         return made
 
@@ -200,10 +200,12 @@ def wrap(
 
         loader = ts.wrap(loader, spheres)
 
-    ``num_workers=n`` of the loader means *n* logical workers: `get_worker_info()` and all random
-    numbers are those that *n* worker processes would have, on any number of threads, and batches
-    are loaded ahead (``prefetch_factor``). With ``num_workers=0`` nothing is, and the kissing
-    spheres share each batch; a dataset that draws random numbers, changes when it is asked, or is
+    ``num_workers=n`` of the loader means *n* logical workers: `get_worker_info()`, and what is
+    drawn from torch's default generator or from ``get_worker_info().rng``, are those that *n*
+    worker processes would have, on any number of threads, and batches are loaded ahead
+    (``prefetch_factor``). Python's and numpy's process-wide generators are shared by threads: a
+    warning tells of it. With ``num_workers=0`` nothing is loaded ahead, and the kissing spheres
+    share each batch; a dataset that draws random numbers, is seen to change when it is asked, or is
     no faster in threads, is left to the calling thread. Datasets that are tensors in memory are
     gathered in C++ either way.
 
@@ -243,14 +245,15 @@ def wrap(
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
-    keep_freed_memory()
+    spheres = KissingSpheres() if spheres is None else spheres
+    keep_freed_memory(spheres.levels)
     base: Any = type(loader)
     kind = _class_for(base)
     wrapped: SphereLoader[T] = kind.__new__(kind)
     # Past DataLoader.__setattr__, which would refuse some of them.
     vars(wrapped).update(vars(loader))
     vars(wrapped).update(
-        spheres=KissingSpheres() if spheres is None else spheres,
+        spheres=spheres,
         _sphere_device=where,
         _sphere_copies=copy_dataset,
         _sphere_workers=workers,

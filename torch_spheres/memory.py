@@ -2,7 +2,7 @@
 
 glibc gives large tensors back as soon as they are freed, and gets them anew, page by page cleared
 by the system, in the next step. For activations of many megabytes that can take as long as the
-arithmetic. Starting spheres or making a `SphereParallel` tells glibc to keep what is freed, as
+arithmetic. Starting spheres, `wrap` and `SphereParallel` tell glibc to keep what is freed, as
 torch's allocator does on CUDA, in one heap for all threads: the process then stays as large as it
 ever was. From three levels on, which are for saving memory, blocks of a megabyte and more are given
 back all the same: the heap would grow to several times what is in use.

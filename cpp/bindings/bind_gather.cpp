@@ -12,6 +12,8 @@ void bind_gather(py::module_& module) {
           "A column is (addresses of its rows, bytes of a row, address of the output), and nothing "
           "of it is checked, see gather.py. What has to stay alive is kept.")
       .def_property_readonly("bytes", &PyGather::bytes, "Of the batch.")
+      .def_property_readonly("done", &PyGather::done,
+                             "Whether it was started, and the spheres have copied all rows.")
       .def("start", &PyGather::start, py::arg("system"),
            "Has the spheres begin, if it is worth their while; does not wait.")
       .def("finish", &PyGather::finish, py::arg("system") = py::none(),

@@ -16,10 +16,14 @@ namespace {
 /// Below this a hand-over to other threads costs more than it saves.
 constexpr std::size_t kWorthSharing = 256u << 10;
 
+/// Seconds without a piece being copied.  All spheres may be busy with something long, or wait for
+/// this very thread: then it copies the rows itself.
+constexpr double kPatience = 0.05;
+
 }  // namespace
 
 PyGather::Addresses::Addresses(const py::buffer& array) : info_(array.request()) {
-  if (info_.ndim != 1 || info_.itemsize != sizeof(std::int64_t) ||
+  if (info_.ndim != 1 || !info_.item_type_is_equivalent_to<std::int64_t>() ||
       (info_.size > 1 && info_.strides[0] != info_.itemsize)) {
     throw std::invalid_argument("addresses must be a contiguous array of int64");
   }
@@ -51,6 +55,7 @@ void PyGather::settle() {
     }
   }
   batch_.reset();
+  work_.reset();
 }
 
 void PyGather::start(const std::shared_ptr<PySystem>& system) {
@@ -58,23 +63,34 @@ void PyGather::start(const std::shared_ptr<PySystem>& system) {
       system->core().on_own_thread()) {
     return;
   }
-  auto batch = std::make_shared<Batch>(std::make_shared<GatherWork>(job_), job_.items());
-  const py::gil_scoped_release release;
-  if (system->core().try_submit(batch) != Submitted::kAccepted) return;
+  auto work = std::make_shared<GatherWork>(job_);
+  auto batch = std::make_shared<Batch>(work, job_.items());
+  {
+    const py::gil_scoped_release release;
+    if (system->core().try_submit(batch) != Submitted::kAccepted) return;
+  }
+  // (With the GIL: the system that this was begun on before may go, and it owns Python objects.)
   system_ = system;
   batch_ = std::move(batch);
+  work_ = std::move(work);
 }
+
+bool PyGather::done() const { return batch_ && batch_->done(); }
 
 void PyGather::finish(const std::shared_ptr<PySystem>& system) {
   if (system) start(system);
-  if (batch_ && !system_->core().forked()) {
+  if (batch_ && !system_->core().forked() && !system_->core().on_own_thread()) {
     Helper helper(system_->core());
-    wait_interruptibly({}, [&](Milliseconds time) { return helper.wait_for(*batch_, time); });
-    const bool stopped = batch_->cancelled() > 0;
-    batch_.reset();
-    if (!stopped) return;
+    const auto look = [&](Milliseconds time) { return helper.wait_for(*batch_, time); };
+    for (std::int64_t before = -1; !wait_interruptibly(kPatience, look);) {
+      if (!helper.helps() && work_->was_done() == before) break;
+      before = work_->was_done();
+    }
   }
-  batch_.reset();  // what was begun is done once more, which does no harm
+  const bool copied = batch_ && batch_->done() && batch_->cancelled() == 0;
+  settle();
+  if (copied) return;
+  // What was begun is done once more, which does no harm.
   const py::gil_scoped_release release;
   job_.run_here();
 }

@@ -25,8 +25,10 @@ class PyGather {
   std::size_t bytes() const { return job_.bytes(); }
   /// Has the spheres begin, if it is worth their while and they can; does not wait.
   void start(const std::shared_ptr<PySystem>& system);
-  /// Waits until all rows are copied, and works along; answers Ctrl-C. On spheres that do not run,
-  /// or without any, it copies them itself.
+  /// Whether the spheres have copied all rows.
+  bool done() const;
+  /// Waits until all rows are copied, and works along; answers Ctrl-C.  On a sphere's own thread,
+  /// on spheres that do not run or do not come to it, or without any, it copies them itself.
   void finish(const std::shared_ptr<PySystem>& system);
 
  private:
@@ -47,6 +49,7 @@ class PyGather {
   py::object keep_;
   std::shared_ptr<PySystem> system_;  // that has begun
   std::shared_ptr<Batch> batch_;      // null: not started, or finished
+  std::shared_ptr<GatherWork> work_;  // of the batch
 };
 
 /// (array of int64, least, greatest) of a list of plain ints that fit; None for anything else.

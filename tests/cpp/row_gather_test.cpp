@@ -75,4 +75,28 @@ TEST(spheres_gather_several_columns_at_once) {
   }
 }
 
+TEST(a_batch_that_is_given_up_leaves_its_memory_alone) {
+  for (int concurrency : {1, 2, 12}) {
+    System system(2, concurrency);
+    system.start();
+    for (int repeat = 0; repeat < 50; ++repeat) {
+      const auto rows = std::make_unique<Rows>(2000, 1000);
+      GatherJob job;
+      job.add(rows->column());
+      const auto work = std::make_shared<GatherWork>(job);
+      const auto batch = submit(system, work, job.items());
+      if (repeat % 2 == 1) {  // somewhere in the middle
+        while (work->was_done() == 0) std::this_thread::yield();
+      }
+      system.cancel(batch);
+      CHECK(batch->wait_for(kPatience));
+      CHECK_EQ(work->was_done() + batch->cancelled(), job.items());
+      // Nobody writes any more: the sanitizers would see it.
+      std::fill(rows->out.begin(), rows->out.end(), 0);
+      job.run_here();
+      CHECK(rows->gathered());
+    }
+  }
+}
+
 int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -38,6 +38,9 @@ _SHARED_RANDOM = (
 )
 
 
+_LOOKS = 8  # batches
+
+
 def _context() -> CallerContext:
     """What the caller has set; but for inference mode, whose tensors could not be trained on later.
 
@@ -58,6 +61,7 @@ class _Task:
     digest: int  # of the index lists up to this one
     rows: _core.Gather | None = None  # being copied
     batch: Any = None  # into this
+    over: bool = False  # its worker has room for another
 
 
 class AheadIterator(SphereIterator):
@@ -91,8 +95,8 @@ class AheadIterator(SphereIterator):
         )
         self._snapshots: dict[int, Snapshot] = resumed.snapshots() if resumed else {}
         self._team = Team(self._plan, self._spheres, self._snapshots)
-        # What worker processes have for themselves, and threads share; looked at once.
-        self._globals: GlobalStates | None = None if self._gathers else GlobalStates.now()
+        # For what worker processes have for themselves, and threads share.
+        self._looks = _LOOKS
         # As torch does, which begins the first epoch of its workers like any other.
         self._sampler_iter = index_lists(self._index_sampler)
         self._begin_epoch(resumed)
@@ -119,9 +123,10 @@ class AheadIterator(SphereIterator):
         """The next epoch of persistent workers."""
         self._begin_counting(fresh=False)
         super()._reset(loader, first_iter)
-        if self._team.over:
-            self._snapshots = {}
-            self._team = Team(self._plan, self._spheres)
+        if self._team.over:  # its workers are gone, but their random streams go on
+            known = {w: snapshot.streams_only() for w, snapshot in self._snapshots.items()}
+            self._snapshots = known
+            self._team = Team(self._plan, self._spheres, known)
         else:
             self._snapshots = self._team.begin_epoch()
         self._begin_epoch(None)
@@ -152,6 +157,7 @@ class AheadIterator(SphereIterator):
         while True:
             # What was handed out out of order, or given to workers that have come to their end.
             while self._received < self._sent and self._received not in self._open:
+                self._team.drop(self._received)
                 self._received += 1
             if self._received == self._sent:
                 self._finished = True
@@ -161,17 +167,13 @@ class AheadIterator(SphereIterator):
             ready = self._team.ready
             if self._open[self._received].rows is not None:
                 return self._gathered(self._received)
-            number, result = self._take()
-            if self._globals is not None:
-                if self._globals != GlobalStates.now():
-                    self._meter.tell(_SHARED_RANDOM)
-                self._globals = None
+            number, result = self._result()
             task = self._open.get(number)
             if task is None:
+                self._team.drop(number)
                 continue
-            if result.snapshot is not None:
-                self._snapshots[result.worker] = result.snapshot
             if result.ended:
+                self._remember(result)
                 self._end(result.worker)
                 continue
             try:
@@ -179,11 +181,25 @@ class AheadIterator(SphereIterator):
             finally:
                 del result  # an error in it owns this frame, by its traceback
 
-    def _take(self) -> tuple[int, Result]:
+    def _result(self) -> tuple[int, Result]:
+        """Of the task whose turn it is, or of the first that is done."""
+        wanted = self._received if self._in_order else None
+        before = GlobalStates.now() if self._looks > 0 else None
         try:
-            return self._team.take(self._received if self._in_order else None, self._timeout)
+            found = self._team.result(wanted, self._timeout)
         except TimeoutError:
             raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+        # The loop itself, which may draw from them as well, was in here all the time.
+        if before is not None:
+            self._looks -= 1
+            if before != GlobalStates.now():
+                self._meter.tell(_SHARED_RANDOM)
+                self._looks = 0
+        return found
+
+    def _remember(self, result: Result) -> None:
+        if result.snapshot is not None:
+            self._snapshots[result.worker] = result.snapshot
 
     def _end(self, worker: int) -> None:
         """A worker's iterable dataset is at its end: what else it was given is nobody's."""
@@ -194,22 +210,26 @@ class AheadIterator(SphereIterator):
 
     def _close(self, number: int, task: _Task) -> None:
         """A task's batch, or error, is about to be the loop's."""
+        if not task.over:
+            task.over = True
+            self._load[task.worker] -= 1
+        # First what can be interrupted: then the batch is still there, for the next `next()`.
+        self._put()
         del self._open[number]
-        self._load[task.worker] -= 1
+        self._team.drop(number)
         self._last_worker = task.worker
         self._handed_out(number, task.digest)
-        self._put()
 
     def _hand_out(self, number: int, task: _Task, result: Result, ready: int) -> Any:
+        batch = None if result.deliver is None else result.deliver()
         self._close(number, task)
+        self._remember(result)
         self._meter.way = "spheres"
         if result.error is not None:
             try:
                 raise result.error
             finally:
                 del result  # it owns the error, whose traceback owns this frame
-        assert result.deliver is not None
-        batch = result.deliver()
         self._meter.handed_out(batch, self._size_of(task.index), ready)
         return batch
 
@@ -232,12 +252,16 @@ class AheadIterator(SphereIterator):
     def _gathered(self, number: int) -> Any:
         task = self._open[number]
         assert task.rows is not None
+        ready = sum(t.rows is not None and t.rows.done for t in self._open.values())
         task.rows.finish(self._running_core())
         batch = task.batch
         self._close(number, task)
         self._meter.way = "gather"
-        self._meter.handed_out(batch, len(task.index), len(self._open), task.rows.bytes)
+        self._meter.handed_out(batch, len(task.index), ready, task.rows.bytes)
         return batch
+
+    def _help(self) -> None:
+        self._team.help()
 
     def progress(self) -> Progress:
         """After the batch that was handed out last.

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, _DatasetKind
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from torch_spheres import _core
+from torch_spheres.errors import StoppedError
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
 from torch_spheres.loading.progress import Digest, Progress, Sources
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
 
 __all__ = ["SphereIterator"]
+
+_LOOK = 0.02  # seconds between two looks at what a thread that waits could do
 
 
 class SphereIterator(_BaseDataLoaderIter):
@@ -43,6 +46,7 @@ class SphereIterator(_BaseDataLoaderIter):
             "iterable": loader._dataset_kind == _DatasetKind.Iterable,
         }
         self._one_at_a_time = threading.RLock()
+        self._held_up: set[int] = set()  # threads of the spheres that wait for their turn
         self._snapshots: dict[int, Snapshot] = {}
         self._finished = False
         self._begin_counting(fresh=True)
@@ -132,11 +136,21 @@ class SphereIterator(_BaseDataLoaderIter):
         """Whether the caller may wait for the spheres; inside a work item it would for itself."""
         return not self._spheres._core.on_own_thread()
 
+    def _available(self) -> bool:
+        """Whether the spheres can take work from this thread: running, or to be started by it."""
+        spheres = self._spheres
+        if spheres._core.forked() or not self._outside():
+            return False
+        return spheres.running or not spheres._started
+
     def _running_core(self) -> _core.System | None:
-        """For work that the caller shares with the spheres."""
-        if not self._outside():
+        """For work that the caller shares with the spheres, or does alone."""
+        if not self._available():
             return None
-        self._spheres._ensure_started("a wrapped loader")
+        try:
+            self._spheres._ensure_started("a wrapped loader")
+        except StoppedError:  # just now
+            return None
         return self._spheres._core
 
     def _size_of(self, index: Any) -> int:
@@ -185,7 +199,7 @@ class SphereIterator(_BaseDataLoaderIter):
     # ---- torch's interface ----
 
     def __next__(self) -> Any:
-        with self._one_at_a_time:  # threads may share an iterator
+        with self._turn_to_load():
             self._look()  # first: as an error, a warning must not lose a batch
             begin = time.perf_counter()
             try:
@@ -195,6 +209,30 @@ class SphereIterator(_BaseDataLoaderIter):
                 since = begin if self._last_next is None else self._last_next
                 self._last_next = end
                 self._meter.waited(end - begin, end - since)
+
+    @contextlib.contextmanager
+    def _turn_to_load(self) -> Iterator[None]:
+        """Threads may share an iterator; this waits for the others.
+
+        On one of the spheres' threads whoever has the turn may wait for this very thread.
+        """
+        lock, me = self._one_at_a_time, threading.get_ident()
+        if self._outside():
+            lock.acquire()
+        elif not lock.acquire(blocking=False):
+            self._held_up.add(me)
+            try:
+                while not lock.acquire(timeout=_LOOK):
+                    self._help()
+            finally:
+                self._held_up.discard(me)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _help(self) -> None:
+        """Does what the thread whose turn it is may wait for."""
 
     def _look(self) -> None:
         """Says once what is worth saying, see `LoaderStats.advice`."""

@@ -192,18 +192,17 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or tensor._is_zerotensor()
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or (fwAD._current_level >= 0 and fwAD.unpack_dual(tensor).tangent is not None)
-        # Storage can be resized under a tensor, which torch's own kernels look at as well.
-        or (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > _storage_bytes(tensor)
     ):
         raise _Slow
+    # Not the tensor: `.data` may give it other memory while rows are copied from this.
+    storage = tensor.untyped_storage()
+    # (Storage can be resized under a tensor, which torch's own kernels look at as well.)
+    if (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > storage.nbytes():
+        raise _Slow
     rows = index.within(tensor.shape[0])
-    column = _Column(rows, tuple(tensor.shape[1:]), tensor.dtype, [tensor])
+    column = _Column(rows, tuple(tensor.shape[1:]), tensor.dtype, [storage])
     column.addresses = rows * column.row_bytes + tensor.data_ptr()
     return column
-
-
-def _storage_bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
 
 
 def _concatenated(dataset: Any, index: _Index) -> Any:

@@ -4,22 +4,27 @@ The plain loader asks its sampler for an index list at each ``next()`` and loads
 in the thread of the loop. So does this one, but the samples of the list are loaded by the spheres,
 a part of the batch by each kissing sphere.
 
-Only where nobody can tell. The first batches are loaded both ways, and the faster is kept. A
-dataset that draws random numbers, or changes when it is asked (counters, open files, generators of
-its own), is left to the loop's thread, which asks in the plain loader's order. So is a batch that
-turns out to have drawn on the spheres after all, or failed there: it is loaded once more.
+The first batches are loaded both ways, and the faster is kept. A dataset that draws random numbers,
+or is seen to change when it is asked (counters, open files, generators of its own), or holds what
+nobody can look into (see fingerprint.py), is left to the loop's thread, which asks in the plain
+loader's order. So is one that turns out to have drawn on the spheres after all, or failed there:
+that batch is loaded once more. What a dataset changes outside of itself is not seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import _DatasetKind
 
 from torch_spheres import _core
+from torch_spheres._core import Work
 from torch_spheres.context import caller_context
+from torch_spheres.errors import StoppedError
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.fingerprint import fingerprint
 from torch_spheres.loading.gather import gathers, prepare
@@ -50,6 +55,17 @@ def _parts(rows: int, leaves: int) -> list[tuple[int, int]]:
             for (begin, _), cut in zip(parts, cuts, strict=True)
         ]
     return [part for part in parts if part[0] < part[1]]
+
+
+_UNFINISHED = "unfinished"  # the spheres were stopped, or are busy with waiting for us
+_LOOK = 0.1  # seconds
+_CHANGES = 2  # of a dataset, that say nothing yet
+
+
+def _nobody_else() -> bool:
+    """Whether no thread but this one and the spheres' runs Python."""
+    me = threading.current_thread()
+    return all(t is me or t.name.startswith("sphere ") for t in threading.enumerate())
 
 
 class InlineIterator(SphereIterator):
@@ -113,7 +129,7 @@ class InlineIterator(SphereIterator):
         return batch
 
     def _load(self, index: Any, number: int) -> Any:
-        splits = self._splits and not self._gathers and self._outside()
+        splits = self._splits and not self._gathers and self._available()
         if splits and type(index) is list and len(index) > 1:
             if self._tempo.way == "spheres":
                 return self._load_on_spheres(index, number)
@@ -145,8 +161,13 @@ class InlineIterator(SphereIterator):
         seconds = time.perf_counter() - begin
         if notice.drew or before[0] != GlobalStates.now():
             self._leave_to_caller("random")
+        elif before[1] is None:
+            self._leave_to_caller("opaque")
         elif before[1] != fingerprint(self._dataset):
-            self._leave_to_caller("state")
+            # Once or twice: it has opened a file, or filled a cache, and may be done with that.
+            self._tempo.changes += 1
+            if self._tempo.changes > _CHANGES:
+                self._leave_to_caller("state")
         else:
             self._measured("caller", seconds, len(index))
         return batch
@@ -166,13 +187,15 @@ class InlineIterator(SphereIterator):
         begin, before = time.perf_counter(), GlobalStates.now()
         samples, why = self._load_parts(index, number)
         if before != GlobalStates.now():
-            # In the order in which threads came by: taken back.
-            before.restore()
+            # In the order in which threads came by: taken back, unless others may have drawn too.
+            if _nobody_else():
+                before.restore()
             why = "random"
         if why:
             # Once more, in the plain loader's thread and order; an error comes from there as well.
             batch = self._load_here(index, number)
-            self._leave_to_caller(why)
+            if why != _UNFINISHED:
+                self._leave_to_caller(why)
             return batch
         with self._meter.working(), at(Position(self._base_seed, number)):
             try:
@@ -188,7 +211,8 @@ class InlineIterator(SphereIterator):
         """The samples, and why they are void if they are: they drew, or one of them failed."""
         parts = _parts(len(index), self._spheres.leaves)
         samples: list[list[Any]] = [[] for _ in parts]
-        void: set[str] = set()
+        void: set[str] = set()  # reasons; no part is begun once there is one
+        over = threading.Event()  # those under way end with their sample
         base_seed, copies, meter, context = (
             self._base_seed,
             self._copies,
@@ -200,10 +224,12 @@ class InlineIterator(SphereIterator):
             if void:
                 return
             first, last = parts[k]
-            watch, position = Watching(), Position(base_seed, number)
+            watch, position = Watching(), Position(base_seed, number, over)
             try:
                 with context(), meter.working(), watch.active(), at(position):
                     samples[k] = load(copies.here(), index[first:last], position, first)
+            except StoppedError:
+                void.add(_UNFINISHED)
             except Exception:  # noqa: BLE001
                 void.add("thread")  # unless it fails in the caller's thread too
             if watch.drew:
@@ -211,19 +237,33 @@ class InlineIterator(SphereIterator):
 
         # Context variables are the caller's, numpy's error state among them.
         variables = [contextvars.copy_context() for _ in parts]
-        self._spheres._ensure_started("a wrapped loader")
-        # (What is collected is none of those who wait for all work that was distributed.)
-        work = self._spheres._core.submit(
-            lambda k: variables[k].run(load_part, k), tuple(range(len(parts))), collect=True
-        )
         try:
-            work.wait(None)
+            self._spheres._ensure_started("a wrapped loader")
+            # (What is collected is none of those who wait for all work that was distributed.)
+            work = self._spheres._core.submit(
+                lambda k: variables[k].run(load_part, k), tuple(range(len(parts))), collect=True
+            )
+            self._wait_for(work)
+        except StoppedError:
+            void.add(_UNFINISHED)
         except BaseException:
-            void.add("interrupted")  # what is under way ends with its sample
+            void.add(_UNFINISHED)
             raise
+        finally:
+            over.set()
         in_order = sorted(zip(parts, samples, strict=True), key=lambda pair: pair[0])
-        why = next((reason for reason in ("random", "thread") if reason in void), "")
+        why = next((reason for reason in ("random", "thread", _UNFINISHED) if reason in void), "")
         return [sample for _, part in in_order for sample in part], why
+
+    def _wait_for(self, work: Work) -> None:
+        """Raises StoppedError as well if the parts may never be done."""
+        while not work.done():
+            # Spheres' threads that wait for their turn with this iterator do none of them.
+            if self._held_up:
+                raise StoppedError
+            with contextlib.suppress(TimeoutError):
+                work.wait(_LOOK)
+        work.wait(None)
 
     def _shutdown_workers(self) -> None:
         """Nothing is under way between two batches; the name is torch's."""

@@ -37,8 +37,12 @@ def place_of_thread() -> str:
 def load(dataset: Any, indices: Sequence[Any], position: Position, first: int = 0) -> list[Any]:
     """``[dataset[i] for i in indices]``; the first of them is so far into its batch."""
     samples = []
+    # The loop's own thread goes on to the end, in functions called at exit too.
+    ended = [_ending] if _core.current_sphere() >= 0 else []
+    if position.over is not None:
+        ended.append(position.over)
     for place, index in enumerate(indices, first):
-        if _ending.is_set() or (position.over is not None and position.over.is_set()):
+        if any(event.is_set() for event in ended):
             raise StoppedError("nobody waits for this batch any more")
         position.place = place + 1  # 0 is the batch as a whole
         try:

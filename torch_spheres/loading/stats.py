@@ -44,8 +44,9 @@ class LoaderStats:
     declined: str
     """Why a loader with ``num_workers=0`` leaves the spheres alone: ``"random"`` (the dataset draws
     random numbers, and threads would draw them in another order), ``"state"`` (it changes when it
-    is asked for samples), ``"thread"`` (it works in the loop's thread only), ``"slower"`` (measured
-    in the first batches), or ``""``."""
+    is asked for samples), ``"opaque"`` (it holds a handle, a connection or the like, and whether
+    that changes cannot be seen), ``"thread"`` (it works in the loop's thread only), ``"slower"``
+    (measured in the first batches), or ``""``."""
 
     @property
     def waiting(self) -> float:
@@ -107,6 +108,7 @@ class LoaderStats:
 _DECLINED = {
     "random": "draws random numbers, which come in the order of the samples",
     "state": "changes when it is asked for samples",
+    "opaque": "holds a handle, a connection or the like, which may change when it is asked",
     "thread": "fails in another thread than the loop's",
 }
 _ENOUGH_BATCHES = 8

@@ -59,8 +59,10 @@ class Noticing:
         self.drew = True
         if device.type == "cpu":
             return torch.default_generator
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
+        module = torch.get_device_module(device)
+        index = module.current_device() if device.index is None else device.index
+        found: torch.Generator = module.default_generators[index]
+        return found
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
         """The same."""

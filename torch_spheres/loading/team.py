@@ -15,13 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import _DatasetKind
 
 from torch_spheres._core import Work
-from torch_spheres.context import CallerContext
+from torch_spheres.context import CallerContext, unset
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.info import Position, shown, worker_info
 from torch_spheres.loading.samples import Fetcher
@@ -32,6 +32,8 @@ from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["Plan", "Result", "Team"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -239,36 +241,32 @@ class Team:
             queue.scheduled = True
         self._schedule(queue)
 
-    def take(self, task: int | None, timeout: float) -> tuple[int, Result]:
+    def result(self, task: int | None, timeout: float) -> tuple[int, Result]:
         """The result of a task, or the first that there is (None); waits for it.
+
+        It stays here until it is dropped, so that an interrupted caller can come again.
 
         Raises:
             TimeoutError: there was none within `timeout` seconds (0: for ever).
             StoppedError: the spheres were stopped.
         """
-        end = time.monotonic() + timeout if timeout > 0 else None
-        self._require_parent()
-        # On a sphere's own thread the workers may wait for this very thread.
-        helps = self._spheres._core.on_own_thread()
-        while True:
-            with self._changed:
-                found = min(self._results, default=None) if task is None else task
-                if found is not None and found in self._results:
-                    return found, self._results.pop(found)
-                waiting = [q for q in self._queues if helps and q.tasks and not q.busy]
-                if not waiting:
-                    left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
-                    if left <= 0:
-                        raise TimeoutError
-                    self._check_running()
-                    self._changed.wait(left)
-                    continue
-                next_one = min(waiting, key=lambda queue: queue.tasks[0][0])
-            self._do_task(next_one)
+
+        def found() -> tuple[int, Result] | None:
+            number = min(self._results, default=None) if task is None else task
+            if number is None or number not in self._results:
+                return None
+            return number, self._results[number]
+
+        return self._wait_for(found, timeout)
+
+    def drop(self, task: int) -> None:
+        """A result that nobody will ask for again."""
+        with self._changed:
+            self._results.pop(task, None)
 
     @property
     def ready(self) -> int:
-        """Results that nobody has taken."""
+        """Results that nobody has dropped."""
         return len(self._results)
 
     def begin_epoch(self) -> dict[int, Snapshot]:
@@ -276,17 +274,66 @@ class Team:
 
         Returns:
             Where they are now.
+
+        Raises:
+            StoppedError: the spheres were stopped.
         """
-        self._require_parent()
-        with self._changed:
-            while any(queue.busy or queue.tasks for queue in self._queues):
-                self._check_running()
-                self._changed.wait(_LOOK)
+
+        def begun() -> dict[int, Snapshot] | None:
+            if any(queue.busy or queue.tasks for queue in self._queues):
+                return None
             self._results.clear()
             for queue in self._queues:
                 queue.worker.begin_epoch()
             now = {queue.worker.number: queue.worker.snapshot() for queue in self._queues}
-        return {number: snapshot for number, snapshot in now.items() if snapshot is not None}
+            return {number: snapshot for number, snapshot in now.items() if snapshot is not None}
+
+        return self._wait_for(begun, 0)
+
+    def help(self) -> bool:
+        """Does a task that nobody is at, if there is one, on a thread that has to wait.
+
+        On a sphere's own thread the workers may wait for that very thread.
+        """
+        with self._changed:
+            waiting = [queue for queue in self._queues if queue.tasks and not queue.busy]
+            if not waiting:
+                return False
+            queue = min(waiting, key=lambda queue: queue.tasks[0][0])
+        with unset():  # what this thread has set is for what it waits in the middle of
+            again = self._do_task(queue)
+        if again:
+            self._schedule(queue)
+        return True
+
+    def _wait_for(self, found: Callable[[], T | None], timeout: float) -> T:
+        """What `found` returns under the lock, once it is not None."""
+        end = time.monotonic() + timeout if timeout > 0 else None
+        self._require_parent()
+        helps = self._spheres._core.on_own_thread()
+        while True:
+            self._reschedule()
+            with self._changed:
+                value = found()
+                if value is not None:
+                    return value
+                if not helps or not any(q.tasks and not q.busy for q in self._queues):
+                    left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
+                    if left <= 0:
+                        raise TimeoutError
+                    self._check_running()
+                    self._changed.wait(left)
+                    continue
+            self.help()
+
+    def _reschedule(self) -> None:
+        """Tasks that no work item will come for: whoever was to hand it in was interrupted."""
+        with self._changed:
+            idle = [q for q in self._queues if q.tasks and not q.busy and not q.scheduled]
+            for queue in idle:
+                queue.scheduled = True
+        for queue in idle:
+            self._schedule(queue)
 
     def close(self) -> None:
         """Drops what has not begun; tasks that run finish and leave nothing."""
@@ -327,12 +374,13 @@ class Team:
             with self._changed:
                 self._stopped = True
                 self._changed.notify_all()
-        except RuntimeError:
-            if not self._spheres._core.on_own_thread():
-                raise
+        except BaseException as error:
+            # Ctrl-C too: whoever waits for the task next schedules it again.
             with self._changed:
                 queue.scheduled = False
-            return False
+            if isinstance(error, RuntimeError) and self._spheres._core.on_own_thread():
+                return False
+            raise
         return True
 
     def _do_one(self, queue: _Queue) -> None:

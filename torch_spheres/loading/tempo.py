@@ -19,6 +19,7 @@ class Tempo:
         self._seconds: dict[str, float] = {}  # least for one sample, of each way
         self._probes = list(_PROBES)
         self.impure = False
+        self.changes = 0  # batches after which the dataset was not what it had been
 
     @property
     def way(self) -> str:
