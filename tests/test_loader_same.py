@@ -35,6 +35,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 import torch_spheres as ts
+from torch_spheres.loading import inline
 
 # The plain loaders' own, about process workers and the number of cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -359,7 +360,10 @@ def test_datasets_whose_samples_depend_on_the_order_or_thread(spheres, kind):
 
 
 @pytest.mark.parametrize("kind", ["late", "sqlite", "torch"])
-def test_what_shows_on_the_spheres_only_is_taken_back(spheres, kind):
+def test_what_shows_on_the_spheres_only_is_taken_back(spheres, kind, monkeypatch):
+    # (Threads that other tests have left would do as somebody else.)
+    monkeypatch.setattr(inline, "_nobody_else", lambda: True)
+
     def passes(wrapped):
         torch.manual_seed(0)
         random.seed(1)
