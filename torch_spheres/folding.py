@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,9 +62,21 @@ class GradientFold:
         leaves: 1, 12, 144 or 1728.
         shards: which of them will come; the others are absent.
         concurrency: how many may run at once.
+        parts: with several processes: ranges of the root's children whose sums are wanted, instead
+            of the total. Each is a complete subtree.
+        emit: gets ``(index of the part, its sums)``, on the thread that has completed it.
     """
 
-    def __init__(self, leaves: int, shards: Sequence[int], concurrency: int) -> None:
+    def __init__(
+        self,
+        leaves: int,
+        shards: Sequence[int],
+        concurrency: int,
+        parts: Sequence[tuple[int, int]] = ((0, _KISSING),),
+        emit: Callable[[int, Grads], None] | None = None,
+    ) -> None:
+        self._parts, self._emit = parts, emit
+        self._emitted: set[int] = set()
         self._depth = 0
         while _KISSING**self._depth < leaves:
             self._depth += 1
@@ -154,7 +166,10 @@ class GradientFold:
                 self._add_range(node, begin, end)
             parent = node.parent
             if parent is None:
-                return  # the last additions are finish()'s, which has all threads for them
+                # In one process the last additions are finish()'s, which has all threads for them.
+                if self._emit is not None:
+                    self._emit_part(place)
+                return
             if not self._add_range(node, 0, _KISSING, up=True):
                 return
             node, place = parent, node.place
@@ -162,7 +177,7 @@ class GradientFold:
     def _add_range(self, node: _Node, begin: int, end: int, up: bool = False) -> bool:
         """Adds the finished values in a range into its first place, or into the parent's."""
         with self._changed:
-            if not node.done(begin, end) or (node.parent is None and node.done(0, _KISSING)):
+            if not node.done(begin, end) or (node.parent is None and not self._within(begin, end)):
                 return False
             if up and node.parent is not None and node.parent.values[node.place] is not None:
                 return False  # somebody else did it
@@ -194,6 +209,36 @@ class GradientFold:
             self._alive -= count - 1
             self._changed.notify_all()
         return True
+
+    def _within(self, begin: int, end: int) -> bool:
+        """Whether a range of the root's children may be added already: a part's last sum waits."""
+        return any(
+            first <= begin and end <= last and not self._root.done(first, last)
+            for first, last in self._parts
+        )
+
+    def _emit_part(self, place: int) -> None:
+        """Gives away the part that `place` is in, if all of it is there."""
+        part = next(i for i, (first, last) in enumerate(self._parts) if first <= place < last)
+        first, last = self._parts[part]
+        with self._changed:
+            if part in self._emitted or not self._root.done(first, last):
+                return
+            self._emitted.add(part)
+            values: list[Grads | None] = [None] * _KISSING
+            values[first:last] = self._root.values[first:last]
+            self._root.values[first:last] = [None] * (last - first)
+        present = sum(v is not None for v in values)
+        assert self._emit is not None
+        self._emit(part, _sum(values))
+        del values
+        with self._changed:
+            self._alive -= present
+            self._changed.notify_all()
+
+    def missing_parts(self) -> list[int]:
+        """Of those to be emitted: those in which no shard has run."""
+        return [i for i in range(len(self._parts)) if i not in self._emitted]
 
     def finish(self, spheres: KissingSpheres | None = None) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""

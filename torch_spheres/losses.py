@@ -11,8 +11,6 @@ from torch import Tensor
 from torch_spheres.folding import Grads
 from torch_spheres.shard import Shard
 from torch_spheres.shards import Call
-from torch_spheres.splitting import Split
-from torch_spheres.tree import tree_sum
 
 __all__ = ["forward_backward"]
 
@@ -21,11 +19,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     """See `SphereParallel.forward_backward`."""
     if not torch.is_grad_enabled():
         raise RuntimeError("forward_backward() under torch.no_grad() has no gradients to compute")
-    goal = Split(targets, call.split.shards)
-    if goal.rows != call.split.rows:
-        raise ValueError(
-            f"forward_backward() got inputs of {call.split.rows} rows and targets of {goal.rows}"
-        )
+    goal = call.targets(targets)
     count = len(call.split.bounds)
     losses: list[Tensor | None] = [None] * count
     counts: list[Any] = [None] * count
@@ -54,9 +48,15 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
 
     sums, input_grads = call.fold(run)
     done = [shard for shard in shards if shard is not None]
-    call.check_parameters()
-    call.merge_buffers(done)
-    call.check_random()
+    error = None
+    counted = {c is not None for c in counts}
+    try:
+        call.check_parameters()
+        if len(counted) > 1:
+            raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
+    except Exception as caught:  # noqa: BLE001
+        error = caught
+    call.finish_forward(done, error)
     with torch.no_grad():
         grads = [
             *sums,
@@ -65,13 +65,14 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                 for i, value in enumerate(call.inputs_with_grad)
             ),
         ]
-        loss = tree_sum(call.padded(losses))
+        like = next((v for v in losses if v is not None), torch.zeros(()))
+        numbers = [
+            None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in counts
+        ]
+        loss, total = call.totals([losses, numbers], [like, torch.zeros((), dtype=torch.float64)])
         assert loss is not None
-        if any(c is not None for c in counts):
-            if any(c is None for c in counts):
-                raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
-            total = torch.as_tensor(sum(float(c) for c in counts), dtype=loss.dtype)
-            loss = loss / total.to(loss.device)
+        if total is not None:
+            loss = loss / total.to(loss.device, loss.dtype)
             for g in grads:
                 if g is not None:
                     g.div_(total.to(g.device, g.dtype))

@@ -18,11 +18,16 @@ from torch_spheres.advice import Adviser
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.replica import ReplicaPool
+from torch_spheres.same_model import sync_module
+from torch_spheres.sampler import GROUPS
 from torch_spheres.shards import Call, Crew
+from torch_spheres.sharing import SharedCall
 from torch_spheres.splitting import rows_of, tensors_of
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
+from torch_spheres.whole_batch import gather_rows
 
 __all__ = ["SphereParallel"]
 
@@ -39,9 +44,21 @@ class SphereParallel(nn.Module):
         spheres: who runs the shards; None makes a `KissingSpheres` of two levels.
         reproducible: True: shards are a fixed part of the batch, run with one intra-op thread each,
             and are summed in the fixed tree, so for one build of torch the bits of outputs,
-            gradients, buffers and weights do not depend on ``spheres.concurrency`` nor on which
-            thread ran what. False: a few ways to run the batch are measured during the first 12 to
-            45 steps, among them the bare module as it is, and the fastest is kept; see `plan`.
+            gradients, buffers and weights do not depend on ``spheres.concurrency``, on which thread
+            ran what, nor on the number of processes. False: a few ways to run the batch are
+            measured during the first 12 to 45 steps, among them the bare module as it is, and the
+            fastest is kept; see `plan`. (With several processes it is as True.)
+        process_group: with `torch.distributed` initialised, the processes that share each batch:
+            None: all of them. False: none, this process is alone with its batch (inside
+            `DistributedDataParallel`, for one).
+
+    Several processes: each gets its rows of one batch, see `wrap`, and runs the shards of its
+    groups. Rank 0's parameters and buffers are everybody's from the start. ``.grad`` is the sum
+    over all ranks when ``backward()`` returns, bit for bit that of one process if the loss's
+    gradient for a row is: with `forward_backward`, or a loss over the whole batch, see `gather`. A
+    mean over the rank's own rows is weighted by its share of the rows, which rounds. Calls with
+    gradients, and in training mode, are for all ranks together; an evaluation under ``no_grad`` in
+    evaluation mode is this process's own.
 
     Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
     arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
@@ -71,6 +88,8 @@ class SphereParallel(nn.Module):
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
             `KissingSpheres`, or `reproducible` not a bool.
+        ValueError: the processes cannot share twelve groups evenly, or have different models.
+        RankError: another process does not come, or has failed (in any call that they share).
     """
 
     def __init__(
@@ -79,6 +98,7 @@ class SphereParallel(nn.Module):
         spheres: KissingSpheres | None = None,
         *,
         reproducible: bool = True,
+        process_group: ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -105,6 +125,10 @@ class SphereParallel(nn.Module):
         self.module = module
         self.reproducible = reproducible
         self._take(spheres)
+        self._ranks = find_ranks(process_group, min(spheres.leaves, GROUPS))
+        if self._ranks is not None:
+            settings = {"levels": spheres.levels, "reproducible": reproducible}
+            sync_module(module, self._ranks, settings)
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def _take(self, spheres: KissingSpheres) -> None:
@@ -133,13 +157,14 @@ class SphereParallel(nn.Module):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
-        ways = reproducible_ways if self.reproducible else all_ways
+        ways = reproducible_ways if self.reproducible or self._shares else all_ways
         crew, trial = self._choose("forward", ways, args, kwargs)
         if trial is not None:
             result = self._run(crew, args, kwargs)
             trial.forward_done(flatten(result)[0])
             return result
-        advise = self.reproducible and self.training and torch.is_grad_enabled()
+        alone = not self._shares
+        advise = alone and self.reproducible and self.training and torch.is_grad_enabled()
         if advise and crew.plan.workers > 0:
             run = functools.partial(self._run, crew, args, kwargs)
             return self._adviser.watch(run, self.module, args, kwargs)
@@ -179,12 +204,26 @@ class SphereParallel(nn.Module):
             outputs = list(_OnSpheres.apply(call, *tensors))  # type: ignore[no-untyped-call]
         return _rebuild(call, outputs)
 
-    def _call(self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        call = Call(self.module, self._pool, crew, args, kwargs)
+    @property
+    def _shares(self) -> bool:
+        """Whether the call that is made now is one of all ranks."""
+        return self._ranks is not None and (torch.is_grad_enabled() or self.training)
+
+    def _call(
+        self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
+    ) -> Call:
+        def make() -> Call:
+            if self._ranks is None or not self._shares:
+                return Call(self.module, self._pool, crew, args, kwargs)
+            return SharedCall(self.module, self._pool, crew, args, kwargs, self._ranks, what)
+
+        call = make()
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip
             _initialise(self.module, call)
-            call = Call(self.module, self._pool, crew, args, kwargs)
+            if self._ranks is not None:
+                sync_module(self.module, self._ranks, {})
+            call = make()
         return call
 
     def forward_backward(
@@ -221,19 +260,39 @@ class SphereParallel(nn.Module):
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
         # Whole batches are no choice here: they would take the memory that this call saves.
-        ways = reproducible_ways if self.reproducible else lean_ways
+        ways = reproducible_ways if self.reproducible or self._shares else lean_ways
         crew, trial = self._choose("forward_backward", ways, args, kwargs)
-        loss = forward_backward(self._call(crew, args, kwargs), loss_fn, targets)
+        call = self._call(crew, args, kwargs, "forward_backward")
+        loss = forward_backward(call, loss_fn, targets)
         if trial is not None:
             trial.done()
         return loss
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """All ranks' rows of a tensor, in the batch's order; in one process, the tensor itself.
+
+        For a loss over the whole batch, which every rank computes, with its gradient for this
+        rank's rows: bit for bit that of one process ::
+
+            loss = criterion(model.gather(model(x)), model.gather(y))
+
+        Args:
+            rows: outputs of this model, or what came from them row by row, or anything else that
+                has this rank's rows, such as targets.
+
+        Raises:
+            ValueError: the ranks do not have their groups' rows of one batch.
+        """
+        if self._ranks is None:
+            return rows
+        return gather_rows(rows, self._ranks, self._spheres.leaves)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """For gradient accumulation, as in DistributedDataParallel; changes nothing here.
 
-        In one process there is nothing to synchronise: ``backward()`` always adds the whole batch's
-        gradient to ``.grad``, inside this context and outside.
+        ``backward()`` always adds the whole batch's gradient to ``.grad``, over all processes,
+        inside this context and outside: their sum would have other bits if it came later.
         """
         yield
 
@@ -255,20 +314,22 @@ class SphereParallel(nn.Module):
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self._own(), memo))
         made._take(self._spheres)
+        made._ranks = self._ranks
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Threads stay behind: what is unpickled has spheres of its own, of the same kind."""
+        """Threads and processes stay behind: what is unpickled has spheres of its own."""
         return {**self._own(), "_spheres": (self._spheres.levels, self._spheres.concurrency)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         levels, concurrency = state["_spheres"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take(KissingSpheres(levels, concurrency=concurrency))
+        self._ranks = None
 
     def _own(self) -> dict[str, Any]:
         """Everything but what belongs to the threads."""
-        threads = ("_spheres", "_pool", "_tuners", "_adviser")
+        threads = ("_spheres", "_pool", "_tuners", "_adviser", "_ranks")
         return {k: v for k, v in self.__dict__.items() if k not in threads}
 
 
@@ -284,11 +345,10 @@ class _OnSpheres(torch.autograd.Function):
         outputs = call.run_forward()
         ctx.call = call
         ctx.set_materialize_grads(False)
-        made = [shard.outputs for shard in call.shards if shard is not None]
         fixed = [
             o
-            for o, *parts in zip(outputs, *made, strict=True)
-            if isinstance(o, Tensor) and not any(part.requires_grad for part in parts)
+            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
+            if isinstance(o, Tensor) and not differs
         ]
         ctx.mark_non_differentiable(*fixed)
         return tuple(outputs)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C import DispatchKeySet, _dispatch_key_parse, _ExcludeDispatchKeyGuard
 from torch._C import _IncludeDispatchKeyGuard as _IncludeKey
 
-__all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom"]
+__all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom", "next_base"]
 
 _KEY_NAME = "DeferredInit"
 _KEY = _dispatch_key_parse(_KEY_NAME)
@@ -39,10 +39,16 @@ _libraries: list[torch.library.Library] = []  # kernels live as long as these
 
 
 class CallRandom:
-    """The random numbers of one call of a model: the base seed that its shards share."""
+    """The random numbers of one call of a model: the base seed that its shards share.
 
-    def __init__(self) -> None:
+    Args:
+        base: the seed, where several processes have to have the same; it is drawn all the same, so
+            that the default generator goes on as in one process.
+    """
+
+    def __init__(self, base: int | None = None) -> None:
         self._lock = threading.Lock()
+        self._given = base
         self._base: int | None = None
         self._expected = _default_states()
 
@@ -53,9 +59,15 @@ class CallRandom:
                 # Also where the shards' key is included: this draw is nobody's but the default's.
                 with _ExcludeDispatchKeyGuard(_KEYS):
                     default = torch.default_generator
-                    self._base = int(torch.randint(_SEEDS, (), generator=default, device="cpu"))
+                    drawn = int(torch.randint(_SEEDS, (), generator=default, device="cpu"))
+                    self._base = drawn if self._given is None else self._given
                 self._expected[0] = torch.default_generator.get_state()
             return self._base
+
+    @property
+    def drew(self) -> bool:
+        """Whether a shard has needed it."""
+        return self._base is not None
 
     def missed_any(self) -> bool:
         """Whether something drew from a default generator past the shards' own.
@@ -135,6 +147,14 @@ class ShardRandom:
             "not be reproducible. Leave generator= out: the shard's own generator is used "
             "then, seeded by torch.manual_seed()"
         )
+
+
+def next_base() -> int:
+    """What `CallRandom` would draw now."""
+    generator = torch.Generator()
+    generator.set_state(torch.default_generator.get_state())
+    with _ExcludeDispatchKeyGuard(_KEYS):
+        return int(torch.randint(_SEEDS, (), generator=generator, device="cpu"))
 
 
 def current_shard() -> RandomSource | None:

@@ -155,6 +155,7 @@ class ReplicaPool:
         self._lock = threading.Lock()
         self._idle: list[Replica] = []
         self._form: list[_Form] = []
+        self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
 
     def follow(self, module: nn.Module) -> None:
         """To be called before shards are run: drops replicas that the module has outgrown."""

@@ -15,6 +15,7 @@ from itertools import chain, islice, pairwise
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Sampler
 
 T = TypeVar("T")
@@ -43,7 +44,8 @@ class SphereBatchSampler(Sampler[list[int]]):
     """``BatchSampler(sampler, batch_size, drop_last)`` that knows the spheres.
 
     ``spheres``: the ``KissingSpheres`` to split over; None: ``levels=2``'s layout, no runtime.
-    ``rank``, ``world_size``: yield this rank's block of ``12 / world_size`` groups, in order.
+    ``rank``, ``world_size``: yield this rank's block of ``12 / world_size`` groups, in order; None:
+    those of ``process_group`` (None: the default one, if torch.distributed is initialised).
 
     - One process yields what BatchSampler yields and draws when it draws. Indices become plain
       ints (from numpy's, 0-d tensors, ``__index__``); bools, floats and the rest: TypeError.
@@ -64,8 +66,9 @@ class SphereBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         spheres: _Spheres | None = None,
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        process_group: Any = None,
     ) -> None:
         if not _is_int(batch_size) or batch_size <= 0:
             raise ValueError(f"batch_size should be a positive integer, but got {batch_size=}")
@@ -76,6 +79,10 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"need both rank and world_size, or neither: {rank=}, {world_size=}")
+        if rank is None or world_size is None:
+            rank, world_size = _here(process_group)
         self.spheres = spheres
         self.rank = rank
         self.world_size = world_size
@@ -284,6 +291,13 @@ def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
             epoch.start = state
         torch.empty((), dtype=torch.int64).random_(generator=generator)
     return epoch
+
+
+def _here(process_group: Any) -> tuple[int, int]:
+    """The rank of this process, and how many there are; of False: one alone."""
+    if process_group is False or not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
 def _is_int(value: Any) -> bool:

@@ -11,33 +11,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres.context import CallerContext, caller_context
-from torch_spheres.folding import GradientFold, rounded
+from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.intra_op import rest
 from torch_spheres.nesting import Nesting, flatten
+from torch_spheres.outputs import gather_output
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.replica import Replica, ReplicaPool
 from torch_spheres.shard import InShard, Shard
 from torch_spheres.splitting import Split, aligned
 from torch_spheres.system import KissingSpheres
-from torch_spheres.tree import tree_sum
+from torch_spheres.tree import tree_sums
 from torch_spheres.tuning import Plan
 
 __all__ = ["Call", "Crew", "is_compiled"]
 
 T = TypeVar("T")
-
-
-def _dimensions(value: Any) -> int | None:
-    return value.dim() if isinstance(value, Tensor) else None
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -89,11 +79,13 @@ class Call:
         kwargs: dict[str, Any],
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
-        self.split = Split((args, kwargs), crew.plan.shards)
         self.context = crew.context()
-        self.random = CallRandom()
+        self.split = self._split((args, kwargs), "forward")
+        self.random = self._random()
         self.shards: list[Shard | None] = []
+        self._freed = False
         self.nesting: Nesting | None = None  # of the outputs
+        self.differentiable_outputs: list[bool] = []
         pool.follow(module)
         self.compiled = self._signature() if any(map(is_compiled, module.modules())) else None
         self._versions = self._parameter_versions()
@@ -103,6 +95,58 @@ class Call:
             for i, value in enumerate(self.split.flat)
             if isinstance(value, Tensor) and value.requires_grad
         ]
+
+    # What SharedCall does in another way.
+
+    def _split(self, value: Any, what: str) -> Split:
+        """Cut by rows; `what` is about to be done with the rows."""
+        del what
+        return Split(value, self.crew.plan.shards)
+
+    def _random(self) -> CallRandom:
+        return CallRandom()
+
+    def targets(self, value: Any) -> Split:
+        """What a loss compares the outputs with, cut as the inputs are."""
+        goal = Split(value, self.split.shards)
+        if goal.rows != self.split.rows:
+            raise ValueError(
+                f"forward_backward() got inputs of {self.split.rows} rows and targets of "
+                f"{goal.rows}"
+            )
+        return goal
+
+    def totals(
+        self, columns: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Sums in the tree, each of one value for each shard that runs; and a tensor like it."""
+        del like
+        return tree_sums([self.padded(column) for column in columns])
+
+    def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
+        """Has an error raised wherever the batch is; the greatest of everybody's notes."""
+        del what
+        if error is not None:
+            raise error
+        return list(notes)
+
+    def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+        """The values that the batch's first shard has; None where this process has no shard."""
+        del like
+        return [v for v in values if v is not None]
+
+    def share_structure(self, outputs: list[Any]) -> list[Any]:
+        """Outputs for a process that ran no shard; others keep theirs."""
+        return outputs
+
+    def weighted(self, grad: Tensor) -> Tensor:
+        """The gradient of this process's rows, as that of all rows."""
+        return grad
+
+    @property
+    def ran(self) -> int:
+        """Shards that run, in all processes."""
+        return len(self.split.bounds)
 
     def _signature(self) -> tuple[Any, ...]:
         """What compiled code depends on, but for the rows: new ones are compiled anew."""
@@ -125,8 +169,9 @@ class Call:
         The settings are those of the call, unless others are given.
         """
         begin, end = self.split.bounds[k]
-        name = f"SphereParallel shard {k} {what}"
-        place = f"the {what} of shard {k}, rows {begin} to {end - 1} of the batch"
+        leaf = self.split.leaves[k]
+        name = f"SphereParallel shard {leaf} {what}"
+        place = f"the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch"
         gate = self.compiled and (what, self.compiled, end - begin)
         return InShard(shard, name, place, context or self.context, gate)
 
@@ -134,7 +179,7 @@ class Call:
 
     def forward_shard(self, k: int, replica: Replica) -> Shard:
         """Runs one shard's forward in the calling thread's context, see `in_shard`."""
-        shard = Shard(ShardRandom(self.random, k), replica)
+        shard = Shard(ShardRandom(self.random, self.split.leaves[k]), replica)
         grad = torch.is_grad_enabled
         taken = replica.take_buffers()
         with self.in_shard(k, "forward", shard):
@@ -159,12 +204,33 @@ class Call:
             finally:
                 self.pool.give_back(replica)
 
-        shards = self.crew.map(run, len(self.split.bounds))
-        self.shards = list(shards)
-        self.check_parameters()
-        self.merge_buffers(shards)
+        shards: list[Shard] = []
+        outputs: list[Any] = []
+        error = None
+        try:
+            shards = self.crew.map(run, len(self.split.bounds))
+            self.shards = list(shards)
+            self.check_parameters()
+            outputs = self._gather(shards)
+        except Exception as caught:  # noqa: BLE001
+            error = caught
+        self.finish_forward(shards, error)
+        return self.share_structure(outputs)
+
+    def finish_forward(self, shards: Sequence[Shard], error: Exception | None) -> None:
+        """What comes after all shards' forward: buffers, random numbers, and who failed."""
+        buffers = self.module_buffers()
+        mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
+        drew, *changed = self.agree("the forward", error, [self.random.drew, *mine])
+        if drew:
+            self.random.base()  # where other processes' shards drew, and none of these
+        self.merge_buffers(shards, [i for i, c in enumerate(changed) if c])
         self.check_random()
-        return self._gather(shards)
+
+    def module_buffers(self) -> list[tuple[nn.Module, str]]:
+        """As `Replica.take_buffers` lists them."""
+        modules = self.module.modules()
+        return [(m, name) for m in modules for name, v in m._buffers.items() if v is not None]
 
     def _parameter_versions(self) -> list[int]:
         parameters = self.module.parameters()
@@ -197,6 +263,8 @@ class Call:
             )
 
     def _gather(self, shards: Sequence[Shard]) -> list[Any]:
+        if not shards:
+            return []
         first = shards[0]
         self.nesting = first.nesting
         for k, shard in enumerate(shards):
@@ -205,73 +273,63 @@ class Call:
                     f"the module returned {first.nesting} for shard 0, but {shard.nesting} for "
                     f"shard {k}: the outputs' structure must not depend on the rows"
                 )
+        self.differentiable_outputs = [
+            any(isinstance(v, Tensor) and v.requires_grad for v in values)
+            for values in zip(*(shard.outputs for shard in shards), strict=True)
+        ]
         with torch.no_grad():
-            return [self._gather_output(i, shards) for i in range(len(first.outputs))]
-
-    def _gather_output(self, i: int, shards: Sequence[Shard]) -> Any:
-        values = [shard.outputs[i] for shard in shards]
-        first = values[0]
-        if any(isinstance(v, PackedSequence) for v in values):
-            raise TypeError(
-                "SphereParallel cannot put together a PackedSequence that the module returned; "
-                "pad it inside the module (torch.nn.utils.rnn.pad_packed_sequence, total_length=)"
-            )
-        for k, value in enumerate(values):
-            if _dimensions(value) != _dimensions(first):
-                raise ValueError(
-                    f"output {i} of the module is {_described(first)} for shard 0, but "
-                    f"{_described(value)} for shard {k}: what the module returns must not depend "
-                    "on the rows"
-                )
-        if not isinstance(first, Tensor):
-            return first
-        if first.dim() == 0:
-            return self._mean(values)
-        sizes = self.split.sizes
-        times, rest = divmod(first.shape[0], sizes[0])
-        for k, value in enumerate(values):
-            if rest or value.shape[0] != times * sizes[k] or value.shape[1:] != first.shape[1:]:
-                raise ValueError(
-                    f"output {i} of shard {k} has shape {tuple(value.shape)} for {sizes[k]} rows "
-                    f"(shard 0's: {tuple(first.shape)} for {sizes[0]}): SphereParallel puts "
-                    "outputs together along the first dimension, which must be the batch's rows, "
-                    "or a fixed number of rows for each; transpose it inside the module"
-                )
-        return torch.cat(values)
+            columns = zip(*(shard.outputs for shard in shards), strict=True)
+            return [
+                gather_output(i, values, self.split.sizes, self._mean)
+                for i, values in enumerate(columns)
+            ]
 
     def _mean(self, values: Sequence[Tensor]) -> Tensor:
         """Of the shards' scalars, weighted by their rows."""
-        weighted = [v * w for v, w in zip(values, self.split.weights, strict=True)]
-        total = tree_sum(self.padded(weighted))
+        total = self.totals(
+            [[v * w for v, w in zip(values, self.split.weights, strict=True)]], values[:1]
+        )[0]
         assert total is not None
         return total
 
     def padded(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One place for each leaf: those without rows are absent."""
-        return [*values, *([None] * (self.split.places - len(values)))]
+        places: list[Tensor | None] = [None] * self.split.places
+        for leaf, value in zip(self.split.leaves, values, strict=True):
+            places[leaf] = value
+        return places
 
-    def merge_buffers(self, shards: Sequence[Shard]) -> None:
+    def merge_buffers(self, shards: Sequence[Shard], changed: Sequence[int]) -> None:
         """Of the buffers that changed, the mean over the shards; the first shard's if integer."""
+        if not changed:
+            return
+        sums: list[tuple[Tensor, list[Tensor]]] = []
+        firsts: list[tuple[Tensor, Tensor | None]] = []
+        places = self.module_buffers()
         with torch.no_grad():
-            for i, (buffer, _) in enumerate(shards[0].buffers):
-                values = [shard.buffers[i][1] for shard in shards]
-                if all(value is None for value in values):
-                    continue
-                target = buffer.source._buffers[buffer.name]
+            for i in changed:
+                source, name = places[i]
+                target = source._buffers[name]
                 assert target is not None
                 # A shard that left the buffer alone has the value it was given.
-                given = [buffer.given if v is None else v for v in values]
+                taken = [shard.buffers[i] for shard in shards]
+                given = [buffer.given if value is None else value for buffer, value in taken]
                 if any(v.shape != target.shape for v in given):
                     raise ValueError(
-                        f"buffer {buffer.name!r} of {type(buffer.source).__name__} was given "
+                        f"buffer {name!r} of {type(source).__name__} was given "
                         "another shape while a shard ran; SphereParallel merges buffers by value"
                     )
                 if target.is_floating_point() or target.is_complex():
-                    total = tree_sum(self.padded(given))
-                    assert total is not None
-                    target.copy_(total / len(given))
+                    sums.append((target, given))
                 else:
-                    target.copy_(given[0])
+                    firsts.append((target, given[0] if given else None))
+            totals = self.totals([given for _, given in sums], [t for t, _ in sums])
+            for (target, _), total in zip(sums, totals, strict=True):
+                assert total is not None
+                target.copy_(total / self.ran)
+            values = self.first_shards([v for _, v in firsts], [t for t, _ in firsts])
+            for (target, _), value in zip(firsts, values, strict=True):
+                target.copy_(value)
 
     # ---- backward ----
 
@@ -280,13 +338,13 @@ class Call:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         context = self.crew.context()  # now: an autocast block usually ends with the forward
         shards = self.shards
-        if not shards:
+        if self._freed:
             raise RuntimeError(
                 "backward through SphereParallel a second time: the shards' graphs were freed; "
                 "use backward(retain_graph=True) the first time, or call the model again"
             )
         if not keep:
-            self.shards = []
+            self.shards, self._freed = [], True
         pieces = [self._cut_grad(g, i, shards) for i, g in enumerate(grads)]
 
         def backward(k: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -315,25 +373,34 @@ class Call:
         self, work: Callable[[int], tuple[list[Tensor | None], list[Tensor | None]]]
     ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """Runs ``work(k)`` for every shard; the sum of what it returns first, the rest by shard."""
-        count = len(self.split.bounds)
-        fold = GradientFold(self.split.places, range(count), self.crew.concurrency)
-        rest: list[list[Tensor | None]] = [[] for _ in range(count)]
+        fold = self.new_fold()
+        rest: list[list[Tensor | None]] = [[] for _ in self.split.leaves]
+        place = {leaf: k for k, leaf in enumerate(self.split.leaves)}
 
         def item(_: int) -> None:
-            k = fold.begin()
-            if k is None:
+            leaf = fold.begin()
+            if leaf is None:
                 return
             try:
                 with torch.no_grad():
-                    grads, rest[k] = work(k)
-                    fold.add(k, grads)
+                    grads, rest[place[leaf]] = work(place[leaf])
+                    fold.add(leaf, grads)
             except BaseException:
                 fold.fail()
                 raise
 
-        self.crew.map(item, count)
+        sums = self.finish_fold(fold, lambda: self.crew.map(item, len(rest)))
+        return sums, rest
+
+    def new_fold(self) -> GradientFold:
+        """For this call's gradients."""
+        return GradientFold(self.split.places, self.split.leaves, self.crew.concurrency)
+
+    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
+        """Has the shards run, and returns the sums."""
+        run()
         with torch.no_grad():
-            return rounded(fold.finish(self.crew.spheres), self.trainable), rest
+            return rounded(fold.finish(self.crew.spheres), self.trainable)
 
     def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:
         if grad is None:
@@ -341,14 +408,14 @@ class Call:
         if grad.dim() == 0:
             return [grad * weight for weight in self.split.weights]
         sizes = [0 if shard is None else shard.outputs[i].shape[0] for shard in shards]
-        return [aligned(piece) for piece in grad.split(sizes)]
+        return [aligned(piece) for piece in self.weighted(grad).split(sizes)] if sizes else []
 
     def gather_input_grad(self, value: Tensor, parts: list[Tensor | None]) -> Tensor | None:
         """The gradient of an argument from those of its parts."""
+        if value.dim() == 0:
+            return self.totals([parts], [value])[0]
         if all(part is None for part in parts):
             return None
-        if value.dim() == 0:
-            return tree_sum(self.padded(parts))
         filled = [
             torch.zeros_like(value[begin:end]) if part is None else part
             for (begin, end), part in zip(self.split.bounds, parts, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _core
 from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.ranks import Ranks
 from torch_spheres.sampler import shard_bounds
 
 __all__ = ["Split", "aligned", "rows_of", "tensors_of"]
@@ -23,17 +25,47 @@ class Split:
     Args:
         value: anything nested that has tensors in it.
         shards: how many pieces to cut at most.
+        ranks: with whom the batch is shared; `value` is this rank's part of it, and `share` has to
+            be told how many rows there are in all.
 
     Raises:
         ValueError: no tensor has rows, or not all have as many.
         TypeError: a tensor of a kind that cannot be cut by rows.
     """
 
-    def __init__(self, value: Any, shards: int) -> None:
+    def __init__(self, value: Any, shards: int, ranks: Ranks | None = None) -> None:
         self.flat, self.nesting = flatten(value)
         self.shards = shards
+        self._ranks = ranks
         self.rows = self._count_rows()
+        self.total = self.rows  # of all ranks
         self.bounds = [(a, b) for a, b in shard_bounds(self.rows, shards) if b > a]
+        self.leaves = [*range(len(self.bounds))]  # of the tree, of each shard that runs
+
+    def share(self, rows: list[int]) -> None:
+        """Cuts anew, as this rank's part of a batch of which each rank has so many rows.
+
+        Raises:
+            ValueError: they do not have what their groups have.
+        """
+        assert self._ranks is not None
+        self.total = sum(rows)
+        due = [self._ranks.rows(r, self.total, self.shards) for r in range(len(rows))]
+        if rows != due:
+            raise ValueError(
+                f"the ranks have {rows} rows, of a batch of {self.total} they should have {due}: "
+                "give every rank its groups' part of one batch, as wrap(loader) and "
+                "SphereBatchSampler do (the loader's batch_size is that of all ranks together, "
+                "and a DistributedSampler is not needed)"
+            )
+        if self.total == 0:
+            raise ValueError("SphereParallel got a batch of 0 rows")
+        whole = shard_bounds(self.total, self.shards)
+        own = self._ranks.leaves(self._ranks.rank, self.shards)
+        sizes = [whole[leaf][1] - whole[leaf][0] for leaf in own]
+        cuts = [*itertools.accumulate(sizes, initial=0)]
+        self.bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+        self.leaves = [leaf for leaf, size in zip(own, sizes, strict=True) if size]
 
     def _count_rows(self) -> int:
         rows = None
@@ -65,7 +97,7 @@ class Split:
                 "SphereParallel found no tensor with rows among the arguments to split over the "
                 "spheres; call model.module(...) instead"
             )
-        if rows == 0:
+        if rows == 0 and self._ranks is None:
             raise ValueError("SphereParallel got a batch of 0 rows")
         return rows
 
@@ -85,7 +117,7 @@ class Split:
     @property
     def weights(self) -> list[float]:
         """Each shard's share of the rows."""
-        return [size / self.rows for size in self.sizes]
+        return [size / self.total for size in self.sizes]
 
     def part(self, i: int, shard: int) -> Any:
         """Leaf `i` of the values for one shard."""

@@ -1,0 +1,69 @@
+"""What each rank of tests/test_ranks.py runs, under torchrun: trains, and writes digests."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import zoo
+from torch.nn import functional as F
+
+import torch_spheres as ts
+
+
+def rows_of(rows: int, spheres: ts.KissingSpheres) -> list[int]:
+    """This rank's rows of a batch."""
+    return next(iter(ts.SphereBatchSampler(range(rows), rows, spheres=spheres)))
+
+
+def sum_and_count(output, target):
+    return F.cross_entropy(output, target, reduction="sum"), len(target)
+
+
+def trained(name, kind, way, rows, spheres):
+    model = zoo.make(name)
+    if dist.get_rank() > 0:  # rank 0's weights are everybody's
+        for p in model.parameters():
+            p.data.add_(1)
+    parallel = ts.SphereParallel(model, spheres)
+    optimizers = zoo.optimizer_of(model, kind)
+    for optimizer in optimizers.each:
+        ts.GradientHook(optimizer, parallel)
+    mine = rows_of(rows, spheres)
+    losses = []
+    for x, y in zoo.batches(rows):
+        x, y = x[mine], y[mine]
+        optimizers.zero_grad()
+        if way == "loop":
+            with parallel.no_sync():  # changes nothing
+                loss = F.cross_entropy(parallel.gather(parallel(x)), parallel.gather(y))
+                loss.backward()
+        elif way == "mean":
+            loss = parallel.forward_backward(F.cross_entropy, x, y)
+        else:
+            loss = parallel.forward_backward(sum_and_count, x, y)
+        optimizers.step()
+        losses.append(loss.detach())
+    return zoo.fingerprint(model, optimizers, losses)
+
+
+def main() -> None:
+    cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    warnings.simplefilter("ignore", FutureWarning)
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    found = {}
+    for case in cases:
+        name, kind, way, levels, rows, concurrency = case
+        with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
+            found[json.dumps(case)] = trained(name, kind, way, rows, spheres)
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

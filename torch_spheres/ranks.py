@@ -1,0 +1,296 @@
+"""Processes that share a batch: each owns some of the twelve symmetry groups, its *virtual ranks*.
+
+Group *g* is the subtree under kissing sphere *g*: shards *g*, *g* + 12, .... Rank *r* of *W* owns
+groups ``r * 12 / W`` to ``(r + 1) * 12 / W - 1``. With *W* = 1, 2, 3, 4, 6 or 12 such a block is
+one or two complete subtrees of the fixed sum tree (*parts*), so a rank's sums are those that one
+process would have on its way to the total, whatever *W* is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import itertools
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_spheres.errors import RankError
+from torch_spheres.sampler import GROUPS, shard_bounds
+
+__all__ = ["ProcessGroup", "Ranks", "find_ranks", "parts_of"]
+
+ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
+_LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
+_ROLL_CALL = 3.0  # seconds in which a rank that waits as we do says so
+
+# Complete subtrees of the tree over twelve, largest first: (size, where they may begin).
+_SUBTREES = ((12, (0,)), (8, (0,)), (4, (0, 4, 8)), (2, (0, 2, 4, 6, 8, 10)), (1, range(12)))
+
+
+def parts_of(first: int, last: int) -> list[tuple[int, int]]:
+    """The fewest complete subtrees that make up groups `first` to `last` - 1, as half-open ranges.
+
+    For blocks of 12 / W groups they are one or two.
+    """
+    parts = []
+    while first < last:
+        size = next(s for s, begins in _SUBTREES if first in begins and first + s <= last)
+        parts.append((first, first + size))
+        first += size
+    return parts
+
+
+def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks | None:
+    """The ranks that a batch is divided over; None if this process has it alone.
+
+    Args:
+        process_group: None: torch's default group, if there is one. False: no other process.
+        groups: 12, or 1 with ``levels=1``.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: this process is not in it, or its size does not divide the groups.
+    """
+    if process_group is False:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise ValueError(
+                f"process_group={process_group!r} without torch.distributed: call "
+                "torch.distributed.init_process_group() first"
+            )
+        return None
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup, None for the default one, or "
+            f"False for none, got {process_group!r}"
+        )
+    world = dist.get_world_size(process_group)
+    if world == 1:
+        return None
+    rank = dist.get_rank(process_group)
+    if rank < 0:
+        raise ValueError("this process is not in the process_group that it was given")
+    fitting = [w for w in range(1, groups + 1) if groups % w == 0]
+    if world not in fitting:
+        raise ValueError(
+            f"{world} processes cannot share {groups} symmetry group{'s' if groups > 1 else ''} "
+            f"evenly: start one of {fitting}, or choose one of those by process_group="
+        )
+    return Ranks(process_group, rank, world)
+
+
+class Ranks:
+    """One process among those that share a batch, and how they talk.
+
+    Every method that talks is called by all ranks, in the same order; none waits for ever: not
+    longer than the group's timeout, and Ctrl-C is answered.
+    """
+
+    def __init__(self, group: ProcessGroup | None, rank: int, world: int) -> None:
+        self.group, self.rank, self.world = group, rank, world
+        block = GROUPS // world
+        self.own = range(rank * block, (rank + 1) * block)
+        self.parts = [parts_of(r * block, (r + 1) * block) for r in range(world)]
+        backend = dist.get_backend(group)
+        self._is_gloo = backend == "gloo"
+        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self.told = False  # a warning, once
+        self.sent = 0  # bytes of tensors that this rank has sent to others
+        self._name = f"torch_spheres/{next(_numbers)}"  # ranks make theirs in the same order
+        self._meetings = itertools.count()
+        _live.add(self)
+        _leave_last_words()
+
+    @property
+    def own_parts(self) -> list[tuple[int, int]]:
+        """The complete subtrees that this rank's groups make up."""
+        return self.parts[self.rank]
+
+    # ---- rows ----
+
+    def leaves(self, rank: int, leaves: int) -> list[int]:
+        """The shards of a rank, in the order in which it has their rows."""
+        block = GROUPS // self.world
+        return [
+            leaf
+            for g in range(rank * block, (rank + 1) * block)
+            for leaf in range(g, leaves, GROUPS)
+        ]
+
+    def rows(self, rank: int, rows: int, leaves: int) -> int:
+        """How many of a batch's rows a rank has."""
+        bounds = shard_bounds(rows, leaves)
+        return sum(bounds[leaf][1] - bounds[leaf][0] for leaf in self.leaves(rank, leaves))
+
+    # ---- talk ----
+
+    def gather_async(self, out: Tensor, given: Tensor) -> Any:
+        """Every rank's `given`, one after another, in `out`; to be waited for."""
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self.sent += given.nbytes * (self.world - 1)
+        return gather(out, given, group=self.group, async_op=True)
+
+    def scatter_async(self, out: Tensor, given: Tensor) -> Any:
+        """Part *r* of `given` to rank *r*; `out` has what each rank had for this one."""
+        self.sent += given.nbytes // self.world * (self.world - 1)
+        return dist.all_to_all_single(out, given, group=self.group, async_op=True)
+
+    def wait(self, work: Any, what: str) -> None:
+        """Until it is done.
+
+        Raises:
+            RankError: another rank failed it.
+        """
+        if not self._is_gloo:
+            work.wait()
+            return
+        number, told = next(self._meetings), False
+        while True:
+            try:
+                work.wait(_LOOK)
+            except RuntimeError as error:
+                if work.is_completed():
+                    self._explain(error, what, number, told)
+            else:
+                return
+            if not told:  # so that a rank whose wait fails knows who waits as it does
+                told = True
+                self._say_waiting(number)
+
+    def gather(self, values: Tensor, what: str) -> Tensor:
+        """Every rank's values, of one shape: a row for each rank, on the CPU."""
+        given = values.to(self.device)
+        out = torch.empty((self.world, *given.shape), dtype=given.dtype, device=self.device)
+        self.wait(self.gather_async(out.view(-1), given.reshape(-1)), what)
+        return out.cpu()
+
+    def objects(self, value: Any, what: str) -> list[Any]:
+        """Every rank's value, pickled; for what is said seldom."""
+        found: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(found, value, group=self.group)
+        except RuntimeError as error:
+            self._explain(error, what, next(self._meetings), told=False)
+        return found
+
+    def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Rank 0's values, into everybody's tensors."""
+        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        for tensor in tensors:
+            with torch.no_grad():
+                sent = tensor.detach().to(self.device).contiguous()
+                self.wait(dist.broadcast(sent, source, group=self.group, async_op=True), what)
+                if self.rank > 0:
+                    tensor.copy_(sent)
+
+    def meet(self, what: str, values: Sequence[int], error: BaseException | None = None) -> Tensor:
+        """Every rank's numbers, one row each, unless one of them has an error.
+
+        Raises:
+            RankError: another rank has.
+            BaseException: `error`, once the others know.
+        """
+        told = torch.tensor([error is not None, *values], dtype=torch.int64)
+        rows = self.gather(told, what)
+        if rows[:, 0].any():
+            self.raise_errors(what, error)
+        return rows[:, 1:]
+
+    def raise_errors(self, what: str, error: BaseException | None) -> NoReturn:
+        """When all know that one of them has an error: they learn which.
+
+        Raises:
+            RankError: another rank has one.
+            BaseException: `error`, this rank's own.
+        """
+        described = None if error is None else f"{type(error).__name__}: {error}"
+        errors = dict(enumerate(self.objects(described, what)))
+        failed = {r: text for r, text in errors.items() if text is not None}
+        if error is not None:
+            raise error
+        texts = "; ".join(f"rank {r} of {self.world}: {text}" for r, text in failed.items())
+        raise RankError(f"{what} failed on {texts}", tuple(failed))
+
+    # ---- when it goes wrong ----
+
+    def _key(self, what: int | str, rank: int) -> str:
+        return f"{self._name}/{what}/{rank}"
+
+    def _say_waiting(self, number: int) -> None:
+        with contextlib.suppress(RuntimeError):  # a store that is gone: the wait will fail too
+            _store().set(self._key(number, self.rank), "waits")
+
+    def say_last_words(self, error: BaseException) -> None:
+        """What this process ends with, for those who wait for it."""
+        with contextlib.suppress(RuntimeError):
+            _store().set(self._key("ends", self.rank), f"{type(error).__name__}: {error}")
+
+    def _explain(self, error: RuntimeError, what: str, number: int, told: bool) -> NoReturn:
+        """Raises RankError with who is missing."""
+        if not told:
+            self._say_waiting(number)
+        others = [r for r in range(self.world) if r != self.rank]
+        missing = [r for r in others if not self._waits(number, r)]
+        who = "rank" if len(missing) == 1 else "ranks"
+        names = ", ".join(map(str, missing))
+        absent = f": {who} {names} of {self.world} did not come to it" if missing else ""
+        causes = [f"rank {r}: {text}" for r in missing if (text := self._last_words(r))]
+        because = f" ({'; '.join(causes)})" if causes else ", having died, hung or gone elsewhere"
+        raise RankError(
+            f"{what} failed on rank {self.rank}{absent}{because if missing else ''}; "
+            f"{dist.get_backend(self.group)} says: {_first_line(error)}",
+            tuple(missing),
+        ) from error
+
+    def _waits(self, number: int, rank: int) -> bool:
+        end = time.monotonic() + _ROLL_CALL
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < end:
+                if _store().check([self._key(number, rank)]):
+                    return True
+                if self._last_words(rank):
+                    return False
+                time.sleep(0.05)
+        return False
+
+    def _last_words(self, rank: int) -> str:
+        with contextlib.suppress(RuntimeError):
+            key = self._key("ends", rank)
+            if _store().check([key]):
+                return str(_store().get(key), "utf-8")
+        return ""
+
+
+_numbers = itertools.count()
+_live: weakref.WeakSet[Ranks] = weakref.WeakSet()
+
+
+@functools.cache
+def _leave_last_words() -> None:
+    """Has an exception that ends this process told to the others; once."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, traceback: Any) -> None:
+        if dist.is_initialized():
+            for ranks in list(_live):
+                ranks.say_last_words(error)
+        before(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,324 @@
+"""One call of a `SphereParallel` model whose batch several processes share.
+
+Each rank runs the shards of its groups, and the ranks meet four times: before the forward (how many
+rows each has, and whether they are about to do the same), after it (buffers, scalars, errors), and
+for the gradients, whose partial sums are on their way while other shards are still running.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_spheres.exchange import Exchange, Layout
+from torch_spheres.folding import GradientFold, Grads
+from torch_spheres.random import CallRandom, next_base
+from torch_spheres.ranks import Ranks
+from torch_spheres.replica import ReplicaPool
+from torch_spheres.shards import Call, Crew
+from torch_spheres.splitting import Split
+from torch_spheres.tree import tree_sum, tree_sums
+
+__all__ = ["SharedCall"]
+
+_WHAT = ("forward", "forward_backward")
+_INT64 = 2**63 - 1
+
+
+class SharedCall(Call):
+    """A call on this rank's part of a batch.
+
+    Args:
+        ranks: who shares it.
+        what: ``"forward"`` or ``"forward_backward"``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        pool: ReplicaPool,
+        crew: Crew,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ranks: Ranks,
+        what: str = "forward",
+    ) -> None:
+        self.ranks, self._what = ranks, what
+        self.is_whole = False  # the loss is that of all ranks' rows, see `SphereParallel.gather`
+        self._base = 0
+        self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
+        self._early: Exception | None = None  # to be told at the next meeting
+        super().__init__(module, pool, crew, args, kwargs)
+
+    # ---- before the forward ----
+
+    def _split(self, value: Any, what: str) -> Split:
+        error: Exception | None = None
+        split, rows, form = None, 0, 0
+        try:
+            split = Split(value, self.crew.plan.shards, self.ranks)
+            rows = split.rows
+            shapes = [(v.shape[1:], v.dtype) for v in split.flat if isinstance(v, Tensor)]
+            form = zlib.crc32(repr(shapes).encode())
+        except Exception as caught:  # noqa: BLE001
+            error = caught
+        state = zlib.crc32(torch.get_rng_state().numpy().tobytes())
+        mode = 2 * self.module.training + torch.is_grad_enabled()
+        told = [
+            _WHAT.index(self._what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),
+            state,
+        ]  # fmt: skip
+        table = self.ranks.meet(f"the start of {what}", told, error).T.tolist()
+        assert split is not None
+        self._check(table, split)
+        self._base = table[5][0]
+        split.share(table[2])
+        self._somebody_has_none = 0 in table[2]
+        return split
+
+    def _check(self, table: list[list[int]], split: Split) -> None:
+        calls, modes, rows, forms, seeds, _, states = table
+        same = (
+            ("call the model in different ways", [_WHAT[c] for c in calls]),
+            (
+                "are in different modes",
+                [f"training={bool(m & 2)}, grad enabled={bool(m & 1)}" for m in modes],
+            ),
+            (
+                "were seeded differently (random numbers belong to shards: give all the same seed)",
+                seeds,
+            ),
+        )
+        for text, values in same:
+            if len({*values}) > 1:
+                raise ValueError(f"the ranks {text}: {_by_rank(values)}")
+        if len({f for f, r in zip(forms, rows, strict=True) if r}) > 1:
+            shapes = [f"{v.dtype} {tuple(v.shape)}" for v in split.flat if isinstance(v, Tensor)]
+            raise ValueError(
+                "the ranks have inputs of different types or shapes (beside the rows): rank "
+                f"{self.ranks.rank} has {', '.join(shapes)}"
+            )
+        if len({*states}) > 1 and not self.ranks.told:
+            self.ranks.told = True
+            warnings.warn(
+                "torch's default generator is not at the same place on all ranks: something draws "
+                "from it on each, such as a dataset that is loaded with num_workers=0. The shards' "
+                "own numbers are those of rank 0, but the result depends on the number of ranks. "
+                "Draw from a generator seeded by torch_spheres.sample_seed() in a dataset",
+                UserWarning,
+                stacklevel=6,
+            )
+
+    def _random(self) -> CallRandom:
+        return CallRandom(self._base)
+
+    # ---- sums ----
+
+    def _parts(self, column: Sequence[Tensor | None], like: Tensor) -> Grads:
+        """The sums of this rank's parts, of half types in float32."""
+        half = like.dtype in (torch.bfloat16, torch.float16)
+        values = self.padded([v.float() if half and v is not None else v for v in column])
+        sums = []
+        for first, last in self.ranks.own_parts:
+            chosen = [v if first <= leaf % 12 < last else None for leaf, v in enumerate(values)]
+            sums.append(tree_sum(chosen))
+        return sums
+
+    def totals(
+        self, columns: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """In the tree over all ranks' shards."""
+        if not columns:
+            return []
+        with torch.no_grad():
+            exchange = Exchange(self.ranks, Layout(like), f"the sums after {self._what}")
+            parts = [self._parts(c, t) for c, t in zip(columns, like, strict=True)]
+            for p in range(len(self.ranks.own_parts)):
+                exchange.give(p, [sums[p] for sums in parts])
+            found = exchange.finish()
+            return [
+                None if total is None else total.to(t.device)
+                for total, t in zip(found, like, strict=True)
+            ]
+
+    def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
+        """All ranks' greatest notes, unless one of them has an error."""
+        table = self.ranks.meet(what, notes, error)
+        found: list[int] = table.amax(0).tolist() if notes else []
+        return found
+
+    def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+        """Rank 0's: it has shard 0, which has rows if there are any."""
+        if not like:
+            return []
+        mine = [torch.zeros_like(t) if v is None else v for v, t in zip(values, like, strict=True)]
+        flat = torch.cat([v.to(torch.int64).flatten() for v in mine])
+        first = self.ranks.gather(flat, "the exchange of buffers")[0]
+        pieces = first.split([t.numel() for t in like])
+        return [p.to(t.dtype).view(t.shape) for p, t in zip(pieces, like, strict=True)]
+
+    @property
+    def ran(self) -> int:
+        """Shards that run, on all ranks."""
+        return min(self.split.total, self.split.shards)
+
+    def weighted(self, grad: Tensor) -> Tensor:
+        """A loss is a mean over this rank's rows, unless it was of all rows."""
+        return grad if self.is_whole else grad * (self.split.rows / self.split.total)
+
+    # ---- outputs ----
+
+    def _mean(self, values: Sequence[Tensor]) -> Tensor:
+        # The other ranks' come in `share_structure`: this one only stands for it.
+        self._scalars.append([v * w for v, w in zip(values, self.split.weights, strict=True)])
+        return values[0].detach()
+
+    def share_structure(self, outputs: list[Any]) -> list[Any]:
+        """Scalars become those of all ranks; a rank without rows gets outputs without rows."""
+        if self._somebody_has_none:
+            outputs = self._from_others(outputs)
+        scalars = [i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.dim() == 0]
+        if scalars:
+            like = [outputs[i].detach() for i in scalars]
+            columns = self._scalars or [[] for _ in scalars]
+            for i, total in zip(scalars, self.totals(columns, like), strict=True):
+                outputs[i] = total
+        return outputs
+
+    def _from_others(self, outputs: list[Any]) -> list[Any]:
+        mine = None
+        if self.split.bounds:
+            mine = self.nesting, self.differentiable_outputs, [_form(o) for o in outputs]
+        first = self.ranks.objects(mine, "the exchange of outputs' shapes")[0]
+        if self.split.bounds:
+            return outputs
+        self.nesting, self.differentiable_outputs, forms = first
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return [form.empty(device) if isinstance(form, _Form) else form for form in forms]
+
+    # ---- gradients ----
+
+    def new_fold(self) -> GradientFold:
+        """Its parts go to the other ranks as soon as they are complete."""
+        layouts = self.pool.layouts
+        key = tuple((p.shape, p.dtype) for p in self.trainable)
+        self._sparse = _sparse_parameters(self.module, self.trainable)
+        dense = [p for p in self.trainable if id(p) not in self._sparse]
+        if layouts.get("key") != (key, self._sparse):
+            layouts.update(key=(key, self._sparse), layout=Layout(dense))
+        self._exchange = Exchange(
+            self.ranks, layouts["layout"], "the exchange of gradients", self.crew.spheres
+        )
+        self._odd: list[dict[int, Tensor]] = [{} for _ in self.ranks.own_parts]
+        return GradientFold(
+            self.split.places,
+            self.split.leaves,
+            self.crew.concurrency,
+            self.ranks.own_parts,
+            self._emit,
+        )
+
+    def _emit(self, part: int, sums: Grads) -> None:
+        dense: Grads = []
+        for i, (p, g) in enumerate(zip(self.trainable, sums, strict=True)):
+            if id(p) in self._sparse:
+                if g is not None:
+                    self._odd[part][i] = g
+            elif g is not None and g.layout is not torch.strided:
+                raise RuntimeError(
+                    f"parameter {i} of shape {tuple(p.shape)} has a sparse gradient, but belongs "
+                    "to no module with sparse=True: the ranks could not agree on how to send it"
+                )
+            else:
+                dense.append(g)
+        self._exchange.give(part, dense)
+
+    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
+        """Meets the other ranks, with an error too."""
+        exchange = self._exchange
+        try:
+            if self._early is not None:
+                raise self._early
+            run()
+        except Exception as error:  # noqa: BLE001
+            exchange.fail(error)
+            exchange.finish()  # raises it, when the others know
+        nothing: Grads = [None] * (len(self.trainable) - len(self._sparse))
+        for part in fold.missing_parts():
+            exchange.give(part, nothing)
+        found = iter(exchange.finish())
+        odd = self._sum_odd()
+        sums: Grads = []
+        for i, p in enumerate(self.trainable):
+            total = odd.get(i) if id(p) in self._sparse else next(found)
+            sums.append(None if total is None else total.to(p.device))
+        return sums
+
+    def _sum_odd(self) -> dict[int, Tensor]:
+        """Sparse gradients, which all ranks send to all."""
+        if not self._sparse:
+            return {}
+        found = self.ranks.objects(self._odd, "the exchange of sparse gradients")
+        totals = {}
+        for i in {i for parts in found for part in parts for i in part}:
+            column: Grads = [None] * 12
+            for r, parts in enumerate(found):
+                for (first, _), part in zip(self.ranks.parts[r], parts, strict=True):
+                    column[first] = part.get(i)
+            (total,) = tree_sums([column])
+            assert total is not None
+            totals[i] = total.to(self.trainable[i].dtype)
+        return totals
+
+    def targets(self, value: Any) -> Split:
+        """Cut as the inputs; an error in them is everybody's."""
+        try:
+            goal = Split(value, self.split.shards, self.ranks)
+            if goal.rows != self.split.rows:
+                raise ValueError(
+                    f"forward_backward() got inputs of {self.split.rows} rows and targets of "
+                    f"{goal.rows}"
+                )
+        except Exception as error:  # noqa: BLE001
+            self._early = error
+            return self.split
+        goal.bounds, goal.leaves = self.split.bounds, self.split.leaves
+        goal.total = self.split.total
+        return goal
+
+
+class _Form:
+    """A tensor without its rows."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape, self.dtype = value.shape, value.dtype
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Like it, with none."""
+        shape = (0, *self.shape[1:]) if self.shape else ()
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+
+def _form(output: Any) -> Any:
+    return _Form(output) if isinstance(output, Tensor) else output
+
+
+def _sparse_parameters(module: nn.Module, trainable: Sequence[Tensor]) -> set[int]:
+    """Those whose gradients are sparse: the same on all ranks, before there is any gradient."""
+    own = {id(p) for p in trainable}
+    return {
+        id(p)
+        for part in module.modules()
+        if getattr(part, "sparse", False) is True
+        for p in part.parameters(recurse=False)
+        if id(p) in own
+    }
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
