@@ -20,7 +20,7 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 bare = zoo.make("tied, unused, frozen").double()
 plain = DDP(copy.deepcopy(bare), find_unused_parameters=True)
 with ts.KissingSpheres(concurrency=2) as spheres:
-    model = DDP(ts.SphereParallel(bare, spheres), find_unused_parameters=True)
+    model = DDP(ts.SphereParallel(bare, spheres, process_group=False), find_unused_parameters=True)
     both = (plain, model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in both]
     for step, (x, y) in enumerate(zoo.batches(50, 4)):

@@ -9,7 +9,7 @@
 """
 
 from torch_spheres._core import NativeFunction, State, Topology, Work
-from torch_spheres.errors import StoppedError
+from torch_spheres.errors import RankError, StoppedError
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
@@ -27,6 +27,7 @@ __all__ = [
     "KissingSpheres",
     "LoaderStats",
     "NativeFunction",
+    "RankError",
     "SphereBatchSampler",
     "SphereLoader",
     "SphereParallel",

@@ -25,7 +25,7 @@ from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
-__all__ = ["Exchange", "Layout"]
+__all__ = ["Exchange", "Layout", "part_sums", "total_over_ranks"]
 
 Grads = list[Tensor | None]
 _Flags = list[list[list[int]]]  # by rank, by part: its state, then that of each tensor
@@ -287,6 +287,37 @@ class Exchange:
         for i, begin, size in bucket.places:
             if any(part[1 + i] == _PRESENT for row in flags for part in row):
                 totals[i] = self._layout.shaped(i, out[begin : begin + size])
+
+
+def part_sums(column: Sequence[Tensor | None], like: Tensor, ranks: Ranks) -> Grads:
+    """The sums of a rank's parts, of one value for each leaf; of half types in float32."""
+    half = like.dtype in _HALF
+    values = [v.float() if half and v is not None else v for v in column]
+    sums = []
+    for first, last in ranks.own_parts:
+        chosen = [v if first <= leaf % GROUPS < last else None for leaf, v in enumerate(values)]
+        sums.append(tree_sums([chosen])[0])
+    return sums
+
+
+def total_over_ranks(
+    columns: Sequence[Sequence[Tensor | None]],
+    like: Sequence[Tensor],
+    ranks: Ranks,
+    spheres: KissingSpheres | None = None,
+    what: str = "the sum of gradients",
+) -> Grads:
+    """In the tree over all ranks' leaves: one value for each leaf, and a tensor like the sum."""
+    with torch.no_grad():
+        exchange = Exchange(ranks, Layout(like), what, spheres)
+        parts = [part_sums(c, t, ranks) for c, t in zip(columns, like, strict=True)]
+        for p in range(len(ranks.own_parts)):
+            exchange.give(p, [sums[p] for sums in parts])
+        found = exchange.finish()
+        return [
+            None if total is None else total.to(t.device)
+            for total, t in zip(found, like, strict=True)
+        ]
 
 
 def _bytes(values: Tensor) -> Tensor:

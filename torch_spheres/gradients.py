@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_spheres.exchange import total_over_ranks
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.ranks import ProcessGroup, find_ranks
+from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres, _as_index
 from torch_spheres.tree import tree_sums
 
@@ -30,6 +33,11 @@ class GradientHook:
     is added to ``.grad``, as ``backward()`` would. Shards that were not added, and gradients that
     are None, are left out of the tree. The bits do not depend on which thread added what when.
 
+    With `torch.distributed` initialised, each process adds the shards of its own groups: those
+    whose index modulo 12 is one of its ``12 / world_size``. The sum is over all processes, which
+    all step together. ``process_group``: those that do; False: this one alone. A `SphereParallel`
+    model brings its own.
+
     Raises:
         TypeError: an argument is of another kind.
     """
@@ -38,15 +46,21 @@ class GradientHook:
         self,
         optimizer: torch.optim.Optimizer,
         model_or_spheres: SphereParallel | KissingSpheres,
+        *,
+        process_group: ProcessGroup | bool | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
+        self._by_hand = isinstance(model_or_spheres, KissingSpheres)
         if isinstance(model_or_spheres, SphereParallel):
             self._spheres = model_or_spheres.spheres
+            self._ranks = model_or_spheres._ranks
         elif isinstance(model_or_spheres, KissingSpheres):
             self._spheres = model_or_spheres
+            groups = min(model_or_spheres.leaves, GROUPS)
+            self._ranks = find_ranks(process_group, groups)
         else:
             raise TypeError(
                 "model_or_spheres must be a SphereParallel or a KissingSpheres, got "
@@ -85,6 +99,9 @@ class GradientHook:
         shard = _as_index("shard", shard)
         if not 0 <= shard < self._spheres.leaves:
             raise ValueError(f"shard must be 0 to {self._spheres.leaves - 1}, got {shard}")
+        if self._ranks is not None and shard % GROUPS not in self._ranks.own:
+            own = self._ranks.leaves(self._ranks.rank, self._spheres.leaves)
+            raise ValueError(f"shard {shard} is another rank's; this one has {own}")
         fitted = self._fit(grads)
         with self._lock:
             if shard in self._added:
@@ -145,7 +162,7 @@ class GradientHook:
         spheres = self._spheres
         core = spheres._core
         with self._lock:
-            if not self._added:
+            if not self._added and (self._ranks is None or not self._by_hand):
                 return
             added, self._added = self._added, {}
             reported, self._reported = self._reported, {}
@@ -158,7 +175,11 @@ class GradientHook:
         parameters = self.parameters
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
-        sums = tree_sums([[s[i] for s in shards] for i in range(len(parameters))], spheres=spheres)
+        columns = [[s[i] for s in shards] for i in range(len(parameters))]
+        if self._ranks is None:
+            sums = tree_sums(columns, spheres=spheres)
+        else:
+            sums = total_over_ranks(columns, parameters, self._ranks, spheres)
         for parameter, total in zip(parameters, sums, strict=True):
             if total is None:
                 continue

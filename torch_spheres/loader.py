@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterDataPipe, MapDataPipe
+from torch.utils.data import DataLoader, DistributedSampler, IterDataPipe, MapDataPipe
 
 from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
@@ -26,6 +26,8 @@ from torch_spheres.loading.stats import LoaderStats, Meter
 from torch_spheres.loading.tempo import Tempo
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
+from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
+from torch_spheres.sampler import GROUPS, SphereBatchSampler
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["SphereLoader", "wrap"]
@@ -45,6 +47,7 @@ class SphereLoader(DataLoader[T]):
     _sphere_device: torch.device | None
     _sphere_copies: bool
     _sphere_workers: str
+    _sphere_ranks: Ranks | None
     _meter: Meter
     _tempo: Tempo
     _pending: Progress | None
@@ -71,14 +74,15 @@ class SphereLoader(DataLoader[T]):
             super().check_worker_number_rationality()
 
     def _own_attributes(self) -> dict[str, Any]:
-        left_out = {"spheres", *_new_parts(0)}
+        left_out = {"spheres", "_sphere_ranks", *_new_parts(0)}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         vars(made).update(copy.deepcopy(self._own_attributes(), memo))
-        vars(made).update(spheres=self.spheres, **_new_parts(self.num_workers))
+        vars(made).update(spheres=self.spheres, _sphere_ranks=self._sphere_ranks)
+        vars(made).update(_new_parts(self.num_workers))
         return made
 
     def __reduce__(self) -> Any:
@@ -193,6 +197,7 @@ def wrap(
     device: torch.device | str | int | None = None,
     copy_dataset: bool = False,
     workers: str = "sphere",
+    process_group: ProcessGroup | bool | None = None,
 ) -> SphereLoader[T]:
     """The loader, with its batches loaded by the threads of `spheres`.
 
@@ -222,6 +227,13 @@ def wrap(
         workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
             faster for datasets that run in Python and keep the GIL; without ``state_dict`` and
             `sample_seed`.
+        process_group: with `torch.distributed` initialised, the processes that share each batch:
+            None: all of them. False: none. ``batch_size`` is that of all together, and the sampler
+            the same on all (no `DistributedSampler`): each process loads its groups' rows of the
+            batches that one process would have, in their order, and a `state_dict` of one resumes
+            on any other number of processes. (An iterable dataset is read by all, and each keeps
+            its rows. What a dataset draws from its worker's generator depends on which rows the
+            process has; `sample_seed` does not.)
 
     Raises:
         TypeError: the loader is no `DataLoader`, or another argument of the wrong kind.
@@ -246,6 +258,7 @@ def wrap(
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
     spheres = KissingSpheres() if spheres is None else spheres
+    ranks = _ranks_for(loader, find_ranks(process_group, min(spheres.leaves, GROUPS)), workers)
     keep_freed_memory(spheres.levels)
     base: Any = type(loader)
     kind = _class_for(base)
@@ -257,10 +270,37 @@ def wrap(
         _sphere_device=where,
         _sphere_copies=copy_dataset,
         _sphere_workers=workers,
+        _sphere_ranks=ranks,
         _pending=None,
         **_new_parts(loader.num_workers),
     )
     return wrapped
+
+
+def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ranks | None:
+    """Those for whom batches have to be cut."""
+    if ranks is None:
+        return None
+    batches = loader.batch_sampler
+    if isinstance(batches, SphereBatchSampler) and batches.world_size > 1:
+        return None  # it cuts them itself
+    if isinstance(loader.sampler, DistributedSampler):
+        raise ValueError(
+            "loader has a DistributedSampler, but wrap() divides each batch over the processes "
+            "itself: use the plain sampler (shuffle=True), the same seed on all, and the "
+            "batch_size of all processes together; or wrap(loader, process_group=False)"
+        )
+    if loader.batch_size is None and batches is None:
+        raise ValueError(
+            "a loader with batch_size=None has no batches whose rows could be divided over the "
+            "processes; give it a batch_size, or use wrap(loader, process_group=False)"
+        )
+    if workers == "process":
+        raise ValueError(
+            'workers="process" cannot load a part of each batch: give the loader a '
+            "SphereBatchSampler, which yields each rank's rows, or use process_group=False"
+        )
+    return ranks
 
 
 def _new_parts(workers: int) -> dict[str, Any]:
@@ -273,6 +313,7 @@ def _rebuild(base: Any, attributes: dict[str, Any], shape: tuple[int, int]) -> A
     kind = _class_for(base)
     made = kind.__new__(kind)
     vars(made).update(attributes, **_new_parts(attributes["num_workers"]))
+    made._sphere_ranks = None
     made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
     return made
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["prepare"]
@@ -26,6 +27,7 @@ def prepare(
     spheres: KissingSpheres | None = None,
     *,
     reproducible: bool = True,
+    process_group: ProcessGroup | bool | None = None,
 ) -> tuple[SphereParallel, Optimizer, SphereLoader[T]]:
     """``model, optimizer, loader = ts.prepare(model, optimizer, loader)``, and the loop stays.
 
@@ -36,6 +38,7 @@ def prepare(
         spheres: who runs the shards; None makes a `KissingSpheres` of two levels, which is
             ``model.spheres``.
         reproducible: as of `SphereParallel`.
+        process_group: who shares each batch, as of `SphereParallel` and `wrap`.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -44,7 +47,9 @@ def prepare(
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader must be a torch.utils.data.DataLoader, got {loader!r}")
-    parallel = SphereParallel(model, spheres, reproducible=reproducible)
+    parallel = SphereParallel(
+        model, spheres, reproducible=reproducible, process_group=process_group
+    )
     hook = GradientHook(optimizer, parallel)
     known = {id(p) for p in model.parameters()}
     if known and not any(id(p) in known for p in hook.parameters):
@@ -53,5 +58,6 @@ def prepare(
             "the optimizer has none of the model's parameters; was it made for a copy of the "
             "model, or before the model was given new ones?"
         )
-    wrapped = loader if isinstance(loader, SphereLoader) else wrap(loader, parallel.spheres)
-    return parallel, optimizer, wrapped
+    if isinstance(loader, SphereLoader):
+        return parallel, optimizer, loader
+    return parallel, optimizer, wrap(loader, parallel.spheres, process_group=process_group)

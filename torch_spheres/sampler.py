@@ -79,13 +79,11 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last
-        if (rank is None) != (world_size is None):
-            raise ValueError(f"need both rank and world_size, or neither: {rank=}, {world_size=}")
-        if rank is None or world_size is None:
+        if rank is None and world_size is None:
             rank, world_size = _here(process_group)
+        world_size = 1 if world_size is None else world_size
+        rank = 0 if rank is None and world_size == 1 else rank
         self.spheres = spheres
-        self.rank = rank
-        self.world_size = world_size
         self.epoch: int | None = None  # what set_epoch was told last
         self._newest: _Epoch | None = None  # of the iterator that began last, until its end
         self._pending: _Epoch | None = None  # loaded, for the iterator that begins next
@@ -95,8 +93,10 @@ class SphereBatchSampler(Sampler[list[int]]):
         fits = [w for w in range(1, count + 1) if count % w == 0]
         if not _is_int(world_size) or world_size not in fits:
             raise ValueError(f"{world_size=} does not divide {count} group(s): use one of {fits}")
-        if not _is_int(rank) or not 0 <= rank < world_size:
+        if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
             raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
+        self.rank, self.world_size = rank, world_size
+        self._places: list[int] | None = None  # in the global batch, of the rows yielded last
         block = count // world_size
         self._own = slice(rank * block, (rank + 1) * block)  # this rank's groups
 
@@ -164,7 +164,8 @@ class SphereBatchSampler(Sampler[list[int]]):
             batch = chunk if {*map(type, chunk)} == {int} else [*map(_as_int, chunk)]
             epoch.count(batch)
             if self.world_size > 1:
-                batch = [*chain.from_iterable(self.groups(batch)[self._own])]
+                self._places = [*chain.from_iterable(self.groups(range(len(batch)))[self._own])]
+                batch = [batch[place] for place in self._places]
             yield batch
         if self._newest is epoch:
             self._newest = None

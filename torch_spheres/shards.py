@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torch_spheres.buffers import buffers_of, merge_buffers
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.intra_op import rest
@@ -219,18 +220,13 @@ class Call:
 
     def finish_forward(self, shards: Sequence[Shard], error: Exception | None) -> None:
         """What comes after all shards' forward: buffers, random numbers, and who failed."""
-        buffers = self.module_buffers()
+        buffers = buffers_of(self.module)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
         drew, *changed = self.agree("the forward", error, [self.random.drew, *mine])
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these
-        self.merge_buffers(shards, [i for i, c in enumerate(changed) if c])
+        merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
         self.check_random()
-
-    def module_buffers(self) -> list[tuple[nn.Module, str]]:
-        """As `Replica.take_buffers` lists them."""
-        modules = self.module.modules()
-        return [(m, name) for m in modules for name, v in m._buffers.items() if v is not None]
 
     def _parameter_versions(self) -> list[int]:
         parameters = self.module.parameters()
@@ -298,38 +294,6 @@ class Call:
         for leaf, value in zip(self.split.leaves, values, strict=True):
             places[leaf] = value
         return places
-
-    def merge_buffers(self, shards: Sequence[Shard], changed: Sequence[int]) -> None:
-        """Of the buffers that changed, the mean over the shards; the first shard's if integer."""
-        if not changed:
-            return
-        sums: list[tuple[Tensor, list[Tensor]]] = []
-        firsts: list[tuple[Tensor, Tensor | None]] = []
-        places = self.module_buffers()
-        with torch.no_grad():
-            for i in changed:
-                source, name = places[i]
-                target = source._buffers[name]
-                assert target is not None
-                # A shard that left the buffer alone has the value it was given.
-                taken = [shard.buffers[i] for shard in shards]
-                given = [buffer.given if value is None else value for buffer, value in taken]
-                if any(v.shape != target.shape for v in given):
-                    raise ValueError(
-                        f"buffer {name!r} of {type(source).__name__} was given "
-                        "another shape while a shard ran; SphereParallel merges buffers by value"
-                    )
-                if target.is_floating_point() or target.is_complex():
-                    sums.append((target, given))
-                else:
-                    firsts.append((target, given[0] if given else None))
-            totals = self.totals([given for _, given in sums], [t for t, _ in sums])
-            for (target, _), total in zip(sums, totals, strict=True):
-                assert total is not None
-                target.copy_(total / self.ran)
-            values = self.first_shards([v for _, v in firsts], [t for t, _ in firsts])
-            for (target, _), value in zip(firsts, values, strict=True):
-                target.copy_(value)
 
     # ---- backward ----
 

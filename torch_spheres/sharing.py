@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_spheres.exchange import Exchange, Layout
+from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import ReplicaPool
 from torch_spheres.shards import Call, Crew
 from torch_spheres.splitting import Split
-from torch_spheres.tree import tree_sum, tree_sums
+from torch_spheres.tree import tree_sums
 
 __all__ = ["SharedCall"]
 
@@ -119,32 +119,15 @@ class SharedCall(Call):
 
     # ---- sums ----
 
-    def _parts(self, column: Sequence[Tensor | None], like: Tensor) -> Grads:
-        """The sums of this rank's parts, of half types in float32."""
-        half = like.dtype in (torch.bfloat16, torch.float16)
-        values = self.padded([v.float() if half and v is not None else v for v in column])
-        sums = []
-        for first, last in self.ranks.own_parts:
-            chosen = [v if first <= leaf % 12 < last else None for leaf, v in enumerate(values)]
-            sums.append(tree_sum(chosen))
-        return sums
-
     def totals(
         self, columns: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """In the tree over all ranks' shards."""
         if not columns:
             return []
-        with torch.no_grad():
-            exchange = Exchange(self.ranks, Layout(like), f"the sums after {self._what}")
-            parts = [self._parts(c, t) for c, t in zip(columns, like, strict=True)]
-            for p in range(len(self.ranks.own_parts)):
-                exchange.give(p, [sums[p] for sums in parts])
-            found = exchange.finish()
-            return [
-                None if total is None else total.to(t.device)
-                for total, t in zip(found, like, strict=True)
-            ]
+        placed = [self.padded(column) for column in columns]
+        what = f"the sums after {self._what}"
+        return total_over_ranks(placed, like, self.ranks, what=what)
 
     def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
         """All ranks' greatest notes, unless one of them has an error."""

@@ -21,7 +21,8 @@ from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.streams import GlobalStates
-from torch_spheres.loading.team import Plan, Result, Team
+from torch_spheres.loading.team import Team
+from torch_spheres.loading.worker import Plan, Result
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
@@ -149,7 +150,7 @@ class AheadIterator(SphereIterator):
         self._load[worker] += 1
         if self._gathers and self._begin_to_gather(opened):
             return
-        self._team.put(worker, task, index)
+        self._team.put(worker, task, (index, self._places))
 
     def _next_data(self) -> Any:
         if self._shut:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch_spheres import _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
+from torch_spheres.loading.portions import CutSamples, Portions
 from torch_spheres.loading.progress import Digest, Progress, Sources
 from torch_spheres.loading.snapshots import FAILED, Snapshot
 from torch_spheres.loading.transfer import Pinning, Transfer
@@ -45,6 +46,9 @@ class SphereIterator(_BaseDataLoaderIter):
             "num_workers": loader.num_workers,
             "iterable": loader._dataset_kind == _DatasetKind.Iterable,
         }
+        ranks = loader._sphere_ranks
+        self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
+        self._places: Sequence[int] | None = None  # of the index list that was cut last
         self._one_at_a_time = threading.RLock()
         self._held_up: set[int] = set()  # threads of the spheres that wait for their turn
         self._snapshots: dict[int, Snapshot] = {}
@@ -56,6 +60,8 @@ class SphereIterator(_BaseDataLoaderIter):
             super().__init__(loader)
         else:
             self._come_back(loader, resumed)
+        if self._portions is not None and self._dataset_kind == _DatasetKind.Iterable:
+            self._collate_fn = CutSamples(self._collate_fn, self._portions)
         if type(self._index_sampler) is BatchSampler:  # torch's iterator of it has not begun
             self._sampler_iter = index_lists(self._index_sampler)
         self._sender: Pinning | Transfer = (
@@ -128,8 +134,13 @@ class SphereIterator(_BaseDataLoaderIter):
 
     def _next_index(self) -> Any:
         index = super()._next_index()  # type: ignore[no-untyped-call]
-        if self._dataset_kind == _DatasetKind.Map:
-            self._pulled.add(index)
+        if self._dataset_kind != _DatasetKind.Map:
+            return index
+        self._pulled.add(index)
+        if self._portions is not None:
+            index, self._places = self._portions.of(index)
+        else:  # a SphereBatchSampler may have cut it
+            self._places = getattr(self._index_sampler, "_places", None)
         return index
 
     def _outside(self) -> bool:

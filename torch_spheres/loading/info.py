@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -103,11 +103,18 @@ def _replacement() -> Any:
 class Position:
     """Where in the epoch a thread loads: what a sample's seed is made of."""
 
-    __slots__ = ("base_seed", "batch", "over", "place")
+    __slots__ = ("base_seed", "batch", "over", "place", "places")
 
-    def __init__(self, base_seed: int, batch: int, over: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        base_seed: int,
+        batch: int,
+        over: threading.Event | None = None,
+        places: Sequence[int] | None = None,
+    ) -> None:
         self.base_seed, self.batch, self.place = base_seed, batch, 0
         self.over = over  # set: nobody waits for the batch any more
+        self.places = places  # in the batch of all processes, of this one's samples
 
 
 @contextlib.contextmanager

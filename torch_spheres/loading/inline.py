@@ -137,13 +137,16 @@ class InlineIterator(SphereIterator):
                 return self._load_and_look(index, number)
         return self._load_here(index, number)
 
+    def _position(self, number: int) -> Position:
+        return Position(self._base_seed, number, places=self._places)
+
     # ---- in the loop's thread ----
 
     def _load_here(self, index: Any, number: int) -> Any:
         self._meter.way = "caller"
         try:
             with self._meter.working():
-                batch = self._fetcher.fetch(index, Position(self._base_seed, number))
+                batch = self._fetcher.fetch(index, self._position(number))
         except StopIteration:
             self._finished |= self._iterable
             raise
@@ -197,7 +200,7 @@ class InlineIterator(SphereIterator):
             if why != _UNFINISHED:
                 self._leave_to_caller(why)
             return batch
-        with self._meter.working(), at(Position(self._base_seed, number)):
+        with self._meter.working(), at(self._position(number)):
             try:
                 batch = self._collate_fn(samples)
             except Exception as error:
@@ -213,18 +216,14 @@ class InlineIterator(SphereIterator):
         samples: list[list[Any]] = [[] for _ in parts]
         void: set[str] = set()  # reasons; no part is begun once there is one
         over = threading.Event()  # those under way end with their sample
-        base_seed, copies, meter, context = (
-            self._base_seed,
-            self._copies,
-            self._meter,
-            caller_context(),
-        )
+        copies, meter, context = self._copies, self._meter, caller_context()
+        base_seed, places = self._base_seed, self._places
 
         def load_part(k: int) -> None:
             if void:
                 return
             first, last = parts[k]
-            watch, position = Watching(), Position(base_seed, number, over)
+            watch, position = Watching(), Position(base_seed, number, over, places)
             try:
                 with context(), meter.working(), watch.active(), at(position):
                     samples[k] = load(copies.here(), index[first:last], position, first)

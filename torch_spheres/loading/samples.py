@@ -14,6 +14,7 @@ from torch_spheres import _core
 from torch_spheres._core import Topology
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.info import Position, at
+from torch_spheres.loading.portions import NoRows, without_rows
 
 __all__ = ["Copies", "Fetcher", "has_getitems", "load", "place_of_thread"]
 
@@ -44,7 +45,8 @@ def load(dataset: Any, indices: Sequence[Any], position: Position, first: int = 
     for place, index in enumerate(indices, first):
         if any(event.is_set() for event in ended):
             raise StoppedError("nobody waits for this batch any more")
-        position.place = place + 1  # 0 is the batch as a whole
+        # (0 is the batch as a whole.)
+        position.place = 1 + (place if position.places is None else position.places[place])
         try:
             samples.append(dataset[index])
         except Exception as error:
@@ -98,7 +100,8 @@ class Fetcher:
         with at(position):
             samples = load(self._dataset, index, position) if self._one_by_one else None
             try:
-                return self.fetcher.fetch(index) if samples is None else self._collate_fn(samples)
+                batch = self.fetcher.fetch(index) if samples is None else self._collate_fn(samples)
+                return without_rows(batch) if type(index) is NoRows else batch
             except StopIteration:
                 raise
             except Exception as error:

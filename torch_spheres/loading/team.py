@@ -8,193 +8,31 @@ whatever else they do.
 
 from __future__ import annotations
 
-import contextvars
-import copy
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-import torch
-from torch.utils.data import _DatasetKind
+from typing import TypeVar
 
 from torch_spheres._core import Work
-from torch_spheres.context import CallerContext, unset
+from torch_spheres.context import unset
 from torch_spheres.errors import StoppedError
-from torch_spheres.loading.info import Position, shown, worker_info
-from torch_spheres.loading.samples import Fetcher
-from torch_spheres.loading.snapshots import Snapshot, has_position
-from torch_spheres.loading.stats import Meter
-from torch_spheres.loading.streams import WorkerStreams
-from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
+from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.worker import Plan, Result, Task, Worker
 from torch_spheres.system import KissingSpheres
 
-__all__ = ["Plan", "Result", "Team"]
+__all__ = ["Team"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all workers of a loader have in common."""
-
-    kind: int
-    dataset: Any
-    auto_collation: bool
-    collate_fn: Callable[[Any], Any]
-    drop_last: bool
-    init_fn: Callable[[int], Any] | None
-    workers: int
-    base_seed: int
-    copies: bool
-    context: CallerContext
-    sender: Pinning | Transfer
-    meter: Meter
-
-
-def _dataset_for_worker(plan: Plan) -> Any:
-    """The dataset itself where sharing it is safe by what `DataLoader` promises to it.
-
-    In a process a worker may set attributes of its dataset: in ``worker_init_fn``, as torch's
-    documentation of iterable datasets has it, or while it iterates. A shallow copy has attributes
-    of its own, and shares what they hold; one that saves its position is copied as a whole.
-    """
-    iterable = plan.kind == _DatasetKind.Iterable
-    if plan.copies or (iterable and plan.workers > 1 and has_position(plan.dataset)):
-        try:
-            return copy.deepcopy(plan.dataset)
-        except Exception as error:
-            error.add_note(
-                f"wrap() copies {type(plan.dataset).__name__} for each logical worker, which was "
-                "asked for with copy_dataset=True, or saves its position (state_dict)"
-            )
-            raise
-    if iterable or plan.init_fn is not None:
-        return copy.copy(plan.dataset)
-    return plan.dataset
-
-
-@dataclass
-class Result:
-    """Of one task."""
-
-    worker: int
-    deliver: Delivery | None = None
-    error: BaseException | None = None
-    ended: bool = False  # the worker's iterable dataset
-    snapshot: Snapshot | None = None  # of the worker, after the task
-
-
-class _Worker:
-    """One logical worker; its tasks come one at a time, so nothing in it needs a lock."""
-
-    def __init__(
-        self, plan: Plan, number: int, restored: Snapshot | None, over: threading.Event
-    ) -> None:
-        self._plan, self.number, self._over = plan, number, over
-        self._restored = restored
-        # Now, as a process would have it, not when the first task comes.
-        self._dataset = _dataset_for_worker(plan)
-        # (Variables that one task sets are there for the next, as in a process.)
-        self._variables = contextvars.copy_context()
-        self._ready = False
-        self._fetcher: Fetcher | None = None
-        self._failure: BaseException | None = None
-        self.fetched = 0  # tasks, of this epoch
-        self.ended = False
-
-    def begin_epoch(self) -> None:
-        """The next task makes a new iterator of the dataset, as persistent workers do."""
-        self._fetcher = None
-        self.fetched = 0
-        self.ended = False
-        if self._restored is not None:
-            self._restored = self._restored.streams_only()
-
-    def run(self, index: Any, batch: int) -> Result:
-        """Does a task on the calling thread."""
-        return self._variables.run(self._run, index, batch)
-
-    def _run(self, index: Any, batch: int) -> Result:
-        if self.ended:
-            return Result(self.number, ended=True)
-        try:
-            with self._plan.context(), self._plan.meter.working():
-                return self._load(index, batch)
-        except BaseException as error:  # noqa: BLE001
-            # To the thread that asks for the batch. (In no variable of this frame, which the
-            # error's traceback owns.)
-            return Result(self.number, error=error, snapshot=self.snapshot())
-
-    def _load(self, index: Any, batch: int) -> Result:
-        plan = self._plan
-        if self._failure is not None:
-            raise self._failure
-        if not self._ready:
-            self._prepare()
-        with shown(self._info), self._streams.active():
-            if self._fetcher is None:
-                iterable = plan.kind == _DatasetKind.Iterable
-                self._fetcher = self._begin(len(index) if iterable and plan.auto_collation else 1)
-            try:
-                loaded = self._fetcher.fetch(index, Position(plan.base_seed, batch, self._over))
-            except StopIteration:
-                if plan.kind != _DatasetKind.Iterable:
-                    raise
-                self.ended = True
-                return Result(self.number, ended=True, snapshot=self.snapshot())
-            finally:
-                self.fetched += 1
-            return Result(self.number, plan.sender.send(loaded), snapshot=self.snapshot())
-
-    def snapshot(self) -> Snapshot | None:
-        """Where it is, between two tasks; None if it has not begun."""
-        if not self._ready:
-            return None
-        inner = None if self._fetcher is None else self._fetcher.fetcher
-        return Snapshot.of(self._info.rng, inner, self.fetched)
-
-    def _prepare(self) -> None:
-        plan = self._plan
-        generator = torch.Generator()
-        generator.manual_seed(plan.base_seed + self.number)
-        self._info = worker_info(
-            self.number, plan.workers, plan.base_seed, self._dataset, generator
-        )
-        self._streams = WorkerStreams(self._info.seed, generator)
-        self._ready = True
-        if plan.init_fn is None:
-            return
-        with shown(self._info), self._streams.active():
-            try:
-                plan.init_fn(self.number)
-            except BaseException as error:
-                error.add_note(f"in worker_init_fn of logical worker {self.number}")
-                self._failure = error
-                raise
-
-    def _begin(self, samples: int) -> Fetcher:
-        plan, restored = self._plan, self._restored
-        self._restored = None
-        dataset = self._info.dataset
-        if restored is not None:
-            restored.restore_dataset(dataset)
-        fetcher = Fetcher(plan.kind, dataset, plan.auto_collation, plan.collate_fn, plan.drop_last)
-        if restored is not None:
-            self.fetched = restored.fetched
-            restored.restore_iterator(fetcher, samples)
-            restored.restore_streams(self._info.rng)
-        return fetcher
 
 
 @dataclass
 class _Queue:
     """A worker's tasks. Whoever makes `busy` true does the first of them, and nobody else any."""
 
-    worker: _Worker
-    tasks: deque[tuple[int, Any]] = field(default_factory=deque)
+    worker: Worker
+    tasks: deque[tuple[int, Task]] = field(default_factory=deque)
     busy: bool = False
     scheduled: bool = False  # a work item is on its way to do one
     work: Work | None = None  # that item
@@ -221,7 +59,7 @@ class Team:
         self._over = threading.Event()  # for tasks under way: nobody waits for them
         known = restored or {}
         self._queues = [
-            _Queue(_Worker(plan, w, known.get(w), self._over)) for w in range(plan.workers)
+            _Queue(Worker(plan, w, known.get(w), self._over)) for w in range(plan.workers)
         ]
 
     # ---- the consumer's side ----
@@ -231,11 +69,11 @@ class Team:
         """Whether there will be no more results: it was closed, or the spheres were stopped."""
         return self._closed or self._stopped or any(queue.lost for queue in self._queues)
 
-    def put(self, worker: int, task: int, index: Any) -> None:
+    def put(self, worker: int, task: int, what: Task) -> None:
         """Adds a task to a worker's queue."""
         queue = self._queues[worker]
         with self._changed:
-            queue.tasks.append((task, index))
+            queue.tasks.append((task, what))
             if queue.scheduled or queue.busy:
                 return
             queue.scheduled = True
@@ -396,8 +234,8 @@ class Team:
             if self._closed or queue.busy or not queue.tasks:
                 return False
             queue.busy = True
-            task, index = queue.tasks.popleft()
-        result = queue.worker.run(index, task)
+            task, what = queue.tasks.popleft()
+        result = queue.worker.run(what, task)
         with self._changed:
             queue.busy = False
             if not self._closed:

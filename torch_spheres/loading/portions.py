@@ -1,0 +1,68 @@
+"""A rank's portion of each batch that several processes share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torch_spheres.ranks import Ranks
+from torch_spheres.sampler import shard_bounds
+
+__all__ = ["CutSamples", "NoRows", "Portions", "without_rows"]
+
+
+class NoRows(list[Any]):
+    """The index list of a rank without rows: of one sample, to see what a batch looks like."""
+
+
+def without_rows(batch: Any) -> Any:
+    """The tensors of a batch with none of their rows."""
+    return pytree.tree_map(lambda v: v[:0] if isinstance(v, Tensor) and v.dim() else v, batch)
+
+
+class Portions:
+    """Which rows of a batch are this rank's.
+
+    Args:
+        ranks: who shares the batches.
+        leaves: of the hierarchy whose groups are divided.
+    """
+
+    def __init__(self, ranks: Ranks, leaves: int) -> None:
+        self._ranks, self._leaves = ranks, leaves
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  # batches are of one size, but for the last
+    def places(self, rows: int) -> list[int]:
+        """In a batch of so many rows, in the order in which this rank has them."""
+        bounds = shard_bounds(rows, self._leaves)
+        own = self._ranks.leaves(self._ranks.rank, self._leaves)
+        return [place for leaf in own for place in range(*bounds[leaf])]
+
+    def of(self, index: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        """The part of an index list that is this rank's, and its places in it."""
+        places = self.places(len(index))
+        if not places:
+            return NoRows(index[:1]), [0]
+        return [index[place] for place in places], places
+
+
+class CutSamples:
+    """A ``collate_fn`` for iterable datasets, which every rank has to read as a whole.
+
+    Args:
+        collate_fn: of the loader.
+        portions: this rank's.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], portions: Portions) -> None:
+        self._collate_fn, self._portions = collate_fn, portions
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Collates this rank's samples."""
+        mine, _ = self._portions.of(samples)
+        batch = self._collate_fn([*mine])
+        return without_rows(batch) if type(mine) is NoRows else batch

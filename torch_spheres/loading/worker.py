@@ -1,0 +1,179 @@
+"""A logical worker: what a worker process is to a `DataLoader`, without a process."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import _DatasetKind
+
+from torch_spheres.context import CallerContext
+from torch_spheres.loading.info import Position, shown, worker_info
+from torch_spheres.loading.samples import Fetcher
+from torch_spheres.loading.snapshots import Snapshot, has_position
+from torch_spheres.loading.stats import Meter
+from torch_spheres.loading.streams import WorkerStreams
+from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
+
+__all__ = ["Plan", "Result", "Task", "Worker"]
+
+Task = tuple[Any, Sequence[int] | None]  # what the sampler gave, and its places in the batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all workers of a loader have in common."""
+
+    kind: int
+    dataset: Any
+    auto_collation: bool
+    collate_fn: Callable[[Any], Any]
+    drop_last: bool
+    init_fn: Callable[[int], Any] | None
+    workers: int
+    base_seed: int
+    copies: bool
+    context: CallerContext
+    sender: Pinning | Transfer
+    meter: Meter
+
+
+def _dataset_for_worker(plan: Plan) -> Any:
+    """The dataset itself where sharing it is safe by what `DataLoader` promises to it.
+
+    In a process a worker may set attributes of its dataset: in ``worker_init_fn``, as torch's
+    documentation of iterable datasets has it, or while it iterates. A shallow copy has attributes
+    of its own, and shares what they hold; one that saves its position is copied as a whole.
+    """
+    iterable = plan.kind == _DatasetKind.Iterable
+    if plan.copies or (iterable and plan.workers > 1 and has_position(plan.dataset)):
+        try:
+            return copy.deepcopy(plan.dataset)
+        except Exception as error:
+            error.add_note(
+                f"wrap() copies {type(plan.dataset).__name__} for each logical worker, which was "
+                "asked for with copy_dataset=True, or saves its position (state_dict)"
+            )
+            raise
+    if iterable or plan.init_fn is not None:
+        return copy.copy(plan.dataset)
+    return plan.dataset
+
+
+@dataclass
+class Result:
+    """Of one task."""
+
+    worker: int
+    deliver: Delivery | None = None
+    error: BaseException | None = None
+    ended: bool = False  # the worker's iterable dataset
+    snapshot: Snapshot | None = None  # of the worker, after the task
+
+
+class Worker:
+    """One logical worker; its tasks come one at a time, so nothing in it needs a lock."""
+
+    def __init__(
+        self, plan: Plan, number: int, restored: Snapshot | None, over: threading.Event
+    ) -> None:
+        self._plan, self.number, self._over = plan, number, over
+        self._restored = restored
+        # Now, as a process would have it, not when the first task comes.
+        self._dataset = _dataset_for_worker(plan)
+        # (Variables that one task sets are there for the next, as in a process.)
+        self._variables = contextvars.copy_context()
+        self._ready = False
+        self._fetcher: Fetcher | None = None
+        self._failure: BaseException | None = None
+        self.fetched = 0  # tasks, of this epoch
+        self.ended = False
+
+    def begin_epoch(self) -> None:
+        """The next task makes a new iterator of the dataset, as persistent workers do."""
+        self._fetcher = None
+        self.fetched = 0
+        self.ended = False
+        if self._restored is not None:
+            self._restored = self._restored.streams_only()
+
+    def run(self, task: Task, batch: int) -> Result:
+        """Does a task on the calling thread."""
+        return self._variables.run(self._run, task, batch)
+
+    def _run(self, task: Task, batch: int) -> Result:
+        if self.ended:
+            return Result(self.number, ended=True)
+        try:
+            with self._plan.context(), self._plan.meter.working():
+                return self._load(*task, batch)
+        except BaseException as error:  # noqa: BLE001
+            # To the thread that asks for the batch. (In no variable of this frame, which the
+            # error's traceback owns.)
+            return Result(self.number, error=error, snapshot=self.snapshot())
+
+    def _load(self, index: Any, places: Sequence[int] | None, batch: int) -> Result:
+        plan = self._plan
+        position = Position(plan.base_seed, batch, self._over, places)
+        if self._failure is not None:
+            raise self._failure
+        if not self._ready:
+            self._prepare()
+        with shown(self._info), self._streams.active():
+            if self._fetcher is None:
+                iterable = plan.kind == _DatasetKind.Iterable
+                self._fetcher = self._begin(len(index) if iterable and plan.auto_collation else 1)
+            try:
+                loaded = self._fetcher.fetch(index, position)
+            except StopIteration:
+                if plan.kind != _DatasetKind.Iterable:
+                    raise
+                self.ended = True
+                return Result(self.number, ended=True, snapshot=self.snapshot())
+            finally:
+                self.fetched += 1
+            return Result(self.number, plan.sender.send(loaded), snapshot=self.snapshot())
+
+    def snapshot(self) -> Snapshot | None:
+        """Where it is, between two tasks; None if it has not begun."""
+        if not self._ready:
+            return None
+        inner = None if self._fetcher is None else self._fetcher.fetcher
+        return Snapshot.of(self._info.rng, inner, self.fetched)
+
+    def _prepare(self) -> None:
+        plan = self._plan
+        generator = torch.Generator()
+        generator.manual_seed(plan.base_seed + self.number)
+        self._info = worker_info(
+            self.number, plan.workers, plan.base_seed, self._dataset, generator
+        )
+        self._streams = WorkerStreams(self._info.seed, generator)
+        self._ready = True
+        if plan.init_fn is None:
+            return
+        with shown(self._info), self._streams.active():
+            try:
+                plan.init_fn(self.number)
+            except BaseException as error:
+                error.add_note(f"in worker_init_fn of logical worker {self.number}")
+                self._failure = error
+                raise
+
+    def _begin(self, samples: int) -> Fetcher:
+        plan, restored = self._plan, self._restored
+        self._restored = None
+        dataset = self._info.dataset
+        if restored is not None:
+            restored.restore_dataset(dataset)
+        fetcher = Fetcher(plan.kind, dataset, plan.auto_collation, plan.collate_fn, plan.drop_last)
+        if restored is not None:
+            self.fetched = restored.fetched
+            restored.restore_iterator(fetcher, samples)
+            restored.restore_streams(self._info.rng)
+        return fetcher
