@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 import reference
+import torch
+import torch.distributed as dist
 import zoo
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import torch_spheres as ts
+from torch_spheres.ranks import parts_of
 
 HERE = Path(__file__).parent
 WAYS = ("loop", "mean", "count")
@@ -79,3 +85,77 @@ def test_the_bits_of_one_process(world, tmp_path):
                 case,
                 rank,
             )
+
+
+def in_order(parts, world, rows, levels):
+    """Rows of all ranks, put where they are in the batch of one process."""
+    leaves = 12 ** (levels - 1)
+    bounds = ts.shard_bounds(rows, leaves)
+    own = [[k for k in range(leaves) if k % 12 * world // 12 == r] for r in range(world)]
+    whole = [None] * rows
+    for r, part in enumerate(parts):
+        order = sorted(own[r], key=lambda k: (k % 12, k))
+        places = [i for k in order for i in range(*bounds[k])]
+        assert len(part) == len(places)
+        for place, row in zip(places, part, strict=True):
+            whole[place] = row
+    return whole
+
+
+@pytest.mark.timeout(300)
+def test_loaders_hooks_and_gather_on_any_number_of_ranks(tmp_path):
+    """The rows of one process, each on one rank; states of four ranks resume on 3, 2 and 1."""
+    done = torchrun(4, HERE / "ranks_loaders.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(4)]
+    alone = found[0]["1"]
+    for world in (4, 3, 2):
+        for rank in range(world):
+            assert found[rank][str(world)]["by hand"] == alone["by hand"]
+        for levels in ("2", "3"):
+            for name, batches in alone["loaders"][levels].items():
+                theirs = [found[r][str(world)]["loaders"][levels][name] for r in range(world)]
+                assert [len(t) for t in theirs] == [len(batches)] * world
+                for b, columns in enumerate(batches):
+                    for c, column in enumerate(columns):
+                        parts = [t[b][c] for t in theirs]
+                        whole = in_order(parts, world, len(column), int(levels))
+                        assert whole == column, (world, levels, name, b, c)
+    resumed = alone["loaders"]["2"]["samples 2 resumed"]
+    assert resumed == alone["loaders"]["2"]["samples 2"][3:8]
+
+
+def test_parts_are_complete_subtrees():
+    assert parts_of(0, 12) == [(0, 12)]
+    assert [parts_of(r * 6, r * 6 + 6) for r in range(2)] == [[(0, 4), (4, 6)], [(6, 8), (8, 12)]]
+    assert [parts_of(r * 4, r * 4 + 4) for r in range(3)] == [[(0, 4)], [(4, 8)], [(8, 12)]]
+    for world in (1, 2, 3, 4, 6, 12):
+        for r in range(world):
+            block = 12 // world
+            parts = parts_of(r * block, (r + 1) * block)
+            assert len(parts) <= 2
+            assert [g for a, b in parts for g in range(a, b)] == [
+                *range(r * block, (r + 1) * block)
+            ]
+
+
+@pytest.mark.parametrize("world", [5, 7, 8, 24])
+def test_numbers_of_processes_that_do_not_fit_are_refused(monkeypatch, world):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: world)
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    for make in (
+        lambda: ts.SphereParallel(torch.nn.Linear(2, 2)),
+        lambda: ts.wrap(DataLoader(range(10))),
+        lambda: ts.SphereBatchSampler(range(10), 2),
+        lambda: ts.GradientHook(
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), ts.KissingSpheres()
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\]"):
+            make()
+
+
+def test_a_group_needs_torch_distributed():
+    with pytest.raises(ValueError, match="init_process_group"):
+        ts.SphereParallel(torch.nn.Linear(2, 2), process_group=True)

@@ -1,0 +1,164 @@
+"""What each of four ranks of tests/test_ranks.py runs: loaders, states, sums by hand, gather."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import torch_spheres as ts
+
+ROWS, BATCH = 173, 24  # the last batch has five rows: some ranks have none of them
+
+
+class Noisy(Dataset):
+    """Rows with a number that depends on their place in the epoch."""
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        return index, ts.sample_seed() % 1000, torch.full((2,), float(index))
+
+
+class Counting(IterableDataset):
+    def __iter__(self):
+        return iter(range(ROWS))
+
+
+DATA = {
+    "samples": Noisy(),
+    "tensors": TensorDataset(torch.arange(ROWS), torch.arange(ROWS * 2.0).view(ROWS, 2)),
+    "stream": Counting(),
+}
+
+
+def loader_of(kind, workers, spheres, group):
+    plain = DataLoader(
+        DATA[kind],
+        BATCH,
+        shuffle=kind != "stream",
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(5),
+    )
+    return ts.wrap(plain, spheres, process_group=group)
+
+
+def columns(batch):
+    """As plain lists, by column."""
+    batch = batch if isinstance(batch, (list, tuple)) else [batch]
+    return [column.flatten(1).tolist() if column.dim() > 1 else column.tolist() for column in batch]
+
+
+def loaders(group, levels, out):
+    """All batches of two epochs, as this rank has them; or the second half of a saved epoch."""
+    found = {}
+    with ts.KissingSpheres(levels, concurrency=2) as spheres:
+        for kind in DATA:
+            for workers in (0, 2):
+                loader = loader_of(kind, workers, spheres, group)
+                found[f"{kind} {workers}"] = [columns(b) for _ in range(2) for b in loader]
+                state = out / f"{levels} {kind} {workers}.pt"
+                if not state.exists():
+                    continue
+                loader = loader_of(kind, workers, spheres, group)
+                loader.load_state_dict(torch.load(state))
+                found[f"{kind} {workers} resumed"] = [columns(b) for b in loader]
+    return found
+
+
+def save_states(out):
+    """In the middle of an epoch on four ranks."""
+    for levels in (2, 3):
+        with ts.KissingSpheres(levels, concurrency=2) as spheres:
+            for kind in DATA:
+                for workers in (0, 2):
+                    loader = loader_of(kind, workers, spheres, None)
+                    iterator = iter(loader)
+                    for _ in range(3):
+                        next(iterator)
+                    if dist.get_rank() == 2:
+                        torch.save(loader.state_dict(), out / f"{levels} {kind} {workers}.pt")
+    dist.barrier()
+
+
+def by_hand(group):
+    """Gradients that a loop computes itself, in two steps; in the second, only of few shards."""
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        big, small = torch.nn.Parameter(torch.ones(20000)), torch.nn.Parameter(torch.ones(3))
+        unused = torch.nn.Parameter(torch.ones(5))
+        half = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
+        optimizer = torch.optim.SGD([big, small, unused, half], lr=0.1)
+        hook = ts.GradientHook(optimizer, spheres, process_group=group)
+        world = 1 if group is False else dist.get_world_size(group)
+        rank = 0 if group is False else dist.get_rank(group)
+        own = range(rank * 12 // world, (rank + 1) * 12 // world)
+        for step in range(2):
+            optimizer.zero_grad()
+            for shard in own:
+                if step == 1 and shard % 5:
+                    continue
+                generator = torch.Generator().manual_seed(100 * step + shard)
+                grads = [torch.randn(p.shape, generator=generator) for p in (big, small, half)]
+                hook.add(shard, [grads[0], grads[1], None, grads[2].bfloat16()])
+            optimizer.step()
+        assert unused.grad is None
+        if world > 1:
+            other = (own[-1] + 1) % 12
+            with pytest.raises(ValueError, match=f"shard {other} is another rank's"):
+                hook.add(other, [None] * 4)
+        return [p.detach().double().sum().item() for p in (big, small, half)]
+
+
+def means(group):
+    """A loop as it is, with a loss over the rank's own rows: right, but for rounding."""
+    torch.manual_seed(1)
+    module = torch.nn.Linear(5, 3)
+    x, y = torch.randn(50, 5), torch.randint(3, (50,))
+    F.cross_entropy(module(x), y).backward()
+    wanted = module.weight.grad.clone()
+    module.weight.grad = module.bias.grad = None
+    with ts.KissingSpheres(concurrency=1) as spheres:
+        model = ts.SphereParallel(module, spheres, process_group=group)
+        batches = ts.SphereBatchSampler(range(50), 50, spheres=spheres, process_group=group)
+        mine = next(iter(batches))
+        F.cross_entropy(model(x[mine]), y[mine]).backward()
+        torch.testing.assert_close(module.weight.grad, wanted)
+        whole = model.gather(x[mine])
+        assert torch.equal(whole, x)
+        with torch.no_grad():  # each by itself: no rank waits for another
+            model.eval()
+            if dist.get_rank() == 0:
+                torch.testing.assert_close(model(x), module(x))
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    warnings.simplefilter("ignore", FutureWarning)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    save_states(out)
+    groups = {"4": None, "3": dist.new_group([0, 1, 2]), "2": dist.new_group([0, 1]), "1": False}
+    found = {}
+    for name, group in groups.items():
+        size = int(name)
+        if rank < size:
+            found[name] = {
+                "loaders": {levels: loaders(group, levels, out) for levels in (2, 3)},
+                "by hand": by_hand(group),
+            }
+            means(group)
+    (out / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
