@@ -1,0 +1,205 @@
+"""What each rank of tests/test_rank_errors.py runs: mistakes that all ranks hear of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler
+
+import torch_spheres as ts
+
+
+class Fails(nn.Module):
+    """Where and when it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.when = nn.Linear(4, 3), ""
+
+    def forward(self, x):
+        if self.when == "forward":
+            raise KeyError("no such thing")
+        y = self.linear(x)
+        if self.when == "backward":
+            y.register_hook(self.fail)
+        return y
+
+    @staticmethod
+    def fail(_grad):
+        raise ZeroDivisionError("in a hook")
+
+
+def part(rows=48, columns=4):
+    """This rank's rows."""
+    mine = next(iter(ts.SphereBatchSampler(range(rows), rows)))
+    return torch.arange(rows * float(columns)).view(rows, columns)[mine]
+
+
+def expect_everywhere(model, run, match, own=None):
+    """A mistake of all is a ValueError; one of rank 1 is its own there, and told elsewhere."""
+    kind = ValueError if own is None else own if dist.get_rank() == 1 else ts.RankError
+    with pytest.raises(kind, match=match if kind is not own else ""):
+        run()
+    model.zero_grad()
+    model(part()).sum().backward()
+    total = model.module.linear.weight.grad.clone()
+    dist.all_reduce(total)
+    assert torch.equal(total, model.module.linear.weight.grad * dist.get_world_size())
+
+
+def mistakes(spheres):
+    rank = dist.get_rank()
+    second = rank == 1
+    torch.manual_seed(0)
+    module = Fails()
+    model = ts.SphereParallel(module, spheres)
+
+    def train(x=None, targets=None):
+        x = part() if x is None else x
+        model(x).sum().backward()
+
+    def train_by_shard(rows=None):
+        x = part()
+        targets = torch.zeros(len(x) if rows is None else rows, dtype=torch.long)
+        model.forward_backward(F.cross_entropy, x, targets)
+
+    # Rows, shapes, modes, seeds.
+    expect_everywhere(
+        model, lambda: train(part()[: 5 if second else None]), "the ranks have .* rows"
+    )
+    expect_everywhere(model, lambda: train(part(columns=4 + second)), "types or shapes")
+
+    def other_mode():
+        model.train(not second)
+        try:
+            train()
+        finally:
+            model.train()
+
+    expect_everywhere(model, other_mode, "different modes")
+
+    def other_call():
+        (train_by_shard if second else train)()
+
+    expect_everywhere(model, other_call, "different ways")
+
+    def other_seed():
+        torch.manual_seed(rank)
+        try:
+            train()
+        finally:
+            torch.manual_seed(0)
+
+    expect_everywhere(model, other_seed, "seeded differently .*: 0 on rank 0, 1 on rank 1")
+
+    # Errors in the module, in a loss, in the arguments.
+    for when, error in (("forward", KeyError), ("backward", ZeroDivisionError)):
+        for run in (train, train_by_shard):
+
+            def fail(run=run, when=when):
+                module.when = when if second else ""
+                try:
+                    run()
+                finally:
+                    module.when = ""
+
+            expect_everywhere(model, fail, f"rank 1 of 2: {error.__name__}", error)
+    expect_everywhere(
+        model, lambda: train_by_shard(3 if second else None), "targets of 3", ValueError
+    )
+    expect_everywhere(
+        model, lambda: train([1] if second else None), "found no tensor with rows", ValueError
+    )
+
+    # Models and settings.
+    for make, match in (
+        (
+            lambda: nn.Linear(4, 3 + second),
+            r"rank 0 has 'weight' .*\(3, 4\).* rank 1 has .*\(4, 4\)",
+        ),
+        (lambda: nn.Linear(4, 3, bias=not second), "rank 0 has 'bias'.*, which the other has not"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ts.SphereParallel(make(), spheres)
+    with (
+        ts.KissingSpheres(2 + second) as others,
+        pytest.raises(ValueError, match="levels is 2 on rank 0 and 3 on rank 1"),
+    ):
+        ts.SphereParallel(nn.Linear(2, 2), others)
+    data = range(48)
+    for loader, match in (
+        (DataLoader(data, 12, sampler=DistributedSampler(data)), "DistributedSampler"),
+        (DataLoader(data, None), "batch_size=None"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ts.wrap(loader, spheres)
+    with pytest.raises(ValueError, match="SphereBatchSampler"):
+        ts.wrap(DataLoader(data, 12, num_workers=1), spheres, workers="process")
+
+    # Draws of one rank alone: the shards' stay the same on all, and it is said once.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            if second:
+                torch.rand(1)
+            train()
+    assert [w for w in caught if "not at the same place on all ranks" in str(w.message)]
+
+
+def loses_a_rank(how, spheres):
+    """Rank 1 goes; the others say so."""
+    torch.manual_seed(0)
+    model = ts.SphereParallel(Fails(), spheres)
+    model(part()).sum().backward()
+    dist.barrier()
+    if dist.get_rank() == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "raises":
+            raise KeyError("the user's own mistake")
+        elif how == "hangs":
+            time.sleep(60)
+    begin = time.monotonic()
+    if how == "hangs" and dist.get_world_size() == 2:
+        print("alone", flush=True)
+    try:
+        model(part()).sum().backward()
+    except ts.RankError as error:
+        print("ranks", error.ranks, "after", time.monotonic() - begin, str(error), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", time.monotonic() - begin, flush=True)
+
+
+def main() -> None:
+    how, rank, world, folder, timeout = sys.argv[1:]
+    warnings.simplefilter("ignore", FutureWarning)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=int(rank),
+        world_size=int(world),
+        timeout=timedelta(seconds=float(timeout)),
+    )
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        if how == "mistakes":
+            mistakes(spheres)
+        else:
+            loses_a_rank(how, spheres)
+    if how == "mistakes":
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
