@@ -31,7 +31,7 @@ Grads = list[Tensor | None]
 _Flags = list[list[list[int]]]  # by rank, by part: its state, then that of each tensor
 
 _BUCKET = 16 << 20  # bytes of a bucket: large enough that its messages are worth their while
-_SMALL = 64 << 10  # bytes, of all tensors: less goes in one message
+_SMALL = 1 << 20  # bytes that a rank sends in all: less goes in one message to everybody
 _ALIGN = 32  # elements: 64 bytes of a half type
 _HALF = (torch.bfloat16, torch.float16)
 _SUMMED = (torch.float32, torch.float64)
@@ -82,7 +82,23 @@ class Layout:
             bucket.places.append((i, bucket.length, t.numel()))
             bucket.length += -(-t.numel() // _ALIGN) * _ALIGN
         self.where = [where[i] for i in range(len(like))]
+        self._buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.bytes = sum(b.length * b.dtype.itemsize for b in self.buckets)
+
+    def buffers(self, part: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+        """For what is sent and received of a part, by bucket: made once, and used in every step."""
+        known = self._buffers.get(part)
+        if known is None:
+            known = [
+                (
+                    torch.empty(length, dtype=bucket.dtype, device=ranks.device),
+                    torch.empty(length, dtype=bucket.dtype, device=ranks.device),
+                )
+                for bucket in self.buckets
+                for length in [bucket.slice_length(ranks.world) * ranks.world]
+            ]
+            self._buffers[part] = known
+        return known
 
     def real(self, i: int, value: Tensor) -> Tensor:
         """A value of tensor `i` as its bucket has it, flat."""
@@ -110,14 +126,14 @@ class Exchange:
     ) -> None:
         self._ranks, self._layout, self._what = ranks, layout, what
         self._spheres = spheres
-        self._is_small = layout.bytes <= _SMALL
-        self._lock = threading.Lock()
         count = max(map(len, ranks.parts))
+        self._is_small = layout.bytes * count * (ranks.world - 1) <= _SMALL
+        self._lock = threading.Lock()
         self._given: list[Grads | None] = [None] * count
         self._issued = 0
         self._error: BaseException | None = None
-        self._flags: list[tuple[Any, Tensor]] = []  # by part: work, what it fills
-        self._slices: list[list[tuple[Any, Tensor, Tensor]]] = []  # by part and bucket
+        self._flags: list[tuple[list[Any], Tensor]] = []  # by part: work, what it fills
+        self._slices: list[list[tuple[list[Any], Tensor, Tensor]]] = []  # by part and bucket
         for part in range(len(ranks.own_parts), count):
             self._given[part] = [None] * len(layout.where)
 
@@ -158,14 +174,12 @@ class Exchange:
         table = torch.empty(ranks.world * len(flags), dtype=torch.uint8, device=device)
         self._flags.append((ranks.gather_async(table, flags), table))
         slices = []
-        for bucket in self._layout.buckets:
-            length = bucket.slice_length(ranks.world) * ranks.world
-            sent = torch.empty(length, dtype=bucket.dtype, device=device)
+        buffers = self._layout.buffers(self._issued, ranks)
+        for bucket, (sent, received) in zip(self._layout.buckets, buffers, strict=True):
             for i, begin, size in bucket.places:
                 value = sums[i]
                 if value is not None:
                     sent[begin : begin + size].copy_(self._layout.real(i, value))
-            received = torch.empty_like(sent)
             slices.append((ranks.scatter_async(received, sent), received, sent))
         self._slices.append(slices)
 
@@ -213,30 +227,34 @@ class Exchange:
     def _finish_buckets(self) -> Grads:
         ranks, what = self._ranks, self._what
         flags: _Flags = [[] for _ in range(ranks.world)]
-        for work, table in self._flags:
-            ranks.wait(work, what)
+        for works, table in self._flags:
+            ranks.wait(works, what)
             for r, row in enumerate(table.view(ranks.world, -1).tolist()):
                 flags[r].append(row)
+        if any(part[0] == _FAILED for row in flags for part in row):
+            # Memory that messages are still on their way to is used again by the next exchange.
+            for slices in self._slices:
+                for works, _, _ in slices:
+                    ranks.wait(works, what)
         self._check(flags)
         gathered = []
         for b, bucket in enumerate(self._layout.buckets):
             length = bucket.slice_length(ranks.world)
             flats = {}
             for p, slices in enumerate(self._slices):
-                work, received, _ = slices[b]
-                ranks.wait(work, what)
+                works, received, sent = slices[b]
+                ranks.wait(works, what)
                 for r in range(ranks.world):
-                    flats[r, p] = received[r * length : (r + 1) * length]
+                    source = sent if r == ranks.rank else received
+                    flats[r, p] = source[r * length : (r + 1) * length]
             mine = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
             self._add(bucket, flats, flags, mine, ranks.rank * length)
-            for slices in self._slices:
-                slices[b] = (None, mine, mine)  # lets go of what was received and sent
             out = torch.empty(length * ranks.world, dtype=bucket.result, device=ranks.device)
             mine = mine.to(bucket.result)
             gathered.append((ranks.gather_async(out, mine), out, mine))
         totals: Grads = [None] * len(self._layout.where)
-        for bucket, (work, out, _) in zip(self._layout.buckets, gathered, strict=True):
-            ranks.wait(work, what)
+        for bucket, (works, out, _) in zip(self._layout.buckets, gathered, strict=True):
+            ranks.wait(works, what)
             self._place(bucket, out, flags, totals)
         return totals
 
