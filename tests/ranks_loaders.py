@@ -95,7 +95,8 @@ def by_hand(group):
         big, small = torch.nn.Parameter(torch.ones(20000)), torch.nn.Parameter(torch.ones(3))
         unused = torch.nn.Parameter(torch.ones(5))
         half = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
-        optimizer = torch.optim.SGD([big, small, unused, half], lr=0.1)
+        turned = torch.nn.Parameter(torch.ones(7, dtype=torch.complex64))
+        optimizer = torch.optim.SGD([big, small, unused, half, turned], lr=0.1)
         hook = ts.GradientHook(optimizer, spheres, process_group=group)
         world = 1 if group is False else dist.get_world_size(group)
         rank = 0 if group is False else dist.get_rank(group)
@@ -107,14 +108,18 @@ def by_hand(group):
                     continue
                 generator = torch.Generator().manual_seed(100 * step + shard)
                 grads = [torch.randn(p.shape, generator=generator) for p in (big, small, half)]
-                hook.add(shard, [grads[0], grads[1], None, grads[2].bfloat16()])
+                grads.append(torch.randn(7, dtype=torch.complex64, generator=generator))
+                hook.add(shard, [grads[0], grads[1], None, grads[2].bfloat16(), grads[3]])
             optimizer.step()
         assert unused.grad is None
         if world > 1:
             other = (own[-1] + 1) % 12
             with pytest.raises(ValueError, match=f"shard {other} is another rank's"):
-                hook.add(other, [None] * 4)
-        return [p.detach().double().sum().item() for p in (big, small, half)]
+                hook.add(other, [None] * 5)
+        bits = [
+            p.detach().view(torch.uint8) for p in (big, small, half, torch.view_as_real(turned))
+        ]
+        return [b.flatten().tolist()[:4000] for b in bits]
 
 
 def means(group):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,21 @@ def test_numbers_of_processes_that_do_not_fit_are_refused(monkeypatch, world):
 def test_a_group_needs_torch_distributed():
     with pytest.raises(ValueError, match="init_process_group"):
         ts.SphereParallel(torch.nn.Linear(2, 2), process_group=True)
+
+
+@pytest.mark.timeout(120)
+def test_the_readmes_script_prints_the_same_on_any_number_of_ranks(tmp_path):
+    readme = (HERE.parent / "README.md").read_text()
+    (text,) = (
+        s for s in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "train.py" in s
+    )
+    script = tmp_path / "train.py"
+    script.write_text(text)
+    alone = subprocess.run(
+        [sys.executable, "-P", str(script)], capture_output=True, text=True, timeout=100
+    )
+    assert alone.returncode == 0, alone.stderr
+    for world in (2, 3):
+        done = torchrun(world, script)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == alone.stdout and float(alone.stdout) != 0
