@@ -9,6 +9,12 @@
 """
 
 from torch_spheres._core import NativeFunction, State, Topology, Work
+from torch_spheres.checkpoint import (
+    checkpoint_state,
+    load_checkpoint,
+    restore_checkpoint_state,
+    save_checkpoint,
+)
 from torch_spheres.errors import RankError, StoppedError
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
@@ -37,8 +43,12 @@ __all__ = [
     "StoppedError",
     "Topology",
     "Work",
+    "checkpoint_state",
+    "load_checkpoint",
     "prepare",
+    "restore_checkpoint_state",
     "sample_seed",
+    "save_checkpoint",
     "shard_bounds",
     "tree_sum",
     "usable_cores",

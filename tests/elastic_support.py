@@ -1,0 +1,94 @@
+"""Agents of torchrun that train examples/elastic_mnist.py, as on several machines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "elastic_mnist.py"
+EPOCHS = 10
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def digest_of(text):
+    return re.search(r"weights digest: \w+", text)[0]
+
+
+class Agents:
+    """One for each machine; the first has the rendezvous, and has to live.
+
+    Args:
+        folder: for the checkpoint and the logs.
+        endpoint: address and port of the rendezvous.
+        timeout: seconds, of the process group.
+    """
+
+    def __init__(self, folder, endpoint, timeout=60):
+        self.folder, self.endpoint, self.timeout = folder, endpoint, timeout
+        self.agents, self.logs = [], []
+
+    def start(self, address, interface="lo", before=()):
+        """One more, at its own address; `before` is put in front of its command."""
+        first = not self.agents
+        conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5,is_host="
+        command = [
+            *before,
+            *(sys.executable, "-P", "-m", "torch.distributed.run"),
+            *("--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=100", "--rdzv-backend=c10d"),
+            *(f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=mnist", "--monitor-interval=0.5"),
+            *(f"--local-addr={address}", "--rdzv-conf", conf + str(first).lower()),
+            *(str(EXAMPLE), "--checkpoint", str(self.folder / "last.pt"), "--epochs", str(EPOCHS)),
+            *("--timeout", str(self.timeout)),
+        ]
+        environment = os.environ | {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "GLOO_SOCKET_IFNAME": interface,
+            "OMP_NUM_THREADS": "1",
+        }
+        self.logs.append(self.folder / f"{len(self.agents)}.log")
+        with self.logs[-1].open("wb") as log:
+            self.agents.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            )
+
+    def text(self):
+        return "\n".join(f"---- {log.name}\n{log.read_text()}" for log in self.logs)
+
+    def wait_for(self, pattern, log=None, seconds=120):
+        """Until it is in one of the logs, or in that one."""
+        end = time.monotonic() + seconds
+        while True:
+            text = self.text() if log is None else self.logs[log].read_text()
+            if re.search(pattern, text, re.MULTILINE):
+                return
+            assert time.monotonic() < end, f"no {pattern!r}\n{self.text()}"
+            time.sleep(0.05)
+
+    def kill(self, number):
+        """The machine is gone: the agent and its worker."""
+        agent = self.agents[number]
+        workers = subprocess.run(
+            ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
+        for pid in (agent.pid, *map(int, workers)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        agent.wait()
+
+    def end(self):
+        """All of them, whatever they are at."""
+        for number, agent in enumerate(self.agents):
+            if agent.poll() is None:
+                self.kill(number)

@@ -1,0 +1,41 @@
+"""Processes that are killed and that join: the weights are those of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from elastic_support import EPOCHS, EXAMPLE, Agents, digest_of, free_port
+
+
+@pytest.mark.timeout(300)
+def test_a_process_is_killed_and_another_joins(tmp_path):
+    alone = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--epochs", str(EPOCHS)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert alone.returncode == 0, alone.stderr
+
+    agents = Agents(tmp_path, f"127.0.0.1:{free_port()}")
+    try:
+        for _ in range(4):
+            agents.start("127.0.0.1")
+        agents.wait_for(r"rank 0 of 4 goes on")
+        when, who = 20 * random.randint(1, 5), random.randint(1, 3)
+        agents.wait_for(rf"^step {when}:")
+        time.sleep(random.random() * 0.5)  # in the middle of a step, or while it is saved
+        agents.kill(who)
+        agents.wait_for(r"rank 0 of 3 goes on from step [1-9]")
+        agents.wait_for(rf"^step {when + 60}:")
+        agents.start("127.0.0.1")
+        agents.wait_for(r"rank \d of 4 goes on from step [1-9]", log=4)
+        agents.wait_for(r"weights digest: \w+")
+        assert re.findall(r"weights digest: \w+", agents.text()) == [digest_of(alone.stdout)]
+    finally:
+        agents.end()
