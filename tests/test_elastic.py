@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
-import sys
 import time
 
 import pytest
-from elastic_support import EPOCHS, EXAMPLE, Agents, digest_of, free_port
+from elastic_support import Agents, digest_alone, free_port
+
+EPOCHS = 10
 
 
 @pytest.mark.timeout(300)
 def test_a_process_is_killed_and_another_joins(tmp_path):
-    alone = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--epochs", str(EPOCHS)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert alone.returncode == 0, alone.stderr
-
-    agents = Agents(tmp_path, f"127.0.0.1:{free_port()}")
+    agents = Agents(tmp_path, f"127.0.0.1:{free_port()}", EPOCHS)
     try:
         for _ in range(4):
             agents.start("127.0.0.1")
@@ -36,6 +28,6 @@ def test_a_process_is_killed_and_another_joins(tmp_path):
         agents.start("127.0.0.1")
         agents.wait_for(r"rank \d of 4 goes on from step [1-9]", log=4)
         agents.wait_for(r"weights digest: \w+")
-        assert re.findall(r"weights digest: \w+", agents.text()) == [digest_of(alone.stdout)]
+        assert re.findall(r"weights digest: \w+", agents.text()) == [digest_alone(EPOCHS)]
     finally:
         agents.end()
