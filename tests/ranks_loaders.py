@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -41,12 +42,13 @@ DATA = {
 
 
 def loader_of(kind, workers, spheres, group):
+    torch.manual_seed(6)
     plain = DataLoader(
         DATA[kind],
         BATCH,
         shuffle=kind != "stream",
         num_workers=workers,
-        generator=torch.Generator().manual_seed(5),
+        generator=None if kind == "tensors" else torch.Generator().manual_seed(5),
     )
     return ts.wrap(plain, spheres, process_group=group)
 
@@ -64,7 +66,10 @@ def loaders(group, levels, out):
         for kind in DATA:
             for workers in (0, 2):
                 loader = loader_of(kind, workers, spheres, group)
-                found[f"{kind} {workers}"] = [columns(b) for _ in range(2) for b in loader]
+                found[f"{kind} {workers}"] = [columns(b) for b in loader]
+                if group is False or dist.get_rank(group) == 0:
+                    torch.rand(1)  # as an evaluation that only one rank runs
+                found[f"{kind} {workers}"] += [columns(b) for b in loader]
                 state = out / f"{levels} {kind} {workers}.pt"
                 if not state.exists():
                     continue
@@ -144,6 +149,66 @@ def means(group):
                 torch.testing.assert_close(model(x), module(x))
 
 
+def chains(group):
+    """Gradients of two models in a row, and of losses of several kinds at once."""
+    torch.manual_seed(1)
+    x, y = torch.randn(50, 5), torch.randint(3, (50,))
+    found = {}
+    with ts.KissingSpheres(concurrency=1) as spheres:
+
+        def models(dtype=torch.float32):
+            torch.manual_seed(2)
+            made = torch.nn.Linear(5, 4, dtype=dtype), torch.nn.Linear(4, 3, dtype=dtype)
+            return [ts.SphereParallel(m, spheres, process_group=group) for m in made]
+
+        def rows(count):
+            batches = ts.SphereBatchSampler(
+                range(count), count, spheres=spheres, process_group=group
+            )
+            return next(iter(batches))
+
+        def local(first, second, z):
+            F.cross_entropy(second(first(z)), y[mine]).backward()
+
+        def whole(first, second, z):
+            F.cross_entropy(second.gather(second(first(z))), second.gather(y[mine])).backward()
+
+        def by_shard(first, second, z):
+            second.forward_backward(F.cross_entropy, first(z), y[mine])
+
+        def between(first, second, z):  # something is computed between the models
+            F.cross_entropy(second(first(z).tanh()), y[mine]).backward()
+
+        def mixed(first, second, z):  # as a conditional GAN has it
+            h = first(z)
+            (F.cross_entropy(second(h), y[mine]) + h.square().mean()).backward()
+
+        def metric(first, second, z):
+            out = second(first(z))
+            with torch.no_grad():
+                assert (second.gather(out).argmax(1) == second.gather(y[mine])).shape == (50,)
+            F.cross_entropy(out, y[mine]).backward()
+
+        mine = rows(50)
+        for way in (local, whole, by_shard, between, mixed, metric):
+            pair = models()
+            way(*pair, x[mine])
+            found[way.__name__] = [m.module.weight.grad.tolist() for m in pair]
+        # A rank without rows, whose losses would have been float64.
+        mine = rows(5)
+        first, _ = models(torch.float64)
+        loss = first.forward_backward(F.cross_entropy, x[mine].double(), y[mine])
+        found["few"] = [first.module.weight.grad.tolist(), loss.item()]
+        # What is unpickled goes on with the default group, if that is what it had.
+        if group is None:
+            copy = pickle.loads(pickle.dumps(first))
+            copy.zero_grad()
+            copy.forward_backward(F.cross_entropy, x[mine].double(), y[mine])
+            assert copy.module.weight.grad.tolist() == found["few"][0]
+            copy.spheres.stop()
+    return found
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     warnings.simplefilter("ignore", FutureWarning)
@@ -158,6 +223,7 @@ def main() -> None:
             found[name] = {
                 "loaders": {levels: loaders(group, levels, out) for levels in (2, 3)},
                 "by hand": by_hand(group),
+                "chains": chains(group),
             }
             means(group)
     (out / f"{rank}.json").write_text(json.dumps(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import torch_spheres as ts
+from torch_spheres.ranks import find_ranks
 
 
 class Fails(nn.Module):
@@ -159,9 +161,24 @@ def mistakes(spheres):
 def loses_a_rank(how, spheres):
     """Rank 1 goes; the others say so."""
     torch.manual_seed(0)
-    model = ts.SphereParallel(Fails(), spheres)
+    if how == "late":
+        return late()
+    big = nn.Sequential(nn.Linear(4, 100_000), nn.Linear(100_000, 3))
+    model = ts.SphereParallel(big if how == "killed, big" else Fails(), spheres)
     model(part()).sum().backward()
     dist.barrier()
+    if how == "killed, big":  # its sums are sent when there is nobody to send them to
+        loss = model(part()).sum()
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        try:
+            loss.backward()
+        except ts.RankError as error:
+            print("ranks", error.ranks, "after", time.monotonic() - begin, error, flush=True)
+        return None
     if dist.get_rank() == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -178,6 +195,30 @@ def loses_a_rank(how, spheres):
         print("ranks", error.ranks, "after", time.monotonic() - begin, str(error), flush=True)
     except KeyboardInterrupt:
         print("interrupted", time.monotonic() - begin, flush=True)
+    return None
+
+
+def late():
+    """A rank that comes when the others are just looking whether it has: that is no failure."""
+    ranks, over = find_ranks(None, 12), threading.Event()
+
+    def busy():
+        while not over.is_set():
+            sum(range(20_000))
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for step in range(30):
+            if dist.get_rank() == 1:
+                time.sleep(0.09 + 0.001 * step)
+            for size in (3, 100_000):
+                table = ranks.gather(torch.full((size,), float(dist.get_rank())), "late")
+                assert table[:, -1].tolist() == [0.0, 1.0]
+    finally:
+        over.set()
+        thread.join()
+    print("in time", flush=True)
 
 
 def main() -> None:

@@ -50,7 +50,15 @@ def test_mistakes_are_everybodys_and_training_goes_on(tmp_path):
     assert [code for _, code in ends] == [0, 0], "\n".join(errors for errors, _ in ends)
 
 
+@pytest.mark.timeout(120)
+def test_a_rank_that_is_late_is_not_lost(tmp_path):
+    with started("late", 2, tmp_path, 60) as ranks:
+        ends = [rank.communicate(timeout=110) for rank in ranks]
+    assert [out for out, _ in ends] == ["in time\n"] * 2, ends
+
+
 CAUSES = {
+    "killed, big": r"having died, hung or gone elsewhere",
     "killed": r"having died, hung or gone elsewhere",
     "hangs": r"having died, hung or gone elsewhere",
     "raises": r"\(rank 1: KeyError: \"the user's own mistake\"\)",

@@ -113,6 +113,11 @@ def test_loaders_hooks_and_gather_on_any_number_of_ranks(tmp_path):
     for world in (4, 3, 2):
         for rank in range(world):
             assert found[rank][str(world)]["by hand"] == alone["by hand"]
+            for way, mine in found[rank][str(world)]["chains"].items():
+                if way in ("whole", "by_shard", "few"):
+                    assert mine == alone["chains"][way], (world, way)
+                for a, b in zip(mine, alone["chains"][way], strict=True):
+                    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), msg=way)
         for levels in ("2", "3"):
             for name, batches in alone["loaders"][levels].items():
                 theirs = [found[r][str(world)]["loaders"][levels][name] for r in range(world)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_spheres.shard import Shard
 
-__all__ = ["buffers_of", "merge_buffers"]
+__all__ = ["buffers_of", "merge_buffers", "misshapen"]
 
 Place = tuple[nn.Module, str]
 
@@ -29,6 +29,18 @@ class _Sums(Protocol):  # what is needed of a call
 def buffers_of(module: nn.Module) -> list[Place]:
     """As `Replica.take_buffers` lists them."""
     return [(m, name) for m in module.modules() for name, v in m._buffers.items() if v is not None]
+
+
+def misshapen(shards: Sequence[Shard]) -> ValueError | None:
+    """The error of a buffer that cannot be merged, if there is one."""
+    for shard in shards:
+        for buffer, value in shard.buffers:
+            if value is not None and value.shape != buffer.given.shape:
+                return ValueError(
+                    f"buffer {buffer.name!r} of {type(buffer.source).__name__} was given another "
+                    "shape while a shard ran; SphereParallel merges buffers by value"
+                )
+    return None
 
 
 def merge_buffers(call: _Sums, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
@@ -50,11 +62,6 @@ def merge_buffers(call: _Sums, shards: Sequence[Shard], changed: Mapping[int, Pl
             # A shard that left the buffer alone has the value it was given.
             taken = [shard.buffers[i] for shard in shards]
             given = [buffer.given if value is None else value for buffer, value in taken]
-            if any(v.shape != target.shape for v in given):
-                raise ValueError(
-                    f"buffer {name!r} of {type(source).__name__} was given another shape while a "
-                    "shard ran; SphereParallel merges buffers by value"
-                )
             if target.is_floating_point() or target.is_complex():
                 sums.append((target, given))
             else:

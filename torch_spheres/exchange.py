@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_spheres.errors import RankError
 from torch_spheres.ranks import Ranks
 from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres
@@ -132,6 +133,7 @@ class Exchange:
         self._given: list[Grads | None] = [None] * count
         self._issued = 0
         self._error: BaseException | None = None
+        self.is_broken = False  # a message could not be sent: there will be no more of them
         self._flags: list[tuple[list[Any], Tensor]] = []  # by part: work, what it fills
         self._slices: list[list[tuple[list[Any], Tensor, Tensor]]] = []  # by part and bucket
         for part in range(len(ranks.own_parts), count):
@@ -161,7 +163,12 @@ class Exchange:
                 return
             if not self._is_small:
                 self._given[self._issued] = None
-                self._send(sums)
+                try:
+                    with self._ranks.explaining(self._what):
+                        self._send(sums)
+                except RankError:
+                    self.is_broken = True
+                    raise
             self._issued += 1
 
     def _flags_of(self, sums: Grads) -> Tensor:

@@ -103,6 +103,11 @@ class GradientHook:
             own = self._ranks.leaves(self._ranks.rank, self._spheres.leaves)
             raise ValueError(f"shard {shard} is another rank's; this one has {own}")
         fitted = self._fit(grads)
+        if self._ranks is not None and any(g is not None and g.is_sparse for g in fitted):
+            raise ValueError(
+                "a hook by hand cannot sum sparse gradients over processes: add g.to_dense(), or "
+                "train a SphereParallel model, which can"
+            )
         with self._lock:
             if shard in self._added:
                 raise RuntimeError(

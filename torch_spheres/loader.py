@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterDataPipe, MapDataPipe
 
 from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.inline import InlineIterator
+from torch_spheres.loading.portions import same_random_state
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.stats import LoaderStats, Meter
 from torch_spheres.loading.tempo import Tempo
@@ -62,6 +64,8 @@ class SphereLoader(DataLoader[T]):
             self._meter.way = "process"
             iterator = super()._get_iterator()
             return _Counting(iterator, self._meter, self._sphere_device)
+        if self._sphere_ranks is not None:
+            same_random_state(self._sphere_ranks, self.generator)
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
         made = kind(self, self._pending)
         self._pending = None  # not before: what could not be resumed can be tried again
@@ -90,7 +94,8 @@ class SphereLoader(DataLoader[T]):
         bases = type(self).__bases__
         base = DataLoader if type(self) is SphereLoader else bases[1]
         shape = self.spheres.levels, self.spheres.concurrency
-        return _rebuild, (base, self._own_attributes(), shape)
+        shared = self._sphere_ranks is not None
+        return _rebuild, (base, self._own_attributes(), shape, shared)
 
     # ---- figures ----
 
@@ -231,7 +236,9 @@ def wrap(
             None: all of them. False: none. ``batch_size`` is that of all together, and the sampler
             the same on all (no `DistributedSampler`): each process loads its groups' rows of the
             batches that one process would have, in their order, and a `state_dict` of one resumes
-            on any other number of processes. (An iterable dataset is read by all, and each keeps
+            on any other number of processes. All of them begin an iterator together, with rank 0's
+            random state; one that only some use needs False. The order of rows is that of
+            `spheres`: give those of the model. (An iterable dataset is read by all, and each keeps
             its rows. What a dataset draws from its worker's generator depends on which rows the
             process has; `sample_seed` does not.)
 
@@ -284,6 +291,13 @@ def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ra
     batches = loader.batch_sampler
     if isinstance(batches, SphereBatchSampler) and batches.world_size > 1:
         return None  # it cuts them itself
+    inner = getattr(batches, "batch_sampler", None) or getattr(batches, "sampler", None)
+    if isinstance(inner, SphereBatchSampler) and inner.world_size > 1:
+        raise ValueError(
+            "the loader's batch_sampler is around a SphereBatchSampler, which divides batches over "
+            "the processes already; give that one rank=0, world_size=1, or wrap(loader, "
+            "process_group=False)"
+        )
     if isinstance(loader.sampler, DistributedSampler):
         raise ValueError(
             "loader has a DistributedSampler, but wrap() divides each batch over the processes "
@@ -308,13 +322,16 @@ def _new_parts(workers: int) -> dict[str, Any]:
     return {"_iterator": None, "_newest": None, "_meter": Meter(workers), "_tempo": Tempo()}
 
 
-def _rebuild(base: Any, attributes: dict[str, Any], shape: tuple[int, int]) -> Any:
+def _rebuild(
+    base: Any, attributes: dict[str, Any], shape: tuple[int, int], shared: bool = False
+) -> Any:
     """A wrapped loader from a pickle: on spheres of its own, as many as the saved one's."""
     kind = _class_for(base)
     made = kind.__new__(kind)
     vars(made).update(attributes, **_new_parts(attributes["num_workers"]))
-    made._sphere_ranks = None
     made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
+    shares = shared and dist.is_initialized()
+    made._sphere_ranks = find_ranks(None, min(made.spheres.leaves, GROUPS)) if shares else None
     return made
 
 

@@ -14,6 +14,8 @@ from torch_spheres.shards import Call
 
 __all__ = ["forward_backward"]
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: Any) -> Tensor:
     """See `SphereParallel.forward_backward`."""
@@ -50,13 +52,18 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     done = [shard for shard in shards if shard is not None]
     error = None
     counted = {c is not None for c in counts}
+    # A process that ran no shard has to know what the losses are, to sum them.
+    found, kinds = next((v for v in losses if v is not None), None), [0]
     try:
+        if found is not None:
+            kinds = [1 + _DTYPES.index(found.dtype)]
         call.check_parameters()
         if len(counted) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
     except Exception as caught:  # noqa: BLE001
         error = caught
-    call.finish_forward(done, error)
+    (kind,) = call.finish_forward(done, error, kinds)
+    like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
     with torch.no_grad():
         grads = [
             *sums,
@@ -65,7 +72,6 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                 for i, value in enumerate(call.inputs_with_grad)
             ),
         ]
-        like = next((v for v in losses if v is not None), torch.zeros(()))
         numbers = [
             None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in counts
         ]

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_spheres.advice import Adviser
+from torch_spheres.faces import face
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -202,6 +204,9 @@ class SphereParallel(nn.Module):
         else:
             tensors = [*call.trainable, *call.inputs_with_grad]
             outputs = list(_OnSpheres.apply(call, *tensors))  # type: ignore[no-untyped-call]
+            if isinstance(call, SharedCall):
+                share = call.split.rows / call.split.total
+                outputs = [face(o, share) for o in outputs]
         return _rebuild(call, outputs)
 
     @property
@@ -220,9 +225,13 @@ class SphereParallel(nn.Module):
         call = make()
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip
-            _initialise(self.module, call)
-            if self._ranks is not None:
-                sync_module(self.module, self._ranks, {})
+            shared = self._ranks if isinstance(call, SharedCall) else None
+            error = _initialise(self.module, call)
+            if shared is not None:
+                shared.meet("the initialisation of lazy modules", [], error)
+                sync_module(self.module, shared, {})
+            elif error is not None:
+                raise error
             call = make()
         return call
 
@@ -318,14 +327,16 @@ class SphereParallel(nn.Module):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Threads and processes stay behind: what is unpickled has spheres of its own."""
-        return {**self._own(), "_spheres": (self._spheres.levels, self._spheres.concurrency)}
+        """Threads stay behind, and groups: what is unpickled shares with the default one."""
+        spheres = self._spheres.levels, self._spheres.concurrency
+        return {**self._own(), "_spheres": spheres, "_ranks": self._ranks is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         levels, concurrency = state["_spheres"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take(KissingSpheres(levels, concurrency=concurrency))
-        self._ranks = None
+        shared = state["_ranks"] and dist.is_initialized()
+        self._ranks = find_ranks(None, min(self._spheres.leaves, GROUPS)) if shared else None
 
     def _own(self) -> dict[str, Any]:
         """Everything but what belongs to the threads."""
@@ -369,11 +380,13 @@ def _rebuild(call: Call, outputs: list[Any]) -> Any:
     return unflatten(outputs, call.nesting)
 
 
-def _initialise(module: nn.Module, call: Call) -> None:
+def _initialise(module: nn.Module, call: Call) -> Exception | None:
     """Lazy modules take their shapes from a first run: on the first shard's rows, without a trace.
 
     In evaluation mode, so that it leaves statistics and random numbers alone.
     """
+    if not call.split.bounds:
+        return ValueError("the first batch of a lazy module needs rows on every rank")
     training = [m for m in module.modules() if m.training]
     module.eval()
     values = [call.split.part(i, 0) for i in range(len(call.split.flat))]
@@ -381,9 +394,12 @@ def _initialise(module: nn.Module, call: Call) -> None:
     try:
         with torch.no_grad():
             module(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001
+        return error
     finally:
         for part in training:
             part.training = True
+    return None
 
 
 def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -12,11 +12,12 @@ import contextlib
 import datetime
 import functools
 import itertools
+import pickle
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -76,6 +77,7 @@ def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks 
             "process_group must be a torch.distributed.ProcessGroup, None for the default one, or "
             f"False for none, got {process_group!r}"
         )
+    group = dist.group.WORLD if process_group is None else process_group
     world = dist.get_world_size(process_group)
     if world == 1:
         return None
@@ -88,7 +90,11 @@ def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks 
             f"{world} processes cannot share {groups} symmetry group{'s' if groups > 1 else ''} "
             f"evenly: start one of {fitting}, or choose one of those by process_group="
         )
-    return Ranks(process_group, rank, world)
+    # One for all parts of a program: they talk in the same order on all ranks.
+    known = _live.get(group)
+    if known is None:
+        known = _live[group] = Ranks(process_group, rank, world)
+    return known
 
 
 class Ranks:
@@ -103,15 +109,13 @@ class Ranks:
         block = GROUPS // world
         self.own = range(rank * block, (rank + 1) * block)
         self.parts = [parts_of(r * block, (r + 1) * block) for r in range(world)]
-        backend = dist.get_backend(group)
-        self._is_gloo = backend == "gloo"
-        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._is_gloo, self.device = _backend_of(group)
         self.told = False  # a warning, once
         self.sent = 0  # bytes of tensors that this rank has sent to others
-        self._name = f"torch_spheres/{next(_numbers)}"  # ranks make theirs in the same order
+        name = getattr(dist.group.WORLD if group is None else group, "group_name", "")
+        self._name = f"torch_spheres/{name}"
         self._meetings = itertools.count()
         self._swaps = 0
-        _live.add(self)
         _leave_last_words()
 
     @property
@@ -184,36 +188,61 @@ class Ranks:
             if self._is_gloo:
                 told = self._wait_interruptibly(work, what, number, told)
             else:
-                work.wait()
+                with self.explaining(what):
+                    work.wait()
 
     def _wait_interruptibly(self, work: Any, what: str, number: int, told: bool) -> bool:
         while True:
             try:
                 work.wait(_LOOK)
-            except RuntimeError as error:
+            except RuntimeError:
+                # That it took too long, or that it has failed, which it says again.
                 if work.is_completed():
-                    self._explain(error, what, number, told)
+                    self._finish(work, what, number, told)
+                    return told
             else:
                 return told
             if not told:  # so that a rank whose wait fails knows who waits as it does
                 told = True
                 self._say_waiting(number)
 
+    def _finish(self, work: Any, what: str, number: int, told: bool) -> None:
+        """Of what is completed: it has failed, or was done just after we gave up waiting for it."""
+        try:
+            work.wait()
+        except RuntimeError as again:
+            self._explain(again, what, number, told)
+
     def gather(self, values: Tensor, what: str) -> Tensor:
         """Every rank's values, of one shape: a row for each rank, on the CPU."""
         given = values.to(self.device)
         out = torch.empty((self.world, *given.shape), dtype=given.dtype, device=self.device)
-        self.wait(self.gather_async(out.view(-1), given.reshape(-1)), what)
+        with self.explaining(what):
+            works = self.gather_async(out.view(-1), given.reshape(-1))
+        self.wait(works, what)
         return out.cpu()
+
+    @contextlib.contextmanager
+    def explaining(self, what: str) -> Iterator[None]:
+        """A block in which messages are sent: a connection may be gone by then."""
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            self._explain(error, what, next(self._meetings), told=False)
 
     def objects(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, pickled; for what is said seldom."""
-        found: list[Any] = [None] * self.world
-        try:
-            dist.all_gather_object(found, value, group=self.group)
-        except RuntimeError as error:
-            self._explain(error, what, next(self._meetings), told=False)
-        return found
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor([len(mine)]), what).flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        table = self.gather(padded, what)
+        return [
+            pickle.loads(row[:size].numpy().tobytes())  # from our own ranks
+            for row, size in zip(table, sizes, strict=True)
+        ]
 
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
         """Rank 0's values, into everybody's tensors."""
@@ -221,7 +250,8 @@ class Ranks:
         for tensor in tensors:
             with torch.no_grad():
                 sent = tensor.detach().to(self.device).contiguous()
-                work = dist.broadcast(sent, source, group=self.group, async_op=True)
+                with self.explaining(what):
+                    work = dist.broadcast(sent, source, group=self.group, async_op=True)
                 self.wait([work], what)
                 if self.rank > 0:
                     tensor.copy_(sent)
@@ -256,12 +286,12 @@ class Ranks:
 
     # ---- when it goes wrong ----
 
-    def _key(self, what: int | str, rank: int) -> str:
+    def _key(self, what: str, rank: int) -> str:
         return f"{self._name}/{what}/{rank}"
 
     def _say_waiting(self, number: int) -> None:
         with contextlib.suppress(RuntimeError):  # a store that is gone: the wait will fail too
-            _store().set(self._key(number, self.rank), "waits")
+            _store().set(self._key("waits", self.rank), str(number))
 
     def say_last_words(self, error: BaseException) -> None:
         """What this process ends with, for those who wait for it."""
@@ -281,7 +311,7 @@ class Ranks:
         because = f" ({'; '.join(causes)})" if causes else ", having died, hung or gone elsewhere"
         raise RankError(
             f"{what} failed on rank {self.rank}{absent}{because if missing else ''}; "
-            f"{dist.get_backend(self.group)} says: {_first_line(error)}",
+            f"torch says: {_first_line(error)}",
             tuple(missing),
         ) from error
 
@@ -289,7 +319,8 @@ class Ranks:
         end = time.monotonic() + _ROLL_CALL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < end:
-                if _store().check([self._key(number, rank)]):
+                key = self._key("waits", rank)
+                if _store().check([key]) and int(_store().get(key)) >= number:
                     return True
                 if self._last_words(rank):
                     return False
@@ -326,16 +357,26 @@ class _Swap:
     def is_completed(self) -> bool:
         return not self._thread.is_alive()
 
-    def wait(self, time: datetime.timedelta) -> None:
-        self._thread.join(time.total_seconds())
+    def wait(self, time: datetime.timedelta | None = None) -> None:
+        self._thread.join(None if time is None else time.total_seconds())
         if self._error is not None:
             raise self._error
         if self._thread.is_alive():
             raise RuntimeError("messages between ranks are still on their way")
 
 
-_numbers = itertools.count()
-_live: weakref.WeakSet[Ranks] = weakref.WeakSet()
+_live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by group
+
+
+def _backend_of(group: ProcessGroup | None) -> tuple[bool, torch.device]:
+    """Whether messages go by gloo, and where they have to be: on the CPU if it has a way there."""
+    cpu = torch.device("cpu")
+    whole: Any = dist.group.WORLD if group is None else group
+    try:
+        name = str(whole._get_backend(cpu).name())
+    except RuntimeError:  # it has none for the CPU
+        return False, torch.device("cuda")
+    return name.lower() == "gloo", cpu
 
 
 @functools.cache
@@ -345,7 +386,7 @@ def _leave_last_words() -> None:
 
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:
         if dist.is_initialized():
-            for ranks in list(_live):
+            for ranks in list(_live.values()):
                 ranks.say_last_words(error)
         before(kind, error, traceback)
 

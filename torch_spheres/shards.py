@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_spheres.buffers import buffers_of, merge_buffers
+from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.intra_op import rest
@@ -140,10 +140,6 @@ class Call:
         """Outputs for a process that ran no shard; others keep theirs."""
         return outputs
 
-    def weighted(self, grad: Tensor) -> Tensor:
-        """The gradient of this process's rows, as that of all rows."""
-        return grad
-
     @property
     def ran(self) -> int:
         """Shards that run, in all processes."""
@@ -218,15 +214,25 @@ class Call:
         self.finish_forward(shards, error)
         return self.share_structure(outputs)
 
-    def finish_forward(self, shards: Sequence[Shard], error: Exception | None) -> None:
-        """What comes after all shards' forward: buffers, random numbers, and who failed."""
+    def finish_forward(
+        self, shards: Sequence[Shard], error: Exception | None, notes: Sequence[int] = ()
+    ) -> list[int]:
+        """What comes after all shards' forward: buffers, random numbers, and who failed.
+
+        Returns:
+            The greatest of all processes' notes.
+        """
         buffers = buffers_of(self.module)
+        if error is None:
+            error = misshapen(shards)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
-        drew, *changed = self.agree("the forward", error, [self.random.drew, *mine])
+        told = self.agree("the forward", error, [*notes, self.random.drew, *mine])
+        notes, (drew, *changed) = told[: len(notes)], told[len(notes) :]
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
         self.check_random()
+        return notes
 
     def _parameter_versions(self) -> list[int]:
         parameters = self.module.parameters()
@@ -372,7 +378,7 @@ class Call:
         if grad.dim() == 0:
             return [grad * weight for weight in self.split.weights]
         sizes = [0 if shard is None else shard.outputs[i].shape[0] for shard in shards]
-        return [aligned(piece) for piece in self.weighted(grad).split(sizes)] if sizes else []
+        return [aligned(piece) for piece in grad.split(sizes)] if sizes else []
 
     def gather_input_grad(self, value: Tensor, parts: list[Tensor | None]) -> Tensor | None:
         """The gradient of an argument from those of its parts."""

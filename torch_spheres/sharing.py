@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
+from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
@@ -49,7 +50,6 @@ class SharedCall(Call):
         what: str = "forward",
     ) -> None:
         self.ranks, self._what = ranks, what
-        self.is_whole = False  # the loss is that of all ranks' rows, see `SphereParallel.gather`
         self._base = 0
         self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
         self._early: Exception | None = None  # to be told at the next meeting
@@ -63,12 +63,15 @@ class SharedCall(Call):
         try:
             split = Split(value, self.crew.plan.shards, self.ranks)
             rows = split.rows
-            shapes = [(v.shape[1:], v.dtype) for v in split.flat if isinstance(v, Tensor)]
+            tensors = [v for v in split.flat if isinstance(v, Tensor)]
+            shapes = [(v.dim(), v.shape[1:], v.dtype, v.requires_grad) for v in tensors]
             form = zlib.crc32(repr(shapes).encode())
         except Exception as caught:  # noqa: BLE001
             error = caught
         state = zlib.crc32(torch.get_rng_state().numpy().tobytes())
         mode = 2 * self.module.training + torch.is_grad_enabled()
+        trained = [p.shape for p in self.module.parameters() if p.requires_grad]
+        mode += 4 * zlib.crc32(repr(trained).encode())
         told = [
             _WHAT.index(self._what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),
             state,
@@ -78,6 +81,7 @@ class SharedCall(Call):
         self._check(table, split)
         self._base = table[5][0]
         split.share(table[2])
+        split.flat = [own_rows_only(v, split.total) for v in split.flat]
         self._somebody_has_none = 0 in table[2]
         return split
 
@@ -89,6 +93,7 @@ class SharedCall(Call):
                 "are in different modes",
                 [f"training={bool(m & 2)}, grad enabled={bool(m & 1)}" for m in modes],
             ),
+            ("have other parameters that require a gradient", [f"set {m >> 2:x}" for m in modes]),
             (
                 "were seeded differently (random numbers belong to shards: give all the same seed)",
                 seeds,
@@ -150,16 +155,13 @@ class SharedCall(Call):
         """Shards that run, on all ranks."""
         return min(self.split.total, self.split.shards)
 
-    def weighted(self, grad: Tensor) -> Tensor:
-        """A loss is a mean over this rank's rows, unless it was of all rows."""
-        return grad if self.is_whole else grad * (self.split.rows / self.split.total)
-
     # ---- outputs ----
 
     def _mean(self, values: Sequence[Tensor]) -> Tensor:
         # The other ranks' come in `share_structure`: this one only stands for it.
-        self._scalars.append([v * w for v, w in zip(values, self.split.weights, strict=True)])
-        return values[0].detach()
+        weighted = [v * w for v, w in zip(values, self.split.weights, strict=True)]
+        self._scalars.append(weighted)
+        return weighted[0].detach()
 
     def share_structure(self, outputs: list[Any]) -> list[Any]:
         """Scalars become those of all ranks; a rank without rows gets outputs without rows."""
@@ -228,7 +230,9 @@ class SharedCall(Call):
             if self._early is not None:
                 raise self._early
             run()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            if exchange.is_broken:
+                raise
             exchange.fail(error)
             exchange.finish()  # raises it, when the others know
         nothing: Grads = [None] * (len(self.trainable) - len(self._sparse))

@@ -17,7 +17,7 @@ from torch_spheres import _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
-from torch_spheres.loading.portions import CutSamples, Portions
+from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
 from torch_spheres.loading.progress import Digest, Progress, Sources
 from torch_spheres.loading.snapshots import FAILED, Snapshot
 from torch_spheres.loading.transfer import Pinning, Transfer
@@ -252,6 +252,8 @@ class SphereIterator(_BaseDataLoaderIter):
             warnings.warn(text, UserWarning, stacklevel=3)
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        if not first_iter and loader._sphere_ranks is not None:
+            same_random_state(loader._sphere_ranks, loader.generator)
         super()._reset(loader, first_iter)
         if type(self._index_sampler) is BatchSampler:
             self._sampler_iter = index_lists(self._index_sampler)

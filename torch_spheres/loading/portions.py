@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_spheres.ranks import Ranks
 from torch_spheres.sampler import shard_bounds
 
-__all__ = ["CutSamples", "NoRows", "Portions", "without_rows"]
+__all__ = ["CutSamples", "NoRows", "Portions", "same_random_state", "without_rows"]
 
 
 class NoRows(list[Any]):
@@ -22,6 +23,16 @@ class NoRows(list[Any]):
 def without_rows(batch: Any) -> Any:
     """The tensors of a batch with none of their rows."""
     return pytree.tree_map(lambda v: v[:0] if isinstance(v, Tensor) and v.dim() else v, batch)
+
+
+def same_random_state(ranks: Ranks, own: torch.Generator | None) -> None:
+    """Rank 0's, for what an epoch draws: an evaluation on one rank alone may have drawn as well."""
+    states = [torch.get_rng_state(), *([] if own is None else [own.get_state()])]
+    ranks.broadcast(states, "the beginning of an epoch")
+    if ranks.rank > 0:
+        torch.set_rng_state(states[0])
+        if own is not None:
+            own.set_state(states[1])
 
 
 class Portions:
