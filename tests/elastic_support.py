@@ -33,6 +33,16 @@ def digest_alone(epochs):
     return re.search(r"weights digest: \w+", done.stdout)[0]
 
 
+def children(parent):
+    """Processes that it has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
 class Agents:
     """One for each machine; the first has the rendezvous, and has to live.
 
@@ -87,10 +97,7 @@ class Agents:
     def kill(self, number):
         """The machine is gone: the agent and its worker."""
         agent = self.agents[number]
-        workers = subprocess.run(
-            ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=False
-        ).stdout.split()
-        for pid in (agent.pid, *map(int, workers)):
+        for pid in (agent.pid, *children(agent.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         agent.wait()
