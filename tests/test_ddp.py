@@ -9,7 +9,7 @@ import pytest
 import torch
 
 RANK = """
-import copy, sys, torch, zoo
+import copy, os, sys, torch, zoo
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -40,6 +40,8 @@ with ts.KissingSpheres(concurrency=2) as spheres:
     weights = [p.detach().clone() for p in model.parameters()]
 torch.save(weights, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # with a DDP model about, gloo's thread can abort a process that ends as usual
 """
 
 

@@ -510,3 +510,25 @@ def test_a_resumption_that_failed_can_be_tried_again(spheres):
         iter(loader)
     dataset.rows = 40
     assert [b[1].tolist() for b in loader] == left
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sampler_that_is_cut_for_ranks_resumes_on_others(spheres, workers):
+    """Its lists differ from rank to rank; the batches that they are parts of do not."""
+
+    def make(rank, world):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.arange(300))
+        batches = ts.SphereBatchSampler(RandomSampler(data), 48, rank=rank, world_size=world)
+        return ts.wrap(DataLoader(data, batch_sampler=batches, num_workers=workers), spheres)
+
+    loader = make(0, 3)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    state, random_state = loader.state_dict(), torch.get_rng_state()
+    for rank, world in ((0, 3), (1, 3), (0, 1), (1, 2), (3, 4)):
+        wanted = [rows.tolist() for (rows,) in make(rank, world)][2:]
+        resumed = make(rank, world)
+        resumed.load_state_dict(state)
+        torch.set_rng_state(random_state)
+        assert [rows.tolist() for (rows,) in resumed] == wanted, (rank, world)

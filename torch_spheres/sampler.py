@@ -96,7 +96,8 @@ class SphereBatchSampler(Sampler[list[int]]):
         if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
             raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
         self.rank, self.world_size = rank, world_size
-        self._places: list[int] | None = None  # in the global batch, of the rows yielded last
+        self._whole: list[int] | None = None  # the global batch that was cut last
+        self._places: list[int] | None = None  # in it, of the rows that were yielded
         block = count // world_size
         self._own = slice(rank * block, (rank + 1) * block)  # this rank's groups
 
@@ -165,7 +166,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             epoch.count(batch)
             if self.world_size > 1:
                 self._places = [*chain.from_iterable(self.groups(range(len(batch)))[self._own])]
-                batch = [batch[place] for place in self._places]
+                self._whole, batch = batch, [batch[place] for place in self._places]
             yield batch
         if self._newest is epoch:
             self._newest = None

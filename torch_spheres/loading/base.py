@@ -136,7 +136,9 @@ class SphereIterator(_BaseDataLoaderIter):
         index = super()._next_index()  # type: ignore[no-untyped-call]
         if self._dataset_kind != _DatasetKind.Map:
             return index
-        self._pulled.add(index)
+        # (Of all ranks, also where a SphereBatchSampler has cut it: states go from one to another.)
+        whole = getattr(self._index_sampler, "_whole", None)
+        self._pulled.add(index if whole is None else whole)
         if self._portions is not None:
             index, self._places = self._portions.of(index)
         else:  # a SphereBatchSampler may have cut it
