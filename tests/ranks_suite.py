@@ -13,6 +13,7 @@ import zoo
 from torch.nn import functional as F
 
 import torch_spheres as ts
+from torch_spheres import exchange, pieces, sharing
 
 
 def rows_of(rows: int, spheres: ts.KissingSpheres) -> list[int]:
@@ -51,8 +52,24 @@ def trained(name, kind, way, rows, spheres):
     return zoo.fingerprint(model, optimizers, losses)
 
 
+def in_small_buckets() -> list[int]:
+    """Has all models sent in many buckets, as large ones are; counts those that are early."""
+    exchange.BUCKET = sharing.BUCKET = 1 << 10
+    exchange._SMALL = 0
+    early = [0]
+    add_piece = pieces.FoldInPieces.add_piece
+
+    def counting(*args):
+        early[0] += 1
+        add_piece(*args)
+
+    pieces.FoldInPieces.add_piece = counting
+    return early
+
+
 def main() -> None:
     cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    early = in_small_buckets() if "small buckets" in sys.argv[3:] else [0]
     warnings.simplefilter("ignore", FutureWarning)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -61,6 +78,7 @@ def main() -> None:
         name, kind, way, levels, rows, concurrency = case
         with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
             found[json.dumps(case)] = trained(name, kind, way, rows, spheres)
+    found["early buckets"] = early[0]
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -73,19 +73,40 @@ SUITE = [
 ]
 
 
+def compared(suite, world, folder, *options):
+    """Digests of all ranks, which are those of one process."""
+    done = torchrun(world, HERE / "ranks_suite.py", json.dumps(suite), folder, *options)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((folder / f"{r}.json").read_text()) for r in range(world)]
+    for case in suite:
+        name, kind, way, levels, rows, _ = case
+        for rank, digests in enumerate(found):
+            whole = expected(name, kind, way, levels, rows)
+            assert digests[json.dumps(case)] == whole, (case, rank)
+    return found
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 def test_the_bits_of_one_process(world, tmp_path):
-    done = torchrun(world, HERE / "ranks_suite.py", json.dumps(SUITE), tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(world)]
-    for case in SUITE:
-        name, kind, way, levels, rows, _ = case
-        for rank, digests in enumerate(found):
-            assert digests[json.dumps(case)] == expected(name, kind, way, levels, rows), (
-                case,
-                rank,
-            )
+    compared(SUITE, world, tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_the_bits_of_one_process_on_twelve_ranks(tmp_path):
+    compared([case for case in SUITE if case[5] == 1][::3], 12, tmp_path)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world", "concurrency"), [(2, 6), (3, 1), (3, 4), (6, 2)])
+def test_bits_are_equal_in_many_buckets_that_leave_early(world, concurrency, tmp_path):
+    suite = [
+        *([name, "adamw", way, 2, 50, concurrency] for name in zoo.ZOO for way in WAYS[:2]),
+        ["mlp with dropout", "sgd", "loop", 2, 5, concurrency],
+        ["transformer with dropout", "sgd", "loop", 3, 150, concurrency],
+    ]
+    found = compared(suite, world, tmp_path, "small buckets")
+    assert all(rank["early buckets"] > 0 for rank in found)
 
 
 def in_order(parts, world, rows, levels):

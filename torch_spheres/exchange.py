@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,22 +21,23 @@ import torch
 from torch import Tensor
 
 from torch_spheres.errors import RankError
+from torch_spheres.meeting import Meeting
 from torch_spheres.ranks import Ranks
 from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
-__all__ = ["Exchange", "Layout", "part_sums", "total_over_ranks"]
+__all__ = ["BUCKET", "Exchange", "Layout", "part_sums", "total_over_ranks"]
 
 Grads = list[Tensor | None]
-_Flags = list[list[list[int]]]  # by rank, by part: its state, then that of each tensor
+_Flags = dict[int, list[tuple[int, int]]]  # by tensor: the (rank, part)s that have it
 
-_BUCKET = 16 << 20  # bytes of a bucket: large enough that its messages are worth their while
+BUCKET = 16 << 20  # bytes of a bucket: large enough that its messages are worth their while
 _SMALL = 1 << 20  # bytes that a rank sends in all: less goes in one message to everybody
 _ALIGN = 32  # elements: 64 bytes of a half type
 _HALF = (torch.bfloat16, torch.float16)
 _SUMMED = (torch.float32, torch.float64)
-_ABSENT, _PRESENT, _FAILED = 0, 1, 2
+_FAILED = 2
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Layout:
         for i in reversed(range(len(like))):
             t = torch.view_as_real(like[i]) if like[i].is_complex() else like[i]
             bucket = open_.get(t.dtype)
-            if bucket is None or bucket.length * bucket.dtype.itemsize >= _BUCKET:
+            if bucket is None or bucket.length * bucket.dtype.itemsize >= BUCKET:
                 sums = torch.float32 if t.dtype in _HALF else t.dtype
                 if sums not in _SUMMED:
                     raise TypeError(f"gradients of {t.dtype} cannot be summed over processes")
@@ -101,19 +102,15 @@ class Layout:
             self._buffers[part] = known
         return known
 
-    def real(self, i: int, value: Tensor) -> Tensor:
-        """A value of tensor `i` as its bucket has it, flat."""
-        return (torch.view_as_real(value) if self.complex[i] else value).reshape(-1)
-
     def shaped(self, i: int, flat: Tensor) -> Tensor:
-        """The other way round."""
+        """What a bucket holds of tensor `i`, as that tensor."""
         if not self.complex[i]:
             return flat.view(self.shapes[i])
         return torch.view_as_complex(flat.view(*self.shapes[i], 2))
 
 
 class Exchange:
-    """One sum over all ranks: each gives its parts, in order, and all get the total.
+    """One sum over all ranks: each gives its parts, bucket by bucket, and all get the total.
 
     Args:
         ranks: who takes part.
@@ -127,68 +124,85 @@ class Exchange:
     ) -> None:
         self._ranks, self._layout, self._what = ranks, layout, what
         self._spheres = spheres
-        count = max(map(len, ranks.parts))
-        self._is_small = layout.bytes * count * (ranks.world - 1) <= _SMALL
+        parts = max(map(len, ranks.parts))
+        self._is_small = layout.bytes * parts * (ranks.world - 1) <= _SMALL
         self._lock = threading.Lock()
-        self._given: list[Grads | None] = [None] * count
-        self._issued = 0
+        # What is sent at once, in this order: (part, bucket).
+        self._units = [(p, b) for p in range(parts) for b in range(len(layout.buckets))]
+        self._given: dict[tuple[int, int], list[bool]] = {}  # which tensors are there
+        self._sent: list[tuple[Meeting, list[Any]]] = []  # by unit: flags, and then values
+        self._buffers = [layout.buffers(p, ranks) for p in range(parts)]
         self._error: BaseException | None = None
         self.is_broken = False  # a message could not be sent: there will be no more of them
-        self._flags: list[tuple[list[Any], Tensor]] = []  # by part: work, what it fills
-        self._slices: list[list[tuple[list[Any], Tensor, Tensor]]] = []  # by part and bucket
-        for part in range(len(ranks.own_parts), count):
-            self._given[part] = [None] * len(layout.where)
+        for p in range(len(ranks.own_parts), parts):
+            self.give(p, [None] * len(layout.where))
 
     # ---- giving ----
 
     def give(self, part: int, sums: Grads) -> None:
-        """A part's sums, None where no shard in it had any. Any thread, in any order."""
+        """A part's sums, None where no shard in it had any."""
+        for b, bucket in enumerate(self._layout.buckets):
+            self.add(part, b, [[sums[i]] for i, _, _ in bucket.places])
+
+    def add(self, part: int, bucket: int, columns: Sequence[Sequence[Tensor | None]]) -> None:
+        """A part's values of a bucket's tensors, summed on the way into the message.
+
+        Any thread, in any order; each once.
+
+        Args:
+            part: which.
+            bucket: which.
+            columns: of each tensor, in the order of the bucket's places: one value, or twelve,
+                which are added in the tree. In float32 for half types.
+        """
+        places = self._layout.buckets[bucket].places
+        sent, _ = self._buffers[part][bucket]
+        outs = []
+        for i, begin, size in places:
+            outs.append(self._layout.shaped(i, sent[begin : begin + size]))
+        with torch.no_grad():
+            if any(v is not None and v.device != sent.device for c in columns for v in c):
+                sums = tree_sums(columns)
+                for out, total in zip(outs, sums, strict=True):
+                    if total is not None:
+                        out.copy_(total)
+            else:
+                tree_sums(columns, outs=outs)
+        there = [any(v is not None for v in column) for column in columns]
         with self._lock:
-            self._given[part] = sums
-            self._issue()
+            self._given[part, bucket] = there
+            # All but the last, which may still have to say that something has failed.
+            self._send_until(len(self._units) - 1)
 
     def fail(self, error: BaseException) -> None:
         """Says that this rank has no sums to give: all will know, and nobody waits."""
         with self._lock:
             self._error = error
-            nothing: Grads = [None] * len(self._layout.where)
-            self._given = [nothing if i >= self._issued else None for i in range(len(self._given))]
-            self._issue()
+            for p, b in self._units[len(self._sent) :]:
+                self._given[p, b] = [False] * len(self._layout.buckets[b].places)
 
-    def _issue(self) -> None:
-        # In the order of the parts on all ranks, or messages would meet the wrong ones.
-        while self._issued < len(self._given):
-            sums = self._given[self._issued]
-            if sums is None:
+    def _send_until(self, end: int) -> None:
+        # In the same order on all ranks, or messages would meet the wrong ones.
+        while not self._is_small and len(self._sent) < end:
+            unit = self._units[len(self._sent)]
+            if unit not in self._given:
                 return
-            if not self._is_small:
-                self._given[self._issued] = None
-                try:
-                    with self._ranks.explaining(self._what):
-                        self._send(sums)
-                except RankError:
-                    self.is_broken = True
-                    raise
-            self._issued += 1
+            try:
+                with self._ranks.explaining(self._what):
+                    self._send(unit)
+            except RankError:
+                self.is_broken = True
+                raise
 
-    def _flags_of(self, sums: Grads) -> Tensor:
-        flags = [_ABSENT if s is None else _PRESENT for s in sums]
-        return torch.tensor([_FAILED if self._error else _PRESENT, *flags], dtype=torch.uint8)
+    def _send(self, unit: tuple[int, int]) -> None:
+        ranks, (part, bucket) = self._ranks, unit
+        flags = Meeting(ranks, self._what, self._flags_of(unit))
+        sent, received = self._buffers[part][bucket]
+        self._sent.append((flags, ranks.scatter_async(received, sent)))
 
-    def _send(self, sums: Grads) -> None:
-        ranks, device = self._ranks, self._ranks.device
-        flags = self._flags_of(sums).to(device)
-        table = torch.empty(ranks.world * len(flags), dtype=torch.uint8, device=device)
-        self._flags.append((ranks.gather_async(table, flags), table))
-        slices = []
-        buffers = self._layout.buffers(self._issued, ranks)
-        for bucket, (sent, received) in zip(self._layout.buckets, buffers, strict=True):
-            for i, begin, size in bucket.places:
-                value = sums[i]
-                if value is not None:
-                    sent[begin : begin + size].copy_(self._layout.real(i, value))
-            slices.append((ranks.scatter_async(received, sent), received, sent))
-        self._slices.append(slices)
+    def _flags_of(self, unit: tuple[int, int]) -> Tensor:
+        state = _FAILED if self._error is not None else 0
+        return torch.tensor([state, *self._given[unit]], dtype=torch.uint8)
 
     # ---- getting ----
 
@@ -199,81 +213,101 @@ class Exchange:
             RankError: another rank has failed, or does not answer.
             BaseException: what `fail` was told.
         """
-        assert self._issued == len(self._given)
         with torch.no_grad():
-            return self._finish_small() if self._is_small else self._finish_buckets()
+            if self._is_small:
+                return self._finish_small()
+            with self._lock:
+                self._send_until(len(self._units))
+            assert len(self._sent) == len(self._units)
+            return self._finish_buckets()
 
     def _finish_small(self) -> Grads:
         """All parts in one message to everybody."""
         packed = []
-        for sums in self._given:
-            assert sums is not None
-            packed.append(_bytes(self._flags_of(sums)))
-            for bucket in self._layout.buckets:
-                flat = torch.zeros(bucket.length, dtype=bucket.dtype)
-                for i, begin, size in bucket.places:
-                    value = sums[i]
-                    if value is not None:
-                        flat[begin : begin + size].copy_(self._layout.real(i, value))
-                packed.append(_bytes(flat))
+        for part, bucket in self._units:
+            there = self._given[part, bucket]
+            packed.append(self._flags_of((part, bucket)))
+            sent, _ = self._buffers[part][bucket]
+            for (_, begin, size), is_there in zip(
+                self._layout.buckets[bucket].places, there, strict=True
+            ):
+                if not is_there:
+                    sent[begin : begin + size].zero_()
+            packed.append(sent[: self._layout.buckets[bucket].length].cpu().view(torch.uint8))
         table = self._ranks.gather(torch.cat(packed), self._what)
-        read = [_Reader(row, self._layout) for row in table]
-        parts = [[reader.part() for _ in self._given] for reader in read]
-        flags = [[part[0].tolist() for part in row] for row in parts]
-        self._check(flags)
+        present, failed = self._no_flags(), False
+        flats: list[dict[tuple[int, int], Tensor]] = [{} for _ in self._layout.buckets]
+        for r, message in enumerate(table):
+            at = 0
+            for p, b in self._units:
+                bucket_ = self._layout.buckets[b]
+                end = at + 1 + len(bucket_.places)
+                failed |= self._read_flags(message[at:end].tolist(), r, p, b, present)
+                at, end = end, end + bucket_.length * bucket_.dtype.itemsize
+                flats[b][r, p] = message[at:end].clone().view(bucket_.dtype)  # aligned
+                at = end
+        self._check(failed)
         totals: Grads = [None] * len(self._layout.where)
-        for b, bucket in enumerate(self._layout.buckets):
-            flats = {
-                (r, p): parts[r][p][1][b] for r in range(len(parts)) for p in range(len(parts[r]))
-            }
-            out = torch.empty(bucket.length, dtype=bucket.dtype)
-            self._add(bucket, flats, flags, out, 0)
-            self._place(bucket, out.to(bucket.result), flags, totals)
+        for bucket_, values in zip(self._layout.buckets, flats, strict=True):
+            out = torch.empty(bucket_.length, dtype=bucket_.dtype)
+            self._add(bucket_, values, present, out, 0)
+            self._place(bucket_, out.to(bucket_.result), present, totals)
         return totals
 
     def _finish_buckets(self) -> Grads:
         ranks, what = self._ranks, self._what
-        flags: _Flags = [[] for _ in range(ranks.world)]
-        for works, table in self._flags:
-            ranks.wait(works, what)
-            for r, row in enumerate(table.view(ranks.world, -1).tolist()):
-                flags[r].append(row)
-        if any(part[0] == _FAILED for row in flags for part in row):
+        present, failed = self._no_flags(), False
+        for (p, b), (flags, _) in zip(self._units, self._sent, strict=True):
+            for r, row in enumerate(flags.finish()):
+                failed |= self._read_flags(row.tolist(), r, p, b, present)
+        if failed:
             # Memory that messages are still on their way to is used again by the next exchange.
-            for slices in self._slices:
-                for works, _, _ in slices:
-                    ranks.wait(works, what)
-        self._check(flags)
+            for _, works in self._sent:
+                ranks.wait(works, what)
+        self._check(failed)
+        works_of = {unit: works for unit, (_, works) in zip(self._units, self._sent, strict=True)}
         gathered = []
         for b, bucket in enumerate(self._layout.buckets):
             length = bucket.slice_length(ranks.world)
             flats = {}
-            for p, slices in enumerate(self._slices):
-                works, received, sent = slices[b]
-                ranks.wait(works, what)
+            for p in range(len(self._buffers)):
+                ranks.wait(works_of[p, b], what)
+                sent, received = self._buffers[p][b]
                 for r in range(ranks.world):
                     source = sent if r == ranks.rank else received
                     flats[r, p] = source[r * length : (r + 1) * length]
             mine = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
-            self._add(bucket, flats, flags, mine, ranks.rank * length)
+            self._add(bucket, flats, present, mine, ranks.rank * length)
             out = torch.empty(length * ranks.world, dtype=bucket.result, device=ranks.device)
             mine = mine.to(bucket.result)
-            gathered.append((ranks.gather_async(out, mine), out, mine))
+            with ranks.explaining(what):
+                gathered.append((ranks.gather_async(out, mine), out, mine))
         totals: Grads = [None] * len(self._layout.where)
         for bucket, (works, out, _) in zip(self._layout.buckets, gathered, strict=True):
             ranks.wait(works, what)
-            self._place(bucket, out, flags, totals)
+            self._place(bucket, out, present, totals)
         return totals
 
-    def _check(self, flags: _Flags) -> None:
-        if any(part[0] == _FAILED for row in flags for part in row):
+    def _no_flags(self) -> _Flags:
+        return {i: [] for i in range(len(self._layout.where))}
+
+    def _read_flags(self, row: list[int], rank: int, part: int, bucket: int, into: _Flags) -> bool:
+        """Notes who has what; whether the rank has failed."""
+        state, *there = row
+        for (i, _, _), is_there in zip(self._layout.buckets[bucket].places, there, strict=True):
+            if is_there:
+                into[i].append((rank, part))
+        return state == _FAILED
+
+    def _check(self, failed: bool) -> None:
+        if failed:
             self._ranks.raise_errors(self._what, self._error)
 
     def _add(
         self,
         bucket: _Bucket,
         flats: dict[tuple[int, int], Tensor],
-        flags: _Flags,
+        present: _Flags,
         out: Tensor,
         first: int,
     ) -> None:
@@ -284,33 +318,22 @@ class Exchange:
         """
         columns: list[list[Tensor | None]] = []
         outs: list[Tensor | None] = []
-        for present, begin, end in self._runs(bucket, flags):
+        for having, run in itertools.groupby(bucket.places, lambda place: present[place[0]]):
+            places = list(run)
+            begin, end = places[0][1], places[-1][1] + places[-1][2]
             low, high = max(begin - first, 0), min(end - first, len(out))
             if low >= high:
                 continue
             column: list[Tensor | None] = [None] * GROUPS
-            for r, p in present:
+            for r, p in having:
                 column[self._ranks.parts[r][p][0]] = flats[r, p][low:high]
             columns.append(column)
             outs.append(out[low:high])
         tree_sums(columns, outs=outs, spheres=self._spheres)
 
-    def _runs(
-        self, bucket: _Bucket, flags: _Flags
-    ) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-        """Neighbours in a bucket that the same parts have, as (parts, begin, end)."""
-        parts = [(r, p) for r, row in enumerate(flags) for p in range(len(row))]
-
-        def has(i: int) -> list[tuple[int, int]]:
-            return [(r, p) for r, p in parts if flags[r][p][1 + i] == _PRESENT]
-
-        for present, run in itertools.groupby(bucket.places, lambda place: has(place[0])):
-            places = list(run)
-            yield present, places[0][1], places[-1][1] + places[-1][2]
-
-    def _place(self, bucket: _Bucket, out: Tensor, flags: _Flags, totals: Grads) -> None:
+    def _place(self, bucket: _Bucket, out: Tensor, present: _Flags, totals: Grads) -> None:
         for i, begin, size in bucket.places:
-            if any(part[1 + i] == _PRESENT for row in flags for part in row):
+            if present[i]:
                 totals[i] = self._layout.shaped(i, out[begin : begin + size])
 
 
@@ -343,25 +366,3 @@ def total_over_ranks(
             None if total is None else total.to(t.device)
             for total, t in zip(found, like, strict=True)
         ]
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return values.view(torch.uint8)
-
-
-class _Reader:
-    """Parts out of a rank's message of bytes."""
-
-    def __init__(self, message: Tensor, layout: Layout) -> None:
-        self._message, self._layout, self._at = message, layout, 0
-
-    def part(self) -> tuple[Tensor, list[Tensor]]:
-        flags = self._take(1 + len(self._layout.where), torch.uint8)
-        flats = [self._take(bucket.length, bucket.dtype) for bucket in self._layout.buckets]
-        return flags, flats
-
-    def _take(self, count: int, dtype: torch.dtype) -> Tensor:
-        size = count * dtype.itemsize
-        piece = self._message[self._at : self._at + size].clone()  # at storage of its own: aligned
-        self._at += size
-        return piece.view(dtype)

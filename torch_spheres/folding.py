@@ -64,7 +64,8 @@ class GradientFold:
         concurrency: how many may run at once.
         parts: with several processes: ranges of the root's children whose sums are wanted, instead
             of the total. Each is a complete subtree.
-        emit: gets ``(index of the part, its sums)``, on the thread that has completed it.
+        emit: gets ``(index of the part, the root's twelve values)``, of which those in the part may
+            be there and have to be added, on the thread that has completed it.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class GradientFold:
         shards: Sequence[int],
         concurrency: int,
         parts: Sequence[tuple[int, int]] = ((0, _KISSING),),
-        emit: Callable[[int, Grads], None] | None = None,
+        emit: Callable[[int, list[Grads | None]], None] | None = None,
     ) -> None:
         self._parts, self._emit = parts, emit
         self._emitted: set[int] = set()
@@ -230,7 +231,7 @@ class GradientFold:
             self._root.values[first:last] = [None] * (last - first)
         present = sum(v is not None for v in values)
         assert self._emit is not None
-        self._emit(part, _sum(values))
+        self._emit(part, values)
         del values
         with self._changed:
             self._alive -= present

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_spheres.errors import RankError
+from torch_spheres.meeting import Meeting, apart
 from torch_spheres.sampler import GROUPS, shard_bounds
 
 __all__ = ["ProcessGroup", "Ranks", "find_ranks", "parts_of"]
@@ -116,6 +117,7 @@ class Ranks:
         self._name = f"torch_spheres/{name}"
         self._meetings = itertools.count()
         self._swaps = 0
+        self._parted: RankError | None = None
         _leave_last_words()
 
     @property
@@ -215,12 +217,31 @@ class Ranks:
 
     def gather(self, values: Tensor, what: str) -> Tensor:
         """Every rank's values, of one shape: a row for each rank, on the CPU."""
-        given = values.to(self.device)
-        out = torch.empty((self.world, *given.shape), dtype=given.dtype, device=self.device)
-        with self.explaining(what):
-            works = self.gather_async(out.view(-1), given.reshape(-1))
-        self.wait(works, what)
-        return out.cpu()
+        given = values.detach().cpu().contiguous()
+        rows = Meeting(self, what, given.reshape(-1).view(torch.uint8)).finish()
+        sizes = [len(row) for row in rows]
+        if len({*sizes}) > 1:
+            self.part(what, [f"{what} of {size} bytes" for size in sizes])
+        # Copied to where memory is aligned for every type.
+        return torch.stack(rows).view(given.dtype).view(self.world, *given.shape)
+
+    def need_together(self) -> None:
+        """Before anything is said: once apart, messages would meet the wrong ones.
+
+        Raises:
+            RankError: the ranks have done different things.
+        """
+        if self._parted is not None:
+            raise RankError(f"{self._parted} (said before)", self._parted.ranks)
+
+    def part(self, what: str, texts: list[str]) -> NoReturn:
+        """The ranks are about to do different things, each what its text says.
+
+        Raises:
+            RankError: always.
+        """
+        self._parted = apart(what, texts, self.rank)
+        raise self._parted
 
     @contextlib.contextmanager
     def explaining(self, what: str) -> Iterator[None]:
@@ -235,14 +256,8 @@ class Ranks:
     def objects(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, pickled; for what is said seldom."""
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self.gather(torch.tensor([len(mine)]), what).flatten().tolist()
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        table = self.gather(padded, what)
-        return [
-            pickle.loads(row[:size].numpy().tobytes())  # from our own ranks
-            for row, size in zip(table, sizes, strict=True)
-        ]
+        rows = Meeting(self, what, mine).finish()
+        return [pickle.loads(row.numpy().tobytes()) for row in rows]  # from our own ranks
 
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
         """Rank 0's values, into everybody's tensors."""

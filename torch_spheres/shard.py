@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_spheres.checkpoints import Checkpoints
 from torch_spheres.context import CallerContext
 from torch_spheres.nesting import Nesting, unflatten
+from torch_spheres.pieces import sink_of_this_thread
 from torch_spheres.random import ShardRandom
 from torch_spheres.replica import Buffer, Replica
 
@@ -82,6 +83,9 @@ class Shard:
         else:
             if grads is None:
                 grads = [torch.ones_like(root) for root in roots]
+            sink = sink_of_this_thread()
+            if sink is not None:
+                sink.expect(self.params)
             found = list(_gradients(roots, wanted, grads, keep))
         rest = iter(found)
         all_found = [next(rest) if t.requires_grad else None for t in targets]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -353,7 +355,8 @@ class Call:
                 return
             try:
                 with torch.no_grad():
-                    grads, rest[place[leaf]] = work(place[leaf])
+                    with self.telling(fold, leaf):
+                        grads, rest[place[leaf]] = work(place[leaf])
                     fold.add(leaf, grads)
             except BaseException:
                 fold.fail()
@@ -362,11 +365,16 @@ class Call:
         sums = self.finish_fold(fold, lambda: self.crew.map(item, len(rest)))
         return sums, rest
 
-    def new_fold(self) -> GradientFold:
+    def new_fold(self) -> Any:
         """For this call's gradients."""
         return GradientFold(self.split.places, self.split.leaves, self.crew.concurrency)
 
-    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
+    def telling(self, fold: Any, leaf: int) -> AbstractContextManager[None]:
+        """A block in which a shard runs, and its gradients may be told before it has."""
+        del fold, leaf
+        return contextlib.nullcontext()
+
+    def finish_fold(self, fold: Any, run: Callable[[], object]) -> Grads:
         """Has the shards run, and returns the sums."""
         run()
         with torch.no_grad():

@@ -7,20 +7,24 @@ for the gradients, whose partial sums are on their way while other shards are st
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_spheres.exchange import Exchange, Layout, total_over_ranks
+from torch_spheres.exchange import BUCKET, Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
-from torch_spheres.folding import GradientFold, Grads
+from torch_spheres.folding import GradientFold, Grads, tree_order
+from torch_spheres.pieces import FoldInPieces, Sink, listen
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
-from torch_spheres.replica import ReplicaPool
+from torch_spheres.replica import Replica, ReplicaPool
+from torch_spheres.shard import Shard
 from torch_spheres.shards import Call, Crew
 from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sums
@@ -54,6 +58,12 @@ class SharedCall(Call):
         self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
         self._early: Exception | None = None  # to be told at the next meeting
         super().__init__(module, pool, crew, args, kwargs)
+        # (torch's compiler would have to know of the hooks.)
+        several = sum(p.nbytes for p in self.trainable) > BUCKET
+        self._tells = several and self.compiled is None
+        own = {*self.split.leaves}
+        last = [leaf for leaf in tree_order(self.split.places) if leaf in own]
+        self._last = last[-crew.concurrency :]
 
     # ---- before the forward ----
 
@@ -188,42 +198,66 @@ class SharedCall(Call):
 
     # ---- gradients ----
 
-    def new_fold(self) -> GradientFold:
-        """Its parts go to the other ranks as soon as they are complete."""
+    def forward_shard(self, k: int, replica: Replica) -> Shard:
+        """As in one process; large models' gradients will be told as they come."""
+        if self._tells:
+            listen(replica)
+        return super().forward_shard(k, replica)
+
+    def new_fold(self) -> FoldInPieces:
+        """One that has each bucket sent as soon as all shards of a part have given theirs."""
         layouts = self.pool.layouts
         key = tuple((p.shape, p.dtype) for p in self.trainable)
         self._sparse = _sparse_parameters(self.module, self.trainable)
-        dense = [p for p in self.trainable if id(p) not in self._sparse]
+        self._dense = [i for i, p in enumerate(self.trainable) if id(p) not in self._sparse]
         if layouts.get("key") != (key, self._sparse):
+            dense = [self.trainable[i] for i in self._dense]
             layouts.update(key=(key, self._sparse), layout=Layout(dense))
+        layout: Layout = layouts["layout"]
         self._exchange = Exchange(
-            self.ranks, layouts["layout"], "the exchange of gradients", self.crew.spheres
+            self.ranks, layout, "the exchange of gradients", self.crew.spheres
         )
         self._odd: list[dict[int, Tensor]] = [{} for _ in self.ranks.own_parts]
-        return GradientFold(
-            self.split.places,
-            self.split.leaves,
-            self.crew.concurrency,
-            self.ranks.own_parts,
-            self._emit,
-        )
+        self._pieces = [[self._dense[i] for i, _, _ in b.places] for b in layout.buckets]
+        self._odd_piece = len(self._pieces)
+        if self._sparse or not self._pieces:
+            self._pieces.append([i for i in range(len(self.trainable)) if i not in self._dense])
 
-    def _emit(self, part: int, sums: Grads) -> None:
-        dense: Grads = []
-        for i, (p, g) in enumerate(zip(self.trainable, sums, strict=True)):
-            if id(p) in self._sparse:
-                if g is not None:
-                    self._odd[part][i] = g
-            elif g is not None and g.layout is not torch.strided:
+        def make(piece: int) -> GradientFold:
+            return GradientFold(
+                self.split.places,
+                self.split.leaves,
+                self.crew.concurrency,
+                self.ranks.own_parts,
+                functools.partial(self._emit, piece),
+            )
+
+        return FoldInPieces(make, self._pieces)
+
+    def _emit(self, piece: int, part: int, values: list[Grads | None]) -> None:
+        members = self._pieces[piece]
+        columns = [[None if v is None else v[m] for v in values] for m in range(len(members))]
+        if piece == self._odd_piece:
+            for i, total in zip(members, tree_sums(columns), strict=True):
+                if total is not None:
+                    self._odd[part][i] = total
+            return
+        for i, column in zip(members, columns, strict=True):
+            if any(v is not None and v.layout is not torch.strided for v in column):
                 raise RuntimeError(
-                    f"parameter {i} of shape {tuple(p.shape)} has a sparse gradient, but belongs "
-                    "to no module with sparse=True: the ranks could not agree on how to send it"
+                    f"parameter {i} of shape {tuple(self.trainable[i].shape)} has a sparse "
+                    "gradient, but belongs to no module with sparse=True: the ranks could not "
+                    "agree on how to send it"
                 )
-            else:
-                dense.append(g)
-        self._exchange.give(part, dense)
+        self._exchange.add(part, piece, columns)
 
-    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
+    def telling(self, fold: FoldInPieces, leaf: int) -> AbstractContextManager[None]:
+        """For the last shards to run: nothing but the exchange is left to do beside them."""
+        if self._tells and leaf in self._last:
+            return Sink(fold, leaf, self._pieces)
+        return super().telling(fold, leaf)
+
+    def finish_fold(self, fold: FoldInPieces, run: Callable[[], object]) -> Grads:
         """Meets the other ranks, with an error too."""
         exchange = self._exchange
         try:
@@ -235,16 +269,16 @@ class SharedCall(Call):
                 raise
             exchange.fail(error)
             exchange.finish()  # raises it, when the others know
-        nothing: Grads = [None] * (len(self.trainable) - len(self._sparse))
-        for part in fold.missing_parts():
-            exchange.give(part, nothing)
-        found = iter(exchange.finish())
-        odd = self._sum_odd()
-        sums: Grads = []
-        for i, p in enumerate(self.trainable):
-            total = odd.get(i) if id(p) in self._sparse else next(found)
-            sums.append(None if total is None else total.to(p.device))
-        return sums
+        for piece, part in fold.missing():
+            if piece != self._odd_piece:
+                exchange.add(part, piece, [[None] for _ in self._pieces[piece]])
+        found = dict(zip(self._dense, exchange.finish(), strict=True))
+        found.update(self._sum_odd())
+        totals = [found.get(i) for i in range(len(self.trainable))]
+        return [
+            None if t is None else t.to(p.device)
+            for t, p in zip(totals, self.trainable, strict=True)
+        ]
 
     def _sum_odd(self) -> dict[int, Tensor]:
         """Sparse gradients, which all ranks send to all."""

@@ -17,14 +17,14 @@ __all__ = ["gather_rows"]
 
 def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
     """All ranks' rows, in the order of the batch."""
-    counts = ranks.meet("gather", [len(rows)])[:, 0].tolist()
+    told = ranks.objects((len(rows), (tuple(rows.shape[1:]), rows.dtype)), "gather")
+    counts, kinds = [n for n, _ in told], [kind for _, kind in told]
     total = sum(counts)
     if counts != [ranks.rows(r, total, leaves) for r in range(ranks.world)]:
         raise ValueError(
             f"gather(): the ranks have {counts} rows, which are not their groups' parts of a "
             f"batch of {total}"
         )
-    kinds = ranks.objects((tuple(rows.shape[1:]), rows.dtype), "gather")
     known = [kind for kind, count in zip(kinds, counts, strict=True) if count]
     if any(kind != known[0] for kind in known):
         raise ValueError(f"gather(): the ranks have rows of different shapes or types: {kinds}")

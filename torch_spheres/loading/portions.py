@@ -28,11 +28,11 @@ def without_rows(batch: Any) -> Any:
 def same_random_state(ranks: Ranks, own: torch.Generator | None) -> None:
     """Rank 0's, for what an epoch draws: an evaluation on one rank alone may have drawn as well."""
     states = [torch.get_rng_state(), *([] if own is None else [own.get_state()])]
-    ranks.broadcast(states, "the beginning of an epoch")
+    first = ranks.gather(torch.cat(states), "the beginning of an epoch")[0]
     if ranks.rank > 0:
-        torch.set_rng_state(states[0])
+        torch.set_rng_state(first[: len(states[0])].clone())
         if own is not None:
-            own.set_state(states[1])
+            own.set_state(first[len(states[0]) :].clone())
 
 
 class Portions:
