@@ -158,6 +158,35 @@ def mistakes(spheres):
     assert [w for w in caught if "not at the same place on all ranks" in str(w.message)]
 
 
+def parts_company(how, spheres):
+    """Rank 1 does something else than the others, after a good step."""
+    torch.manual_seed(0)
+    wide = 200_000 if "big" in how else 3  # of more than a bucket
+    model = ts.SphereParallel(nn.Sequential(nn.Linear(4, wide), nn.Linear(wide, 3)), spheres)
+    model(part()).sum().backward()
+    second = dist.get_rank() == 1
+    loss = model(part()).sum()
+    try:
+        if not second:
+            loss.backward()
+        elif "loader" in how:
+            next(iter(ts.wrap(DataLoader(range(48), 12), spheres)))
+        elif "gather" in how:
+            model.gather(part())
+        elif "by shard" in how:
+            model.forward_backward(lambda y, t: y.sum(), part(), part())
+        elif "checkpoint" in how:
+            ts.save_checkpoint("never.pt", model=model)
+        else:
+            model(part())
+    except ts.RankError as error:
+        print("apart", error.ranks, error, flush=True)
+    try:
+        model(part())
+    except ts.RankError as error:
+        print("still", error.ranks, error, flush=True)
+
+
 def loses_a_rank(how, spheres):
     """Rank 1 goes; the others say so."""
     torch.manual_seed(0)
@@ -234,6 +263,8 @@ def main() -> None:
     with ts.KissingSpheres(concurrency=2) as spheres:
         if how == "mistakes":
             mistakes(spheres)
+        elif how.startswith("apart"):
+            parts_company(how, spheres)
         else:
             loses_a_rank(how, spheres)
     if how == "mistakes":

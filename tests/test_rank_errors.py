@@ -80,6 +80,29 @@ def test_a_rank_that_is_lost_is_named(tmp_path, how):
             assert float(told[2]) < 20
 
 
+ELSEWHERE = {
+    "apart: model": "the start of forward",
+    "apart, big: model": "the start of forward",
+    "apart, big: gather": "gather",
+    "apart: loader": "the beginning of an epoch",
+    "apart: by shard": "the start of forward",
+    "apart, big: checkpoint": "saving a checkpoint",
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_ranks_that_do_different_things_are_told_so(tmp_path, how):
+    with started(how, 2, tmp_path, 20) as ranks:
+        ends = [rank.communicate(timeout=100) for rank in ranks]
+        for number, (out, errors) in enumerate(ends):
+            assert ranks[number].returncode == 0, errors
+            assert re.match(rf"apart \({1 - number},\) ", out), (out, errors)
+            assert f"rank 1: {ELSEWHERE[how]}" in out
+            assert "rank 0: the exchange of gradients" in out
+            assert re.search(rf"^still \({1 - number},\) .*said before", out, re.MULTILINE)
+
+
 @pytest.mark.timeout(120)
 def test_ctrl_c_is_answered_while_ranks_are_waited_for(tmp_path):
     with started("hangs", 2, tmp_path, 60) as ranks:

@@ -808,7 +808,7 @@ if world == 3:
     dist.barrier()
     if rank == 0:
         pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    expect(ts.errors.RankError, "another rank has died", lambda: save(5))
+    expect(ts.errors.RankError, "rank 0 of 3 did not come to it", lambda: save(5))
 # Not by the interpreter's end: a thread of gloo's that wants the GIL then aborts the process.
 sys.stdout.flush()
 os._exit(0)

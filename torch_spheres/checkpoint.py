@@ -43,6 +43,7 @@ from torch.utils import _pytree as pytree
 
 from torch_spheres.errors import RankError
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.ranks import ranks_of
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
 
@@ -380,10 +381,13 @@ class _Company:
         found: list[Any] = [(told, value)] * self.world
         try:
             if self.world > 1:
-                dist.all_gather_object(found, (told, value), group=self._group)
-        except RuntimeError as lost:
-            text = f"{self._what} failed: another rank has died or hung ({lost})"
-            raise error or RankError(text) from lost
+                # (Not by its name, which may differ: folders are mounted anywhere.)
+                kind = f"{self._what.split()[0]} a checkpoint"
+                found = ranks_of(self._group).objects((told, value), kind)
+        except RankError as lost:
+            if error is not None:
+                raise error from lost
+            raise RankError(f"{self._what} failed: {lost}", lost.ranks) from lost
         if error is not None:
             raise error
         if failed := [rank for rank, (text, _) in enumerate(found) if text]:

@@ -28,7 +28,7 @@ from torch_spheres.errors import RankError
 from torch_spheres.meeting import Meeting, apart
 from torch_spheres.sampler import GROUPS, shard_bounds
 
-__all__ = ["ProcessGroup", "Ranks", "find_ranks", "parts_of"]
+__all__ = ["ProcessGroup", "Ranks", "find_ranks", "parts_of", "ranks_of"]
 
 ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
 _LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
@@ -78,7 +78,6 @@ def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks 
             "process_group must be a torch.distributed.ProcessGroup, None for the default one, or "
             f"False for none, got {process_group!r}"
         )
-    group = dist.group.WORLD if process_group is None else process_group
     world = dist.get_world_size(process_group)
     if world == 1:
         return None
@@ -91,9 +90,18 @@ def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks 
             f"{world} processes cannot share {groups} symmetry group{'s' if groups > 1 else ''} "
             f"evenly: start one of {fitting}, or choose one of those by process_group="
         )
-    # One for all parts of a program: they talk in the same order on all ranks.
+    return ranks_of(process_group)
+
+
+def ranks_of(process_group: ProcessGroup | None) -> Ranks:
+    """Those of a group that this process is in, also where they could not share a batch.
+
+    One for all parts of a program: they talk in the same order on all ranks.
+    """
+    group = dist.group.WORLD if process_group is None else process_group
     known = _live.get(group)
     if known is None:
+        rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
         known = _live[group] = Ranks(process_group, rank, world)
     return known
 
