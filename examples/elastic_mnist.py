@@ -1,11 +1,15 @@
 r"""Trains on MNIST in 1 to 12 processes that may come and go: the weights are those of one process.
 
-Alone: python examples/elastic_mnist.py. Or on each machine (the first has the rendezvous):
+Alone: python examples/elastic_mnist.py. Or on each machine, with a folder that all share:
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # a restart must not find old addresses
     torchrun --nnodes=1:4 --nproc-per-node=1 --max-restarts=100 --rdzv-backend=c10d \
-        --rdzv-endpoint=FIRST:29400 --rdzv-id=mnist --monitor-interval=0.5 \
-        --rdzv-conf last_call_timeout=2,keep_alive_interval=1 examples/elastic_mnist.py
+        --rdzv-endpoint=SHARED/rendezvous --rdzv-id=mnist --monitor-interval=0.5 \
+        --rdzv-conf store_type=file,last_call_timeout=2,keep_alive_interval=1 \
+        examples/elastic_mnist.py --checkpoint SHARED/last.pt
+
+Any of them may die. With --rdzv-endpoint=FIRST:29400 and without store_type=file the first machine
+has the rendezvous, and has to live. Take a new file (or --rdzv-id) for each run.
 """
 
 from __future__ import annotations

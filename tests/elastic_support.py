@@ -44,11 +44,12 @@ def children(parent):
 
 
 class Agents:
-    """One for each machine; the first has the rendezvous, and has to live.
+    """One for each machine.
 
     Args:
         folder: for the checkpoint and the logs.
-        endpoint: address and port of the rendezvous.
+        endpoint: of the rendezvous: address and port, which the first has, and has to live; or a
+            file's path.
         epochs: of 42 steps each.
         timeout: seconds, of the process group.
     """
@@ -60,14 +61,17 @@ class Agents:
 
     def start(self, address, interface="lo", before=()):
         """One more, at its own address; `before` is put in front of its command."""
-        first = not self.agents
-        conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5,is_host="
+        conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5,"
+        if ":" in self.endpoint:
+            conf += f"is_host={not self.agents}".lower()
+        else:
+            conf += "store_type=file"
         command = [
             *before,
             *(sys.executable, "-P", "-m", "torch.distributed.run"),
             *("--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=100", "--rdzv-backend=c10d"),
             *(f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=mnist", "--monitor-interval=0.5"),
-            *(f"--local-addr={address}", "--rdzv-conf", conf + str(first).lower()),
+            *(f"--local-addr={address}", "--rdzv-conf", conf),
             *(str(EXAMPLE), "--checkpoint", str(self.folder / "last.pt"), *self.options),
         ]
         environment = os.environ | {

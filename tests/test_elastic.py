@@ -13,13 +13,17 @@ EPOCHS = 10
 
 
 @pytest.mark.timeout(300)
-def test_a_process_is_killed_and_another_joins(tmp_path):
-    agents = Agents(tmp_path, f"127.0.0.1:{free_port()}", EPOCHS)
+@pytest.mark.parametrize("rendezvous", ["address", "file"])
+def test_a_process_is_killed_and_another_joins(tmp_path, rendezvous):
+    by_file = rendezvous == "file"
+    endpoint = str(tmp_path / "rendezvous") if by_file else f"127.0.0.1:{free_port()}"
+    agents = Agents(tmp_path, endpoint, EPOCHS)
     try:
         for _ in range(4):
             agents.start("127.0.0.1")
         agents.wait_for(r"rank 0 of 4 goes on")
-        when, who = 20 * random.randint(1, 5), random.randint(1, 3)
+        # With an address the first agent has the rendezvous, and has to live.
+        when, who = 20 * random.randint(1, 5), 0 if by_file else random.randint(1, 3)
         agents.wait_for(rf"^step {when}:")
         time.sleep(random.random() * 0.5)  # in the middle of a step, or while it is saved
         agents.kill(who)
