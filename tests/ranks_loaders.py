@@ -34,6 +34,13 @@ class Counting(IterableDataset):
         return iter(range(ROWS))
 
 
+class Says(torch.nn.Module):
+    """How many rows it has seen, and which."""
+
+    def forward(self, x):
+        return x, len(x) + float(x[0, 0])
+
+
 DATA = {
     "samples": Noisy(),
     "tensors": TensorDataset(torch.arange(ROWS), torch.arange(ROWS * 2.0).view(ROWS, 2)),
@@ -199,6 +206,9 @@ def chains(group):
         first, _ = models(torch.float64)
         loss = first.forward_backward(F.cross_entropy, x[mine].double(), y[mine])
         found["few"] = [first.module.weight.grad.tolist(), loss.item()]
+        # What is no tensor is the first shard's.
+        said = ts.SphereParallel(Says(), spheres, process_group=group)
+        found["said"] = [[float(len(x)), float(said(x[rows(len(x))])[1])] for x in (x, x[:5])]
         # What is unpickled goes on with the default group, if that is what it had.
         if group is None:
             copy = pickle.loads(pickle.dumps(first))

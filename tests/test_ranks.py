@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import torch_spheres as ts
+from torch_spheres.loading.portions import without_rows
 from torch_spheres.ranks import parts_of
 
 HERE = Path(__file__).parent
@@ -135,7 +136,7 @@ def test_loaders_hooks_and_gather_on_any_number_of_ranks(tmp_path):
         for rank in range(world):
             assert found[rank][str(world)]["by hand"] == alone["by hand"]
             for way, mine in found[rank][str(world)]["chains"].items():
-                if way in ("whole", "by_shard", "few"):
+                if way in ("whole", "by_shard", "few", "said"):
                     assert mine == alone["chains"][way], (world, way)
                 for a, b in zip(mine, alone["chains"][way], strict=True):
                     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), msg=way)
@@ -150,6 +151,14 @@ def test_loaders_hooks_and_gather_on_any_number_of_ranks(tmp_path):
                         assert whole == column, (world, levels, name, b, c)
     resumed = alone["loaders"]["2"]["samples 2 resumed"]
     assert resumed == alone["loaders"]["2"]["samples 2"][3:8]
+
+
+def test_a_batch_without_rows_has_no_texts_either():
+    batch = [torch.ones(1, 2), ["a text"], {"deep": (torch.ones(1), ("b",)), "n": torch.ones(())}]
+    column, texts, rest = without_rows(batch)
+    assert column.shape == (0, 2) and texts == []
+    assert rest["deep"][0].shape == (0,) and rest["deep"][1] == ()
+    assert rest["n"].dim() == 0
 
 
 def test_parts_are_complete_subtrees():

@@ -86,8 +86,8 @@ class Sink:
 
     def take(self, param: int, grad: Tensor) -> None:
         """The whole gradient of a parameter, by its id."""
-        i = self._index.get(param)
-        if i is None:
+        i = self._index.pop(param, None)
+        if i is None:  # not in this shard's backward, or a second time, in one inside it
             return
         self._found[i] = grad
         piece = self._piece_of[i]

@@ -33,6 +33,7 @@ __all__ = ["SharedCall"]
 
 _WHAT = ("forward", "forward_backward")
 _INT64 = 2**63 - 1
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 class SharedCall(Call):
@@ -177,6 +178,12 @@ class SharedCall(Call):
         """Scalars become those of all ranks; a rank without rows gets outputs without rows."""
         if self._somebody_has_none:
             outputs = self._from_others(outputs)
+        plain = [i for i, o in enumerate(outputs) if isinstance(o, _PLAIN)]
+        if plain:  # those of the batch's first shard, as in one process
+            said = [outputs[i] for i in plain]
+            first = self.ranks.objects(said, "the exchange of outputs that are no tensors")[0]
+            for i, value in zip(plain, first, strict=True):
+                outputs[i] = value
         scalars = [i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.dim() == 0]
         if scalars:
             like = [outputs[i].detach() for i in scalars]

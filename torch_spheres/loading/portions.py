@@ -21,8 +21,19 @@ class NoRows(list[Any]):
 
 
 def without_rows(batch: Any) -> Any:
-    """The tensors of a batch with none of their rows."""
-    return pytree.tree_map(lambda v: v[:0] if isinstance(v, Tensor) and v.dim() else v, batch)
+    """A collated batch with none of its rows: no tensor's, and no list's of texts."""
+
+    def none_of(value: Any) -> Any:
+        is_column = _is_texts(value) or (isinstance(value, Tensor) and value.dim() > 0)
+        return value[:0] if is_column else value
+
+    return pytree.tree_map(none_of, batch, is_leaf=_is_texts)
+
+
+def _is_texts(value: Any) -> bool:
+    """What `default_collate` makes of the samples' texts."""
+    is_list = isinstance(value, (list, tuple)) and bool(value)
+    return is_list and all(isinstance(v, (str, bytes)) for v in value)
 
 
 def same_random_state(ranks: Ranks, own: torch.Generator | None) -> None:
