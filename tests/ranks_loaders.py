@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import sys
@@ -108,7 +109,8 @@ def by_hand(group):
         unused = torch.nn.Parameter(torch.ones(5))
         half = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
         turned = torch.nn.Parameter(torch.ones(7, dtype=torch.complex64))
-        optimizer = torch.optim.SGD([big, small, unused, half, turned], lr=0.1)
+        many = [torch.nn.Parameter(torch.ones(300)) for _ in range(1000)]
+        optimizer = torch.optim.SGD([big, small, unused, half, turned, *many], lr=0.1)
         hook = ts.GradientHook(optimizer, spheres, process_group=group)
         world = 1 if group is False else dist.get_world_size(group)
         rank = 0 if group is False else dist.get_rank(group)
@@ -121,17 +123,22 @@ def by_hand(group):
                 generator = torch.Generator().manual_seed(100 * step + shard)
                 grads = [torch.randn(p.shape, generator=generator) for p in (big, small, half)]
                 grads.append(torch.randn(7, dtype=torch.complex64, generator=generator))
-                hook.add(shard, [grads[0], grads[1], None, grads[2].bfloat16(), grads[3]])
+                more = [
+                    torch.randn(300, generator=generator) if k % 7 else None for k in range(1000)
+                ]
+                hook.add(shard, [grads[0], grads[1], None, grads[2].bfloat16(), grads[3], *more])
             optimizer.step()
         assert unused.grad is None
         if world > 1:
             other = (own[-1] + 1) % 12
             with pytest.raises(ValueError, match=f"shard {other} is another rank's"):
-                hook.add(other, [None] * 5)
+                hook.add(other, [None] * 1005)
         bits = [
-            p.detach().view(torch.uint8) for p in (big, small, half, torch.view_as_real(turned))
+            p.detach().view(torch.uint8)
+            for p in (big, small, half, torch.view_as_real(turned), *many)
         ]
-        return [b.flatten().tolist()[:4000] for b in bits]
+        assert many[0].grad is None and many[1].grad is not None
+        return [hashlib.sha256(b.numpy().tobytes()).hexdigest()[:8] for b in bits]
 
 
 def means(group):
