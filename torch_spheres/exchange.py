@@ -276,10 +276,14 @@ class Exchange:
                 for r in range(ranks.world):
                     source = sent if r == ranks.rank else received
                     flats[r, p] = source[r * length : (r + 1) * length]
-            mine = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
-            self._add(bucket, flats, present, mine, ranks.rank * length)
             out = torch.empty(length * ranks.world, dtype=bucket.result, device=ranks.device)
-            mine = mine.to(bucket.result)
+            mine = out.view(ranks.world, length)[ranks.rank]  # at once where it has to be
+            if bucket.result == bucket.dtype:
+                self._add(bucket, flats, present, mine, ranks.rank * length)
+            else:
+                sums = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
+                self._add(bucket, flats, present, sums, ranks.rank * length)
+                mine.copy_(sums)
             with ranks.explaining(what):
                 gathered.append((ranks.gather_async(out, mine), out, mine))
         totals: Grads = [None] * len(self._layout.where)

@@ -152,12 +152,16 @@ class Ranks:
     # ---- talk ----
 
     def gather_async(self, out: Tensor, given: Tensor) -> list[Any]:
-        """Every rank's `given`, one after another, in `out`; to be waited for."""
+        """Every rank's `given`, one after another, in `out`; to be waited for.
+
+        `given` may be its own place in `out`.
+        """
         self.sent += given.nbytes * (self.world - 1)
         if self._is_gloo and given.nbytes >= _LARGE:
             # Twice as fast as gloo's own, which takes what it has to one rank after another.
             slices = out.view(self.world, -1)
-            slices[self.rank].copy_(given)
+            if slices[self.rank].data_ptr() != given.data_ptr():
+                slices[self.rank].copy_(given)
             return [self._swap([given] * self.world, slices)]
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return [gather(out, given, group=self.group, async_op=True)]
