@@ -25,15 +25,19 @@ from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler, shard_bounds
 from torch_spheres.stats import SphereStats, Stats
 from torch_spheres.system import KissingSpheres, usable_cores
+from torch_spheres.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.tree import tree_sum
 from torch_spheres.vector_math import settle as _settle
 
 __all__ = [
+    "Arrow",
+    "Counter",
     "GradientHook",
     "KissingSpheres",
     "LoaderStats",
     "NativeFunction",
     "RankError",
+    "Slice",
     "SphereBatchSampler",
     "SphereLoader",
     "SphereParallel",
@@ -42,6 +46,7 @@ __all__ = [
     "Stats",
     "StoppedError",
     "Topology",
+    "Trace",
     "Work",
     "checkpoint_state",
     "load_checkpoint",
