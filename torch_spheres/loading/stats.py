@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,30 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["LoaderStats", "Meter"]
+__all__ = ["CALLS_KEPT", "Call", "LoaderStats", "Meter"]
+
+CALLS_KEPT = 10_000
+"""Calls of ``next()`` that a `Meter` remembers one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One ``next()`` of the loop. Times are in seconds."""
+
+    ended: float
+    """When, on the clock of ``time.perf_counter()``."""
+    waited: float
+    """How long it took."""
+    since: float
+    """From the end of the call before to the end of this one; `waited`, if it was an epoch's first.
+    """
+    ready: int | None
+    """Batches that stood ready. None: there was no batch, as at the end of an epoch."""
+
+    @property
+    def first(self) -> bool:
+        """Whether an epoch began with it."""
+        return self.since == self.waited
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +153,9 @@ class Meter:
         self._known: set[str] = set()
         self._batches = self._samples = self._bytes = self._ready = 0
         self._waited = self._worked = self._computed = self._elapsed = 0.0
+        # Plain tuples: a Call for each would cost as much as all the rest.
+        self._calls: deque[tuple[float, float, float, int | None]] = deque(maxlen=CALLS_KEPT)
+        self._here = threading.local()  # threads may share a loader
 
     def handed_out(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
         """The loop gets a batch, of so many bytes if that is known, while so many stood ready."""
@@ -137,6 +164,7 @@ class Meter:
                 size = sum(_bytes(pytree.tree_leaves(batch)))
             except RecursionError:  # a batch that holds itself is nobody's business here
                 size = 0
+        self._here.ready = ready
         with self._lock:
             self._batches += 1
             self._samples += samples
@@ -145,9 +173,18 @@ class Meter:
 
     def waited(self, seconds: float, elapsed: float) -> None:
         """The loop was in ``next()``, and so long ago came the one before."""
+        ready = self._here.__dict__.pop("ready", None)  # from `handed_out`, of this same call
+        ended = time.perf_counter()
         with self._lock:
             self._waited += seconds
             self._elapsed += elapsed
+            self._calls.append((ended, seconds, elapsed, ready))
+
+    def calls(self) -> tuple[Call, ...]:
+        """The last `CALLS_KEPT` of the loop, oldest first."""
+        with self._lock:
+            kept = tuple(self._calls)
+        return tuple(Call(*figures) for figures in kept)
 
     def working(self) -> _Working:
         """A block in which the calling thread loads."""
