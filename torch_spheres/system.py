@@ -13,12 +13,18 @@ import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
 from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
 from torch_spheres.memory import keep_freed_memory
+from torch_spheres.plots import plot_rings
 from torch_spheres.stats import Stats, format_stats, snapshot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from torch_spheres.trace import Trace
 
 __all__ = ["KissingSpheres", "usable_cores"]
 
@@ -342,6 +348,38 @@ class KissingSpheres:
     def print_stats(self, file: TextIO | None = None) -> None:
         """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
         print(format_stats(self.stats()), file=sys.stdout if file is None else file)
+
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        stats: Stats | None = None,
+        trace: Trace | None = None,
+        theme: str = "light",
+    ) -> Axes:
+        """Draws the hierarchy as rings: the root in the middle, a wedge for each sphere.
+
+        Wedges are coloured by busy time, and those that did nothing grey; the band outside a wedge
+        says what the sphere does at the moment. Chords are items that were stolen, from the victim
+        to the wide end at the thief, the wider the more. Paths stand where there is room for them.
+
+        Args:
+            ax: where to draw. None: a new figure, which is one of pyplot's where
+                ``matplotlib.pyplot`` is imported already, and otherwise its own.
+            stats: what to draw, from `stats`, or a difference of two. None: as they are now.
+            trace: what to draw instead, from ``with spheres.trace() as trace``.
+            theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
+
+        Returns:
+            The axes; ``ax.figure.savefig("spheres.png")`` saves them.
+
+        Raises:
+            ImportError: there is no matplotlib: ``pip install "torch_spheres[plots]"``.
+            TypeError: `ax`, `stats` or `trace` is something else.
+            ValueError: both `stats` and `trace` are given, they are of another number of spheres,
+                or there is no such theme.
+        """
+        return plot_rings(self, ax, stats=stats, trace=trace, theme=theme)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped" if self._started else "not started"

@@ -61,13 +61,7 @@ void bind_system(py::module_& module) {
       .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
       .def("gradients_complete", &PySystem::gradients_complete)
       .def_property_readonly("starts", &PySystem::starts)
-      .def("stats", [](const PySystem& self) {
-        std::vector<SphereStats> all;
-        for (SphereId id = 0; id < self.core().topology().total(); ++id) {
-          all.push_back(self.core().stats(id));
-        }
-        return all;
-      });
+      .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 
 }  // namespace torch_spheres::bindings

@@ -69,8 +69,7 @@ def _checked(stats: Any, spheres: KissingSpheres) -> Stats:
 def _check_trace(name: str, trace: Any) -> None:
     if not isinstance(trace, Trace):
         raise TypeError(
-            f"{name} must be what `with spheres.trace() as trace` gives, got "
-            f"{type(trace).__name__}"
+            f"{name} must be what `with spheres.trace() as trace` gives, got {type(trace).__name__}"
         )
 
 
@@ -94,7 +93,8 @@ def plot_timeline(
         trace: from ``with spheres.trace() as trace``.
         ax: where to draw. None: a new figure, which is one of pyplot's where
             ``matplotlib.pyplot`` is imported already, and otherwise its own.
-        begin, end: in milliseconds since the trace began, as on the axis. None: all of it.
+        begin: milliseconds since the trace began, as on the axis. None: its beginning.
+        end: milliseconds since the trace began. None: its end.
         theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
 
     Returns:
@@ -149,7 +149,8 @@ def plot_loader(loader: Any, ax: Axes | None = None, *, theme: str = "light") ->
 
     Args:
         loader: from `wrap`, after the loop has asked it for batches.
-        ax, theme: as of `plot_timeline`.
+        ax: where to draw; None: a new figure, as of `plot_timeline`.
+        theme: ``"light"`` or ``"dark"``.
 
     Returns:
         The axes.
@@ -164,8 +165,8 @@ def plot_loader(loader: Any, ax: Axes | None = None, *, theme: str = "light") ->
 
     if not isinstance(loader, SphereLoader):
         raise TypeError(
-            f"loader must be a wrapped one, got {type(loader).__name__}; loader = wrap(loader), and "
-            "iterate over that"
+            f"loader must be a wrapped one, got {type(loader).__name__}; loader = wrap(loader), "
+            "and iterate over that"
         )
     colours = find_theme(theme)
     calls = loader._meter.calls()

@@ -127,4 +127,3 @@ class RingData:
 
 def _sibling(sphere: int, group: int) -> int:
     return Topology.child(Topology.parent(sphere), group)
-

@@ -121,16 +121,17 @@ class _Rings:
         for level in range(self._data.levels):
             spheres = self._data.level(level)
             paths = [Topology.path_string(s) for s in spheres]
-            both = [
-                f"{path}\n{percent(self._data.busy[s])}"
-                for s, path in zip(spheres, paths, strict=True)
-            ]
+            both = [self._with_share(s, path) for s, path in zip(spheres, paths, strict=True)]
             for texts in (both, paths):
                 size = self._text_in_ring(level, texts)
                 if size >= _SMALLEST_TEXT:
                     for sphere, text in zip(spheres, texts, strict=True):
                         self._label(sphere, text, size, colours)
                     break
+
+    def _with_share(self, sphere: int, path: str) -> str:
+        share = self._data.busy[sphere]
+        return f"{path}\n{percent(share)}" if share > 0 else path
 
     def _slim(self, level: int) -> bool:
         """Whether text has to stand along the radius."""
@@ -173,7 +174,7 @@ class _Rings:
         self._ax.text(
             x, y, text, ha="center", va="center", rotation=turn, rotation_mode="anchor", zorder=4,
             fontsize=size, linespacing=1.15, gid=f"label {sphere}",
-            color=self._ink_on(colours.to_rgba(share) if share > 0 else None),
+            color=self._ink_on(colours.to_rgba(np.array(share)) if share > 0 else None),
         )  # fmt: skip
 
     def _ink_on(self, colour: Any) -> str:
@@ -261,7 +262,7 @@ class _Rings:
         ticks = np.linspace(0, self._most, 5 if self._unit > 70 else 3)
         bar.set_ticks(list(ticks), labels=[f"{100 * t:.3g} %" for t in ticks])
         bar.ax.tick_params(labelsize=self._text * 0.9, labelcolor=self._theme.ink, length=0)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         self._ax.text(
             _RIGHT - 0.03, _BAR_BOTTOM + _BAR_HEIGHT + 0.06, f"busy, %\n{self._data.span}",
             fontsize=self._text * 0.9, color=self._theme.ink, ha="right", va="bottom", gid="unit",
@@ -301,6 +302,8 @@ class _Rings:
             Patch(facecolor=theme.states[state], label=f"{_STATES[state]} {count:,}")
             for state, count in self._data.state_counts(theme.states)
         ]
+        if unused := sum(share <= 0 for share in self._data.busy):
+            handles.append(Patch(facecolor=theme.unused, label=f"never busy {unused:,}"))
         self._ax.legend(
             handles=handles, loc="upper center", bbox_to_anchor=(0, -1.05), frameon=False,
             bbox_transform=self._ax.transData, ncols=3, fontsize=self._text * 0.9,
@@ -317,7 +320,8 @@ class _Rings:
         items = f"{most:,} {'item' if most == 1 else 'items'}"
         items = items if least == most else f"{least:,} to {items}"
         text = f"stolen: {items}, wide at the thief"
-        left = -0.3 * 0.056 * len(text)  # so that it stands more or less in the middle
+        wide = 0.55 * 0.9 * self._text / self._unit * len(text)
+        left = 0.14 - (wide + 0.18) / 2  # so that it stands more or less in the middle
         path = np.linspace((left - 0.14, y), (left, y), 8)
         sample = _ribbon(path, 0.05, 0.8 / self._unit)
         self._ax.add_patch(Polygon(sample, facecolor=self._theme.steal, edgecolor="none"))
@@ -372,11 +376,12 @@ def _nice(most: float) -> float:
     if most <= 0:
         return 1.0
     scale = 10.0 ** math.floor(math.log10(most))
-    return min(1.0, scale * next(step for step in (1, 2, 4, 6, 8, 10) if step >= most / scale - 1e-9))
+    step = next(step for step in (1, 2, 4, 6, 8, 10) if step >= most / scale - 1e-9)
+    return min(1.0, scale * step)
 
 
 def percent(share: float) -> str:
     """Short, with one digit behind the point for small shares."""
-    if 0 < share < 0.0005:
-        return "<0.1 %"
-    return f"{100 * share:.{0 if share >= 0.0995 or share == 0 else 1}f} %"
+    if share < 0.0005:
+        return "<0.1 %" if share > 0 else "0 %"
+    return f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"

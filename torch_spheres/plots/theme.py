@@ -16,13 +16,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "THEMES", "Canvas", "Theme", "canvas", "duration", "find_theme", "header", "need_matplotlib", "plain_axes",
-]  # fmt: skip
+    "THEMES",
+    "Canvas",
+    "Theme",
+    "canvas",
+    "duration",
+    "find_theme",
+    "header",
+    "need_matplotlib",
+    "plain_axes",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of a picture. The categorical ones are Okabe and Ito's, told apart by colour-blind."""
+    """Colours of a picture.
+
+    The categorical ones are Okabe and Ito's, which the colour-blind can tell apart; on dark ground
+    somewhat brighter.
+    """
 
     background: str
     ink: str
@@ -77,8 +89,8 @@ THEMES = {
             "#f4f1b0",
         ),
         states={
-            "processing": "#1fb58a", "accumulating": _ORANGE, "waiting": _PURPLE, "ready": "#a6d8f5",
-            "idle": "#4b535d", "terminating": "#aab1ba",
+            "processing": "#1fb58a", "accumulating": _ORANGE, "waiting": _PURPLE,
+            "ready": "#a6d8f5", "idle": "#4b535d", "terminating": "#aab1ba",
         },
         phases={"forward": "#3a9bdc", "backward": "#a6d8f5", "sum": _ORANGE},
         steal="#ff7f2a", gradient="#e6edf3", waited="#ff7f2a", late="#f0c04a",
@@ -232,5 +244,5 @@ def plain_axes(ax: Axes, theme: Theme, text: float) -> None:
     ax.tick_params(axis="x", length=3)
     ax.xaxis.label.set_color(theme.ink)
     ax.yaxis.label.set_color(theme.ink)
-    ax.xaxis.label.set_size(text)
-    ax.yaxis.label.set_size(text)
+    ax.xaxis.label.set_fontsize(text)
+    ax.yaxis.label.set_fontsize(text)

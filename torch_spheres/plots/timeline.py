@@ -180,7 +180,7 @@ class _Chart:
         )
         # The edge keeps the shortest ones visible.
         boxes = PolyCollection(
-            corners, facecolors=colour, edgecolors=colour, linewidths=0.4, zorder=2 + depth,
+            list(corners), facecolors=colour, edgecolors=colour, linewidths=0.4, zorder=2 + depth,
             rasterized=len(slices) > 5000,
         )  # fmt: skip
         boxes.set_gid(gid)
@@ -209,7 +209,9 @@ class _Chart:
         size = min(self._text * 0.9, 0.6 * self._row_height())
         written = 0
         for item in self._shown.items:
-            if size < 4 or written == _MOST_NUMBERS or self._points(item) < size or item.item is None:
+            if size < 4 or written == _MOST_NUMBERS:
+                return
+            if item.item is None or self._points(item) < size:
                 continue
             mine = phases[item.sphere]
             first = bisect_left(mine, item.begin_ns, key=lambda s: s.begin_ns)

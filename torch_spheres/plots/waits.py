@@ -117,7 +117,8 @@ def draw_waits(
     ax.set_xlabel(f"time, {unit}")
     ax.set_ylabel("share of the time")
     title = f"The loop waited {duration(stats.waited)} of {duration(stats.elapsed)}"
-    header(on, theme, text, f"{title} ({100 * stats.waiting:.0f} %)", _notes(calls, stats, kept), handles)
+    title += f" ({100 * stats.waiting:.0f} %)"
+    header(on, theme, text, title, _notes(calls, stats, kept), handles)
 
 
 def _notes(calls: Sequence[Call], stats: LoaderStats, kept: int) -> list[str]:
@@ -138,4 +139,3 @@ _WAYS = {
     "caller": "the loop's own thread",
     "process": "worker processes",
 }
-
