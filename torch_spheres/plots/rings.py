@@ -345,6 +345,8 @@ class _Rings:
         if not data.items:
             return "no items run yet"
         text = f"{data.items:,} {'item' if data.items == 1 else 'items'}"
+        if not data.stolen:
+            return f"{text}, none stolen"
         return f"{text}, {data.stolen:,} stolen ({percent(data.stolen / data.items)})"
 
 
