@@ -50,6 +50,9 @@ class Claimer {
         direction_((leaf - siblings.base) / siblings.step % 2 == 0 ? 1 : siblings.count - 1),
         victim_(leaf) {}
 
+  /// Where its thread records what it runs; null: nowhere.
+  void record_with(Recorder* recorder) { recorder_ = recorder; }
+
   SphereId sphere() const { return sphere_; }
   /// The item about to run, for the error message should it throw.
   void at(std::int64_t item) { item_ = item; }
@@ -64,14 +67,31 @@ class Claimer {
     begun_ = now;
     ++counted_;
   }
+  /// For a trace: the chunk's first item begins now, and not when the chunk was taken.
+  void begins() {
+    if (records()) began_ = now_ns();
+  }
+  /// For a trace: the next item of the chunk was run, and is to be a slice of its own.  Items that
+  /// are not told of are one slice for each chunk.
+  void ran_one() {
+    if (records()) {
+      const std::uint64_t now = now_ns();
+      record_items(now, 1);
+      began_ = now;
+    }
+    ++told_;
+  }
 
   /// Accounts for the previous chunk as finished and takes the next: own items first, then those
   /// of the siblings.  False: nothing is left to take here.
   bool next(Chunk& chunk) {
     const std::uint64_t now = ticks();
+    const std::uint64_t traced = records() ? now_ns() : 0;
+    record_items(traced, chunk_count_ - told_);
     finish_chunk(chunk_count_, now);
     adapt(now);
     begun_ = now;
+    began_ = traced;
     if (until_ != 0 && now_ns() >= until_) {
       tell_victim();
       return false;
@@ -99,6 +119,8 @@ class Claimer {
   /// For the sphere: the work threw.
   void fail(std::exception_ptr error) {
     const std::int64_t lost = chunk_count_ - ran_;
+    const std::uint64_t now = records() ? now_ns() : 0;
+    record_items(now, ran_ - told_);
     Batch& batch = *slot_.batch;
     batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
     finish_chunk(ran_, ticks());
@@ -109,7 +131,11 @@ class Claimer {
       batch.failed_sphere_ = sphere_;
       batch.failed_item_ = item_;
     }
-    finished_ += ring_.cancel_rest(slot_);
+    const std::int64_t rest = ring_.cancel_rest(slot_);
+    finished_ += rest;
+    if (now != 0) {
+      recorder_->record({now, now, -lost - rest, 1, 0, TraceKind::kQueued, 0});
+    }
   }
   bool took_any() const { return finished_ > 0; }
   std::int64_t finished() const { return finished_; }
@@ -118,6 +144,15 @@ class Claimer {
   // Some ten microseconds, whatever a tick is: it only has to be long beside a claim.
   static constexpr std::uint64_t kFastChunk = 20'000;
 
+  bool records() const { return recorder_ != nullptr && recorder_->on(); }
+  /// The next `count` items of the chunk as one slice that ends now.  (0: tracing began or ended
+  /// meanwhile, or never was.)
+  void record_items(std::uint64_t now, std::int64_t count) {
+    if (now == 0 || count <= 0) return;
+    recorder_->record({began_, now, chunk_first_ + told_ * ring_.leaves(),
+                       static_cast<std::uint32_t>(count), static_cast<std::int16_t>(chunk_owner_),
+                       TraceKind::kItem, static_cast<std::uint8_t>(slot_.batch->work()->label())});
+  }
   void finish_chunk(std::int64_t ran, std::uint64_t now) {
     finished_ += ran;
     if (ran > 0) {
@@ -173,6 +208,8 @@ class Claimer {
     chunk = {owner + Slot::next(old) * ring_.leaves(), ring_.leaves(), count};
     chunk_count_ = count;
     chunk_owner_ = owner;
+    chunk_first_ = chunk.first;
+    told_ = 0;
     return true;
   }
 
@@ -193,6 +230,7 @@ class Claimer {
   std::int64_t size_ = 1;
   std::int64_t chunk_count_ = 0;
   std::int32_t chunk_owner_ = 0;
+  std::int64_t chunk_first_ = 0;
   std::size_t chunk_group_ = 0;  // the owner's
   std::int64_t counted_ = 0;     // items of the chunk whose times are counted
   std::int64_t ran_ = 0;
@@ -200,6 +238,10 @@ class Claimer {
   std::int64_t finished_ = 0;
   std::uint64_t taken_at_ = 0;  // ticks(), as is:
   std::uint64_t begun_ = 0;     // when the items began whose times are not counted yet
+  // For a trace:
+  Recorder* recorder_ = nullptr;
+  std::uint64_t began_ = 0;  // when the chunk's next item began; 0: before tracing did
+  std::int64_t told_ = 0;    // items of the chunk that are slices of their own
 };
 
 }  // namespace torch_spheres

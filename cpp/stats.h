@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 
 #include "item_times.h"
 #include "topology.h"
@@ -49,14 +50,20 @@ inline bool transition_allowed(State from, State to) {
   return (to_states[static_cast<std::size_t>(from)] & bit(to)) != 0;
 }
 
-/// A sphere's state and the time spent in each.   Owner: transition.   Any thread: state, times.
+/// A sphere's state and the time spent in each.   Owner: transition.   Any thread: the rest.
 class StateClock {
  public:
+  /// What ended with a transition; end 0: nothing did.
+  struct Ended {
+    State state = State::kTerminating;
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
   /// Changes the state; the only place that does.  An illegal change is a bug of ours: abort.
-  void transition(State to) {
+  Ended transition(State to) {
     const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
     const State from = unpack_state(packed);
-    if (from == to) return;
+    if (from == to) return {};
     if (!transition_allowed(from, to)) {
       std::fprintf(stderr, "torch_spheres: illegal transition %s -> %s\n", state_name(from),
                    state_name(to));
@@ -67,9 +74,15 @@ class StateClock {
     spent.store(spent.load(std::memory_order_relaxed) + (now - (packed >> kStateBits)),
                 std::memory_order_relaxed);
     packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_relaxed);
+    return {from, packed >> kStateBits, now};
   }
 
   State state() const { return unpack_state(packed_.load(std::memory_order_relaxed)); }
+  /// The state and when it began.
+  std::pair<State, std::uint64_t> now() const {
+    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
+    return {unpack_state(packed), packed >> kStateBits};
+  }
 
   /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.
   std::array<std::uint64_t, kStates> times() const {

@@ -130,7 +130,7 @@ void System::request_stop() {
     const std::lock_guard lock(submit_mutex_);  // after this nothing new is published
     stopping_.store(true);
   }
-  ring_.cancel(nullptr, [this] { completed(); });
+  trace_queued(-ring_.cancel(nullptr, [this] { completed(); }));
   {
     const std::lock_guard lock(meeting_mutex_);  // after this no new meeting is opened
     abort_meeting();
@@ -176,6 +176,7 @@ Submitted System::try_submit(const std::shared_ptr<Batch>& batch) {
     }
     if (ring_.was_full()) return Submitted::kFull;
     in_flight_.fetch_add(1);
+    trace_queued(batch->items());  // before anybody can take one
     ring_.publish(batch);
     if (topology_.levels() == 1) {  // the root is the leaf and has no parent to hand work down
       sphere(0).queue_high_water.raise_to(static_cast<std::uint64_t>(ring_.was_queued(0)));
@@ -199,7 +200,7 @@ bool System::wait_idle_for(Milliseconds timeout) {
 }
 
 void System::cancel(const std::shared_ptr<Batch>& batch) {
-  ring_.cancel(batch.get(), [this] { completed(); });
+  trace_queued(-ring_.cancel(batch.get(), [this] { completed(); }));
 }
 
 void System::completed() {
@@ -214,6 +215,7 @@ void System::ring_doorbell(SphereId source, SphereId target) {
 
 void System::post(SphereId target, const Message& message) {
   Message copy = message;
+  if (tracing()) copy.sent = now_ns();
   if (message.source != kNoSphere) sphere(message.source).messages_sent.add(1);
   if (is_of_meeting(message.kind)) meeting_messages_.fetch_add(1);
   Sphere& receiver = sphere(target);
@@ -307,6 +309,7 @@ bool System::help(const Batch& batch, Milliseconds time) {
         now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
     Claimer claimer(ring_, *slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
                     sphere(0).counters, until);
+    claimer.record_with(recorder_here());
     run_work(*slot, claimer);
     finished = claimer.finished();
     more = claimer.had_work();
@@ -469,6 +472,37 @@ SphereStats System::stats_but_queued(SphereId id) const {
   stats.queue_high_water = s.queue_high_water.get();
   stats.state_ns = s.clock.times();
   return stats;
+}
+
+// ---- traces ----
+
+bool System::begin_trace(std::size_t capacity) {
+  const std::lock_guard lock(submit_mutex_);  // what is counted below is not submitted meanwhile
+  if (!tracer_.begin(spheres_, capacity)) return false;
+  std::int64_t queued = 0;
+  for (std::int32_t leaf = 0; leaf < topology_.leaves(); ++leaf) queued += ring_.was_queued(leaf);
+  tracer_.begin_with(queued);
+  return true;
+}
+
+Recorder* System::recorder_here() {
+  if (!tracing()) return nullptr;
+  if (on_own_thread()) return &sphere(current_sphere->id).recorder;
+  return tracer_.recorder_here();
+}
+
+void System::trace_queued(std::int64_t more) {
+  Recorder* recorder = more != 0 ? recorder_here() : nullptr;
+  if (recorder == nullptr) return;
+  const std::uint64_t now = now_ns();
+  recorder->record({now, now, more, 1, 0, TraceKind::kQueued, 0});
+}
+
+void System::trace_phase(TraceLabel phase, std::int64_t shard, std::uint64_t begin) {
+  Recorder* recorder = recorder_here();
+  if (recorder == nullptr) return;
+  recorder->record(
+      {begin, now_ns(), shard, 1, 0, TraceKind::kPhase, static_cast<std::uint8_t>(phase)});
 }
 
 // ---- news ----

@@ -31,6 +31,7 @@
 #include "permits.h"
 #include "sphere.h"
 #include "topology.h"
+#include "tracer.h"
 #include "work_queue.h"
 
 namespace torch_spheres {
@@ -117,6 +118,14 @@ class System {
   /// Of all spheres, by id.
   std::vector<SphereStats> stats() const;
 
+  // ---- traces ----
+  bool tracing() const { return tracer_.on(); }
+  /// Has all threads record what they do, the last `capacity` events of each.  False: they do.
+  bool begin_trace(std::size_t capacity);
+  TraceRecord end_trace() { return tracer_.end(spheres_); }
+  /// Records something else that the calling thread has been doing since `begin`.
+  void trace_phase(TraceLabel phase, std::int64_t shard, std::uint64_t begin);
+
  private:
   friend class Sphere;
 
@@ -138,6 +147,8 @@ class System {
   void run_sphere(Sphere& sphere);
   void thread_leaves();
   void run_work(Slot& slot, Claimer& claimer);
+  Recorder* recorder_here();
+  void trace_queued(std::int64_t more);
 
   const Topology topology_;
   const int concurrency_;
@@ -148,6 +159,7 @@ class System {
   std::vector<WorkCounters*> leaf_counters_;  // by leaf number
   std::vector<Sphere*> leaf_spheres_;         // by leaf number
   std::function<void()> thread_exit_hook_;
+  Tracer tracer_;
   std::atomic<std::uint64_t> fork_generation_{0};  // forked() may be asked while start() sets it
 
   std::atomic<bool> running_{false};

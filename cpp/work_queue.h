@@ -34,6 +34,7 @@
 
 #include "stats.h"
 #include "topology.h"
+#include "trace.h"
 
 namespace torch_spheres {
 
@@ -60,6 +61,8 @@ class Work {
   /// Items that may be taken at once when they are fast; 1 makes every item stealable.
   virtual std::int64_t max_chunk() const { return 1; }
   virtual State state() const { return State::kProcessing; }
+  /// What a trace calls the items.
+  virtual TraceLabel label() const { return TraceLabel::kPython; }
 };
 
 /// The submitter's view of a batch: shared with the ring until the batch is complete.
@@ -237,9 +240,10 @@ class WorkRing {
     return cancelled;
   }
   /// Cancels what is left of a batch, or of every batch in flight (null: for stop()); `completed`
-  /// is called for each batch that this completes.
+  /// is called for each batch that this completes.  Returns how many items will never run.
   template <typename Completed>
-  void cancel(const Batch* only, Completed completed) {
+  std::int64_t cancel(const Batch* only, Completed completed) {
+    std::int64_t all = 0;
     for (Slot& slot : slots_) {
       if (!enter(slot)) continue;
       std::int64_t cancelled = 0;
@@ -248,8 +252,10 @@ class WorkRing {
         slot.batch->closed_.store(true, std::memory_order_relaxed);
         cancelled = cancel_rest(slot);
       }
+      all += cancelled;
       if (leave(slot, cancelled)) completed();
     }
+    return all;
   }
 
   /// Whether a leaf's own queue, or a sibling's, has an item that nobody has taken.

@@ -2,8 +2,8 @@
 
     python examples/hierarchy_demo.py --levels 3 --items 2000 --work-us 300
 
-Every seventh item takes four times as long, so that there is something to steal. Prints how much ran
-at once and the statistics, and saves a picture, and a trace for https://ui.perfetto.dev.
+Every seventh item takes four times as long, so that there is something to steal. Prints how much
+ran at once and the statistics, and saves a picture, and a trace for https://ui.perfetto.dev.
 """
 
 from __future__ import annotations

@@ -21,14 +21,18 @@ __all__: list[str] = [
     "StoppedError",
     "SumJob",
     "System",
+    "TRACE_LABELS",
     "Tally",
     "Topology",
+    "TraceRecord",
+    "TraceTrack",
     "Work",
     "active_isa",
     "available_isas",
     "current_sphere",
     "item_time_edges",
     "keep_freed_memory",
+    "native_thread_id",
     "noop",
     "read_range",
     "row_numbers",
@@ -138,6 +142,43 @@ class SphereStats:
     @property
     def stolen_from(self) -> tuple[int, ...]: ...
 
+class TraceTrack:
+    """
+    What one thread recorded; see recording.py.
+    """
+    @property
+    def events(self) -> bytes:
+        """
+        The events' memory, oldest first.
+        """
+    @property
+    def first_state(self) -> int: ...
+    @property
+    def last_since(self) -> int: ...
+    @property
+    def last_state(self) -> int: ...
+    @property
+    def lost(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def native_id(self) -> int: ...
+    @property
+    def sphere(self) -> int: ...
+
+class TraceRecord:
+    """
+    What all threads of a system recorded.
+    """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def tracks(self) -> list[TraceTrack]: ...
+
 class NativeFunction:
     """
     A C function `void f(void *context, int64_t item)` by its address, as from ctypes or Numba. Spheres call it without the GIL.
@@ -201,7 +242,9 @@ class System:
         level: typing.SupportsInt | typing.SupportsIndex,
         timeout: typing.SupportsFloat | typing.SupportsIndex | None = None,
     ) -> bool: ...
+    def begin_trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def cancel(self, work: Work) -> None: ...
+    def end_trace(self) -> TraceRecord: ...
     def epoch(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> int: ...
     def forked(self) -> bool: ...
     def gradient_ready(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None: ...
@@ -231,6 +274,15 @@ class System:
         """
     def submit(self, fn: typing.Any, items: tuple[typing.Any, ...], collect: bool) -> Work: ...
     def submit_native(self, fn: NativeFunction, items: typing.Any) -> Work: ...
+    def trace_phase(
+        self,
+        label: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Records what the calling thread did since `begin`, in nanoseconds.
+        """
     def wait(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None: ...
     def waiters(self, work: Work) -> int:
         """
@@ -240,6 +292,8 @@ class System:
     def concurrency(self) -> int: ...
     @property
     def starts(self) -> int: ...
+    @property
+    def tracing(self) -> bool: ...
 
 class DType(enum.Enum):
     """
@@ -320,6 +374,11 @@ def keep_freed_memory(lean: bool) -> bool:
     Has the C library reuse freed memory instead of returning it; see memory.py.
     """
 
+def native_thread_id() -> int:
+    """
+    As profilers know the calling thread.
+    """
+
 def noop() -> NativeFunction:
     """
     A native function that does nothing: for benchmarks.
@@ -360,3 +419,13 @@ BATCHES_IN_FLIGHT: int = 64
 INBOX_CAPACITY: int = 128
 KISSING: int = 12
 MAX_LEVELS: int = 4
+TRACE_LABELS: tuple[typing.Any, ...] = (
+    "item",
+    "native item",
+    "sum piece",
+    "gather",
+    "forward",
+    "loss",
+    "backward",
+    "sum",
+)

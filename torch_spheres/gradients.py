@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_spheres.exchange import total_over_ranks
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.phases import phase
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres, _as_index
@@ -181,10 +182,11 @@ class GradientHook:
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
         columns = [[s[i] for s in shards] for i in range(len(parameters))]
-        if self._ranks is None:
-            sums = tree_sums(columns, spheres=spheres)
-        else:
-            sums = total_over_ranks(columns, parameters, self._ranks, spheres)
+        with phase(spheres, "sum"):
+            if self._ranks is None:
+                sums = tree_sums(columns, spheres=spheres)
+            else:
+                sums = total_over_ranks(columns, parameters, self._ranks, spheres)
         for parameter, total in zip(parameters, sums, strict=True):
             if total is None:
                 continue

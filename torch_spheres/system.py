@@ -19,6 +19,7 @@ from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.plots import plot_rings
+from torch_spheres.recording import MAX_CAPACITY, Recording
 from torch_spheres.stats import Stats, format_stats, snapshot
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class KissingSpheres:
         leaves = self._topology.leaves
         self._core = _core.System(levels, min(concurrency, leaves))
         self._started = False
+        self._tracing = False
         _live.add(self)
 
     # ---- shape ----
@@ -380,6 +382,31 @@ class KissingSpheres:
                 or there is no such theme.
         """
         return plot_rings(self, ax, stats=stats, trace=trace, theme=theme)
+
+    def trace(self, capacity: int = 65536) -> Recording:
+        """Records what the spheres do in a ``with`` block; it can be read and saved afterwards.
+
+        ::
+
+            with spheres.trace() as trace:
+                ...
+            trace.save("run.json")  # for Perfetto, chrome://tracing
+
+        Spheres that do not run are started. They may be stopped and started in the block.
+
+        Args:
+            capacity: events to keep of each thread, of 32 bytes each; 1 to 2**24. Older ones are
+                overwritten, and `Trace.lost` counts them. An item is one or two events.
+
+        Raises:
+            TypeError: `capacity` is not an integer.
+            ValueError: it is out of range.
+            RuntimeError, on entering the block: another trace of these spheres is being recorded.
+        """
+        capacity = _as_index("capacity", capacity)
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ValueError(f"capacity must be 1 to 2**24 events, got {capacity}")
+        return Recording(self, capacity)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped" if self._started else "not started"

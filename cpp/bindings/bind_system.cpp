@@ -61,6 +61,11 @@ void bind_system(py::module_& module) {
       .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
       .def("gradients_complete", &PySystem::gradients_complete)
       .def_property_readonly("starts", &PySystem::starts)
+      .def("begin_trace", &PySystem::begin_trace, py::arg("capacity"))
+      .def("end_trace", &PySystem::end_trace)
+      .def_property_readonly("tracing", [](const PySystem& self) { return self.core().tracing(); })
+      .def("trace_phase", &PySystem::trace_phase, py::arg("label"), py::arg("shard"),
+           py::arg("begin"), "Records what the calling thread did since `begin`, in nanoseconds.")
       .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 
