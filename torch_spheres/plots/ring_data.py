@@ -34,7 +34,7 @@ class RingData:
     steals: dict[tuple[int, int], int]
     """Items, by (thief, victim), of leaves."""
     helped: int
-    """Items stolen by the root's helper where the leaf is not known."""
+    """Items that threads ran while they waited, as the root, where their leaf is not known."""
     span: str
     """Of what time the shares are."""
     lost: int = 0
@@ -89,14 +89,10 @@ class RingData:
             if part.name in _BUSY:
                 busy[part.sphere] += part.end_ns - part.begin_ns
         steals: Counter[tuple[int, int]] = Counter()
-        helped = 0
         for arrow in trace.arrows:
-            if arrow.kind != "steal":
-                continue
-            if arrow.target < 0:
-                helped += arrow.count
-            else:
-                steals[arrow.target, arrow.source] += arrow.count
+            if arrow.kind == "steal":
+                # Other threads that run items while they wait do so as the root.
+                steals[max(0, arrow.target), arrow.source] += arrow.count
         return RingData(
             levels=trace.levels,
             concurrency=trace.concurrency,
@@ -104,7 +100,7 @@ class RingData:
             states=tuple(states),
             items=items,
             steals=dict(steals),
-            helped=helped,
+            helped=0,
             span=f"of the {duration(span / 1e9)} traced",
             lost=trace.lost,
         )

@@ -68,14 +68,16 @@ class Timeline:
             and arrow.sent_ns <= last
         ]
         active = len(busy)
-        ends = {end for arrow in arrows for end in (arrow.source, arrow.target)} - {*busy}
-        if len(arrows) <= _MOST_ARROWS and active + len(ends) <= most_rows:
+        # What threads run while they wait is a piece of a sum, of some microseconds.
+        drawn = [arrow for arrow in arrows if arrow.target >= 0]
+        ends = {end for arrow in drawn for end in (arrow.source, arrow.target)} - {*busy}
+        if len(drawn) <= _MOST_ARROWS and active + len(ends) <= most_rows:
             busy.update(dict.fromkeys(ends, 0))  # room for who was stolen from, too
         ranked = sorted(busy, key=lambda sphere: (-busy[sphere], sphere))
         # Other threads, which wait for the spheres, on top; then the root and so on.
         rows = tuple(sorted(ranked[:most_rows], key=lambda s: (s >= 0, abs(s))))
         shown = set(rows)
-        kept = [a for a in arrows if a.source in shown and a.target in shown]
+        kept = [a for a in drawn if a.source in shown and a.target in shown]
         if len(kept) > _MOST_ARROWS:
             kept = []
         hidden = {}
@@ -160,7 +162,7 @@ class _Chart:
 
     def stolen(self) -> None:
         """A line along the lower edge of what belonged to another sphere."""
-        found = [s for s in self._shown.items if s.owner is not None and s.owner != s.sphere]
+        found = [s for s in self._shown.items if s.sphere >= 0 and s.owner not in (None, s.sphere)]
         if found:
             self._boxes(found, self._theme.steal, "stolen item", "stolen", 2, 0.24, 0.5)
 
