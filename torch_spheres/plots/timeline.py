@@ -226,7 +226,7 @@ class _Chart:
             begin, end = self._clipped(place)
             self._ax.text(
                 (begin + end) / 2, self._row[item.sphere], words, fontsize=size, ha="center",
-                va="center_baseline", zorder=6, gid="number", color=self._ink_on(place),
+                va="center_baseline", zorder=8, gid="number", color=self._ink_on(place),
             )  # fmt: skip
 
     def _clipped(self, part: Slice) -> tuple[float, float]:
