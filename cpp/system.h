@@ -115,6 +115,8 @@ class System {
 
   // ---- statistics ----
   SphereStats stats(SphereId id) const;
+  /// Of all spheres, by id.
+  std::vector<SphereStats> stats() const;
 
   // ---- traces ----
   bool tracing() const { return tracer_.on(); }
@@ -140,6 +142,8 @@ class System {
   void report_gradients(Sphere& sphere);
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
   std::uint32_t open_meeting(MessageKind kind, int level);
+  std::int64_t was_queued(SphereId id) const;
+  SphereStats stats_but_queued(SphereId id) const;
   void run_sphere(Sphere& sphere);
   void thread_leaves();
   void run_work(Slot& slot, Claimer& claimer);

@@ -66,13 +66,7 @@ void bind_system(py::module_& module) {
       .def_property_readonly("tracing", [](const PySystem& self) { return self.core().tracing(); })
       .def("trace_phase", &PySystem::trace_phase, py::arg("label"), py::arg("shard"),
            py::arg("begin"), "Records what the calling thread did since `begin`, in nanoseconds.")
-      .def("stats", [](const PySystem& self) {
-        std::vector<SphereStats> all;
-        for (SphereId id = 0; id < self.core().topology().total(); ++id) {
-          all.push_back(self.core().stats(id));
-        }
-        return all;
-      });
+      .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 
 }  // namespace torch_spheres::bindings
