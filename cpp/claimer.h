@@ -59,39 +59,27 @@ class Claimer {
   /// Items of the current chunk that were run, when it is left by an exception.
   void ran_of_chunk(std::int64_t count) { ran_ = count; }
   /// What passed since next() is not to count for the first item.
-  void begin_items() { begun_ = ticks(); }
+  void begin_items() {
+    begun_ = ticks();
+    if (records()) traced_ = now_ns();
+  }
   /// An item has been run: its end is the begin of the next.
   void item_done() {
     const std::uint64_t now = ticks();
     count_time(now, 1);
     begun_ = now;
+    if (records()) trace(now_ns(), 1);
     ++counted_;
-  }
-  /// For a trace: the chunk's first item begins now, and not when the chunk was taken.
-  void begins() {
-    if (records()) began_ = now_ns();
-  }
-  /// For a trace: the next item of the chunk was run, and is to be a slice of its own.  Items that
-  /// are not told of are one slice for each chunk.
-  void ran_one() {
-    if (records()) {
-      const std::uint64_t now = now_ns();
-      record_items(now, 1);
-      began_ = now;
-    }
-    ++told_;
   }
 
   /// Accounts for the previous chunk as finished and takes the next: own items first, then those
   /// of the siblings.  False: nothing is left to take here.
   bool next(Chunk& chunk) {
     const std::uint64_t now = ticks();
-    const std::uint64_t traced = records() ? now_ns() : 0;
-    record_items(traced, chunk_count_ - told_);
+    trace_rest(chunk_count_);
     finish_chunk(chunk_count_, now);
     adapt(now);
     begun_ = now;
-    began_ = traced;
     if (until_ != 0 && now_ns() >= until_) {
       tell_victim();
       return false;
@@ -119,8 +107,7 @@ class Claimer {
   /// For the sphere: the work threw.
   void fail(std::exception_ptr error) {
     const std::int64_t lost = chunk_count_ - ran_;
-    const std::uint64_t now = records() ? now_ns() : 0;
-    record_items(now, ran_ - told_);
+    trace_rest(ran_);
     Batch& batch = *slot_.batch;
     batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
     finish_chunk(ran_, ticks());
@@ -133,8 +120,8 @@ class Claimer {
     }
     const std::int64_t rest = ring_.cancel_rest(slot_);
     finished_ += rest;
-    if (now != 0) {
-      recorder_->record({now, now, -lost - rest, 1, 0, TraceKind::kQueued, 0});
+    if (records()) {
+      recorder_->record({now_ns(), now_ns(), -lost - rest, 1, 0, TraceKind::kQueued, 0});
     }
   }
   bool took_any() const { return finished_ > 0; }
@@ -145,13 +132,18 @@ class Claimer {
   static constexpr std::uint64_t kFastChunk = 20'000;
 
   bool records() const { return recorder_ != nullptr && recorder_->on(); }
-  /// The next `count` items of the chunk as one slice that ends now.  (0: tracing began or ended
-  /// meanwhile, or never was.)
-  void record_items(std::uint64_t now, std::int64_t count) {
-    if (now == 0 || count <= 0) return;
-    recorder_->record({began_, now, chunk_first_ + told_ * ring_.leaves(),
+  /// The next `count` items of the chunk are one slice, which ends now.
+  void trace(std::uint64_t now, std::int64_t count) {
+    recorder_->record({traced_, now, chunk_first_ + counted_ * ring_.leaves(),
                        static_cast<std::uint32_t>(count), static_cast<std::int16_t>(chunk_owner_),
                        TraceKind::kItem, static_cast<std::uint8_t>(slot_.batch->work()->label())});
+    traced_ = now;
+  }
+  /// What was run of the chunk and is in no slice yet; what comes next begins now.
+  void trace_rest(std::int64_t ran) {
+    const std::uint64_t now = records() ? now_ns() : 0;
+    if (now != 0 && ran > counted_) trace(now, ran - counted_);
+    traced_ = now;
   }
   void finish_chunk(std::int64_t ran, std::uint64_t now) {
     finished_ += ran;
@@ -209,7 +201,6 @@ class Claimer {
     chunk_count_ = count;
     chunk_owner_ = owner;
     chunk_first_ = chunk.first;
-    told_ = 0;
     return true;
   }
 
@@ -230,18 +221,16 @@ class Claimer {
   std::int64_t size_ = 1;
   std::int64_t chunk_count_ = 0;
   std::int32_t chunk_owner_ = 0;
-  std::int64_t chunk_first_ = 0;
   std::size_t chunk_group_ = 0;  // the owner's
   std::int64_t counted_ = 0;     // items of the chunk whose times are counted
+  std::int64_t chunk_first_ = 0;
   std::int64_t ran_ = 0;
   std::int64_t item_ = -1;
   std::int64_t finished_ = 0;
   std::uint64_t taken_at_ = 0;  // ticks(), as is:
   std::uint64_t begun_ = 0;     // when the items began whose times are not counted yet
-  // For a trace:
   Recorder* recorder_ = nullptr;
-  std::uint64_t began_ = 0;  // when the chunk's next item began; 0: before tracing did
-  std::int64_t told_ = 0;    // items of the chunk that are slices of their own
+  std::uint64_t traced_ = 0;  // where the next slice of a trace begins; 0: before the trace did
 };
 
 }  // namespace torch_spheres

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import sys
@@ -45,11 +46,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="of the run: png, svg or pdf")
     parser.add_argument("--plain", action="store_true", help="the same loop without spheres")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="last epoch, for Perfetto")
     args = parser.parse_args()
     if args.plot is not None and args.plain:
         parser.error("argument --plot: there are no spheres to draw with --plain")
     if args.data is not None and not args.data.is_dir():
         parser.error(f"argument --data: no such folder: {args.data}")
+    if args.trace is not None and args.plain:
+        parser.error("argument --trace: there is nothing to trace with --plain")
+    if args.trace is not None and not args.trace.absolute().parent.is_dir():
+        parser.error(f"argument --trace: no such folder: {args.trace.parent}")
     args.epochs = args.epochs or (2 if args.data else 6)
     return args
 
@@ -81,7 +87,9 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
     criterion = nn.CrossEntropyLoss()
     for epoch in range(args.epochs):
         model.train()
-        with tqdm(
+        last = epoch == args.epochs - 1
+        recording = spheres.trace() if spheres and args.trace and last else contextlib.nullcontext()
+        with recording as trace, tqdm(
             total=len(data.train_y), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" samples",
             disable=None,  # no bar in files and pipes
         ) as bar:  # fmt: skip
@@ -100,6 +108,9 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
         accuracy = correct / len(data.test_y)
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {accuracy:.4f}", flush=True)
 
+    if trace is not None:
+        trace.save(args.trace)
+        print(f"{args.trace}: the last epoch's training, {trace.lost} events lost")
     if spheres is not None:
         spheres.print_stats()
         if args.plot is not None:

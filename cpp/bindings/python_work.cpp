@@ -90,7 +90,6 @@ void PythonWork::run(Claimer& claimer) {
   if (!claimer.next(chunk)) return;  // before the GIL: most visits find nothing
   SphereGil gil;
   claimer.begin_items();
-  claimer.begins();
   std::uint64_t last_switch = now_ns();
   std::int64_t ran = 0;
   do {
@@ -110,7 +109,6 @@ void PythonWork::run(Claimer& claimer) {
       } else {
         PyList_SetItem(results_.ptr(), static_cast<Py_ssize_t>(item), result);
       }
-      claimer.ran_one();
     }
     ran += chunk.count;
     if (const std::uint64_t now = now_ns(); now - last_switch > kSwitchNs) {
