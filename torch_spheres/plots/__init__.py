@@ -7,6 +7,7 @@ drawn. No picture changes matplotlib's settings or opens a window.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch_spheres.loading.stats import CALLS_KEPT
@@ -120,7 +121,7 @@ def plot_timeline(
 
 
 def _window(trace: Trace, begin: object, end: object) -> tuple[float, float]:
-    whole = (trace.end_ns - trace.begin_ns) / 1e6
+    whole = max(1, trace.end_ns - trace.begin_ns) / 1e6
     first = 0.0 if begin is None else _milliseconds("begin", begin)
     last = whole if end is None else _milliseconds("end", end)
     if not first < last:
@@ -133,7 +134,7 @@ def _window(trace: Trace, begin: object, end: object) -> tuple[float, float]:
 
 
 def _milliseconds(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be None or a number of milliseconds, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")

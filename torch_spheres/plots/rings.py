@@ -7,14 +7,14 @@ picture is the same at every size; text has a least size, and is left out where 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torch_spheres._core import Topology
 from torch_spheres.plots.ring_data import KISSING, RingData
-from torch_spheres.plots.theme import Canvas, Theme
+from torch_spheres.plots.theme import Canvas, Theme, ink_on
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
@@ -174,14 +174,8 @@ class _Rings:
         self._ax.text(
             x, y, text, ha="center", va="center", rotation=turn, rotation_mode="anchor", zorder=4,
             fontsize=size, linespacing=1.15, gid=f"label {sphere}",
-            color=self._ink_on(colours.to_rgba(np.array(share)) if share > 0 else None),
+            color=ink_on(colours.to_rgba(np.array(share))) if share > 0 else self._theme.faint,
         )  # fmt: skip
-
-    def _ink_on(self, colour: Any) -> str:
-        if colour is None:
-            return self._theme.faint
-        red, green, blue = colour[:3]
-        return "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
     def _wedge(self, sphere: int, inner: float, outer: float) -> Points:
         begin, end = self._sectors[sphere]
@@ -214,6 +208,7 @@ class _Rings:
         chords = PolyCollection(
             shapes, facecolors=[(self._theme.steal, alpha) for alpha in strengths],
             edgecolors="none", zorder=2,
+            rasterized=len(shapes) > 500,
         )  # fmt: skip
         chords.set_gid("steals")
         self._ax.add_collection(chords, autolim=False)
@@ -327,7 +322,7 @@ class _Rings:
         self._ax.add_patch(Polygon(sample, facecolor=self._theme.steal, edgecolor="none"))
         self._ax.text(
             left + 0.04, y, text, fontsize=self._text * 0.9, color=self._theme.ink, ha="left",
-            va="center", gid="steals note",
+            va="center", gid="sample",
         )  # fmt: skip
 
     def _notes(self) -> list[str]:

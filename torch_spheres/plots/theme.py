@@ -23,6 +23,7 @@ __all__ = [
     "duration",
     "find_theme",
     "header",
+    "ink_on",
     "need_matplotlib",
     "plain_axes",
 ]
@@ -89,11 +90,11 @@ THEMES = {
             "#f4f1b0",
         ),
         states={
-            "processing": "#1fb58a", "accumulating": _ORANGE, "waiting": _PURPLE,
+            "processing": "#00a87b", "accumulating": "#f5cf4f", "waiting": _PURPLE,
             "ready": "#a6d8f5", "idle": "#4b535d", "terminating": "#aab1ba",
         },
-        phases={"forward": "#3a9bdc", "backward": "#a6d8f5", "sum": _ORANGE},
-        steal="#ff7f2a", gradient="#e6edf3", waited="#ff7f2a", late="#f0c04a",
+        phases={"forward": "#3a9bdc", "backward": "#a6d8f5", "sum": "#f5cf4f"},
+        steal="#f5713a", gradient="#e6edf3", waited="#f5713a", late="#f5cf4f",
     ),
 }  # fmt: skip
 
@@ -185,6 +186,15 @@ def _new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(**options)
+
+
+def ink_on(colour: Any) -> str:
+    """Black or white, whichever is easier to read on it."""
+    from matplotlib.colors import to_rgb
+
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_spheres._core import Topology
-from torch_spheres.plots.theme import Canvas, Theme, header, plain_axes
+from torch_spheres.plots.theme import Canvas, Theme, header, ink_on, plain_axes
 
 if TYPE_CHECKING:
     from torch_spheres.trace import Arrow, Slice, Trace
@@ -226,7 +226,7 @@ class _Chart:
             begin, end = self._clipped(place)
             self._ax.text(
                 (begin + end) / 2, self._row[item.sphere], words, fontsize=size, ha="center",
-                va="center_baseline", zorder=8, gid="number", color=self._ink_on(place),
+                va="center_baseline", zorder=8, gid="number", color=ink_on(self._colour(place)),
             )  # fmt: skip
 
     def _clipped(self, part: Slice) -> tuple[float, float]:
@@ -238,13 +238,10 @@ class _Chart:
         begin, end = self._clipped(part)
         return (end - begin) * self._on.width / (self._shown.end - self._shown.begin)
 
-    def _ink_on(self, part: Slice) -> str:
-        from matplotlib.colors import to_rgb
-
-        phase = part.kind == "phase"
-        name = part.name if phase else "processing"
-        red, green, blue = to_rgb((self._theme.phases if phase else self._theme.states)[name])
-        return "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+    def _colour(self, part: Slice) -> str:
+        if part.kind == "phase":
+            return self._theme.phases[part.name]
+        return self._theme.states["processing"]
 
     def _row_height(self) -> float:
         return self._on.height / max(1, len(self._shown.rows))
