@@ -148,6 +148,17 @@ def test_a_trace_of_the_last_epoch(small, tmp_path):
     )
 
 
+def test_a_picture_of_the_run(small, tmp_path):
+    path = tmp_path / "rings.svg"
+    done = run("--data", small, "--batch-size", 50, "--epochs", 1, "--plot", path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: what the spheres did" in done.stdout
+    picture = path.read_text()
+    # A wedge, a rim and a label for each sphere.
+    for gid in ("spheres", "states", *(f"label {sphere}" for sphere in range(13))):
+        assert f'<g id="{gid}">' in picture
+
+
 def test_plain_runs_without_spheres(small):
     done = run("--data", small, "--plain", "--epochs", 1)
     assert done.returncode == 0, done.stderr
@@ -164,6 +175,9 @@ def test_plain_runs_without_spheres(small):
         (["--concurrency", "x"], "got 'x'"),
         (["--data", "/nowhere"], "no such folder: /nowhere"),
         (["--trace", "/nowhere/run.json"], "no such folder: /nowhere"),
+        (["--plot", "/nowhere/run.png"], "no such folder: /nowhere"),
+        (["--plot", "run"], "must end in .png, .svg or .pdf, got 'run'"),
+        (["--plot", "run.png", "--plain"], "no spheres to draw with --plain"),
         (["--trace", "run.json", "--plain"], "nothing to trace with --plain"),
     ],
 )
