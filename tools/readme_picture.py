@@ -66,7 +66,7 @@ def draw(spheres: ts.KissingSpheres, trace: ts.Trace, path: Path) -> None:
     spheres.plot(left.add_subplot())
     ts.plot_timeline(trace, right.add_subplot())
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
