@@ -505,6 +505,13 @@ void System::trace_phase(TraceLabel phase, std::int64_t shard, std::uint64_t beg
       {begin, now_ns(), shard, 1, 0, TraceKind::kPhase, static_cast<std::uint8_t>(phase)});
 }
 
+void System::trace_gradient(SphereId source, std::uint64_t sent) {
+  if (Recorder* recorder = recorder_here()) {
+    recorder->record(
+        {sent, now_ns(), -1, 1, static_cast<std::int16_t>(source), TraceKind::kGradient, 0});
+  }
+}
+
 // ---- news ----
 
 // Whoever changes something that others may wait for then read-modify-writes news_waiters_, which

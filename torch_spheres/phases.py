@@ -1,8 +1,9 @@
-"""Blocks that a trace shows as phases of a shard."""
+"""What a trace shows of shards: their phases, and how gradients go from one to the next."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from torch_spheres import _core
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["phase"]
+__all__ = ["Handovers", "handovers", "phase"]
 
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
@@ -45,3 +46,26 @@ def phase(
     if not spheres._tracing:
         return _NOTHING
     return _Phase(spheres._core, _LABELS[name], -1 if shard is None else shard)
+
+
+class Handovers:
+    """Arrows of a trace, from the spheres that made gradients to those that add them."""
+
+    def __init__(self, core: _core.System) -> None:
+        self._core = core
+
+    def made(self) -> tuple[int, int]:
+        """Gradients are there: on which sphere, and when."""
+        return _core.current_sphere(), time.monotonic_ns()
+
+    def taken(self, makers: Iterable[tuple[int, int]]) -> None:
+        """The calling thread is about to add what these have made."""
+        here = _core.current_sphere()
+        for sphere, made in makers:
+            if sphere not in (-1, here):
+                self._core.trace_gradient(sphere, made)
+
+
+def handovers(spheres: KissingSpheres) -> Handovers | None:
+    """None while nobody traces the spheres."""
+    return Handovers(spheres._core) if spheres._tracing else None
