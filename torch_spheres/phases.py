@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch_spheres import _core
 
 if TYPE_CHECKING:
+    from torch_spheres.recording import Recording
     from torch_spheres.system import KissingSpheres
 
 __all__ = ["Handovers", "handovers", "phase"]
@@ -19,10 +20,10 @@ _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
 
 class _Phase:
-    __slots__ = ("_begin", "_core", "_label", "_shard")
+    __slots__ = ("_begin", "_core", "_label", "_recording", "_shard")
 
-    def __init__(self, core: _core.System, label: int, shard: int) -> None:
-        self._core, self._label, self._shard = core, label, shard
+    def __init__(self, core: _core.System, recording: Recording, label: int, shard: int) -> None:
+        self._core, self._recording, self._label, self._shard = core, recording, label, shard
 
     def __enter__(self) -> None:
         self._begin = time.monotonic_ns()
@@ -33,6 +34,7 @@ class _Phase:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._recording.name_thread()
         self._core.trace_phase(self._label, self._shard, self._begin)
 
 
@@ -43,9 +45,10 @@ def phase(
     spheres: KissingSpheres, name: str, shard: int | None = None
 ) -> AbstractContextManager[None]:
     """For a block that the calling thread is in; does nothing while nobody traces the spheres."""
-    if not spheres._tracing:
+    recording = spheres._recording
+    if recording is None:
         return _NOTHING
-    return _Phase(spheres._core, _LABELS[name], -1 if shard is None else shard)
+    return _Phase(spheres._core, recording, _LABELS[name], -1 if shard is None else shard)
 
 
 class Handovers:
@@ -68,4 +71,4 @@ class Handovers:
 
 def handovers(spheres: KissingSpheres) -> Handovers | None:
     """None while nobody traces the spheres."""
-    return Handovers(spheres._core) if spheres._tracing else None
+    return None if spheres._recording is None else Handovers(spheres._core)

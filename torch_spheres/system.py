@@ -103,7 +103,7 @@ class KissingSpheres:
         leaves = self._topology.leaves
         self._core = _core.System(levels, min(concurrency, leaves))
         self._started = False
-        self._tracing = False
+        self._recording: Recording | None = None  # the trace that is under way
         _live.add(self)
 
     # ---- shape ----
