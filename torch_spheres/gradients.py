@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_spheres.exchange import total_over_ranks
+from torch_spheres.exporters import count_step
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.sampler import GROUPS
@@ -72,6 +73,7 @@ class GradientHook:
         self._reported: dict[int, int] = {}
         # The optimizer keeps the bound method, and so the hook, even if nobody else does.
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._after = optimizer.register_step_post_hook(self._after_step)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -196,11 +198,15 @@ class GradientHook:
     def _before_step(self, *_: Any) -> None:
         self.reduce()
 
+    def _after_step(self, *_: Any) -> None:
+        count_step(self._spheres._logs)
+
     def remove(self) -> None:
         """Takes the hook off the optimizer. Gradients that were added and not summed are dropped.
 
         May be called more than once.
         """
         self._handle.remove()
+        self._after.remove()
         with self._lock:
             self._added.clear()

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import math
 import operator
 import os
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
 from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
+from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
 from torch_spheres.memory import keep_freed_memory
-from torch_spheres.stats import Stats, format_stats, snapshot
+from torch_spheres.stats import Began, Stats, format_stats, snapshot
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["KissingSpheres", "usable_cores"]
 
@@ -90,8 +96,9 @@ class KissingSpheres:
     """
 
     def __init__(self, levels: int = 2, *, concurrency: int | None = None) -> None:
+        cores = usable_cores()
         if concurrency is None:
-            concurrency = usable_cores()
+            concurrency = cores
         levels = _as_index("levels", levels)
         concurrency = _as_index("concurrency", concurrency)
         if not 1 <= levels <= _core.MAX_LEVELS:
@@ -102,6 +109,9 @@ class KissingSpheres:
         leaves = self._topology.leaves
         self._core = _core.System(levels, min(concurrency, leaves))
         self._started = False
+        self._cores, self._origin = cores, next(_origins)
+        self._began: Began | None = None  # counting: the first start()
+        self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
         _live.add(self)
 
     # ---- shape ----
@@ -152,6 +162,7 @@ class KissingSpheres:
         """
         # Before its threads come, or each would have a heap of its own.
         keep_freed_memory(self.levels)
+        self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
         self._started = True
         return self
@@ -336,12 +347,56 @@ class KissingSpheres:
     # ---- statistics ----
 
     def stats(self) -> Stats:
-        """A frozen snapshot of every sphere's figures."""
-        return snapshot(self._core, self.concurrency)
+        """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
+        return snapshot(
+            self._core,
+            self.concurrency,
+            cores=self._cores,
+            origin=self._origin,
+            began=self._began,
+        )
 
     def print_stats(self, file: TextIO | None = None) -> None:
         """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
         print(format_stats(self.stats()), file=sys.stdout if file is None else file)
+
+    def log_to(
+        self,
+        writer: ScalarWriter,
+        every: int = 100,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        tag: str = "spheres",
+        first_step: int = 0,
+    ) -> StatsLog:
+        """Writes the figures that matter to TensorBoard each `every` steps.
+
+        Args:
+            writer: ``torch.utils.tensorboard.SummaryWriter()``, or anything with
+                ``add_scalar(tag, value, global_step)``.
+            every: steps from one writing to the next; the figures are of the time between.
+            optimizer: whose ``step()`` counts. None: that of each optimizer with a `GradientHook`
+                on these spheres, now or later; in a loop without any, call ``log.step()``.
+            tag: what the names begin with, as in ``spheres/utilization``.
+            first_step: steps done before, in training that goes on.
+
+        Returns:
+            A handle with ``step()``, ``write()`` and ``close()``, which is a context manager too;
+            ``close()`` writes the rest. It need not be kept.
+
+        Written are `Stats.utilization`, `imbalance`, `steal_rate`, `items_per_second`,
+        `cores_used`, the median and the 95th percentile of item times (seconds), items queued now
+        and at most ever in one queue, and messages per second.
+
+        An error of the writer is raised where the step is counted: by ``optimizer.step()``, whose
+        update has been made then, or by ``log.step()``.
+
+        Raises:
+            TypeError: an argument is of another kind.
+            ValueError: `every` is less than 1.
+        """
+        every, first_step = _as_index("every", every), _as_index("first_step", first_step)
+        return open_log(self, writer, every, optimizer, tag, first_step)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped" if self._started else "not started"
@@ -382,6 +437,7 @@ def _native_items(items: Iterable[Any]) -> int | list[int]:
     return values
 
 
+_origins = itertools.count(1)
 # Threads that still run when the interpreter is torn down could not take the GIL any more.
 _live: weakref.WeakSet[KissingSpheres] = weakref.WeakSet()
 
