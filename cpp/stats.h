@@ -79,7 +79,7 @@ class StateClock {
   State state() const { return unpack_state(packed_.load(std::memory_order_relaxed)); }
 
   /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.  Never
-  /// less than what was read before: a transition that comes between is waited for.
+  /// less than what was read before, by whomever; a transition under way is waited for.
   std::array<std::uint64_t, kStates> times() const {
     std::array<std::uint64_t, kStates> result{};
     std::uint64_t packed = 0;
@@ -97,10 +97,21 @@ class StateClock {
     if (unpack_state(packed) != State::kTerminating && now > since) {
       result[static_cast<std::size_t>(unpack_state(packed))] += now - since;
     }
+    // A transition that has looked at the clock, but not begun to write, is a few nanoseconds short
+    // of what is read here.
+    for (std::size_t s = 0; s < kStates; ++s) result[s] = at_least_as_before(s, result[s]);
     return result;
   }
 
  private:
+  std::uint64_t at_least_as_before(std::size_t state, std::uint64_t ns) const {
+    std::uint64_t before = told_[state].load(std::memory_order_relaxed);
+    while (before < ns) {
+      if (told_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
+    }
+    return before;
+  }
+
   static constexpr int kPatience = 10'000;
   static constexpr int kStateBits = 3;  // state and "since" in one word, so they are read together
   static State unpack_state(std::uint64_t packed) {
@@ -108,7 +119,8 @@ class StateClock {
   }
   std::atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
   std::array<std::atomic<std::uint64_t>, kStates> ns_{};
-  std::atomic<std::uint32_t> changes_{0};  // odd during a transition
+  std::atomic<std::uint32_t> changes_{0};                           // odd during a transition
+  mutable std::array<std::atomic<std::uint64_t>, kStates> told_{};  // the most that was read
 };
 
 /// A count that any thread writes.

@@ -53,12 +53,13 @@ def prometheus_text(stats: Stats, per_sphere: bool | None, labels: Mapping[str, 
         per_sphere = len(stats) <= _FEW_SPHERES
     parts: list[tuple[Labels, tuple[SphereStats, ...]]] = []
     if per_sphere:
-        for s in stats.spheres:
-            own = {"level": str(s.level), "sphere": str(s.id), "path": s.path}
-            parts.append((common | own, (s,)))
+        parts += [
+            (common | {"level": str(s.level), "sphere": str(s.id), "path": s.path}, (s,))
+            for s in stats.spheres
+        ]
     else:
-        for level in range(stats.spheres[-1].level + 1):
-            parts.append((common | {"level": str(level)}, stats.level(level)))
+        levels = range(stats.spheres[-1].level + 1)
+        parts += [(common | {"level": str(level)}, stats.level(level)) for level in levels]
     leaves = [part for part in parts if part[1][0].level == stats.spheres[-1].level]
 
     text = _Text()

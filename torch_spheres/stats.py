@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 from torch_spheres import _core
 from torch_spheres._core import State, Topology
@@ -88,8 +89,11 @@ class SphereStats:
 
     @property
     def utilization(self) -> float:
-        """Share of the time, 0 to 1, in which the sphere did work. With fewer turns than leaves
-        (`Stats.concurrency`) most leaves have little; see `Stats.utilization`."""
+        """Share of the time, 0 to 1, in which the sphere did work.
+
+        With fewer turns than leaves (`Stats.concurrency`) most leaves have little; see
+        `Stats.utilization`.
+        """
         return self.busy_ns / self.total_ns if self.total_ns else 0.0
 
     def item_time(self, q: float = 0.5) -> float:
@@ -97,18 +101,18 @@ class SphereStats:
         return quantile_ns(self.item_time_counts, q) / 1e9
 
     def _since(self, before: SphereStats) -> SphereStats:
-        def minus(name: str) -> int:
-            return int(getattr(self, name) - getattr(before, name))
-
         def each(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[int, ...]:
             # Most spheres of a large hierarchy have done nothing: no need to look at each count.
             return tuple(map(int.__sub__, new, old)) if new is not old else (0,) * len(new)
 
+        changed: dict[str, Any] = {
+            name: getattr(self, name) - getattr(before, name) for name in _DIFFERENCES
+        }
         return replace(
             self,
             stolen_from=each(self.stolen_from, before.stolen_from),
             item_time_counts=each(self.item_time_counts, before.item_time_counts),
-            **{name: minus(name) for name in _DIFFERENCES},
+            **changed,
         )
 
 
@@ -127,7 +131,8 @@ class Stats:
         before = spheres.stats()
         train_one_epoch()
         epoch = spheres.stats() - before
-        print(epoch, *epoch.advice(), sep="\\n")
+        print(epoch)
+        print(*epoch.advice())
     """
 
     spheres: tuple[SphereStats, ...]
@@ -250,7 +255,9 @@ class Stats:
     @property
     def messages(self) -> int:
         """Messages that spheres took out of their mailboxes, those of the runtime and the users'.
-        Few beside the items: news of work is sent once for a batch, not for each item."""
+
+        Few beside the items: news of work is sent once for a batch, not for each item.
+        """
         return self.total(lambda s: s.messages_received)
 
     @property

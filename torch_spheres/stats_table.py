@@ -41,11 +41,9 @@ def _row(name: str, spheres: Sequence[SphereStats]) -> tuple[str, ...]:
 
 
 def _summary(stats: Stats, leaves: int) -> list[str]:
-    lines = [
-        f"at most {stats.concurrency} of {leaves} leaves run at once; "
-        f"{100 * stats.utilization:.1f} % of that was used, imbalance {stats.imbalance:.2f}, "
-        f"{100 * stats.steal_rate:.0f} % stolen"
-    ]
+    turns = f"at most {stats.concurrency} of {leaves} leaves run at once"
+    used = f"{100 * stats.utilization:.1f} % of that was used, imbalance {stats.imbalance:.2f}"
+    lines = [f"{turns}; {used}, {100 * stats.steal_rate:.0f} % stolen"]
     if sum(stats.item_time_counts):
         lines.append(
             f"an item took {duration(stats.mean_item_time)} on average; half of them less than "

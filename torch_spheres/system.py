@@ -21,7 +21,8 @@ from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
 from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
 from torch_spheres.memory import keep_freed_memory
-from torch_spheres.stats import Began, Stats, format_stats, snapshot
+from torch_spheres.stats import Began, Stats, snapshot
+from torch_spheres.stats_table import format_stats
 
 if TYPE_CHECKING:
     import torch
