@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -71,7 +71,7 @@ class SphereStats:
     the root by the group of the leaf. Empty for the other inner spheres, which run no items."""
     item_time_ns: int = 0
     """Time inside the items counted in `item_time_counts`."""
-    item_time_counts: tuple[int, ...] = ()
+    item_time_counts: tuple[int, ...] = field(default=(), repr=False)
     """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
     there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
     last edge. Python items are measured one by one, waits for the GIL included; native items are
@@ -118,7 +118,7 @@ class SphereStats:
 
 _DIFFERENCES = (
     *("items_run", "items_stolen", "items_given", "messages_sent", "messages_received"),
-    *(field.name for field in fields(SphereStats) if field.name.endswith("_ns")),
+    *(each.name for each in fields(SphereStats) if each.name.endswith("_ns")),
 )
 
 
@@ -357,8 +357,8 @@ def snapshot(
     core: _core.System, concurrency: int, *, cores: int, origin: int, began: Began | None
 ) -> Stats:
     """Reads the counters of a system's spheres."""
-    now = time.monotonic_ns()
-    begin, cpu = began or (now, time.process_time_ns())
+    now, cpu = time.monotonic_ns(), time.process_time_ns()
+    begin, cpu_before = began or (now, cpu)
     read = core.stats()
     places = _places(len(read))
     return Stats(
@@ -367,7 +367,7 @@ def snapshot(
         cores=cores,
         begin_ns=begin,
         time_ns=now,
-        cpu_ns=max(0, time.process_time_ns() - cpu),  # the child of a fork() begins at 0
+        cpu_ns=max(0, cpu - cpu_before),  # the child of a fork() begins at 0
         origin=origin,
     )
 
