@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_spheres.arguments import as_index
 from torch_spheres.exchange import total_over_ranks
 from torch_spheres.exporters import count_step
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.sampler import GROUPS
-from torch_spheres.system import KissingSpheres, _as_index
+from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
 __all__ = ["GradientHook"]
@@ -98,7 +99,7 @@ class GradientHook:
             RuntimeError: the shard was added already since the last sum.
             TypeError: `grads` holds something else than tensors and None.
         """
-        shard = _as_index("shard", shard)
+        shard = as_index("shard", shard)
         if not 0 <= shard < self._spheres.leaves:
             raise ValueError(f"shard must be 0 to {self._spheres.leaves - 1}, got {shard}")
         if self._ranks is not None and shard % GROUPS not in self._ranks.own:

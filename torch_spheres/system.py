@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import itertools
 import math
-import operator
 import os
 import sys
 import time
@@ -19,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
 from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
+from torch_spheres.arguments import as_index, as_timeout, native_items, python_items
 from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
 from torch_spheres.memory import keep_freed_memory
-from torch_spheres.stats import Began, Stats, snapshot
+from torch_spheres.snapshot import Began, snapshot
+from torch_spheres.stats import Stats
 from torch_spheres.stats_table import format_stats
 
 if TYPE_CHECKING:
@@ -46,27 +47,6 @@ def usable_cores() -> int:
         # "max 100000" means no quota: int() says ValueError.
         cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
-
-
-def _as_index(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _as_timeout(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        seconds = float(+value)  # float() alone would take strings
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"timeout must be None or a number of seconds, got {value!r}") from None
-    if math.isnan(seconds) or seconds < 0:
-        raise ValueError(f"timeout must be None or at least 0 seconds, got {value!r}")
-    return None if math.isinf(seconds) else seconds
 
 
 class KissingSpheres:
@@ -100,8 +80,8 @@ class KissingSpheres:
         cores = usable_cores()
         if concurrency is None:
             concurrency = cores
-        levels = _as_index("levels", levels)
-        concurrency = _as_index("concurrency", concurrency)
+        levels = as_index("levels", levels)
+        concurrency = as_index("concurrency", concurrency)
         if not 1 <= levels <= _core.MAX_LEVELS:
             raise ValueError(f"levels must be 1 to {_core.MAX_LEVELS}, got {levels}")
         self._topology = Topology(levels)
@@ -183,7 +163,7 @@ class KissingSpheres:
             TimeoutError: items were still running. They go on; call `stop` again.
             RuntimeError: called from inside a work item, or in a forked child.
         """
-        lost, error = self._core.stop(_as_timeout(timeout))
+        lost, error = self._core.stop(as_timeout(timeout))
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
@@ -245,10 +225,10 @@ class KissingSpheres:
             StoppedError: the spheres were stopped.
         """
         if isinstance(fn, NativeFunction):
-            numbers = _native_items(items)
+            numbers = native_items(items)
             self._ensure_started("distribute_work()")
             return self._core.submit_native(fn, numbers)
-        objects = _python_items(items, fn)
+        objects = python_items(items, fn)
         self._ensure_started("distribute_work()")
         return self._core.submit(fn, objects, collect=False)
 
@@ -262,7 +242,7 @@ class KissingSpheres:
             RuntimeError: called from inside a work item, where it might wait for itself.
             StoppedError: the spheres were stopped.
         """
-        objects = _python_items(items, fn)
+        objects = python_items(items, fn)
         self._ensure_started("map()")
         self._core.require_outside("map()")
         work = self._core.submit(fn, objects, collect=True)
@@ -287,7 +267,7 @@ class KissingSpheres:
             StoppedError: the spheres were stopped with items that had not begun.
             RuntimeError: called from inside a work item, or in a forked child.
         """
-        self._core.wait(_as_timeout(timeout))
+        self._core.wait(as_timeout(timeout))
 
     # ---- meetings ----
 
@@ -302,11 +282,11 @@ class KissingSpheres:
             StoppedError: the spheres were stopped.
             TimeoutError: not all arrived within `timeout` seconds; they go on when they have.
         """
-        level = _as_index("level", level)
+        level = as_index("level", level)
         if not 0 <= level < self.levels:
             raise ValueError(f"level must be 0 to {self.levels - 1}, got {level}")
         self._ensure_started("barrier()")
-        self._core.barrier(level, _as_timeout(timeout))
+        self._core.barrier(level, as_timeout(timeout))
 
     def epoch(self, timeout: float | None = None) -> int:
         """Ends an epoch: a barrier over all spheres, reported up the tree to the root.
@@ -314,7 +294,7 @@ class KissingSpheres:
         Returns the number of epochs ended so far, this one included. Raises as `barrier`.
         """
         self._ensure_started("epoch()")
-        return self._core.epoch(_as_timeout(timeout))
+        return self._core.epoch(as_timeout(timeout))
 
     # ---- messages ----
 
@@ -335,10 +315,10 @@ class KissingSpheres:
             TimeoutError: none came within `timeout` seconds (None waits for ever, 0 not at all).
             StoppedError: none was there and the spheres were stopped.
         """
-        return self._core.receive(self._as_id("sphere", sphere), _as_timeout(timeout))
+        return self._core.receive(self._as_id("sphere", sphere), as_timeout(timeout))
 
     def _as_id(self, name: str, value: Any) -> int:
-        sphere = _as_index(name, value)
+        sphere = as_index(name, value)
         if not 0 <= sphere < self.total_spheres:
             raise ValueError(
                 f"{name}: there is no sphere {sphere}; ids are 0 to {self.total_spheres - 1}"
@@ -396,7 +376,7 @@ class KissingSpheres:
             TypeError: an argument is of another kind.
             ValueError: `every` is less than 1.
         """
-        every, first_step = _as_index("every", every), _as_index("first_step", first_step)
+        every, first_step = as_index("every", every), as_index("first_step", first_step)
         return open_log(self, writer, every, optimizer, tag, first_step)
 
     def __repr__(self) -> str:
@@ -411,31 +391,6 @@ class KissingSpheres:
             "KissingSpheres cannot be pickled or copied: threads belong to one process; "
             "make a new one in the other process"
         )
-
-
-def _python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, got {fn!r} of type {type(fn).__name__}")
-    try:
-        return tuple(items)
-    except TypeError:
-        if isinstance(items, Iterable):
-            raise  # the iterable's own error
-        raise TypeError(
-            f"items must be iterable, got {items!r} of type {type(items).__name__}"
-        ) from None
-
-
-def _native_items(items: Iterable[Any]) -> int | list[int]:
-    if isinstance(items, range) and items == range(len(items)):
-        return len(items)
-    if not isinstance(items, Iterable):
-        raise TypeError(f"items must be iterable, got {items!r} of type {type(items).__name__}")
-    values = [_as_index("an item of a NativeFunction", item) for item in items]
-    for extreme in (min(values, default=0), max(values, default=0)):
-        if not -(2**63) <= extreme < 2**63:
-            raise OverflowError(f"an item of a NativeFunction must fit 64 bits, got {extreme}")
-    return values
 
 
 _origins = itertools.count(1)
