@@ -13,12 +13,13 @@ import numpy as np
 
 from torch_spheres import _core
 from torch_spheres._core import State, Topology
+from torch_spheres.arguments import as_index
 from torch_spheres.trace import Arrow, Counter, Parts, Slice, Trace
 
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["MAX_CAPACITY", "Recording"]
+__all__ = ["Recording"]
 
 MAX_CAPACITY = 1 << 24
 # As TraceEvent and TraceKind in cpp/trace.h.
@@ -39,6 +40,9 @@ class Recording(Trace):
     """What ``with spheres.trace() as trace`` gives: a `Trace` that can be read after the block."""
 
     def __init__(self, spheres: KissingSpheres, capacity: int) -> None:
+        capacity = as_index("capacity", capacity)
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ValueError(f"capacity must be 1 to 2**24 events, got {capacity}")
         self._made = None
         self._spheres: KissingSpheres | None = spheres  # until it has ended
         self._topology, self._concurrency = spheres.topology, spheres.concurrency
