@@ -125,6 +125,8 @@ class System {
   TraceRecord end_trace() { return tracer_.end(spheres_); }
   /// Records something else that the calling thread has been doing since `begin`.
   void trace_phase(TraceLabel phase, std::int64_t shard, std::uint64_t begin);
+  /// Records that the calling thread takes gradients that were ready on a sphere at `sent`.
+  void trace_gradient(SphereId source, std::uint64_t sent);
 
  private:
   friend class Sphere;

@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch_spheres as ts
 
+ARROWS = ("work", "steal", "gradient")
+
 
 def load(path):
     """A trace file, its times exact."""
@@ -38,7 +40,7 @@ def check_file(data):
         if event["ph"] == "X":
             assert event["dur"] >= 0
             slices[event["pid"], event["tid"]].append(event)
-        elif event["ph"] in "sf":
+        elif event["ph"] in "sf" and event["cat"] in ARROWS:  # a profiler has some of its own
             flows[event["cat"], event["id"]].append(event)
         elif event["ph"] == "C":
             (value,) = event["args"].values()

@@ -274,6 +274,14 @@ class System:
         """
     def submit(self, fn: typing.Any, items: tuple[typing.Any, ...], collect: bool) -> Work: ...
     def submit_native(self, fn: NativeFunction, items: typing.Any) -> Work: ...
+    def trace_gradient(
+        self,
+        source: typing.SupportsInt | typing.SupportsIndex,
+        sent: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Records that the calling thread takes gradients that a sphere had ready then.
+        """
     def trace_phase(
         self,
         label: typing.SupportsInt | typing.SupportsIndex,

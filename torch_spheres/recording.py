@@ -13,12 +13,13 @@ import numpy as np
 
 from torch_spheres import _core
 from torch_spheres._core import State, Topology
+from torch_spheres.arguments import as_index
 from torch_spheres.trace import Arrow, Counter, Parts, Slice, Trace
 
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["MAX_CAPACITY", "Recording"]
+__all__ = ["Recording"]
 
 MAX_CAPACITY = 1 << 24
 # As TraceEvent and TraceKind in cpp/trace.h.
@@ -39,8 +40,12 @@ class Recording(Trace):
     """What ``with spheres.trace() as trace`` gives: a `Trace` that can be read after the block."""
 
     def __init__(self, spheres: KissingSpheres, capacity: int) -> None:
+        capacity = as_index("capacity", capacity)
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ValueError(f"capacity must be 1 to 2**24 events, got {capacity}")
         self._made = None
-        self._spheres = spheres
+        self._spheres: KissingSpheres | None = spheres  # until it has ended
+        self._topology, self._concurrency = spheres.topology, spheres.concurrency
         self._capacity = capacity
         self._process = 0  # that records
         self._clock: list[tuple[int, int]] = []
@@ -48,15 +53,15 @@ class Recording(Trace):
         self._names: dict[int, str] = {}
 
     def __enter__(self) -> Self:
-        if self._process:
-            raise RuntimeError("this trace was used already; call trace() again for a new one")
         spheres = self._spheres
+        if self._process or spheres is None:
+            raise RuntimeError("this trace was used already; call trace() again for a new one")
         if not spheres.running:
             spheres.start()
         clock = _clock()
         spheres._core.begin_trace(self._capacity)
         self._clock, self._process = [clock], os.getpid()
-        spheres._tracing = True
+        spheres._recording = self
         return self
 
     def __exit__(
@@ -67,25 +72,31 @@ class Recording(Trace):
     ) -> None:
         if os.getpid() != self._process:
             return  # what is recorded, and whoever records it, is in the parent process
-        self._spheres._tracing = False
-        self._record = self._spheres._core.end_trace()
+        spheres, self._spheres = self._spheres, None
+        assert spheres is not None
+        spheres._recording = None
+        self._record = spheres._core.end_trace()
         self._clock.append(_clock())
-        self._names = {t.native_id: t.name for t in threading.enumerate() if t.native_id}
+        self._names |= {t.native_id: t.name for t in threading.enumerate() if t.native_id}
+
+    def name_thread(self) -> None:
+        """Remembers what the calling thread is called: it may be gone when the trace is read."""
+        self._names[threading.get_native_id()] = threading.current_thread().name
 
     def _parts(self) -> Parts:
         if self._made is not None:
             return self._made
-        if self._process not in (0, os.getpid()):
-            raise RuntimeError(
-                "this trace is recorded by the process that this one was forked from: only there "
-                "can it be read"
-            )
         if self._record is None:
+            if self._process not in (0, os.getpid()):
+                raise RuntimeError(
+                    "this trace is recorded by the process that this one was forked from: only "
+                    "there can it be read"
+                )
             raise RuntimeError(
                 "the trace can be read and saved when its 'with' block has ended: "
                 "'with spheres.trace() as trace: ...', then trace.save(path)"
             )
-        reader = _Reader(self._spheres.topology, self._record, self._names)
+        reader = _Reader(self._topology, self._record, self._names)
         slices = sorted(reader.slices(), key=_outer_first)
         record, since = self._record, reader.complete_since
         counters = [
@@ -94,8 +105,8 @@ class Recording(Trace):
         ]
         used = {s.sphere for s in slices}
         self._made = Parts(
-            levels=self._spheres.levels,
-            concurrency=self._spheres.concurrency,
+            levels=self._topology.levels,
+            concurrency=self._concurrency,
             begin_ns=record.begin,
             end_ns=record.end,
             slices=tuple(slices),
@@ -163,18 +174,16 @@ class _Reader:
                 self.complete_since = max(self.complete_since, int(events["end"][0]))
             if track.sphere >= 0:
                 yield from self._states(track, events[events["kind"] == _STATE])
-            for event in events[(events["kind"] != _STATE) & (events["end"] >= self._begin)]:
-                slice_ = self._other(sphere, *event.tolist())
+            others = events[(events["kind"] != _STATE) & (events["end"] >= self._begin)]
+            for event in others.tolist():
+                slice_ = self._other(sphere, *event)
                 if slice_ is not None:
                     yield slice_
 
     def _states(self, track: _core.TraceTrack, changes: Any) -> Iterator[Slice]:
-        for event in changes[changes["end"] > self._begin]:
-            if event["label"] != _GONE:
-                begin = max(self._begin, int(event["begin"]))
-                yield Slice(
-                    track.sphere, begin, int(event["end"]), "state", _STATES[event["label"]]
-                )
+        shown = changes[(changes["end"] > self._begin) & (changes["label"] != _GONE)]
+        for begin, end, label in shown[["begin", "end", "label"]].tolist():
+            yield Slice(track.sphere, max(self._begin, begin), end, "state", _STATES[label])
         # The state that it was in when the trace ended.
         if len(changes):
             state, since = int(changes["other"][-1]), int(changes["end"][-1])

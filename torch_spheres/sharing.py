@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads
+from torch_spheres.phases import handovers, phase
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import ReplicaPool
@@ -206,6 +207,7 @@ class SharedCall(Call):
             self.crew.concurrency,
             self.ranks.own_parts,
             self._emit,
+            handovers(self.crew.spheres),
         )
 
     def _emit(self, part: int, sums: Grads) -> None:
@@ -238,8 +240,9 @@ class SharedCall(Call):
         nothing: Grads = [None] * (len(self.trainable) - len(self._sparse))
         for part in fold.missing_parts():
             exchange.give(part, nothing)
-        found = iter(exchange.finish())
-        odd = self._sum_odd()
+        with phase(self.crew.spheres, "sum"):
+            found = iter(exchange.finish())
+            odd = self._sum_odd()
         sums: Grads = []
         for i, p in enumerate(self.trainable):
             total = odd.get(i) if id(p) in self._sparse else next(found)

@@ -51,7 +51,8 @@ class Arrow:
 
     kind: str
     """``"work"``: news of work, handed down to a child; ``"steal"``: an item that was taken from a
-    sibling; ``"gradient"``: gradients passed up."""
+    sibling; ``"gradient"``: gradients passed up, with `GradientHook.add` to the parent, by a
+    `SphereParallel` to whoever adds them."""
     source: int
     """Id of the sphere that it came from: of a steal, the one that the item belonged to."""
     target: int

@@ -66,6 +66,8 @@ void bind_system(py::module_& module) {
       .def_property_readonly("tracing", [](const PySystem& self) { return self.core().tracing(); })
       .def("trace_phase", &PySystem::trace_phase, py::arg("label"), py::arg("shard"),
            py::arg("begin"), "Records what the calling thread did since `begin`, in nanoseconds.")
+      .def("trace_gradient", &PySystem::trace_gradient, py::arg("source"), py::arg("sent"),
+           "Records that the calling thread takes gradients that a sphere had ready then.")
       .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 

@@ -90,6 +90,13 @@ void PySystem::trace_phase(int label, std::int64_t shard, std::uint64_t begin) {
   if (!system_->forked()) system_->trace_phase(static_cast<TraceLabel>(label), shard, begin);
 }
 
+void PySystem::trace_gradient(SphereId source, std::uint64_t sent) {
+  if (!system_->topology().contains(source)) {
+    throw std::invalid_argument("there is no sphere " + std::to_string(source));
+  }
+  if (!system_->forked()) system_->trace_gradient(source, sent);
+}
+
 void PySystem::require_running(const char* what) const {
   if (system_->forked()) {
     throw std::runtime_error(std::string(what) + kForked);

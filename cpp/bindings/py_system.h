@@ -53,6 +53,7 @@ class PySystem {
   void begin_trace(std::size_t capacity);
   TraceRecord end_trace();
   void trace_phase(int label, std::int64_t shard, std::uint64_t begin);
+  void trace_gradient(SphereId source, std::uint64_t sent);
   /// How often start() was called: news sent before the last one is lost.
   std::uint64_t starts() const { return starts_; }
 
