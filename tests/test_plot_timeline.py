@@ -117,9 +117,8 @@ def test_of_many_spheres_the_busiest_are_shown():
     drawn(ax)
     assert rows(ax) == [ts.Topology.path_string(first + n) for n in range(1728 - 36, 1728)]
     assert len(shapes(ax, "state processing")) == 36
-    # Three steals are among the last 36.
     notes = words(ax, "notes").replace("\n", " ")
-    assert notes == "the 36 busiest of 1,728 that did anything; 141 steals without an arrow"
+    assert notes == "the 36 busiest of 1,728 that did anything; 144 steals without an arrow"
     assert words(ax, "title") == "10 ms of 1,885 spheres"
     small = ts.plot_timeline(made, axes(4, 2))
     assert 0 < len(rows(small)) < 36 and "busiest of 1,728" in words(small, "notes")

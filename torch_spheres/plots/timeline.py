@@ -77,9 +77,9 @@ class Timeline:
         # Other threads, which wait for the spheres, on top; then the root and so on.
         rows = tuple(sorted(ranked[:most_rows], key=lambda s: (s >= 0, abs(s))))
         shown = set(rows)
+        if len(drawn) > _MOST_ARROWS:
+            drawn = []
         kept = [a for a in drawn if a.source in shown and a.target in shown]
-        if len(kept) > _MOST_ARROWS:
-            kept = []
         hidden = {}
         for kind in ("steal", "gradient"):
             left_out = sum(a.kind == kind for a in arrows) - sum(a.kind == kind for a in kept)
