@@ -86,7 +86,7 @@ def test_bars_and_arrows_are_those_of_the_trace(theme):
     assert not found(ax, "arrow work")
     assert legend(ax) == [
         "running items", "summing gradients", "at a barrier", "forward", "backward", "stolen item",
-        "steal", "gradient to parent",
+        "steal", "gradients to who adds them",
     ]  # fmt: skip
     assert ax.get_xlabel() == "ms since the trace began" and ax.get_xlim() == (0, 10)
     assert words(ax, "title") == "10 ms of 13 spheres" and not found(ax, "notes")
@@ -142,7 +142,7 @@ def test_threads_that_wait_have_rows_too():
             phase(-1, 5, 6, "sum", None),
             ts.Slice(-1, 10**12 + 5_000_000, 10**12 + 5_100_000, "item", "sum piece", 0, 1),
         ],
-        [arrow("steal", 1, -1, 5, 5)],
+        [arrow("steal", 1, -1, 5, 5), arrow("gradient", 1, -1, 5, 5.2)],
         threads={-1: "MainThread"},
         lost=3,
     )
@@ -150,6 +150,7 @@ def test_threads_that_wait_have_rows_too():
     drawn(ax)
     assert rows(ax) == ["MainThread", "0"]
     assert boxes(ax, "phase sum") == [(0, 5, 6)] and not found(ax, "stolen")
+    assert len(found(ax, "arrow gradient")) == 1 and not found(ax, "arrow steal")
     notes = words(ax, "notes")
     assert notes == "1 steal without an arrow; 3 events were lost: the oldest are missing"
 

@@ -68,8 +68,8 @@ class Timeline:
             and arrow.sent_ns <= last
         ]
         active = len(busy)
-        # What threads run while they wait is a piece of a sum, of some microseconds.
-        drawn = [arrow for arrow in arrows if arrow.target >= 0]
+        # What other threads steal while they wait are pieces of a sum, of some microseconds.
+        drawn = [a for a in arrows if a.target >= 0 or a.kind == "gradient"]
         ends = {end for arrow in drawn for end in (arrow.source, arrow.target)} - {*busy}
         if len(drawn) <= _MOST_ARROWS and active + len(ends) <= most_rows:
             busy.update(dict.fromkeys(ends, 0))  # room for who was stolen from, too
@@ -254,7 +254,7 @@ class _Chart:
 
         styles = {
             "steal": (self._theme.steal, "steal"),
-            "gradient": (self._theme.gradient, "gradient to parent"),
+            "gradient": (self._theme.gradient, "gradients to who adds them"),
         }
         size = min(9.0, 0.7 * self._row_height())
         for kind, (colour, label) in styles.items():
