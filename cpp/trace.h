@@ -103,6 +103,8 @@ class TraceRing {
     }
     return result;
   }
+  /// Gives the memory back; nothing may be pushed any more.
+  void clear() { segments_.clear(); }
   /// Events that were overwritten, or that there was no memory for.
   std::uint64_t lost() const {
     return refused_ + (written_ > capacity_ ? written_ - capacity_ : 0);

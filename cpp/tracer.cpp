@@ -73,6 +73,7 @@ TraceRecord Tracer::end(Spheres& spheres) {
   for (auto& guest : guests_) {
     guest->track.events = guest->ring.events();
     guest->track.lost = guest->ring.lost();
+    guest->ring.clear();  // its thread may keep it until it ends
     record_.tracks.push_back(std::move(guest->track));
   }
   rings_.clear();

@@ -87,8 +87,8 @@ def plot_timeline(
     Bars are what a sphere did (running items, summing, standing at a barrier), and over them the
     phases of training; with the number of the item or shard where there is room. A line along a
     bar's lower edge: the item belonged to another sphere. Arrows are steals, from victim to thief,
-    and gradients, to the thread that adds them, if there are few enough to be read. Where there is no room for all
-    spheres the busiest are shown, and the picture says so.
+    and gradients, to the thread that adds them, if there are few enough to be read. Where there is
+    no room for all spheres the busiest are shown, and the picture says so.
 
     Args:
         trace: from ``with spheres.trace() as trace``.
