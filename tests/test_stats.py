@@ -224,10 +224,10 @@ def test_items_that_sleep_make_a_load_of_known_shape() -> None:
     meeting = threading.Barrier(4)
     with KissingSpheres(concurrency=4) as spheres:
         before = spheres.stats()
-        spheres.map(lambda _: (meeting.wait(LIMIT), time.sleep(0.3)), range(4))
+        spheres.map(lambda _: (meeting.wait(LIMIT), time.sleep(0.6)), range(4))
         even = spheres.stats() - before
         before = spheres.stats()
-        spheres.map(lambda i: time.sleep(0.3 if i == 0 else 0), range(4))
+        spheres.map(lambda i: time.sleep(0.6 if i == 0 else 0), range(4))
         uneven = spheres.stats() - before
     assert even.imbalance < 1.5 < 2 < uneven.imbalance <= 4
     assert even.item_time(0.5) > 0.2 > uneven.item_time(0.5)
@@ -362,7 +362,7 @@ def test_advice_one_sphere_has_the_long_items() -> None:
         spheres.map(lambda i: (meeting.wait(LIMIT), time.sleep(1.2)), range(4))
         even = spheres.stats() - uneven
     assert re.search(
-        r"worked 1\.\d+ s, \d\.\d times the mean of the 4 busiest, and items of more than .* "
+        r"worked [\d.]+ s, \d\.\d times the mean of the 4 busiest, and items of more than .* "
         r"made up \d+% of the work: cut the longest",
         rules(uneven),
     )
@@ -377,7 +377,7 @@ def test_advice_one_item_at_a_time() -> None:
         for _ in range(4):
             spheres.map(lambda _: time.sleep(0.3), [0])
         stats = spheres.stats() - before
-    assert re.search(r"1\.\d of the 4 leaves that may run were at work on average", rules(stats))
+    assert re.search(r"[01]\.\d of the 4 leaves that may run were at work on average", rules(stats))
     assert "hand out more items at a time" in rules(made([9, 1, 1, 1], waiting=40))
     for fine in (
         made([9, 9, 9, 9], waiting=40),

@@ -72,8 +72,8 @@ def _waiting_items(stats: Stats) -> str | None:
     )
     if stats.cores_used > 0.7:
         return (
-            f"{figures}: unless other programs have the rest, Python runs one thread at a time (the "
-            "GIL); let items call what releases it (torch, numpy), or use a NativeFunction"
+            f"{figures}: unless other programs have the rest, Python runs one thread at a time "
+            "(the GIL); let items call what releases it (torch, numpy), or use a NativeFunction"
         )
     more = "concurrency=" if stats.concurrency < len(stats.leaves) else "levels= and concurrency="
     return (
