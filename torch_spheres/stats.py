@@ -317,7 +317,7 @@ class Stats:
     def advice(self) -> tuple[str, ...]:
         """At most three sentences on what to change, each with the figure that speaks for it.
 
-        None when there is nothing to say, or less than a second of running to judge from. Ask a
+        Empty when there is nothing to say, or less than a second of running to judge from. Ask a
         difference between two points of the same loop: in the figures since `start()` the program's
         own start counts as idle.
         """
