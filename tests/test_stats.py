@@ -154,6 +154,8 @@ def test_counting_begins_with_the_first_start_and_survives_a_stop() -> None:
         again = spheres.stats()
     assert begin <= stopped.begin_ns == again.begin_ns < stopped.time_ns
     assert ((again - stopped).items_run, (again - unborn).items_run) == (20, 30)
+    with pytest.raises(ValueError, match="begin together"):
+        (again - stopped) - unborn
 
 
 # ---- what is made of the counts ----
