@@ -92,6 +92,7 @@ class SumWork final : public Work {
     }
   }
   State state() const override { return State::kAccumulating; }
+  TraceLabel label() const override { return TraceLabel::kSumPiece; }
 
  private:
   const SumJob& job_;

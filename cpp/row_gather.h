@@ -110,6 +110,7 @@ class GatherWork final : public Work {
       }
     }
   }
+  TraceLabel label() const override { return TraceLabel::kGather; }
   /// A moving figure, to see whether anybody is at it.
   std::int64_t was_done() const { return pieces_done_.load(std::memory_order_relaxed); }
 

@@ -39,7 +39,11 @@ Sphere::Sphere(System& system, SphereId sphere_id)
 
 void Sphere::run() {
   name_this_thread(id);
-  clock.transition(State::kReady);
+  native_id.store(native_thread_id(), std::memory_order_relaxed);  // carries no data
+  if (recorder.on()) {
+    recorder.record({now_ns(), now_ns(), native_id.load(), 1, 0, TraceKind::kThread, 0});
+  }
+  enter(State::kReady);
   seen_ticket_ = system_.ring_.oldest();
   work_deferred_ = standing_ = false;
   meeting_ = 0;
@@ -52,13 +56,27 @@ void Sphere::run() {
     }
     arrive_if_ready();
     if (progress || system_.stopping()) continue;
-    clock.transition(standing_ ? State::kWaiting : State::kIdle);
+    enter(standing_ ? State::kWaiting : State::kIdle);
     parker.park();
-    clock.transition(State::kReady);
+    enter(State::kReady);
   }
   read_messages();
   pass_down({MessageKind::kStop, 0, id, 0});
-  clock.transition(State::kTerminating);
+  enter(State::kTerminating);
+}
+
+/// Every change of state of a sphere goes through here.
+void Sphere::enter(State state) {
+  const StateClock::Ended ended = clock.transition(state);
+  if (ended.end == 0 || !recorder.on()) return;
+  recorder.record({ended.begin, ended.end, -1, 1, static_cast<std::int16_t>(state),
+                   TraceKind::kState, static_cast<std::uint8_t>(ended.state)});
+}
+
+void Sphere::trace_message(TraceKind kind, const Message& message) {
+  if (message.sent == 0 || message.source == kNoSphere) return;
+  recorder.record(
+      {message.sent, now_ns(), -1, 1, static_cast<std::int16_t>(message.source), kind, 0});
 }
 
 bool Sphere::read_messages() {
@@ -77,6 +95,7 @@ bool Sphere::read_messages() {
 void Sphere::handle(const Message& message) {
   switch (message.kind) {
     case MessageKind::kWork:
+      trace_message(TraceKind::kWork, message);
       doorbell.exchange(false);  // before looking, so that what comes now rings again
       if (standing_) {
         work_deferred_ = true;
@@ -85,6 +104,7 @@ void Sphere::handle(const Message& message) {
       }
       return;
     case MessageKind::kGradientReady:
+      trace_message(TraceKind::kGradient, message);
       count_gradients(message);
       return;
     case MessageKind::kBarrier:
@@ -230,7 +250,7 @@ void Sphere::take_turn() {
   insists.store(false);
   while (!system_.stopping() && run_available()) {
   }
-  clock.transition(State::kReady);
+  enter(State::kReady);
   busy.store(false);
   system_.permits_.release();
   // Work published for this leaf while it was still busy was not offered to it; seq_cst with
@@ -247,9 +267,10 @@ bool Sphere::run_available() {
     Slot* slot = ring.find(t);
     if (slot == nullptr || !WorkRing::enter(*slot)) continue;
     Claimer claimer(ring, *slot, id, offset, siblings, system_.leaf_counters_.data(), counters);
+    claimer.record_with(&recorder);
     if (claimer.had_work()) {
-      clock.transition(State::kReady);
-      clock.transition(slot->batch->work()->state());
+      enter(State::kReady);
+      enter(slot->batch->work()->state());
       system_.run_work(*slot, claimer);
     }
     any = any || claimer.took_any();

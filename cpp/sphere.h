@@ -15,6 +15,7 @@
 #include "park.h"
 #include "stats.h"
 #include "topology.h"
+#include "trace.h"
 #include "work_queue.h"
 
 namespace torch_spheres {
@@ -36,6 +37,7 @@ struct Message {
   std::int8_t level = 0;
   SphereId source = kNoSphere;
   std::uint32_t meeting = 0;
+  std::uint64_t sent = 0;  // now_ns(), for a trace; 0: nobody traced
 };
 
 /// What users send each other; the core only carries it.
@@ -78,6 +80,9 @@ class Sphere {
   SharedCounter messages_sent;
   SharedCounter messages_received;
   OwnerCounter queue_high_water;  // written by who hands work down: the parent's thread
+  Recorder recorder;              // of its own thread
+  /// The kernel's number of its thread, 0 before the first.
+  std::atomic<std::int64_t> native_id{0};
 
   /// A kWork message waits in the mailbox: no second one is needed.
   std::atomic<bool> doorbell{false};
@@ -94,6 +99,8 @@ class Sphere {
   std::thread thread;
 
  private:
+  void enter(State state);
+  void trace_message(TraceKind kind, const Message& message);
   bool has_turns() const { return is_leaf || id == 0; }
   bool read_messages();
   void handle(const Message& message);

@@ -1,17 +1,20 @@
 // What a sphere is doing, has done, and for how long.
 //
 // Counters are written by the sphere they belong to with plain relaxed adds, or (where others
-// count for it: stolen_from, messages) with relaxed fetch_add; nobody orders anything by them, so
-// relaxed is enough everywhere in this file.  A snapshot is a value and never changes.
+// count for it: items_given, messages) with relaxed fetch_add; nobody orders anything by them, so
+// relaxed is enough, but for StateClock, whose times are read together.  A snapshot is a value and
+// never changes.
 #pragma once
 
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
+#include <utility>
 
+#include "item_times.h"
 #include "topology.h"
 
 namespace torch_spheres {
@@ -49,20 +52,20 @@ inline bool transition_allowed(State from, State to) {
   return (to_states[static_cast<std::size_t>(from)] & bit(to)) != 0;
 }
 
-inline std::uint64_t now_ns() {
-  return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                        std::chrono::steady_clock::now().time_since_epoch())
-                                        .count());
-}
-
-/// A sphere's state and the time spent in each.   Owner: transition.   Any thread: state, times.
+/// A sphere's state and the time spent in each.   Owner: transition.   Any thread: the rest.
 class StateClock {
  public:
+  /// What ended with a transition; end 0: nothing did.
+  struct Ended {
+    State state = State::kTerminating;
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
   /// Changes the state; the only place that does.  An illegal change is a bug of ours: abort.
-  void transition(State to) {
+  Ended transition(State to) {
     const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
     const State from = unpack_state(packed);
-    if (from == to) return;
+    if (from == to) return {};
     if (!transition_allowed(from, to)) {
       std::fprintf(stderr, "torch_spheres: illegal transition %s -> %s\n", state_name(from),
                    state_name(to));
@@ -70,49 +73,67 @@ class StateClock {
     }
     const std::uint64_t now = now_ns();
     auto& spent = ns_[static_cast<std::size_t>(from)];
+    // The release stores pair with the acquire loads of times(): who sees one of the two sees
+    // changes_ odd as well.
+    const std::uint32_t changes = changes_.load(std::memory_order_relaxed);
+    changes_.store(changes + 1, std::memory_order_relaxed);
     spent.store(spent.load(std::memory_order_relaxed) + (now - (packed >> kStateBits)),
-                std::memory_order_relaxed);
-    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_relaxed);
+                std::memory_order_release);
+    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_release);
+    changes_.store(changes + 2, std::memory_order_release);
+    return {from, packed >> kStateBits, now};
   }
 
   State state() const { return unpack_state(packed_.load(std::memory_order_relaxed)); }
+  /// The state and when it began.
+  std::pair<State, std::uint64_t> now() const {
+    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
+    return {unpack_state(packed), packed >> kStateBits};
+  }
 
-  /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.
+  /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.  Never
+  /// less than what was read before, by whomever; a transition under way is waited for.
   std::array<std::uint64_t, kStates> times() const {
     std::array<std::uint64_t, kStates> result{};
-    for (std::size_t i = 0; i < kStates; ++i) result[i] = ns_[i].load(std::memory_order_relaxed);
+    std::uint64_t packed = 0;
+    // (In the child of a fork() a sphere may be in the middle of one for ever.)
+    for (int i = 0; i < kPatience; ++i) {
+      const std::uint32_t changes = changes_.load(std::memory_order_acquire);
+      for (std::size_t s = 0; s < kStates; ++s) result[s] = ns_[s].load(std::memory_order_acquire);
+      packed = packed_.load(std::memory_order_acquire);
+      if (changes % 2 == 0 && changes_.load(std::memory_order_relaxed) == changes) break;
+      std::this_thread::yield();
+    }
     result[static_cast<std::size_t>(State::kTerminating)] = 0;
-    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
     const std::uint64_t since = packed >> kStateBits;
     const std::uint64_t now = now_ns();
     if (unpack_state(packed) != State::kTerminating && now > since) {
       result[static_cast<std::size_t>(unpack_state(packed))] += now - since;
     }
+    // A transition that has looked at the clock, but not begun to write, is a few nanoseconds short
+    // of what is read here.
+    for (std::size_t s = 0; s < kStates; ++s) result[s] = at_least_as_before(s, result[s]);
     return result;
   }
 
  private:
+  std::uint64_t at_least_as_before(std::size_t state, std::uint64_t ns) const {
+    std::uint64_t before = told_[state].load(std::memory_order_relaxed);
+    while (before < ns) {
+      if (told_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
+    }
+    return before;
+  }
+
+  static constexpr int kPatience = 10'000;
   static constexpr int kStateBits = 3;  // state and "since" in one word, so they are read together
   static State unpack_state(std::uint64_t packed) {
     return static_cast<State>(packed & ((1u << kStateBits) - 1));
   }
   std::atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
   std::array<std::atomic<std::uint64_t>, kStates> ns_{};
-};
-
-/// A count that one thread writes and any thread reads.
-class OwnerCounter {
- public:
-  void add(std::uint64_t n) {
-    value_.store(value_.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
-  }
-  void raise_to(std::uint64_t n) {
-    if (n > value_.load(std::memory_order_relaxed)) value_.store(n, std::memory_order_relaxed);
-  }
-  std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
-
- private:
-  std::atomic<std::uint64_t> value_{0};
+  std::atomic<std::uint32_t> changes_{0};                           // odd during a transition
+  mutable std::array<std::atomic<std::uint64_t>, kStates> told_{};  // the most that was read
 };
 
 /// A count that any thread writes.
@@ -129,12 +150,16 @@ class SharedCounter {
 struct SphereStats {
   SphereId id = 0;
   State state = State::kTerminating;
-  std::uint64_t items_run = 0;          ///< items this sphere ran, stolen ones included
-  std::uint64_t items_stolen = 0;       ///< of those, items that belonged to a sibling
-  std::uint64_t items_given = 0;        ///< items of its own that siblings took
-  std::uint64_t messages_sent = 0;      ///< messages along edges from this sphere
-  std::uint64_t messages_received = 0;  ///< messages taken out of its mailbox
-  std::uint64_t queue_high_water = 0;   ///< most items ever waiting in its queue at hand-down
+  std::uint64_t items_run = 0;           ///< items this sphere ran, stolen ones included
+  std::uint64_t items_stolen = 0;        ///< of those, items that belonged to a sibling
+  std::uint64_t items_given = 0;         ///< items of its own that siblings took
+  std::uint64_t messages_sent = 0;       ///< messages along edges from this sphere
+  std::uint64_t messages_received = 0;   ///< messages taken out of its mailbox
+  std::uint64_t queue_high_water = 0;    ///< most items ever waiting in its queue at hand-down
+  std::uint64_t queued = 0;              ///< items waiting in its queue now; inner: its subtree's
+  std::uint64_t item_time_ns = 0;        ///< time inside items, but for pieces of gradient sums
+  ItemTimes::Counts item_time_counts{};  ///< those items by time
+  std::array<std::uint64_t, kKissing> stolen_from{};  ///< items_stolen by the owner's group
   std::array<std::uint64_t, kStates> state_ns{};
 };
 

@@ -45,6 +45,7 @@ System::System(int levels, int concurrency)
     throw std::invalid_argument("concurrency must be at least 1, got " +
                                 std::to_string(concurrency));
   }
+  ns_per_tick();  // measured from here on
   const auto leaves = static_cast<std::size_t>(topology_.leaves());
   leaf_counters_.resize(leaves);
   leaf_spheres_.resize(leaves);
@@ -129,7 +130,7 @@ void System::request_stop() {
     const std::lock_guard lock(submit_mutex_);  // after this nothing new is published
     stopping_.store(true);
   }
-  ring_.cancel(nullptr, [this] { completed(); });
+  trace_queued(-ring_.cancel(nullptr, [this] { completed(); }));
   {
     const std::lock_guard lock(meeting_mutex_);  // after this no new meeting is opened
     abort_meeting();
@@ -175,6 +176,7 @@ Submitted System::try_submit(const std::shared_ptr<Batch>& batch) {
     }
     if (ring_.was_full()) return Submitted::kFull;
     in_flight_.fetch_add(1);
+    trace_queued(batch->items());  // before anybody can take one
     ring_.publish(batch);
     if (topology_.levels() == 1) {  // the root is the leaf and has no parent to hand work down
       sphere(0).queue_high_water.raise_to(static_cast<std::uint64_t>(ring_.was_queued(0)));
@@ -198,7 +200,7 @@ bool System::wait_idle_for(Milliseconds timeout) {
 }
 
 void System::cancel(const std::shared_ptr<Batch>& batch) {
-  ring_.cancel(batch.get(), [this] { completed(); });
+  trace_queued(-ring_.cancel(batch.get(), [this] { completed(); }));
 }
 
 void System::completed() {
@@ -213,6 +215,7 @@ void System::ring_doorbell(SphereId source, SphereId target) {
 
 void System::post(SphereId target, const Message& message) {
   Message copy = message;
+  if (tracing()) copy.sent = now_ns();
   if (message.source != kNoSphere) sphere(message.source).messages_sent.add(1);
   if (is_of_meeting(message.kind)) meeting_messages_.fetch_add(1);
   Sphere& receiver = sphere(target);
@@ -306,6 +309,7 @@ bool System::help(const Batch& batch, Milliseconds time) {
         now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
     Claimer claimer(ring_, *slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
                     sphere(0).counters, until);
+    claimer.record_with(recorder_here());
     run_work(*slot, claimer);
     finished = claimer.finished();
     more = claimer.had_work();
@@ -424,7 +428,33 @@ bool System::wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout
 
 // ---- statistics ----
 
+std::int64_t System::was_queued(SphereId id) const {
+  if (topology_.is_leaf(id)) return ring_.was_queued(Topology::offset(id));
+  std::int64_t queued = 0;
+  for (int group = 0; group < kKissing; ++group) queued += was_queued(Topology::child(id, group));
+  return queued;
+}
+
 SphereStats System::stats(SphereId id) const {
+  SphereStats stats = stats_but_queued(id);
+  stats.queued = static_cast<std::uint64_t>(was_queued(id));
+  return stats;
+}
+
+std::vector<SphereStats> System::stats() const {
+  std::vector<SphereStats> all;
+  all.reserve(spheres_.size());
+  for (const auto& sphere : spheres_) all.push_back(stats_but_queued(sphere->id));
+  // Each queue is looked at once, and an inner sphere has just what its children have.
+  for (SphereId id = topology_.total() - 1; id >= 0; --id) {
+    SphereStats& stats = all[static_cast<std::size_t>(id)];
+    if (topology_.is_leaf(id)) stats.queued = static_cast<std::uint64_t>(was_queued(id));
+    if (id > 0) all[static_cast<std::size_t>(Topology::parent(id))].queued += stats.queued;
+  }
+  return all;
+}
+
+SphereStats System::stats_but_queued(SphereId id) const {
   const Sphere& s = sphere(id);
   SphereStats stats;
   stats.id = id;
@@ -432,6 +462,11 @@ SphereStats System::stats(SphereId id) const {
   stats.items_run = s.counters.items_run.get();
   stats.items_stolen = s.counters.items_stolen.get();
   stats.items_given = s.counters.items_given.get();
+  stats.item_time_ns = s.counters.item_times.total_ns();
+  stats.item_time_counts = s.counters.item_times.counts();
+  for (std::size_t group = 0; group < kKissing; ++group) {
+    stats.stolen_from[group] = s.counters.stolen_from[group].get();
+  }
   stats.messages_sent = s.messages_sent.get();
   stats.messages_received = s.messages_received.get();
   stats.queue_high_water = s.queue_high_water.get();

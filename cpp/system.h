@@ -31,6 +31,7 @@
 #include "permits.h"
 #include "sphere.h"
 #include "topology.h"
+#include "tracer.h"
 #include "work_queue.h"
 
 namespace torch_spheres {
@@ -114,6 +115,18 @@ class System {
 
   // ---- statistics ----
   SphereStats stats(SphereId id) const;
+  /// Of all spheres, by id.
+  std::vector<SphereStats> stats() const;
+
+  // ---- traces ----
+  bool tracing() const { return tracer_.on(); }
+  /// Has all threads record what they do, the last `capacity` events of each.  False: they do.
+  bool begin_trace(std::size_t capacity);
+  TraceRecord end_trace() { return tracer_.end(spheres_); }
+  /// Records something else that the calling thread has been doing since `begin`.
+  void trace_phase(TraceLabel phase, std::int64_t shard, std::uint64_t begin);
+  /// Records that the calling thread takes gradients that were ready on a sphere at `sent`.
+  void trace_gradient(SphereId source, std::uint64_t sent);
 
  private:
   friend class Sphere;
@@ -131,9 +144,13 @@ class System {
   void report_gradients(Sphere& sphere);
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
   std::uint32_t open_meeting(MessageKind kind, int level);
+  std::int64_t was_queued(SphereId id) const;
+  SphereStats stats_but_queued(SphereId id) const;
   void run_sphere(Sphere& sphere);
   void thread_leaves();
   void run_work(Slot& slot, Claimer& claimer);
+  Recorder* recorder_here();
+  void trace_queued(std::int64_t more);
 
   const Topology topology_;
   const int concurrency_;
@@ -144,6 +161,7 @@ class System {
   std::vector<WorkCounters*> leaf_counters_;  // by leaf number
   std::vector<Sphere*> leaf_spheres_;         // by leaf number
   std::function<void()> thread_exit_hook_;
+  Tracer tracer_;
   std::atomic<std::uint64_t> fork_generation_{0};  // forked() may be asked while start() sets it
 
   std::atomic<bool> running_{false};

@@ -34,6 +34,7 @@
 
 #include "stats.h"
 #include "topology.h"
+#include "trace.h"
 
 namespace torch_spheres {
 
@@ -60,6 +61,8 @@ class Work {
   /// Items that may be taken at once when they are fast; 1 makes every item stealable.
   virtual std::int64_t max_chunk() const { return 1; }
   virtual State state() const { return State::kProcessing; }
+  /// What a trace calls the items.
+  virtual TraceLabel label() const { return TraceLabel::kPython; }
 };
 
 /// The submitter's view of a batch: shared with the ring until the batch is complete.
@@ -143,6 +146,8 @@ struct Siblings {
 struct WorkCounters {
   OwnerCounter items_run;
   OwnerCounter items_stolen;
+  ItemTimes item_times;                              // but for pieces of gradient sums
+  std::array<OwnerCounter, kKissing> stolen_from{};  // items_stolen by the owner's group
   alignas(64) SharedCounter items_given;
 };
 
@@ -160,6 +165,10 @@ class WorkRing {
   /// The slot of a ticket if that batch is still in flight.
   Slot* find(std::uint64_t ticket) {
     Slot& slot = slots_[ticket % kBatchesInFlight];
+    return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
+  }
+  const Slot* find(std::uint64_t ticket) const {
+    const Slot& slot = slots_[ticket % kBatchesInFlight];
     return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
   }
 
@@ -231,9 +240,10 @@ class WorkRing {
     return cancelled;
   }
   /// Cancels what is left of a batch, or of every batch in flight (null: for stop()); `completed`
-  /// is called for each batch that this completes.
+  /// is called for each batch that this completes.  Returns how many items will never run.
   template <typename Completed>
-  void cancel(const Batch* only, Completed completed) {
+  std::int64_t cancel(const Batch* only, Completed completed) {
+    std::int64_t all = 0;
     for (Slot& slot : slots_) {
       if (!enter(slot)) continue;
       std::int64_t cancelled = 0;
@@ -242,8 +252,10 @@ class WorkRing {
         slot.batch->closed_.store(true, std::memory_order_relaxed);
         cancelled = cancel_rest(slot);
       }
+      all += cancelled;
       if (leave(slot, cancelled)) completed();
     }
+    return all;
   }
 
   /// Whether a leaf's own queue, or a sibling's, has an item that nobody has taken.
@@ -259,10 +271,10 @@ class WorkRing {
     return false;
   }
   /// Items waiting in one leaf's queue.
-  std::int64_t was_queued(std::int32_t leaf) {
+  std::int64_t was_queued(std::int32_t leaf) const {
     std::int64_t queued = 0;
     for (std::uint64_t t = oldest_.load(), end = tail_.load(); t < end; ++t) {
-      if (Slot* slot = find(t)) queued += slot->was_left(leaf);
+      if (const Slot* slot = find(t)) queued += slot->was_left(leaf);
     }
     return queued;
   }

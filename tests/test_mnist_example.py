@@ -9,12 +9,14 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import mnist_data
 import numpy as np
 import pytest
 import torch
+import trace_support
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -129,6 +131,34 @@ def test_same_weights_every_time_and_at_every_concurrency(small, levels):
     assert digest(run(*arguments, "--seed", 1).stdout) not in digests
 
 
+def test_a_trace_of_the_last_epoch(small, tmp_path):
+    path = tmp_path / "run.json"
+    done = run("--data", small, "--batch-size", 50, "--epochs", 2, "--trace", path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: the last epoch's training, 0 events lost" in done.stdout
+    data = trace_support.load(path)
+    tracks = trace_support.check_file(data)
+    assert {"sphere root", "sphere 0", "sphere 11"} <= set(tracks)
+    names = Counter(event["name"] for event in data["traceEvents"])
+    for shard in range(12):
+        # Three batches of 50: those of the first epoch are not there.
+        assert names[f"forward, shard {shard}"] == names[f"backward, shard {shard}"] == 3
+    assert digest(done.stdout) == digest(
+        run("--data", small, "--batch-size", 50, "--epochs", 2).stdout
+    )
+
+
+def test_a_picture_of_the_run(small, tmp_path):
+    path = tmp_path / "rings.svg"
+    done = run("--data", small, "--batch-size", 50, "--epochs", 1, "--plot", path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: what the spheres did" in done.stdout
+    picture = path.read_text()
+    # A wedge, a rim and a label for each sphere.
+    for gid in ("spheres", "states", *(f"label {sphere}" for sphere in range(13))):
+        assert f'<g id="{gid}">' in picture
+
+
 def test_plain_runs_without_spheres(small):
     done = run("--data", small, "--plain", "--epochs", 1)
     assert done.returncode == 0, done.stderr
@@ -144,6 +174,11 @@ def test_plain_runs_without_spheres(small):
         (["--batch-size", "-1"], "'-1'|-1"),
         (["--concurrency", "x"], "got 'x'"),
         (["--data", "/nowhere"], "no such folder: /nowhere"),
+        (["--trace", "/nowhere/run.json"], "no such folder: /nowhere"),
+        (["--plot", "/nowhere/run.png"], "no such folder: /nowhere"),
+        (["--plot", "run"], "must end in .png, .svg or .pdf, got 'run'"),
+        (["--plot", "run.png", "--plain"], "no spheres to draw with --plain"),
+        (["--trace", "run.json", "--plain"], "nothing to trace with --plain"),
     ],
 )
 def test_bad_arguments(arguments, message):

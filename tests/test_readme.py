@@ -31,6 +31,7 @@ def test_snippet(index, tmp_path):
 
 def test_files_that_the_readme_names_exist():
     names = re.findall(r"`((?:tests|examples|benchmarks|cpp|torch_spheres)/[\w./-]+)`", README)
+    names += re.findall(r"\b(tools/\w+\.py|docs/\w+\.\w+)", README)
     assert names
     for name in names:
         assert (ROOT / name).exists(), name

@@ -16,35 +16,46 @@ from torch_spheres.checkpoint import (
     save_checkpoint,
 )
 from torch_spheres.errors import RankError, StoppedError
+from torch_spheres.exporters import StatsLog
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
 from torch_spheres.loading.stats import LoaderStats
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.plots import plot_loader, plot_timeline
 from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler, shard_bounds
-from torch_spheres.stats import SphereStats, Stats
+from torch_spheres.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
 from torch_spheres.system import KissingSpheres, usable_cores
+from torch_spheres.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.tree import tree_sum
 from torch_spheres.vector_math import settle as _settle
 
 __all__ = [
+    "ITEM_TIME_EDGES_NS",
+    "Arrow",
+    "Counter",
     "GradientHook",
     "KissingSpheres",
     "LoaderStats",
     "NativeFunction",
     "RankError",
+    "Slice",
     "SphereBatchSampler",
     "SphereLoader",
     "SphereParallel",
     "SphereStats",
     "State",
     "Stats",
+    "StatsLog",
     "StoppedError",
     "Topology",
+    "Trace",
     "Work",
     "checkpoint_state",
     "load_checkpoint",
+    "plot_loader",
+    "plot_timeline",
     "prepare",
     "restore_checkpoint_state",
     "sample_seed",

@@ -21,13 +21,18 @@ __all__: list[str] = [
     "StoppedError",
     "SumJob",
     "System",
+    "TRACE_LABELS",
     "Tally",
     "Topology",
+    "TraceRecord",
+    "TraceTrack",
     "Work",
     "active_isa",
     "available_isas",
     "current_sphere",
+    "item_time_edges",
     "keep_freed_memory",
+    "native_thread_id",
     "noop",
     "read_range",
     "row_numbers",
@@ -110,6 +115,10 @@ class SphereStats:
     @property
     def id(self) -> int: ...
     @property
+    def item_time_counts(self) -> tuple[int, ...]: ...
+    @property
+    def item_time_ns(self) -> int: ...
+    @property
     def items_given(self) -> int: ...
     @property
     def items_run(self) -> int: ...
@@ -122,12 +131,53 @@ class SphereStats:
     @property
     def queue_high_water(self) -> int: ...
     @property
+    def queued(self) -> int: ...
+    @property
     def state(self) -> State: ...
     @property
     def state_ns(self) -> typing.Annotated[list[int], "FixedSize(6)"]:
         """
         Nanoseconds in each state, in the order of State.
         """
+    @property
+    def stolen_from(self) -> tuple[int, ...]: ...
+
+class TraceTrack:
+    """
+    What one thread recorded; see recording.py.
+    """
+    @property
+    def events(self) -> bytes:
+        """
+        The events' memory, oldest first.
+        """
+    @property
+    def first_state(self) -> int: ...
+    @property
+    def last_since(self) -> int: ...
+    @property
+    def last_state(self) -> int: ...
+    @property
+    def lost(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def native_id(self) -> int: ...
+    @property
+    def sphere(self) -> int: ...
+
+class TraceRecord:
+    """
+    What all threads of a system recorded.
+    """
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def tracks(self) -> list[TraceTrack]: ...
 
 class NativeFunction:
     """
@@ -192,7 +242,9 @@ class System:
         level: typing.SupportsInt | typing.SupportsIndex,
         timeout: typing.SupportsFloat | typing.SupportsIndex | None = None,
     ) -> bool: ...
+    def begin_trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def cancel(self, work: Work) -> None: ...
+    def end_trace(self) -> TraceRecord: ...
     def epoch(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> int: ...
     def forked(self) -> bool: ...
     def gradient_ready(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None: ...
@@ -222,6 +274,23 @@ class System:
         """
     def submit(self, fn: typing.Any, items: tuple[typing.Any, ...], collect: bool) -> Work: ...
     def submit_native(self, fn: NativeFunction, items: typing.Any) -> Work: ...
+    def trace_gradient(
+        self,
+        source: typing.SupportsInt | typing.SupportsIndex,
+        sent: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Records that the calling thread takes gradients that a sphere had ready then.
+        """
+    def trace_phase(
+        self,
+        label: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Records what the calling thread did since `begin`, in nanoseconds.
+        """
     def wait(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None: ...
     def waiters(self, work: Work) -> int:
         """
@@ -231,6 +300,8 @@ class System:
     def concurrency(self) -> int: ...
     @property
     def starts(self) -> int: ...
+    @property
+    def tracing(self) -> bool: ...
 
 class DType(enum.Enum):
     """
@@ -301,9 +372,19 @@ def current_sphere() -> int:
     The id of the sphere whose thread is calling, or -1.
     """
 
+def item_time_edges() -> tuple[int, ...]:
+    """
+    The upper edges, in nanoseconds, of all buckets of item times but the last.
+    """
+
 def keep_freed_memory(lean: bool) -> bool:
     """
     Has the C library reuse freed memory instead of returning it; see memory.py.
+    """
+
+def native_thread_id() -> int:
+    """
+    As profilers know the calling thread.
     """
 
 def noop() -> NativeFunction:
@@ -346,3 +427,13 @@ BATCHES_IN_FLIGHT: int = 64
 INBOX_CAPACITY: int = 128
 KISSING: int = 12
 MAX_LEVELS: int = 4
+TRACE_LABELS: tuple[typing.Any, ...] = (
+    "item",
+    "native item",
+    "sum piece",
+    "gather",
+    "forward",
+    "loss",
+    "backward",
+    "sum",
+)

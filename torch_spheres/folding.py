@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _core
+from torch_spheres.phases import Handovers
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
@@ -30,6 +31,7 @@ __all__ = ["GradientFold", "rounded", "tree_order"]
 _KISSING = _core.KISSING
 _HALF = (torch.bfloat16, torch.float16)
 
+Maker = tuple[int, int]  # see Handovers.made
 Grads = list[Tensor | None]  # one shard's, or a partial sum's; the same parameters in each
 
 
@@ -48,6 +50,7 @@ class _Node:
     def __init__(self, parent: _Node | None, place: int, bottom: bool) -> None:
         self.parent, self.place, self.bottom = parent, place, bottom
         self.values: list[Grads | None] = [None] * _KISSING
+        self.makers: list[Maker | None] = [None] * _KISSING  # for a trace
         self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
         # (Not the children: parent and child would be a cycle, which lives until it is collected.)
 
@@ -66,6 +69,7 @@ class GradientFold:
             of the total. Each is a complete subtree.
         emit: gets ``(index of the part, the root's twelve values)``, of which those in the part may
             be there and have to be added, on the thread that has completed it.
+        traced: gets told who made and who took what, if a trace is being recorded.
     """
 
     def __init__(
@@ -75,8 +79,9 @@ class GradientFold:
         concurrency: int,
         parts: Sequence[tuple[int, int]] = ((0, _KISSING),),
         emit: Callable[[int, list[Grads | None]], None] | None = None,
+        traced: Handovers | None = None,
     ) -> None:
-        self._parts, self._emit = parts, emit
+        self._parts, self._emit, self._traced = parts, emit, traced
         self._emitted: set[int] = set()
         self._depth = 0
         while _KISSING**self._depth < leaves:
@@ -151,6 +156,7 @@ class GradientFold:
             return
         with self._changed:
             node.values[place] = mine
+            node.makers[place] = self._traced.made() if self._traced else None
             node.pending[place] = 0
         del mine
         self._fold(node, place)
@@ -187,6 +193,7 @@ class GradientFold:
             if len(present) < 2 and not up:
                 return False
             node.values[begin:end] = [None] * (end - begin)
+            makers = _makers(taken, node.makers[begin:end])
             # Nobody may add around this range while it is being added.
             node.pending[begin] += 1
         if not present:  # taken by another thread that is adding it now, or nothing there
@@ -197,16 +204,21 @@ class GradientFold:
         shards[begin:end] = taken
         count = len(present)
         del taken, present
+        if self._traced:
+            self._traced.taken(makers)
         total = _sum(shards)
         del shards  # before anybody is told that there is room
         with self._changed:
             node.pending[begin] -= 1
+            maker = self._traced.made() if self._traced else None
             if up:
                 assert node.parent is not None
                 node.parent.values[node.place] = total
+                node.parent.makers[node.place] = maker
                 node.parent.pending[node.place] = 0
             else:
                 node.values[begin] = total
+                node.makers[begin] = maker
             self._alive -= count - 1
             self._changed.notify_all()
         return True
@@ -229,8 +241,11 @@ class GradientFold:
             values: list[Grads | None] = [None] * _KISSING
             values[first:last] = self._root.values[first:last]
             self._root.values[first:last] = [None] * (last - first)
+            makers = _makers(values[first:last], self._root.makers[first:last])
         present = sum(v is not None for v in values)
         assert self._emit is not None
+        if self._traced:
+            self._traced.taken(makers)
         self._emit(part, values)
         del values
         with self._changed:
@@ -244,6 +259,8 @@ class GradientFold:
     def finish(self, spheres: KissingSpheres | None = None) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""
         if self._depth > 0:
+            if self._traced:
+                self._traced.taken(_makers(self._root.values, self._root.makers))
             values, self._root.values = self._root.values, []
             self._total = _sum(values, spheres)
         total, self._total = self._total, None
@@ -260,6 +277,12 @@ def _sum(values: list[Grads | None], spheres: KissingSpheres | None = None) -> G
     shards = [[None if v is None else v[i] for v in values] for i in range(count)]
     outs = [_own(column) for column in shards]
     return tree_sums(shards, outs=outs, spheres=spheres)
+
+
+def _makers(values: Sequence[Grads | None], makers: Sequence[Maker | None]) -> list[Maker]:
+    """Of those that are there."""
+    found = zip(values, makers, strict=True)
+    return [maker for value, maker in found if value is not None and maker is not None]
 
 
 def _own(column: list[Tensor | None]) -> Tensor | None:

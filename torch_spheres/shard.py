@@ -103,18 +103,27 @@ class InShard:
         place: for errors: the note on them says "in" this.
         context: what the caller has set.
         gate: for compiled code: what it has to have seen once before two threads may run it.
+        traced: what has a trace show the block.
     """
 
-    __slots__ = ("_compiled", "_context", "_gate", "_name", "_place", "_shard", "_stack")
+    __slots__ = ("_compiled", "_context", "_gate", "_name", "_place", "_shard", "_stack", "_traced")
 
     def __init__(
-        self, shard: Shard, name: str, place: str, context: CallerContext, gate: Any
+        self,
+        shard: Shard,
+        name: str,
+        place: str,
+        context: CallerContext,
+        gate: Any,
+        traced: contextlib.AbstractContextManager[None],
     ) -> None:
         self._shard, self._name, self._place, self._context = shard, name, place, context
+        self._traced = traced
         self._compiled = gate is not None
         self._gate = gate if gate not in shard.replica.warm else None
 
     def __enter__(self) -> None:
+        self._traced.__enter__()
         with contextlib.ExitStack() as stack:
             if self._gate is not None:
                 stack.enter_context(_compiling)
@@ -138,6 +147,7 @@ class InShard:
         traceback: TracebackType | None,
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
+        self._traced.__exit__(kind, error, traceback)
         if error is None and self._gate is not None:
             self._shard.replica.warm.add(self._gate)
         elif isinstance(error, Exception):

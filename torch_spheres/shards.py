@@ -20,6 +20,7 @@ from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.intra_op import rest
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
+from torch_spheres.phases import handovers, phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.replica import Replica, ReplicaPool
 from torch_spheres.shard import InShard, Shard
@@ -172,7 +173,8 @@ class Call:
         name = f"SphereParallel shard {leaf} {what}"
         place = f"the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch"
         gate = self.compiled and (what, self.compiled, end - begin)
-        return InShard(shard, name, place, context or self.context, gate)
+        traced = phase(self.crew.spheres, what, leaf)
+        return InShard(shard, name, place, context or self.context, gate, traced)
 
     # ---- forward ----
 
@@ -357,7 +359,8 @@ class Call:
                 with torch.no_grad():
                     with self.telling(fold, leaf):
                         grads, rest[place[leaf]] = work(place[leaf])
-                    fold.add(leaf, grads)
+                    with phase(self.crew.spheres, "sum", leaf):
+                        fold.add(leaf, grads)
             except BaseException:
                 fold.fail()
                 raise
@@ -367,7 +370,9 @@ class Call:
 
     def new_fold(self) -> Any:
         """For this call's gradients."""
-        return GradientFold(self.split.places, self.split.leaves, self.crew.concurrency)
+        traced = handovers(self.crew.spheres)
+        places, leaves = self.split.places, self.split.leaves
+        return GradientFold(places, leaves, self.crew.concurrency, traced=traced)
 
     def telling(self, fold: Any, leaf: int) -> AbstractContextManager[None]:
         """A block in which a shard runs, and its gradients may be told before it has."""
@@ -377,7 +382,7 @@ class Call:
     def finish_fold(self, fold: Any, run: Callable[[], object]) -> Grads:
         """Has the shards run, and returns the sums."""
         run()
-        with torch.no_grad():
+        with torch.no_grad(), phase(self.crew.spheres, "sum"):
             return rounded(fold.finish(self.crew.spheres), self.trainable)
 
     def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:

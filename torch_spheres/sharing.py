@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch_spheres.exchange import BUCKET, Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads, tree_order
+from torch_spheres.phases import handovers, phase
 from torch_spheres.pieces import FoldInPieces, Sink, listen
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
@@ -229,6 +230,7 @@ class SharedCall(Call):
         self._odd_piece = len(self._pieces)
         if self._sparse or not self._pieces:
             self._pieces.append([i for i in range(len(self.trainable)) if i not in self._dense])
+        traced = handovers(self.crew.spheres)
 
         def make(piece: int) -> GradientFold:
             return GradientFold(
@@ -237,6 +239,7 @@ class SharedCall(Call):
                 self.crew.concurrency,
                 self.ranks.own_parts,
                 functools.partial(self._emit, piece),
+                traced if piece == 0 else None,
             )
 
         return FoldInPieces(make, self._pieces)
@@ -279,8 +282,9 @@ class SharedCall(Call):
         for piece, part in fold.missing():
             if piece != self._odd_piece:
                 exchange.add(part, piece, [[None] for _ in self._pieces[piece]])
-        found = dict(zip(self._dense, exchange.finish(), strict=True))
-        found.update(self._sum_odd())
+        with phase(self.crew.spheres, "sum"):
+            found = dict(zip(self._dense, exchange.finish(), strict=True))
+            found.update(self._sum_odd())
         totals = [found.get(i) for i in range(len(self.trainable))]
         return [
             None if t is None else t.to(p.device)

@@ -61,13 +61,14 @@ void bind_system(py::module_& module) {
       .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
       .def("gradients_complete", &PySystem::gradients_complete)
       .def_property_readonly("starts", &PySystem::starts)
-      .def("stats", [](const PySystem& self) {
-        std::vector<SphereStats> all;
-        for (SphereId id = 0; id < self.core().topology().total(); ++id) {
-          all.push_back(self.core().stats(id));
-        }
-        return all;
-      });
+      .def("begin_trace", &PySystem::begin_trace, py::arg("capacity"))
+      .def("end_trace", &PySystem::end_trace)
+      .def_property_readonly("tracing", [](const PySystem& self) { return self.core().tracing(); })
+      .def("trace_phase", &PySystem::trace_phase, py::arg("label"), py::arg("shard"),
+           py::arg("begin"), "Records what the calling thread did since `begin`, in nanoseconds.")
+      .def("trace_gradient", &PySystem::trace_gradient, py::arg("source"), py::arg("sent"),
+           "Records that the calling thread takes gradients that a sphere had ready then.")
+      .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 
 }  // namespace torch_spheres::bindings

@@ -7,6 +7,7 @@ namespace torch_spheres::bindings {
 
 void bind_topology(pybind11::module_& module);
 void bind_stats(pybind11::module_& module);
+void bind_trace(pybind11::module_& module);
 void bind_work(pybind11::module_& module);
 void bind_system(pybind11::module_& module);
 void bind_gradients(pybind11::module_& module);

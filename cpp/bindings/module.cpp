@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   using namespace torch_spheres::bindings;
   bind_topology(module);
   bind_stats(module);
+  bind_trace(module);
   bind_work(module);
   bind_system(module);
   bind_gradients(module);

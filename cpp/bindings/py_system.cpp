@@ -64,6 +64,39 @@ PySystem::~PySystem() {
   system_.reset();
 }
 
+void PySystem::begin_trace(std::size_t capacity) {
+  bool begun = false;
+  {
+    const py::gil_scoped_release release;
+    begun = system_->begin_trace(capacity);
+  }
+  if (!begun) {
+    throw std::runtime_error(
+        "trace(): a trace of these spheres is being recorded already, and there is one at a time; "
+        "leave that 'with' block first");
+  }
+}
+
+TraceRecord PySystem::end_trace() {
+  const py::gil_scoped_release release;
+  return system_->end_trace();
+}
+
+void PySystem::trace_phase(int label, std::int64_t shard, std::uint64_t begin) {
+  if (label < 0 || label >= kTraceLabels) {
+    throw std::invalid_argument("there is no trace label " + std::to_string(label));
+  }
+  // Without letting go of the GIL: it only writes to this thread's own ring.
+  if (!system_->forked()) system_->trace_phase(static_cast<TraceLabel>(label), shard, begin);
+}
+
+void PySystem::trace_gradient(SphereId source, std::uint64_t sent) {
+  if (!system_->topology().contains(source)) {
+    throw std::invalid_argument("there is no sphere " + std::to_string(source));
+  }
+  if (!system_->forked()) system_->trace_gradient(source, sent);
+}
+
 void PySystem::require_running(const char* what) const {
   if (system_->forked()) {
     throw std::runtime_error(std::string(what) + kForked);

@@ -49,6 +49,11 @@ class PySystem {
   void gradient_ready(std::int32_t leaf);
   /// All leaves have reported (absent ones too) for one more sum: waits until the root has heard.
   void gradients_complete();
+  /// Raises if a trace is being recorded already.
+  void begin_trace(std::size_t capacity);
+  TraceRecord end_trace();
+  void trace_phase(int label, std::int64_t shard, std::uint64_t begin);
+  void trace_gradient(SphereId source, std::uint64_t sent);
   /// How often start() was called: news sent before the last one is lost.
   std::uint64_t starts() const { return starts_; }
 

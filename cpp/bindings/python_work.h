@@ -89,6 +89,7 @@ class NativeWork final : public Work {
   ~NativeWork() override;
   void run(Claimer& claimer) override;
   std::int64_t max_chunk() const override { return 256; }
+  TraceLabel label() const override { return TraceLabel::kNative; }
 
  private:
   const NativeFunction::Pointer pointer_;

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["LoaderStats", "Meter"]
+__all__ = ["CALLS_KEPT", "Call", "LoaderStats", "Meter"]
+
+CALLS_KEPT = 10_000
+"""Calls of ``next()`` that a `Meter` remembers one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One ``next()`` of the loop. Times are in seconds."""
+
+    ended: float
+    """When, on the clock of ``time.perf_counter()``."""
+    waited: float
+    """How long it took."""
+    since: float
+    """From the end of the call before to the end of this one; `waited`, if it was an epoch's first.
+    """
+    ready: int | None
+    """Batches that stood ready. None: there was no batch, as at the end of an epoch."""
+
+    @property
+    def first(self) -> bool:
+        """Whether an epoch began with it."""
+        return self.since == self.waited
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderStats:
-    """A wrapped loader's figures since it was made. Times are in seconds."""
+    """A wrapped loader's figures since it was made, or (``after - before``) between two moments.
+
+    Times are in seconds.
+    """
 
     batches: int
     """Batches handed to the loop."""
@@ -47,6 +75,41 @@ class LoaderStats:
     is asked for samples), ``"opaque"`` (it holds a handle, a connection or the like, and whether
     that changes cannot be seen), ``"thread"`` (it works in the loop's thread only), ``"slower"``
     (measured in the first batches), or ``""``."""
+    origin: int = 0
+    """Which loader of the process this is of: a number of its own for each."""
+
+    def __sub__(self, before: LoaderStats) -> LoaderStats:
+        """What the loader did after `before`: counts and times are differences.
+
+        `queue_depth` is the average between the two; `workers`, `way` and `declined` are the later.
+
+        Raises:
+            ValueError: the two are of different loaders, or in the wrong order.
+        """
+        if not isinstance(before, LoaderStats):
+            return NotImplemented
+        if self.origin != before.origin:
+            raise ValueError(
+                f"the figures are of different loaders, number {self.origin} and {before.origin}"
+            )
+        if self.batches < before.batches or self.elapsed < before.elapsed:
+            raise ValueError(
+                f"the figures to take away, after {before.batches} batches, are later than the "
+                f"others, after {self.batches}: write later - earlier"
+            )
+        batches = self.batches - before.batches
+        ready = self.queue_depth * self.batches - before.queue_depth * before.batches
+        return replace(
+            self,
+            batches=batches,
+            samples=self.samples - before.samples,
+            bytes=self.bytes - before.bytes,
+            waited=self.waited - before.waited,
+            worked=self.worked - before.worked,
+            computed=self.computed - before.computed,
+            elapsed=self.elapsed - before.elapsed,
+            queue_depth=max(0.0, ready / batches) if batches else 0.0,
+        )
 
     @property
     def waiting(self) -> float:
@@ -111,6 +174,7 @@ _DECLINED = {
     "opaque": "holds a handle, a connection or the like, which may change when it is asked",
     "thread": "fails in another thread than the loop's",
 }
+_origins = itertools.count(1)
 _ENOUGH_BATCHES = 8
 _ENOUGH_SECONDS = 1.0
 _MOSTLY = 0.5
@@ -122,6 +186,7 @@ class Meter:
     def __init__(self, workers: int) -> None:
         self._lock = threading.Lock()
         self._workers = workers
+        self._origin = next(_origins)
         self.way = "caller"
         self.declined = ""  # why a loader without workers does not use the spheres
         self._told = False
@@ -129,6 +194,9 @@ class Meter:
         self._known: set[str] = set()
         self._batches = self._samples = self._bytes = self._ready = 0
         self._waited = self._worked = self._computed = self._elapsed = 0.0
+        # Plain tuples: a Call for each would cost as much as all the rest.
+        self._calls: deque[tuple[float, float, float, int | None]] = deque(maxlen=CALLS_KEPT)
+        self._here = threading.local()  # threads may share a loader
 
     def handed_out(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
         """The loop gets a batch, of so many bytes if that is known, while so many stood ready."""
@@ -137,6 +205,7 @@ class Meter:
                 size = sum(_bytes(pytree.tree_leaves(batch)))
             except RecursionError:  # a batch that holds itself is nobody's business here
                 size = 0
+        self._here.ready = ready
         with self._lock:
             self._batches += 1
             self._samples += samples
@@ -145,9 +214,18 @@ class Meter:
 
     def waited(self, seconds: float, elapsed: float) -> None:
         """The loop was in ``next()``, and so long ago came the one before."""
+        ready = self._here.__dict__.pop("ready", None)  # from `handed_out`, of this same call
+        ended = time.perf_counter()
         with self._lock:
             self._waited += seconds
             self._elapsed += elapsed
+            self._calls.append((ended, seconds, elapsed, ready))
+
+    def calls(self) -> tuple[Call, ...]:
+        """The last `CALLS_KEPT` of the loop, oldest first."""
+        with self._lock:
+            kept = tuple(self._calls)
+        return tuple(Call(*figures) for figures in kept)
 
     def working(self) -> _Working:
         """A block in which the calling thread loads."""
@@ -196,6 +274,7 @@ class Meter:
                 workers=self._workers,
                 way=self.way,
                 declined=self.declined,
+                origin=self._origin,
             )
 
 

@@ -1,0 +1,55 @@
+// The one trace that a system may be recording: rings for its spheres, and for other threads that
+// hand it work, help it or compute shards, as they come along.
+//
+// Any thread: recorder.   One at a time, whoever: begin, end.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "trace.h"
+
+namespace torch_spheres {
+
+class Sphere;
+class WorkRing;
+
+class Tracer {
+ public:
+  using Spheres = std::vector<std::unique_ptr<Sphere>>;
+
+  bool on() const { return on_.load(std::memory_order_relaxed); }
+
+  /// False if a trace is being recorded already.  Otherwise begin_with() comes next.
+  bool begin(Spheres& spheres, std::size_t capacity);
+  /// The trace begins now, with so many items in the queues.
+  void begin_with(std::int64_t queued);
+  TraceRecord end(Spheres& spheres);
+
+  /// For a thread that is no sphere's; null if nothing is being recorded.
+  Recorder* recorder_here();
+
+ private:
+  /// Shared by the trace and the thread, of which either may be the first to go.
+  struct Guest {
+    explicit Guest(std::size_t capacity) : ring(capacity) {}
+    Recorder recorder;
+    TraceRing ring;
+    TraceTrack track;
+    std::uint64_t thread = 0;
+  };
+
+  // relaxed: only a hint; rings are handed over by Recorder, the rest under the mutex.
+  std::atomic<bool> on_{false};
+  std::atomic<std::uint64_t> number_{0};  // of the trace, among all of the process
+  std::mutex mutex_;                      // guards what follows
+  std::size_t capacity_ = 0;
+  TraceRecord record_;
+  std::vector<std::unique_ptr<TraceRing>> rings_;  // of the spheres
+  std::vector<std::shared_ptr<Guest>> guests_;
+};
+
+}  // namespace torch_spheres

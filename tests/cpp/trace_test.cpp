@@ -1,0 +1,286 @@
+// Rings of events, recorders that are turned on and off under their owners, and whole systems that
+// are traced while they work.
+#include "trace.h"
+
+#include <map>
+
+#include "helper.h"
+#include "system_support.h"
+
+using namespace torch_spheres;
+using namespace torch_spheres::testing;
+
+namespace {
+
+TraceEvent numbered(std::uint64_t number) {
+  return {number, number + 1, -static_cast<std::int64_t>(number), 1, 0, TraceKind::kItem, 0};
+}
+
+void check_numbers(const std::vector<TraceEvent>& events, std::uint64_t first) {
+  for (std::size_t i = 0; i < events.size(); ++i) {
+    CHECK_EQ(events[i].begin, first + i);
+    CHECK_EQ(events[i].end, first + i + 1);
+    CHECK_EQ(events[i].item, -static_cast<std::int64_t>(first + i));
+  }
+}
+
+struct Counted {
+  std::int64_t items = 0;
+  std::int64_t stolen = 0;
+  std::int64_t queued = 0;
+  std::uint64_t lost = 0;
+  std::map<TraceKind, std::int64_t> events;
+};
+
+/// Counts what was recorded, and checks what must hold of each event.
+Counted count(const TraceRecord& record, const System& system) {
+  Counted found;
+  found.queued = record.queued;
+  for (const TraceTrack& track : record.tracks) {
+    found.lost += track.lost;
+    std::uint64_t last_end = 0;
+    for (const TraceEvent& event : track.events) {
+      CHECK(event.begin <= event.end);
+      CHECK(event.end <= record.end);
+      ++found.events[event.kind];
+      if (event.kind == TraceKind::kQueued) found.queued += event.item;
+      // What a thread records it records as it ends.
+      CHECK(event.end >= last_end || event.kind == TraceKind::kQueued);
+      last_end = event.end;
+      if (event.kind != TraceKind::kItem) continue;
+      found.items += event.count;
+      CHECK_EQ(event.item % system.topology().leaves(), std::int64_t{event.other});
+      const SphereId owner = system.topology().leaf_of_item(event.other);
+      if (owner != std::max(track.sphere, 0)) found.stolen += event.count;
+    }
+  }
+  return found;
+}
+
+std::uint64_t total_stolen(const System& system) {
+  std::uint64_t stolen = 0;
+  for (SphereId id = 0; id < system.topology().total(); ++id) {
+    stolen += system.stats(id).items_stolen;
+  }
+  return stolen;
+}
+
+}  // namespace
+
+TEST(a_ring_keeps_the_last_events_and_counts_the_others) {
+  CHECK_THROWS(TraceRing(0), std::invalid_argument);
+  for (const std::size_t capacity : {1, 5, 256, 257, 1000}) {
+    for (const std::uint64_t written : {0u, 1u, 5u, 255u, 256u, 257u, 1000u, 2345u}) {
+      TraceRing ring(capacity);
+      for (std::uint64_t i = 0; i < written; ++i) ring.push(numbered(i));
+      const std::uint64_t kept = std::min<std::uint64_t>(written, capacity);
+      CHECK_EQ(ring.events().size(), kept);
+      CHECK_EQ(ring.lost(), written - kept);
+      check_numbers(ring.events(), written - kept);
+    }
+  }
+}
+
+TEST(a_recorder_that_is_off_records_nothing) {
+  Recorder recorder;
+  CHECK(!recorder.on());
+  recorder.record(numbered(0));
+  TraceRing ring(4);
+  recorder.begin(ring);
+  CHECK(recorder.on());
+  recorder.record(numbered(1));
+  recorder.end();
+  recorder.record(numbered(2));
+  CHECK_EQ(ring.events().size(), std::size_t{1});
+  check_numbers(ring.events(), 1);
+}
+
+TEST(rings_are_whole_after_end_while_the_owner_goes_on) {
+  Recorder recorder;
+  std::atomic<bool> stop{false};
+  std::thread owner([&] {
+    for (std::uint64_t number = 0; !stop.load(std::memory_order_relaxed); ++number) {
+      recorder.record(numbered(number));
+    }
+  });
+  std::uint64_t seen = 0;
+  for (int i = 0; i < 3000 / kSlowdown || seen == 0; ++i) {
+    TraceRing ring(64);
+    recorder.begin(ring);
+    if (i % 3 == 0) std::this_thread::yield();
+    recorder.end();
+    const std::vector<TraceEvent> events = ring.events();
+    if (!events.empty()) check_numbers(events, events[0].begin);
+    seen += events.size();
+  }
+  stop.store(true);
+  owner.join();
+}
+
+TEST(as_many_items_and_steals_as_the_counters_say) {
+  for (const int levels : {1, 2, 3}) {
+    for (const int concurrency : {1, 3, 12}) {
+      for (const std::int64_t chunk : {1, 8}) {
+        System system(levels, concurrency);
+        system.start();
+        CHECK(system.begin_trace(1 << 16));
+        CHECK(!system.begin_trace(1 << 16));
+        std::int64_t submitted = 0;
+        std::atomic<std::int64_t> others{0};
+        std::vector<std::thread> threads;
+        for (int t = 0; t < 3; ++t) {
+          threads.emplace_back([&, t] {
+            for (int i = 0; i < 10; ++i) {
+              const std::int64_t items = 1 + (i * 37 + t * 101) % 300;
+              others.fetch_add(items);
+              submit(system, std::make_shared<CountingWork>(chunk), items);
+            }
+          });
+        }
+        for (auto& thread : threads) thread.join();
+        submitted = others.load();
+        CHECK(system.wait_idle_for(kPatience));
+        const TraceRecord record = system.end_trace();
+        CHECK(!system.tracing());
+        const Counted found = count(record, system);
+        CHECK_EQ(found.lost, std::uint64_t{0});
+        CHECK_EQ(found.items, submitted);
+        CHECK_EQ(found.stolen, static_cast<std::int64_t>(total_stolen(system)));
+        CHECK_EQ(found.queued, submitted);
+        CHECK_EQ(record.tracks.size(), static_cast<std::size_t>(system.topology().total()) + 3);
+        stop(system);
+      }
+    }
+  }
+}
+
+TEST(a_small_ring_loses_the_oldest_and_says_how_many) {
+  System system(2, 2);
+  system.start();
+  CHECK(system.begin_trace(8));
+  finish(submit(system, std::make_shared<CountingWork>(), 500));
+  const TraceRecord record = system.end_trace();
+  std::int64_t items = 0;
+  std::uint64_t lost = 0;
+  for (const TraceTrack& track : record.tracks) {
+    CHECK(track.events.size() <= 8);
+    if (track.lost > 0) CHECK_EQ(track.events.size(), std::size_t{8});
+    lost += track.lost;
+    for (const TraceEvent& event : track.events) items += event.kind == TraceKind::kItem;
+  }
+  CHECK(lost > 0);
+  CHECK(items + static_cast<std::int64_t>(lost) >= 500);
+  stop(system);
+}
+
+TEST(traces_begin_and_end_while_threads_submit) {
+  System system(2, 4);
+  system.start();
+  std::atomic<bool> enough{false};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&] {
+      while (!enough.load()) finish(submit(system, std::make_shared<CountingWork>(4), 50));
+    });
+  }
+  std::int64_t items = 0;
+  for (int i = 0; i < 60 || items == 0; ++i) {
+    CHECK(system.begin_trace(1 + static_cast<std::size_t>(i) * 7));
+    std::this_thread::sleep_for(std::chrono::microseconds(100 * (i % 10)));
+    items += count(system.end_trace(), system).items;
+  }
+  enough.store(true);
+  for (auto& thread : threads) thread.join();
+  stop(system);
+}
+
+TEST(a_trace_outlives_stop_and_start) {
+  System system(2, 2);
+  CHECK(system.begin_trace(1000));
+  for (int i = 0; i < 3; ++i) {
+    system.start();
+    finish(submit(system, std::make_shared<CountingWork>(), 20));
+    stop(system);
+  }
+  const TraceRecord record = system.end_trace();
+  const Counted found = count(record, system);
+  CHECK_EQ(found.items, std::int64_t{60});
+  CHECK_EQ(found.events.at(TraceKind::kThread), std::int64_t{3 * 13});
+}
+
+TEST(items_that_never_run_leave_the_queue) {
+  System system(2, 1);
+  system.start();
+  CHECK(system.begin_trace(1000));
+  auto failing = std::make_shared<CountingWork>(1, [](SphereId, std::int64_t item) {
+    if (item == 20) throw std::runtime_error("no");
+  });
+  auto batch = submit(system, failing, 100);
+  finish(batch);
+  Gate gate;
+  auto waiting = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) { gate.pass(); });
+  auto dropped = submit(system, waiting, 100);
+  while (waiting->running.load() == 0) std::this_thread::yield();
+  system.cancel(dropped);
+  gate.open();
+  finish(dropped);
+  const Counted found = count(system.end_trace(), system);
+  // The item that failed had begun, but CountingWork does not count it as run.
+  CHECK_EQ(found.items, 200 - batch->cancelled() - dropped->cancelled());
+  CHECK_EQ(found.queued, found.items);
+  stop(system);
+}
+
+TEST(a_helper_has_a_track_of_its_own) {
+  System system(2, 2);
+  system.start();
+  CHECK(system.begin_trace(1000));
+  std::thread([&] {
+    auto work = std::make_shared<CountingWork>();
+    auto batch = submit(system, work, 100);
+    Helper helper(system);
+    while (!helper.wait_for(*batch, Milliseconds(100))) {
+    }
+  }).join();
+  CHECK(system.wait_idle_for(kPatience));
+  const TraceRecord record = system.end_trace();
+  const Counted found = count(record, system);
+  CHECK_EQ(found.items, std::int64_t{100});
+  CHECK_EQ(found.stolen, static_cast<std::int64_t>(total_stolen(system)));
+  std::int64_t helped = 0;
+  for (const TraceTrack& track : record.tracks) {
+    for (const TraceEvent& event : track.events) {
+      if (track.sphere < 0 && event.kind == TraceKind::kItem) helped += event.count;
+    }
+  }
+  CHECK_EQ(helped, static_cast<std::int64_t>(system.stats(0).items_run));
+  stop(system);
+}
+
+TEST(messages_are_recorded_by_who_reads_them) {
+  System system(3, 2);
+  system.start();
+  CHECK(system.begin_trace(10000));
+  finish(submit(system, std::make_shared<CountingWork>(), 144));
+  for (std::int32_t leaf = 0; leaf < 144; ++leaf) system.gradient_ready(leaf);
+  CHECK(system.wait_gradient_rounds_for(1, kPatience));
+  const TraceRecord record = system.end_trace();
+  std::int64_t gradients = 0;
+  std::int64_t handed = 0;
+  for (const TraceTrack& track : record.tracks) {
+    for (const TraceEvent& event : track.events) {
+      if (event.kind == TraceKind::kGradient) {
+        CHECK_EQ(Topology::parent(event.other), track.sphere);
+        ++gradients;
+      } else if (event.kind == TraceKind::kWork) {
+        CHECK_EQ(Topology::parent(track.sphere), SphereId{event.other});
+        ++handed;
+      }
+    }
+  }
+  CHECK_EQ(gradients, std::int64_t{144 + 12});
+  CHECK(handed >= 12);
+  stop(system);
+}
+
+int main(int argc, char** argv) { return run_all_tests(argc, argv); }

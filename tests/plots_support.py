@@ -1,0 +1,82 @@
+"""What the tests of pictures ask of them, and traces made by hand."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib.figure import Figure
+
+import torch_spheres as ts
+
+
+def axes(inches=7.0, height=None):
+    """Axes of a figure that pyplot does not know."""
+    return Figure(figsize=(inches, height or inches)).add_axes((0, 0, 1, 1))
+
+
+def found(ax, gid):
+    """The artists of a picture that have this id, or one that begins with it and a space."""
+    return [
+        artist
+        for artist in ax.findobj(include_self=False)
+        if artist.get_gid() == gid or (artist.get_gid() or "").startswith(f"{gid} ")
+    ]
+
+
+def shapes(ax, gid):
+    """The outlines of a collection; none if it is not there."""
+    collections = found(ax, gid)
+    assert len(collections) <= 1
+    return [path.vertices for path in collections[0].get_paths()] if collections else []
+
+
+def words(ax, gid):
+    (text,) = found(ax, gid)
+    return text.get_text()
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def drawn(ax):
+    """Has it drawn for good, and returns the PNG."""
+    png = io.BytesIO()
+    ax.get_figure(root=True).savefig(png, format="png")
+    assert png.getvalue().startswith(b"\x89PNG")
+    return png.getvalue()
+
+
+def ms(*times):
+    """Nanoseconds on a trace's clock."""
+    return [10**12 + round(1e6 * t) for t in times]
+
+
+def state(sphere, begin, end, name="processing"):
+    return ts.Slice(sphere, *ms(begin, end), "state", name)
+
+
+def item(sphere, begin, end, number, owner, count=1):
+    return ts.Slice(sphere, *ms(begin, end), "item", "item", number, owner, count)
+
+
+def phase(sphere, begin, end, name, shard):
+    return ts.Slice(sphere, *ms(begin, end), "phase", name, shard)
+
+
+def arrow(kind, source, target, sent, received, count=1):
+    return ts.Arrow(kind, source, target, *ms(sent, received), count)
+
+
+def trace(slices=(), arrows=(), *, levels=2, end=10.0, lost=0, threads=None):
+    begin_ns, end_ns = ms(0, end)
+    return ts.Trace(
+        levels=levels,
+        concurrency=2,
+        begin_ns=begin_ns,
+        end_ns=end_ns,
+        slices=sorted(slices, key=lambda s: (s.begin_ns, -s.end_ns)),
+        arrows=arrows,
+        lost=lost,
+        threads=threads or {},
+    )

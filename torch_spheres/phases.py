@@ -1,0 +1,74 @@
+"""What a trace shows of shards: their phases, and how gradients go from one to the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from torch_spheres import _core
+
+if TYPE_CHECKING:
+    from torch_spheres.recording import Recording
+    from torch_spheres.system import KissingSpheres
+
+__all__ = ["Handovers", "handovers", "phase"]
+
+_LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
+
+
+class _Phase:
+    __slots__ = ("_begin", "_core", "_label", "_recording", "_shard")
+
+    def __init__(self, core: _core.System, recording: Recording, label: int, shard: int) -> None:
+        self._core, self._recording, self._label, self._shard = core, recording, label, shard
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic_ns()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._recording.name_thread()
+        self._core.trace_phase(self._label, self._shard, self._begin)
+
+
+_NOTHING = nullcontext()
+
+
+def phase(
+    spheres: KissingSpheres, name: str, shard: int | None = None
+) -> AbstractContextManager[None]:
+    """For a block that the calling thread is in; does nothing while nobody traces the spheres."""
+    recording = spheres._recording
+    if recording is None:
+        return _NOTHING
+    return _Phase(spheres._core, recording, _LABELS[name], -1 if shard is None else shard)
+
+
+class Handovers:
+    """Arrows of a trace, from the spheres that made gradients to those that add them."""
+
+    def __init__(self, core: _core.System) -> None:
+        self._core = core
+
+    def made(self) -> tuple[int, int]:
+        """Gradients are there: on which sphere, and when."""
+        return _core.current_sphere(), time.monotonic_ns()
+
+    def taken(self, makers: Iterable[tuple[int, int]]) -> None:
+        """The calling thread is about to add what these have made."""
+        here = _core.current_sphere()
+        for sphere, made in makers:
+            if sphere not in (-1, here):
+                self._core.trace_gradient(sphere, made)
+
+
+def handovers(spheres: KissingSpheres) -> Handovers | None:
+    """None while nobody traces the spheres."""
+    return None if spheres._recording is None else Handovers(spheres._core)

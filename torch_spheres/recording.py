@@ -1,0 +1,262 @@
+"""The block in which a trace is recorded, and how what the C++ runtime recorded is read."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from torch_spheres import _core
+from torch_spheres._core import State, Topology
+from torch_spheres.arguments import as_index
+from torch_spheres.trace import Arrow, Counter, Parts, Slice, Trace
+
+if TYPE_CHECKING:
+    from torch_spheres.system import KissingSpheres
+
+__all__ = ["Recording"]
+
+MAX_CAPACITY = 1 << 24
+# As TraceEvent and TraceKind in cpp/trace.h.
+_EVENT = np.dtype(
+    {
+        "names": ["begin", "end", "item", "count", "other", "kind", "label"],
+        "formats": ["u8", "u8", "i8", "u4", "i2", "u1", "u1"],
+    }
+)
+_STATE, _ITEM, _PHASE, _WORK, _GRADIENT, _QUEUED, _THREAD = range(7)
+_STATES = [state.name.lower() for state in State]
+_GONE = _STATES.index("terminating")  # between stop() and start() there is no thread
+_RUNNING = ("processing", "accumulating")
+_NESTING = {"state": 0, "item": 1, "phase": 2}
+
+
+class Recording(Trace):
+    """What ``with spheres.trace() as trace`` gives: a `Trace` that can be read after the block."""
+
+    def __init__(self, spheres: KissingSpheres, capacity: int) -> None:
+        capacity = as_index("capacity", capacity)
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ValueError(f"capacity must be 1 to 2**24 events, got {capacity}")
+        self._made = None
+        self._spheres: KissingSpheres | None = spheres  # until it has ended
+        self._topology, self._concurrency = spheres.topology, spheres.concurrency
+        self._capacity = capacity
+        self._process = 0  # that records
+        self._clock: list[tuple[int, int]] = []
+        self._record: _core.TraceRecord | None = None
+        self._names: dict[int, str] = {}
+
+    def __enter__(self) -> Self:
+        spheres = self._spheres
+        if self._process or spheres is None:
+            raise RuntimeError("this trace was used already; call trace() again for a new one")
+        if not spheres.running:
+            spheres.start()
+        clock = _clock()
+        spheres._core.begin_trace(self._capacity)
+        self._clock, self._process = [clock], os.getpid()
+        spheres._recording = self
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if os.getpid() != self._process:
+            return  # what is recorded, and whoever records it, is in the parent process
+        spheres, self._spheres = self._spheres, None
+        assert spheres is not None
+        spheres._recording = None
+        self._record = spheres._core.end_trace()
+        self._clock.append(_clock())
+        self._names |= {t.native_id: t.name for t in threading.enumerate() if t.native_id}
+
+    def name_thread(self) -> None:
+        """Remembers what the calling thread is called: it may be gone when the trace is read."""
+        self._names[threading.get_native_id()] = threading.current_thread().name
+
+    def _parts(self) -> Parts:
+        if self._made is not None:
+            return self._made
+        if self._record is None:
+            if self._process not in (0, os.getpid()):
+                raise RuntimeError(
+                    "this trace is recorded by the process that this one was forked from: only "
+                    "there can it be read"
+                )
+            raise RuntimeError(
+                "the trace can be read and saved when its 'with' block has ended: "
+                "'with spheres.trace() as trace: ...', then trace.save(path)"
+            )
+        reader = _Reader(self._topology, self._record, self._names)
+        slices = sorted(reader.slices(), key=_outer_first)
+        record, since = self._record, reader.complete_since
+        counters = [
+            *_running(slices, since),
+            *_queued(reader.handed_out, slices, since, None if reader.lost else record.queued),
+        ]
+        used = {s.sphere for s in slices}
+        self._made = Parts(
+            levels=self._topology.levels,
+            concurrency=self._concurrency,
+            begin_ns=record.begin,
+            end_ns=record.end,
+            slices=tuple(slices),
+            arrows=tuple(sorted([*reader.messages, *_steals(slices)], key=_received)),
+            counters=tuple(counters),
+            lost=reader.lost,
+            threads={k: name for k, name in reader.names.items() if k in used},
+            native_ids=reader.native_ids,
+            clock=tuple(self._clock),
+            process=self._process,
+        )
+        self._record = None
+        return self._made
+
+
+def _clock() -> tuple[int, int]:
+    """Now, and how much more the wall clock says: as close to each other as they can be asked."""
+
+    def once() -> tuple[int, int, int]:
+        before = time.monotonic_ns()
+        wall = time.time_ns()
+        after = time.monotonic_ns()
+        return after - before, before, wall - (before + after) // 2
+
+    return min(once() for _ in range(10))[1:]
+
+
+def _outer_first(s: Slice) -> tuple[int, int, int]:
+    return s.begin_ns, -s.end_ns, _NESTING[s.kind]
+
+
+def _received(arrow: Arrow) -> int:
+    return arrow.received_ns
+
+
+class _Reader:
+    """Turns a record's events into slices and arrows, in one pass over all tracks."""
+
+    def __init__(
+        self, topology: Topology, record: _core.TraceRecord, names: dict[int, str]
+    ) -> None:
+        self._begin, self._end = record.begin, record.end
+        self._tracks = record.tracks
+        self._topology = topology
+        self.lost = sum(track.lost for track in self._tracks)
+        self.complete_since = self._begin
+        self.messages: list[Arrow] = []
+        self.handed_out: list[tuple[int, int]] = []  # when, how many
+        self.names: dict[int, str] = {}
+        self.native_ids: dict[int, list[tuple[int, int]]] = {}
+        self._python_names = names
+
+    def slices(self) -> Iterator[Slice]:
+        """Of all tracks; the other attributes are complete afterwards."""
+        guests = 0
+        for track in self._tracks:
+            sphere = track.sphere
+            if sphere < 0:
+                guests += 1
+                sphere = -guests
+                self.names[sphere] = self._python_names.get(track.native_id, track.name)
+            self.native_ids[sphere] = [(0, track.native_id)] if track.native_id else []
+            events = np.frombuffer(track.events, _EVENT)
+            if track.lost and len(events):
+                self.complete_since = max(self.complete_since, int(events["end"][0]))
+            if track.sphere >= 0:
+                yield from self._states(track, events[events["kind"] == _STATE])
+            others = events[(events["kind"] != _STATE) & (events["end"] >= self._begin)]
+            for event in others.tolist():
+                slice_ = self._other(sphere, *event)
+                if slice_ is not None:
+                    yield slice_
+
+    def _states(self, track: _core.TraceTrack, changes: Any) -> Iterator[Slice]:
+        shown = changes[(changes["end"] > self._begin) & (changes["label"] != _GONE)]
+        for begin, end, label in shown[["begin", "end", "label"]].tolist():
+            yield Slice(track.sphere, max(self._begin, begin), end, "state", _STATES[label])
+        # The state that it was in when the trace ended.
+        if len(changes):
+            state, since = int(changes["other"][-1]), int(changes["end"][-1])
+        elif track.lost:
+            state, since = track.last_state, track.last_since
+        else:
+            state, since = track.first_state, self._begin
+        since = max(self._begin, since)
+        if state != _GONE and since < self._end:
+            yield Slice(track.sphere, since, self._end, "state", _STATES[state])
+
+    def _other(
+        self, sphere: int, begin: int, end: int, item: int, count: int, other: int, kind: int,
+        label: int,
+    ) -> Slice | None:  # fmt: skip
+        if kind == _ITEM:
+            owner = self._topology.leaf_of_item(other)
+            name = _core.TRACE_LABELS[label]
+            return Slice(sphere, max(begin, self._begin), end, "item", name, item, owner, count)
+        if kind == _PHASE:
+            shard = item if item >= 0 else None
+            name = _core.TRACE_LABELS[label]
+            return Slice(sphere, max(begin, self._begin), end, "phase", name, shard)
+        if kind == _QUEUED:
+            self.handed_out.append((begin, item))
+        elif kind == _THREAD:
+            self.native_ids[sphere].append((begin, item))
+        elif begin >= self._begin:  # or it was sent before
+            what = "work" if kind == _WORK else "gradient"
+            self.messages.append(Arrow(what, other, sphere, begin, end))
+        return None
+
+
+def _steals(slices: Sequence[Slice]) -> Iterator[Arrow]:
+    """Items that ran elsewhere; what other threads help with counts for the root."""
+    for s in slices:
+        if s.kind == "item" and s.owner is not None and s.owner != max(0, s.sphere):
+            yield Arrow("steal", s.owner, s.sphere, s.begin_ns, s.begin_ns, s.count)
+
+
+def _running(slices: Sequence[Slice], since: int) -> Iterator[Counter]:
+    changes = []
+    for s in slices:
+        if s.kind == "state" and s.name in _RUNNING and s.end_ns > since:
+            changes += [(max(s.begin_ns, since), 1), (s.end_ns, -1)]
+    yield from _summed("running spheres", changes, since, 0)
+
+
+def _queued(
+    handed_out: Sequence[tuple[int, int]], slices: Sequence[Slice], since: int, start: int | None
+) -> Iterator[Counter]:
+    """`start` waited at first; None: nobody knows, but there were never fewer than none."""
+    changes = [(when, more) for when, more in handed_out if when >= since]
+    changes += [(s.begin_ns, -s.count) for s in slices if s.kind == "item" and s.begin_ns > since]
+    if start is None:
+        changes.sort()
+        start = least = 0
+        for _, more in changes:
+            least += more
+            start = max(start, -least)
+    yield from _summed("queued items", changes, since, start)
+
+
+def _summed(name: str, changes: list[tuple[int, int]], since: int, start: int) -> Iterator[Counter]:
+    """One value for each moment, and only those that differ from the one before."""
+    sums = {since: start}
+    value = start
+    for when, more in sorted(changes):
+        value += more
+        sums[when] = value
+    shown = None
+    for moment, value in sums.items():
+        value = max(0, value)  # items that began while counting began are counted off twice
+        if value != shown:
+            yield Counter(name, moment, value)
+        shown = value
