@@ -30,6 +30,7 @@
 #include "barrier.h"
 #include "permits.h"
 #include "sphere.h"
+#include "subtree.h"
 #include "topology.h"
 #include "work_queue.h"
 
@@ -114,6 +115,8 @@ class System {
 
   // ---- statistics ----
   SphereStats stats(SphereId id) const;
+  /// Of `top` and all spheres below it; the root's is of the root alone.
+  SubtreeTotals subtree_totals(SphereId top);
 
  private:
   friend class Sphere;

@@ -17,8 +17,12 @@ from typing import Any, Self, TextIO, TypeVar
 
 from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
+from torch_spheres.live import Live
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.stats import Stats, format_stats, snapshot
+from torch_spheres.watching.readings import Reading, Rows
+from torch_spheres.watching.report import report
+from torch_spheres.watching.svg import picture
 
 __all__ = ["KissingSpheres", "usable_cores"]
 
@@ -102,6 +106,7 @@ class KissingSpheres:
         leaves = self._topology.leaves
         self._core = _core.System(levels, min(concurrency, leaves))
         self._started = False
+        self._rows = Rows()
         _live.add(self)
 
     # ---- shape ----
@@ -154,6 +159,7 @@ class KissingSpheres:
         keep_freed_memory(self.levels)
         self._core.start()
         self._started = True
+        report(self)
         return self
 
     def stop(self, timeout: float | None = None) -> None:
@@ -172,6 +178,7 @@ class KissingSpheres:
             RuntimeError: called from inside a work item, or in a forked child.
         """
         lost, error = self._core.stop(_as_timeout(timeout))
+        report(self)
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
@@ -202,6 +209,7 @@ class KissingSpheres:
         finally:
             # With an exception under way the items that are dropped are not worth a warning.
             self._core.stop(None)
+            report(self)
 
     def _ensure_started(self, what: str) -> None:
         if not self._started and not self._core.forked():
@@ -342,6 +350,38 @@ class KissingSpheres:
     def print_stats(self, file: TextIO | None = None) -> None:
         """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
         print(format_stats(self.stats()), file=sys.stdout if file is None else file)
+
+    def live(
+        self,
+        refresh_per_second: float = 4.0,
+        *,
+        file: TextIO | None = None,
+        plain: bool | None = None,
+        plain_seconds: float = 10.0,
+    ) -> Live:
+        """A display of what the spheres do, in the terminal, for a ``with`` block.
+
+        A line for each kissing sphere (from three levels on, with all spheres below it): state,
+        items run, those of them stolen, items that wait, and the share of the time in which there
+        was work, of what `concurrency` lets run. What is printed meanwhile comes above it. It ends
+        with the block, when the spheres stop, or with the program.
+
+        Args:
+            refresh_per_second: how often it is drawn.
+            file: a terminal; default: stderr. Where it is none, and in notebooks (which show
+                the spheres' own picture instead), lines are printed.
+            plain: whether to print lines; None: where there is no terminal.
+            plain_seconds: seconds from line to line. A last one comes at the end if there was one.
+
+        Raises:
+            ImportError: rich is missing (on ``with``; not for plain lines).
+            RuntimeError: another display is shown (on ``with``).
+            TypeError, ValueError: a number is none, or not more than 0.
+        """
+        return Live(self, refresh_per_second, file=file, plain=plain, plain_seconds=plain_seconds)
+
+    def _repr_html_(self) -> str:
+        return picture(Reading.of(self), started=self._started, forked=self._core.forked())
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped" if self._started else "not started"

@@ -7,6 +7,24 @@
 
 namespace torch_spheres::bindings {
 
+namespace {
+
+py::tuple subtrees(PySystem& self) {
+  System& core = self.core();
+  std::uint64_t elapsed = 0;
+  py::list all;
+  const SphereId last = core.topology().levels() > 1 ? kKissing : 0;
+  for (SphereId id = 0; id <= last; ++id) {
+    const SubtreeTotals t = core.subtree_totals(id);
+    if (id == 0) elapsed = t.elapsed_ns;
+    all.append(py::make_tuple(id, py::tuple(py::cast(t.spheres)), t.items_run, t.items_stolen,
+                              t.queued, t.busy_ns));
+  }
+  return py::make_tuple(elapsed, all);
+}
+
+}  // namespace
+
 void bind_system(py::module_& module) {
   py::register_exception<StoppedError>(module, "StoppedError", PyExc_RuntimeError);
   py::register_local_exception_translator([](std::exception_ptr pointer) {
@@ -61,6 +79,9 @@ void bind_system(py::module_& module) {
       .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
       .def("gradients_complete", &PySystem::gradients_complete)
       .def_property_readonly("starts", &PySystem::starts)
+      .def("subtrees", &subtrees,
+           "(ns since start, [(sphere, spheres in each state, items, stolen, queued, busy ns)]): of "
+           "the root alone, then of each kissing sphere's whole subtree.")
       .def("stats", [](const PySystem& self) {
         std::vector<SphereStats> all;
         for (SphereId id = 0; id < self.core().topology().total(); ++id) {

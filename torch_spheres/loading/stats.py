@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,9 +119,11 @@ _MOSTLY = 0.5
 class Meter:
     """Counts for `LoaderStats`; of one loader, from any thread."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, count: Callable[[int], None] | None = None) -> None:
+        """`count` is told of the rows of each batch too."""
         self._lock = threading.Lock()
         self._workers = workers
+        self._count = count
         self.way = "caller"
         self.declined = ""  # why a loader without workers does not use the spheres
         self._told = False
@@ -137,6 +139,8 @@ class Meter:
                 size = sum(_bytes(pytree.tree_leaves(batch)))
             except RecursionError:  # a batch that holds itself is nobody's business here
                 size = 0
+        if self._count is not None:
+            self._count(samples)
         with self._lock:
             self._batches += 1
             self._samples += samples
