@@ -8,6 +8,9 @@
 //       }
 //     }
 //
+// Times are counted per chunk, each item with the chunk's mean; work whose items are long beside a
+// look at the clock says so item by item: begin_items() before the first, item_done() after each.
+//
 // Owner: all of it; a Claimer lives on one sphere's stack for one visit.
 // Ordering: fetch_add on a cursor is relaxed; it only has to hand each position to one thread. What
 // the batch holds was seen on entering the slot, and what the items did is published on leaving it
@@ -39,6 +42,9 @@ class Claimer {
         mine_(mine),
         until_(until),
         max_chunk_(slot.batch->work()->max_chunk()),
+        is_timed_(slot.batch->work()->state() == State::kProcessing),
+        ns_per_tick_(ns_per_tick()),
+        group_step_(std::max(1, ring.leaves() / kKissing)),
         // Odd leaves go down the row of siblings and even ones up, so that two thieves who started
         // side by side do not follow each other from cursor to cursor.
         direction_((leaf - siblings.base) / siblings.step % 2 == 0 ? 1 : siblings.count - 1),
@@ -49,12 +55,23 @@ class Claimer {
   void at(std::int64_t item) { item_ = item; }
   /// Items of the current chunk that were run, when it is left by an exception.
   void ran_of_chunk(std::int64_t count) { ran_ = count; }
+  /// What passed since next() is not to count for the first item.
+  void begin_items() { begun_ = ticks(); }
+  /// An item has been run: its end is the begin of the next.
+  void item_done() {
+    const std::uint64_t now = ticks();
+    count_time(now, 1);
+    begun_ = now;
+    ++counted_;
+  }
 
   /// Accounts for the previous chunk as finished and takes the next: own items first, then those
   /// of the siblings.  False: nothing is left to take here.
   bool next(Chunk& chunk) {
-    finish_chunk(chunk_count_);
-    adapt();
+    const std::uint64_t now = ticks();
+    finish_chunk(chunk_count_, now);
+    adapt(now);
+    begun_ = now;
     if (until_ != 0 && now_ns() >= until_) {
       tell_victim();
       return false;
@@ -84,7 +101,7 @@ class Claimer {
     const std::int64_t lost = chunk_count_ - ran_;
     Batch& batch = *slot_.batch;
     batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
-    finish_chunk(ran_);
+    finish_chunk(ran_, ticks());
     tell_victim();
     finished_ += lost;
     if (!batch.closed_.exchange(true, std::memory_order_relaxed)) {
@@ -98,29 +115,26 @@ class Claimer {
   std::int64_t finished() const { return finished_; }
 
  private:
-  // Some ten microseconds, whatever the clock: it only has to be long beside a claim.
+  // Some ten microseconds, whatever a tick is: it only has to be long beside a claim.
   static constexpr std::uint64_t kFastChunk = 20'000;
 
-  /// A clock that costs a few nanoseconds, in units of about one.
-  static std::uint64_t cycles() {
-#if defined(__x86_64__)
-    return __builtin_ia32_rdtsc();
-#else
-    return now_ns();
-#endif
-  }
-
-  void finish_chunk(std::int64_t ran) {
+  void finish_chunk(std::int64_t ran, std::uint64_t now) {
     finished_ += ran;
     if (ran > 0) {
       mine_.items_run.add(static_cast<std::uint64_t>(ran));
+      if (ran > counted_) count_time(now, static_cast<std::uint64_t>(ran - counted_));
       if (counters_[chunk_owner_] != &mine_) {
         mine_.items_stolen.add(static_cast<std::uint64_t>(ran));
+        mine_.stolen_from[chunk_group_].add(static_cast<std::uint64_t>(ran));
         stolen_ += static_cast<std::uint64_t>(ran);
         if (size_ == 1) tell_victim();
       }
     }
-    chunk_count_ = 0;
+    chunk_count_ = counted_ = 0;
+  }
+  void count_time(std::uint64_t now, std::uint64_t items) {
+    // Pieces of gradient sums are another kind: among them nobody would find the items of the user.
+    if (is_timed_) mine_.item_times.add(elapsed_ns(begun_, now, ns_per_tick_), items);
   }
   /// Counts what was stolen on the victim's side: not at every fast chunk, since that line is
   /// shared with other thieves.
@@ -131,9 +145,8 @@ class Claimer {
   }
   /// Doubles the chunk while chunks are fast; one slow chunk makes it 1 again, so that no more than
   /// max_chunk items ever hide behind a slow one.
-  void adapt() {
+  void adapt(std::uint64_t now) {
     if (max_chunk_ == 1) return;
-    const std::uint64_t now = cycles();
     size_ = taken_at_ != 0 && now - taken_at_ < kFastChunk ? std::min(size_ * 2, max_chunk_) : 1;
     taken_at_ = now;
   }
@@ -153,7 +166,10 @@ class Claimer {
         word.fetch_add(static_cast<std::uint64_t>(want), std::memory_order_relaxed);
     const std::int64_t count = std::min(want, Slot::end(old) - Slot::next(old));
     if (count <= 0) return false;
-    if (owner != chunk_owner_) tell_victim();
+    if (owner != chunk_owner_) {
+      tell_victim();
+      chunk_group_ = static_cast<std::size_t>(owner / group_step_);
+    }
     chunk = {owner + Slot::next(old) * ring_.leaves(), ring_.leaves(), count};
     chunk_count_ = count;
     chunk_owner_ = owner;
@@ -168,16 +184,22 @@ class Claimer {
   WorkCounters& mine_;
   const std::uint64_t until_;
   const std::int64_t max_chunk_;
+  const bool is_timed_;
+  const double ns_per_tick_;
+  const std::int32_t group_step_;  // leaves of one group of the root's
   const std::int32_t direction_;
   std::uint64_t stolen_ = 0;  // from chunk_owner_, not told it yet
   std::int32_t victim_;
   std::int64_t size_ = 1;
   std::int64_t chunk_count_ = 0;
   std::int32_t chunk_owner_ = 0;
+  std::size_t chunk_group_ = 0;  // the owner's
+  std::int64_t counted_ = 0;     // items of the chunk whose times are counted
   std::int64_t ran_ = 0;
   std::int64_t item_ = -1;
   std::int64_t finished_ = 0;
-  std::uint64_t taken_at_ = 0;
+  std::uint64_t taken_at_ = 0;  // ticks(), as is:
+  std::uint64_t begun_ = 0;     // when the items began whose times are not counted yet
 };
 
 }  // namespace torch_spheres

@@ -7,11 +7,11 @@
 
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 
+#include "item_times.h"
 #include "topology.h"
 
 namespace torch_spheres {
@@ -47,12 +47,6 @@ inline bool transition_allowed(State from, State to) {
       /* TERMINATING  */ hub,  // start() of a new thread for the same sphere
   };
   return (to_states[static_cast<std::size_t>(from)] & bit(to)) != 0;
-}
-
-inline std::uint64_t now_ns() {
-  return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                        std::chrono::steady_clock::now().time_since_epoch())
-                                        .count());
 }
 
 /// A sphere's state and the time spent in each.   Owner: transition.   Any thread: state, times.
@@ -100,21 +94,6 @@ class StateClock {
   std::array<std::atomic<std::uint64_t>, kStates> ns_{};
 };
 
-/// A count that one thread writes and any thread reads.
-class OwnerCounter {
- public:
-  void add(std::uint64_t n) {
-    value_.store(value_.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
-  }
-  void raise_to(std::uint64_t n) {
-    if (n > value_.load(std::memory_order_relaxed)) value_.store(n, std::memory_order_relaxed);
-  }
-  std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
-
- private:
-  std::atomic<std::uint64_t> value_{0};
-};
-
 /// A count that any thread writes.
 class SharedCounter {
  public:
@@ -129,12 +108,16 @@ class SharedCounter {
 struct SphereStats {
   SphereId id = 0;
   State state = State::kTerminating;
-  std::uint64_t items_run = 0;          ///< items this sphere ran, stolen ones included
-  std::uint64_t items_stolen = 0;       ///< of those, items that belonged to a sibling
-  std::uint64_t items_given = 0;        ///< items of its own that siblings took
-  std::uint64_t messages_sent = 0;      ///< messages along edges from this sphere
-  std::uint64_t messages_received = 0;  ///< messages taken out of its mailbox
-  std::uint64_t queue_high_water = 0;   ///< most items ever waiting in its queue at hand-down
+  std::uint64_t items_run = 0;           ///< items this sphere ran, stolen ones included
+  std::uint64_t items_stolen = 0;        ///< of those, items that belonged to a sibling
+  std::uint64_t items_given = 0;         ///< items of its own that siblings took
+  std::uint64_t messages_sent = 0;       ///< messages along edges from this sphere
+  std::uint64_t messages_received = 0;   ///< messages taken out of its mailbox
+  std::uint64_t queue_high_water = 0;    ///< most items ever waiting in its queue at hand-down
+  std::uint64_t queued = 0;              ///< items waiting in its queue now; inner: its subtree's
+  std::uint64_t item_time_ns = 0;        ///< time inside items, but for pieces of gradient sums
+  ItemTimes::Counts item_time_counts{};  ///< those items by time
+  std::array<std::uint64_t, kKissing> stolen_from{};  ///< items_stolen by the owner's group
   std::array<std::uint64_t, kStates> state_ns{};
 };
 

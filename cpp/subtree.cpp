@@ -4,7 +4,7 @@
 
 namespace torch_spheres {
 
-SubtreeTotals System::subtree_totals(SphereId top) {
+SubtreeTotals System::subtree_totals(SphereId top) const {
   SubtreeTotals totals;
   SphereId first = top;
   SphereId last = top;

@@ -18,8 +18,8 @@ struct SubtreeTotals {
   std::array<std::int32_t, kStates> spheres{};  ///< how many are in each state, in State's order
   std::uint64_t items_run = 0;
   std::uint64_t items_stolen = 0;
-  std::uint64_t queued = 0;   ///< items that wait in the leaves' queues
-  std::uint64_t busy_ns = 0;  ///< processing and accumulating, added up over the spheres
+  std::uint64_t queued = 0;      ///< items that wait in the leaves' queues
+  std::uint64_t busy_ns = 0;     ///< processing and accumulating, added up over the spheres
   std::uint64_t elapsed_ns = 0;  ///< since start(), until stop(): of the first sphere
 };
 

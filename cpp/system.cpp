@@ -45,6 +45,7 @@ System::System(int levels, int concurrency)
     throw std::invalid_argument("concurrency must be at least 1, got " +
                                 std::to_string(concurrency));
   }
+  ns_per_tick();  // measured from here on
   const auto leaves = static_cast<std::size_t>(topology_.leaves());
   leaf_counters_.resize(leaves);
   leaf_spheres_.resize(leaves);
@@ -424,7 +425,33 @@ bool System::wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout
 
 // ---- statistics ----
 
+std::int64_t System::was_queued(SphereId id) const {
+  if (topology_.is_leaf(id)) return ring_.was_queued(Topology::offset(id));
+  std::int64_t queued = 0;
+  for (int group = 0; group < kKissing; ++group) queued += was_queued(Topology::child(id, group));
+  return queued;
+}
+
 SphereStats System::stats(SphereId id) const {
+  SphereStats stats = stats_but_queued(id);
+  stats.queued = static_cast<std::uint64_t>(was_queued(id));
+  return stats;
+}
+
+std::vector<SphereStats> System::stats() const {
+  std::vector<SphereStats> all;
+  all.reserve(spheres_.size());
+  for (const auto& sphere : spheres_) all.push_back(stats_but_queued(sphere->id));
+  // Each queue is looked at once, and an inner sphere has just what its children have.
+  for (SphereId id = topology_.total() - 1; id >= 0; --id) {
+    SphereStats& stats = all[static_cast<std::size_t>(id)];
+    if (topology_.is_leaf(id)) stats.queued = static_cast<std::uint64_t>(was_queued(id));
+    if (id > 0) all[static_cast<std::size_t>(Topology::parent(id))].queued += stats.queued;
+  }
+  return all;
+}
+
+SphereStats System::stats_but_queued(SphereId id) const {
   const Sphere& s = sphere(id);
   SphereStats stats;
   stats.id = id;
@@ -432,6 +459,11 @@ SphereStats System::stats(SphereId id) const {
   stats.items_run = s.counters.items_run.get();
   stats.items_stolen = s.counters.items_stolen.get();
   stats.items_given = s.counters.items_given.get();
+  stats.item_time_ns = s.counters.item_times.total_ns();
+  stats.item_time_counts = s.counters.item_times.counts();
+  for (std::size_t group = 0; group < kKissing; ++group) {
+    stats.stolen_from[group] = s.counters.stolen_from[group].get();
+  }
   stats.messages_sent = s.messages_sent.get();
   stats.messages_received = s.messages_received.get();
   stats.queue_high_water = s.queue_high_water.get();

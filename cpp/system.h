@@ -116,7 +116,9 @@ class System {
   // ---- statistics ----
   SphereStats stats(SphereId id) const;
   /// Of `top` and all spheres below it; the root's is of the root alone.
-  SubtreeTotals subtree_totals(SphereId top);
+  SubtreeTotals subtree_totals(SphereId top) const;
+  /// Of all spheres, by id.
+  std::vector<SphereStats> stats() const;
 
  private:
   friend class Sphere;
@@ -134,6 +136,8 @@ class System {
   void report_gradients(Sphere& sphere);
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
   std::uint32_t open_meeting(MessageKind kind, int level);
+  std::int64_t was_queued(SphereId id) const;
+  SphereStats stats_but_queued(SphereId id) const;
   void run_sphere(Sphere& sphere);
   void thread_leaves();
   void run_work(Slot& slot, Claimer& claimer);

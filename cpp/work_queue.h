@@ -143,6 +143,8 @@ struct Siblings {
 struct WorkCounters {
   OwnerCounter items_run;
   OwnerCounter items_stolen;
+  ItemTimes item_times;                              // but for pieces of gradient sums
+  std::array<OwnerCounter, kKissing> stolen_from{};  // items_stolen by the owner's group
   alignas(64) SharedCounter items_given;
 };
 
@@ -160,6 +162,10 @@ class WorkRing {
   /// The slot of a ticket if that batch is still in flight.
   Slot* find(std::uint64_t ticket) {
     Slot& slot = slots_[ticket % kBatchesInFlight];
+    return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
+  }
+  const Slot* find(std::uint64_t ticket) const {
+    const Slot& slot = slots_[ticket % kBatchesInFlight];
     return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
   }
 
@@ -259,10 +265,10 @@ class WorkRing {
     return false;
   }
   /// Items waiting in one leaf's queue.
-  std::int64_t was_queued(std::int32_t leaf) {
+  std::int64_t was_queued(std::int32_t leaf) const {
     std::int64_t queued = 0;
     for (std::uint64_t t = oldest_.load(), end = tail_.load(); t < end; ++t) {
-      if (Slot* slot = find(t)) queued += slot->was_left(leaf);
+      if (const Slot* slot = find(t)) queued += slot->was_left(leaf);
     }
     return queued;
   }

@@ -23,12 +23,13 @@ from torch_spheres.loading.stats import LoaderStats
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler, shard_bounds
-from torch_spheres.stats import SphereStats, Stats
+from torch_spheres.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
 from torch_spheres.system import KissingSpheres, usable_cores
 from torch_spheres.tree import tree_sum
 from torch_spheres.vector_math import settle as _settle
 
 __all__ = [
+    "ITEM_TIME_EDGES_NS",
     "GradientHook",
     "KissingSpheres",
     "LoaderStats",

@@ -27,6 +27,7 @@ __all__: list[str] = [
     "active_isa",
     "available_isas",
     "current_sphere",
+    "item_time_edges",
     "keep_freed_memory",
     "noop",
     "read_range",
@@ -110,6 +111,10 @@ class SphereStats:
     @property
     def id(self) -> int: ...
     @property
+    def item_time_counts(self) -> tuple[int, ...]: ...
+    @property
+    def item_time_ns(self) -> int: ...
+    @property
     def items_given(self) -> int: ...
     @property
     def items_run(self) -> int: ...
@@ -122,12 +127,16 @@ class SphereStats:
     @property
     def queue_high_water(self) -> int: ...
     @property
+    def queued(self) -> int: ...
+    @property
     def state(self) -> State: ...
     @property
     def state_ns(self) -> typing.Annotated[list[int], "FixedSize(6)"]:
         """
         Nanoseconds in each state, in the order of State.
         """
+    @property
+    def stolen_from(self) -> tuple[int, ...]: ...
 
 class NativeFunction:
     """
@@ -303,6 +312,11 @@ def available_isas() -> list[Isa]: ...
 def current_sphere() -> int:
     """
     The id of the sphere whose thread is calling, or -1.
+    """
+
+def item_time_edges() -> tuple[int, ...]:
+    """
+    The upper edges, in nanoseconds, of all buckets of item times but the last.
     """
 
 def keep_freed_memory(lean: bool) -> bool:

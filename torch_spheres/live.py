@@ -40,7 +40,7 @@ from torch_spheres.watching.report import watched_from_outside
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["Live"]
+__all__ = ["Live", "positive"]
 
 _lock = threading.Lock()
 _shown: Live | None = None  # the one that is on the terminal
@@ -63,8 +63,8 @@ class Live:
         plain_seconds: float = 10.0,
     ) -> None:
         self._spheres = spheres
-        self._tick = 1 / _positive("refresh_per_second", refresh_per_second)
-        self._plain_seconds = _positive("plain_seconds", plain_seconds)
+        self._tick = 1 / positive("refresh_per_second", refresh_per_second)
+        self._plain_seconds = positive("plain_seconds", plain_seconds)
         self._file = file
         self._plain = plain
         self._face: _Terminal | _Plain | None = None
@@ -237,7 +237,8 @@ class _Plain:
         """Nothing to give back."""
 
 
-def _positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> float:
+    """A number of times or seconds that a user has given; TypeError or ValueError if it is none."""
     try:
         number = float(+value)  # float() alone would take strings
     except (TypeError, ValueError, OverflowError):

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from torch_spheres import _core
 from torch_spheres._core import State, Topology
 
-__all__ = ["SphereStats", "Stats"]
+__all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats"]
+
+ITEM_TIME_EDGES_NS: tuple[int, ...] = _core.item_time_edges()
+"""Edges of the buckets of `SphereStats.item_time_counts`, in nanoseconds: 64 to 2**38 (275 s), four
+to a doubling and equally wide within it, so that no bucket is wider than a quarter of its lower
+edge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,18 @@ class SphereStats:
     """Time asleep with nothing to do."""
     ready_ns: int
     """Time awake between jobs: reading messages, handing work down. The runtime's own cost."""
+    queued: int = 0
+    """Items that wait in its queue at this moment; for inner spheres, in those of its subtree."""
+    stolen_from: tuple[int, ...] = ()
+    """`items_stolen` by the symmetry group of the sibling that each belonged to: twelve counts; on
+    the root by the group of the leaf. Empty for the other inner spheres, which run no items."""
+    item_time_ns: int = 0
+    """Time inside the items counted in `item_time_counts`."""
+    item_time_counts: tuple[int, ...] = ()
+    """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
+    there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
+    last edge. Python items are measured one by one, waits for the GIL included; native items are
+    counted with the mean of the chunk they were taken in. Pieces of gradient sums are left out."""
 
     @property
     def busy_ns(self) -> int:
@@ -105,10 +122,12 @@ class Stats:
 
 def snapshot(core: _core.System, concurrency: int) -> Stats:
     """Reads the counters of a system's spheres."""
-    return Stats(tuple(_from_core(s) for s in core.stats()), concurrency)
+    spheres = core.stats()
+    leaf_level = Topology.level(len(spheres) - 1)
+    return Stats(tuple(_from_core(s, leaf_level) for s in spheres), concurrency)
 
 
-def _from_core(s: _core.SphereStats) -> SphereStats:
+def _from_core(s: _core.SphereStats, leaf_level: int) -> SphereStats:
     ready, processing, idle, waiting, accumulating, _ = s.state_ns
     level = Topology.level(s.id)
     return SphereStats(
@@ -128,6 +147,10 @@ def _from_core(s: _core.SphereStats) -> SphereStats:
         waiting_ns=waiting,
         idle_ns=idle,
         ready_ns=ready,
+        queued=s.queued,
+        stolen_from=s.stolen_from if level in (0, leaf_level) else (),
+        item_time_ns=s.item_time_ns,
+        item_time_counts=s.item_time_counts,
     )
 
 

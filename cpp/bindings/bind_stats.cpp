@@ -1,6 +1,12 @@
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
 
 #include "bindings.h"
 #include "stats.h"
@@ -8,6 +14,31 @@
 namespace torch_spheres::bindings {
 
 namespace py = pybind11;
+
+namespace {
+
+using Ints = py::typing::Tuple<py::int_, py::ellipsis>;
+
+/// A tuple of counts; spheres that have counted nothing, most of them, share one.
+template <std::size_t kSize>
+Ints counts_of(const std::array<std::uint64_t, kSize>& counts) {
+  if (std::ranges::all_of(counts, [](std::uint64_t count) { return count == 0; })) {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Ints> zeros;
+    return zeros
+        .call_once_and_store_result(
+            [] { return Ints(py::cast(std::array<std::uint64_t, kSize>{})); })
+        .get_stored();
+  }
+  return Ints(py::cast(counts));
+}
+
+Ints item_time_edges() {
+  std::array<std::uint64_t, ItemTimes::kBuckets - 1> edges;
+  for (std::size_t i = 0; i < edges.size(); ++i) edges[i] = ItemTimes::edge(i);
+  return Ints(py::cast(edges));
+}
+
+}  // namespace
 
 void bind_stats(py::module_& module) {
   py::native_enum<State>(module, "State", "enum.Enum", "What a sphere's thread is doing.")
@@ -21,6 +52,9 @@ void bind_stats(py::module_& module) {
   module.def("transition_allowed", &transition_allowed, py::arg("source"), py::arg("target"),
              "Whether the one table of state transitions has this one.");
 
+  module.def("item_time_edges", &item_time_edges,
+             "The upper edges, in nanoseconds, of all buckets of item times but the last.");
+
   py::class_<SphereStats>(module, "SphereStats", "One sphere's figures at one moment.")
       .def_readonly("id", &SphereStats::id)
       .def_readonly("state", &SphereStats::state)
@@ -30,6 +64,13 @@ void bind_stats(py::module_& module) {
       .def_readonly("messages_sent", &SphereStats::messages_sent)
       .def_readonly("messages_received", &SphereStats::messages_received)
       .def_readonly("queue_high_water", &SphereStats::queue_high_water)
+      .def_readonly("queued", &SphereStats::queued)
+      .def_readonly("item_time_ns", &SphereStats::item_time_ns)
+      .def_property_readonly(
+          "item_time_counts",
+          [](const SphereStats& self) { return counts_of(self.item_time_counts); })
+      .def_property_readonly("stolen_from",
+                             [](const SphereStats& self) { return counts_of(self.stolen_from); })
       .def_readonly("state_ns", &SphereStats::state_ns,
                     "Nanoseconds in each state, in the order of State.");
 }

@@ -9,8 +9,8 @@ namespace torch_spheres::bindings {
 
 namespace {
 
-py::tuple subtrees(PySystem& self) {
-  System& core = self.core();
+py::tuple subtrees(const PySystem& self) {
+  const System& core = self.core();
   std::uint64_t elapsed = 0;
   py::list all;
   const SphereId last = core.topology().levels() > 1 ? kKissing : 0;
@@ -79,16 +79,11 @@ void bind_system(py::module_& module) {
       .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
       .def("gradients_complete", &PySystem::gradients_complete)
       .def_property_readonly("starts", &PySystem::starts)
-      .def("subtrees", &subtrees,
-           "(ns since start, [(sphere, spheres in each state, items, stolen, queued, busy ns)]): of "
-           "the root alone, then of each kissing sphere's whole subtree.")
-      .def("stats", [](const PySystem& self) {
-        std::vector<SphereStats> all;
-        for (SphereId id = 0; id < self.core().topology().total(); ++id) {
-          all.push_back(self.core().stats(id));
-        }
-        return all;
-      });
+      .def(
+          "subtrees", &subtrees,
+          "(ns since start, [(sphere, spheres in each state, items, stolen, queued, busy ns)]): of "
+          "the root alone, then of each kissing sphere's whole subtree.")
+      .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 
 }  // namespace torch_spheres::bindings

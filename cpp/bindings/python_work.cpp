@@ -89,6 +89,7 @@ void PythonWork::run(Claimer& claimer) {
   Chunk chunk;
   if (!claimer.next(chunk)) return;  // before the GIL: most visits find nothing
   SphereGil gil;
+  claimer.begin_items();
   std::uint64_t last_switch = now_ns();
   std::int64_t ran = 0;
   do {
@@ -97,6 +98,7 @@ void PythonWork::run(Claimer& claimer) {
       claimer.at(item);
       PyObject* argument = PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(item));
       PyObject* result = PyObject_CallOneArg(fn_.ptr(), argument);
+      claimer.item_done();
       if (result == nullptr) {
         record_error(item, claimer.sphere());
         claimer.ran_of_chunk(i + 1);  // it did run

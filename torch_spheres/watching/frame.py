@@ -54,6 +54,11 @@ class View:
         return self.rates.latest
 
     @property
+    def over(self) -> bool:
+        """Whether they run no more."""
+        return self.ended or not self.reading.running
+
+    @property
     def condition(self) -> str:
         """In a word or two."""
         if self.words or self.ended:
@@ -184,20 +189,19 @@ def _short_frame(view: View) -> list[Line]:
 
 def screen(views: Sequence[View], width: int, height: int, unicode: bool = True) -> list[Line]:
     """The lines for several systems, at most `height` of them: tables while there is room."""
-    running = [view for view in views if not view.ended]
-    ended = [view for view in views if view.ended]
-    frames = {id(view): _short_frame(view) for view in views}
-    for view in [*running, *ended[: 1 if len(views) == 1 else 0]]:
+    shown = sorted(views, key=lambda view: view.over)  # the running ones first
+    frames = [_short_frame(view) for view in shown]
+    room = height - sum(map(len, frames))
+    for place, view in enumerate(shown):
         table = full_frame(view, width, unicode)
-        others = sum(len(frame) for key, frame in frames.items() if key != id(view))
-        if others + len(table) <= height:
-            frames[id(view)] = table
-    lines: list[Line] = []
-    for number, view in enumerate([*running, *ended]):
-        frame = frames[id(view)]
-        left = len(views) - number
-        if len(lines) + len(frame) + (left > 1) > height and left > 1:
-            lines.append([(f"and {left:,} more", "dim")])
-            break
-        lines += frame
-    return lines[: max(1, height)]
+        more = len(table) - len(frames[place])
+        if more <= room and not (view.over and not shown[0].over):
+            frames[place] = table
+            room -= more
+    if room >= 0:
+        return [line for frame in frames for line in frame]
+    fitting = max(0, height - 1) // 2
+    lines = [line for frame in frames[:fitting] for line in frame]
+    if len(shown) > 1:
+        lines.append([(f"and {len(shown) - fitting:,} more", "dim")])
+    return (lines or frames[0])[: max(1, height)]
