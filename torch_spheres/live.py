@@ -101,8 +101,8 @@ class Live:
 
     def __enter__(self) -> Self:
         global _shown
-        if watched_from_outside():
-            return self  # torch_spheres.top has the terminal, and shows these spheres
+        if watched_from_outside() or os.environ.get("RANK", "0") != "0":
+            return self  # torch_spheres.top, or the process of rank 0, has the terminal
         with _lock:
             if _shown is not None and _shown.active:
                 raise RuntimeError(
@@ -192,7 +192,7 @@ class _Terminal:
     def show(self, spheres: KissingSpheres) -> None:
         self._view.rates.add(Reading.of(spheres))
         columns, rows = size(self._file)
-        self._region.show(screen([self._view], columns, rows - 1, self._unicode))
+        self._region.show(screen([self._view], columns, rows - 2, self._unicode))
 
     def last(self, spheres: KissingSpheres) -> None:
         self.show(spheres)

@@ -49,9 +49,8 @@ class _RichPainter:
         console = self._console
         console.width = width
         with console.capture() as captured:
-            if unfinished:
-                text = self._text.from_ansi(unfinished.expandtabs())
-                console.print(text, no_wrap=True, overflow="crop", crop=True)
+            text = self._text.from_ansi(unfinished.expandtabs())
+            console.print(text, no_wrap=True, overflow="crop", crop=True)
             console.print(_Segments(self._segments(lines)), end="")
         return captured.get().splitlines()
 

@@ -1,8 +1,13 @@
 """Lines at the bottom of a terminal that stay there while other text scrolls by above them.
 
 Every change is one write, in which the cursor is hidden and shown again: whoever ends the process,
-and however, the terminal is as it was. Whole lines of other text pass as they are; a line that has
-not ended yet is shown as the region's first one, since the region would be drawn over it.
+and however, the terminal is as it was. Whole lines of other text pass as they are. The region's
+first line is empty, or the line of other text that has not ended yet.
+
+Between the writes the cursor stands at the region's beginning, and that is where the next one
+begins. So a line that somebody writes past us (a logging handler that was made before, a library in
+C, a child process) stays on the screen, above the region, and a terminal that has been resized
+meanwhile does no harm.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ __all__ = ["Above", "Painter", "Region", "is_terminal", "same_terminal", "size",
 
 _BEGIN = "\x1b[?25l\x1b[?7l"  # no cursor; no wrapping of lines
 _END = "\x1b[?7h\x1b[?25h"
+_ROOMY = 8  # rows of a terminal that has one for an empty line
 _PAUSE = 0.05  # seconds between drawings that nobody but other text asks for
 _LONGEST = 65_536  # characters of a line that does not end; then it is ended here
 
@@ -64,7 +70,7 @@ class Painter(Protocol):
     """Turns lines into text with escapes, none wider than the terminal."""
 
     def __call__(self, lines: Sequence[Line], unfinished: str, width: int) -> list[str]:
-        """`unfinished`, a line of other text without its end, comes first unless it is empty."""
+        """`unfinished`, a line of other text without its end, comes first; it may be empty."""
 
 
 class Region:
@@ -76,7 +82,7 @@ class Region:
         # Reentrant: a signal's handler may print while its thread is in here.
         self._lock = threading.RLock()
         self._lines: Sequence[Line] = ()
-        self._rows = 0  # that are on the screen
+        self._there = False  # on the screen
         self._drawn = 0.0
         self._unfinished: dict[int, tuple[TextIO, str]] = {}
         self._closed = False
@@ -117,10 +123,8 @@ class Region:
                 return
             self._closed = True
             unfinished, self._unfinished = self._unfinished, {}
-            self._draw()
-            if self._rows:
-                self._file.write("\r\n")
-                self._file.flush()
+            if self._lines:
+                self._draw(last=True)
             for file, text in unfinished.values():
                 file.write(text)
                 file.flush()
@@ -136,30 +140,26 @@ class Region:
         self._closed = True
         self._unfinished = {}
 
-    def _draw(self) -> None:
-        if not self._lines and not self._rows:
-            return
+    def _draw(self, *, last: bool = False) -> None:
         columns, rows = size(self._file)
         unfinished = next(reversed(self._unfinished.values()))[1] if self._unfinished else ""
-        lines = self._paint(self._lines, unfinished, columns)[: max(1, rows - 1)]
+        lines = self._paint(self._lines, unfinished, columns)
+        if not unfinished and rows < _ROOMY:
+            lines = lines[1:]
+        lines = lines[: max(1, rows - 1)]
         body = "\r\n".join(f"{line}\x1b[K" for line in lines)
-        text = f"{_BEGIN}{self._to_the_top()}{body}\x1b[J{_END}"
-        self._rows = len(lines)
+        up = f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else ""
+        after = "\r\n" if last else f"{up}\r"
+        self._there = True
         self._drawn = time.monotonic()
-        self._file.write(text)
+        self._file.write(f"{_BEGIN}\r{body}\x1b[J{after}{_END}")
         self._file.flush()
 
     def _erase(self) -> None:
-        if self._rows:
-            text = f"{self._to_the_top()}\x1b[J"
-            self._rows = 0
-            self._file.write(text)
+        if self._there:
+            self._there = False
+            self._file.write("\r\x1b[J")
             self._file.flush()
-
-    def _to_the_top(self) -> str:
-        if not self._rows:
-            return ""
-        return "\r" + (f"\x1b[{self._rows - 1}A" if self._rows > 1 else "")
 
 
 class Above:
