@@ -83,10 +83,11 @@ def heading(view: View) -> str:
     """Whose, how many, how long."""
     reading = view.reading
     name = f"{view.name}: " if view.name else ""
+    time = f" {duration(reading.elapsed_ns)}" if reading.elapsed_ns else ""
     return (
         f"{name}{_count(reading.spheres, 'sphere')}, "
         f"{reading.concurrency:,} of {_count(reading.leaves, 'leaf').replace('leafs', 'leaves')} "
-        f"at once, {view.condition} {duration(reading.elapsed_ns)}"
+        f"at once, {view.condition}{time}"
     )
 
 

@@ -15,7 +15,7 @@ __all__ = ["picture"]
 
 _WIDTH = 620
 _ROW = 18
-_TOP = 52
+_TOP = 58
 # x of each column; figures are set flush right.
 _COLUMNS = (("sphere", 8, "start"), ("state", 68, "start"), ("items", 300, "end"))
 _MORE = (("stolen", 380, "end"), ("queue", 450, "end"), ("busy", 500, "end"))
