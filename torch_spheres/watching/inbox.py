@@ -114,5 +114,5 @@ class Inbox:
 
 def _name(message: dict[str, Any]) -> str:
     rank, pid, number = message["rank"], int(message["pid"]), int(message["number"])
-    name = f"pid {pid}" if rank is None else f"rank {rank}, pid {pid}"
+    name = f"pid {pid}" if rank is None else f"rank {int(rank)}, pid {pid}"
     return name if number == 0 else f"{name}, no. {number + 1}"

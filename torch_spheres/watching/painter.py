@@ -1,16 +1,16 @@
-"""Lines as text for a terminal, by rich: its colours, its widths."""
+"""Lines as text for a terminal: rich knows its colours, and how wide any text is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from torch_spheres.watching.frame import Line
 from torch_spheres.watching.region import Painter
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
-    from rich.segment import Segment
+    from rich.console import Console
+    from rich.text import Text
 
 __all__ = ["painter"]
 
@@ -37,35 +37,39 @@ def painter(file: TextIO, without: str) -> Painter:
 
 class _RichPainter:
     def __init__(self, console: Console) -> None:
-        from rich.segment import Segment
-        from rich.style import Style
         from rich.text import Text
 
         self._console = console
-        self._segment, self._style, self._text = Segment, Style, Text
+        self._text = Text
+        self._escapes: dict[str, tuple[str, str]] = {"": ("", "")}
 
     def __call__(self, lines: Sequence[Line], unfinished: str, width: int) -> list[str]:
-        # rich's table would take ten times as long, which four times a second is too much.
-        console = self._console
-        console.width = width
-        with console.capture() as captured:
-            text = self._text.from_ansi(unfinished.expandtabs())
-            console.print(text, no_wrap=True, overflow="crop", crop=True)
-            console.print(_Segments(self._segments(lines)), end="")
-        return captured.get().splitlines()
+        # rich's table would take twenty times as long, which four times a second is too much: rich
+        # is asked once for each style, and for text that is not ours.
+        first = self._cropped(unfinished, width) if unfinished else ""
+        return [first, *(self._line(line, width) for line in lines)]
 
-    def _segments(self, lines: Sequence[Line]) -> Iterable[Segment]:
-        for line in lines:
-            for text, style in line:
-                yield self._segment(text, self._style.parse(style) if style else None)
-            yield self._segment.line()
+    def _line(self, line: Line, room: int) -> str:
+        parts = []
+        for text, style in line:
+            if style not in self._escapes:
+                self._escapes[style] = self._ask(style)
+            before, after = self._escapes[style]
+            parts.append(f"{before}{text[:room]}{after}")
+            room -= len(text)  # characters are one column wide, as all of ours are
+            if room <= 0:
+                break
+        return "".join(parts)
 
+    def _ask(self, style: str) -> tuple[str, str]:
+        before, _, after = self._render(self._text("x", style=style)).partition("x")
+        return before, after
 
-class _Segments:
-    """What rich takes for something that it can print."""
+    def _cropped(self, text: str, width: int) -> str:
+        self._console.width = width
+        return self._render(self._text.from_ansi(text.expandtabs()))
 
-    def __init__(self, segments: Iterable[Segment]) -> None:
-        self._segments = segments
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
-        return self._segments
+    def _render(self, text: Text) -> str:
+        with self._console.capture() as captured:
+            self._console.print(text, no_wrap=True, overflow="crop", crop=True)
+        return captured.get().rstrip("\n")

@@ -111,7 +111,7 @@ class Reporter:
             return
         message = {
             "pid": os.getpid(),
-            "rank": os.environ.get("RANK"),
+            "rank": rank if (rank := os.environ.get("RANK", "")).isdecimal() else None,
             "number": number,
             "reading": reading.to_json(),
         }
