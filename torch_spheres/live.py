@@ -166,6 +166,13 @@ class Live:
             self._error = error
         finally:
             face.leave()
+            self._forget()
+
+    def _forget(self) -> None:
+        global _shown
+        with _lock:
+            if _shown is self:
+                _shown = None  # or the spheres would live as long as the module
 
     def _after_fork(self) -> None:
         if self._face is not None:

@@ -1,4 +1,4 @@
-"""Runs a command and shows, at the bottom of the terminal, all `KissingSpheres` in it.
+r"""Runs a command and shows, at the bottom of the terminal, all `KissingSpheres` in it.
 
 ::
 
@@ -7,6 +7,9 @@
 The command runs as it would alone: its output passes by above the display, it gets Ctrl-C and the
 other signals, and its exit code is the exit code. Processes that it starts are shown too, each with
 its rank and process id. Where stderr is no terminal, lines are printed there every few seconds.
+
+(A SIGINT or SIGQUIT that comes while this has the terminal's keyboard is taken for Ctrl-C or
+Ctrl-\\, which the command gets from the terminal too, and is not passed on; SIGTERM always is.)
 """
 
 from __future__ import annotations

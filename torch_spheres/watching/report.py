@@ -8,6 +8,7 @@ and one that finds no room is dropped: nobody here ever waits for the display.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import socket
@@ -55,8 +56,9 @@ class Reporter:
 
     def __init__(self, path: str) -> None:
         self._lock = threading.Lock()
-        self._spheres: list[weakref.ref[KissingSpheres]] = []
-        self._sent: dict[int, Reading] = {}  # the last ones, by place in the list
+        self._spheres: dict[int, weakref.ref[KissingSpheres]] = {}  # by number
+        self._sent: dict[int, Reading] = {}  # the last ones
+        self._numbers = itertools.count()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="spheres report", daemon=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -73,11 +75,10 @@ class Reporter:
     def tell(self, spheres: KissingSpheres) -> None:
         """Sends a reading now, and from now on."""
         with self._lock:
-            known = [reference() for reference in self._spheres]
-            if spheres not in known:
-                known.append(spheres)
-                self._spheres.append(weakref.ref(spheres))
-            self._send(known.index(spheres), Reading.of(spheres))
+            known = [n for n, reference in self._spheres.items() if reference() is spheres]
+            number = known[0] if known else next(self._numbers)
+            self._spheres.setdefault(number, weakref.ref(spheres))
+            self._send(number, Reading.of(spheres))
 
     def close(self) -> None:
         """Sends the last figures, and ends the thread."""
@@ -97,12 +98,14 @@ class Reporter:
 
     def _send_news(self) -> None:
         with self._lock:
-            for number, reference in enumerate(self._spheres):
+            for number, reference in list(self._spheres.items()):
                 spheres = reference()
                 last = self._sent.get(number)
                 if spheres is None:
                     if last is not None and last.running:  # dropped without stop()
                         self._send(number, replace(last, running=False))
+                    self._spheres.pop(number)
+                    self._sent.pop(number, None)
                 elif spheres.running or last is None or last.running:
                     self._send(number, Reading.of(spheres))
 
