@@ -81,7 +81,11 @@ print("after")
 """
     with program(text) as p:
         shown = p.until(
-            lambda s: "3 at work" in s.text and "1,234 samples" in s.text and "21" in rows(s)["all"]
+            lambda s: (
+                "3 at work" in s.text
+                and "1,234 samples" in s.text
+                and "21" in rows(s).get("all", [])
+            )
         )
         table = rows(shown)
         assert list(table) == SUBTREES
@@ -267,7 +271,7 @@ assert not [t for t in threading.enumerate() if t.name.startswith("spheres ")]
     with program(text) as p:
         p.until(lambda s: "not started" in s.text)
         p.type("go\n")
-        p.until(lambda s: "5" in rows(s)["all"])
+        p.until(lambda s: "5" in rows(s).get("all", []))
         p.type("go\n")
         assert p.end() == 0
         first, then = p.screen.text.split("goes on")

@@ -432,7 +432,8 @@ def test_the_command_as_the_readme_has_it(tmp_path: Path) -> None:
     assert line is not None
     command = shlex.split(line[0])
     assert command[-1].endswith(".py")
-    (tmp_path / command[-1]).write_text(SPHERES + "ts.KissingSpheres().start().map(abs, range(3))")
+    text = "spheres = ts.KissingSpheres()\nspheres.map(abs, range(3))"
+    (tmp_path / command[-1]).write_text(SPHERES + text)
     command = [sys.executable if word == "python" else word for word in command]
     with Program(command, cwd=tmp_path, environment={"PYTHONSAFEPATH": "1"}) as p:
         assert p.end() == 0
