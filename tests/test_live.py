@@ -493,6 +493,11 @@ def test_rates_are_of_the_last_second() -> None:
         rates.add(made(10 + step / 4, 4 + step / 8, items=step))
     assert (rates.items, rates.samples) == (4, 40)
     assert rates.busy(1) == 0.5 and rates.busy() == 0.25
+    rates.settle()  # over all of the two seconds
+    assert (rates.items, rates.samples) == (4, 40) and rates.busy(1) == 0.5
+    rates.add(made(12.5, 5, items=8))
+    rates.settle()
+    assert rates.items == 3.2 and rates.busy(1) == 0.4
     rates.add(made(1, 0.25))  # started anew
     assert rates.items == 0 and rates.busy(1) == 0.25
 

@@ -198,11 +198,16 @@ class _Terminal:
 
     def show(self, spheres: KissingSpheres) -> None:
         self._view.rates.add(Reading.of(spheres))
+        self._draw()
+
+    def _draw(self) -> None:
         columns, rows = size(self._file)
         self._region.show(screen([self._view], columns, rows - 2, self._unicode))
 
     def last(self, spheres: KissingSpheres) -> None:
-        self.show(spheres)
+        self._view.rates.add(Reading.of(spheres))
+        self._view.rates.settle()
+        self._draw()
 
     def leave(self, *, forked: bool = False) -> None:
         # Somebody else's stand-in (contextlib.redirect_stdout) is not ours to take away; ours
@@ -234,7 +239,9 @@ class _Plain:
 
     def last(self, spheres: KissingSpheres) -> None:
         if self._lines.printed:
-            self.print(spheres)
+            self._view.rates.add(Reading.of(spheres))
+            self._view.rates.settle()
+            self._lines.print([self._view])
 
     def print(self, spheres: KissingSpheres) -> None:
         self._view.rates.add(Reading.of(spheres))

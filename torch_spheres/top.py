@@ -219,6 +219,8 @@ class _Watch:
         command.close()
         self._inbox.drain()
         views = self._inbox.views
+        for view in views:
+            view.rates.settle()
         face.close(views)
         if not views:
             print(

@@ -106,6 +106,7 @@ class Inbox:
         number = self._numbers.pop(connection)
         for key, view in self._views.items():
             if key[0] == number:
+                view.rates.settle()
                 self._views[key] = replace(view, ended=True)
         ended = [key for key, view in self._views.items() if view.ended]
         for key in ended[:-_FORGOTTEN]:

@@ -202,13 +202,20 @@ class Rates:
     def __init__(self, seconds: float = 1.0) -> None:
         self._span_ns = seconds * 1e9
         self._readings: deque[Reading] = deque()
+        self._first: Reading | None = None
 
     def add(self, reading: Reading) -> None:
         """A newer reading of the same spheres."""
         readings = self._readings
         readings.append(reading)
+        self._first = self._first or reading
         while len(readings) > 2 and reading.time_ns - readings[1].time_ns >= self._span_ns:
             readings.popleft()
+
+    def settle(self) -> None:
+        """It is over: what is shown from here on is of the whole time since the first reading."""
+        if self._first is not None and len(self._readings) > 1:
+            self._readings = deque([self._first, self.latest])
 
     @property
     def latest(self) -> Reading:
