@@ -1,8 +1,9 @@
 // What a sphere is doing, has done, and for how long.
 //
 // Counters are written by the sphere they belong to with plain relaxed adds, or (where others
-// count for it: stolen_from, messages) with relaxed fetch_add; nobody orders anything by them, so
-// relaxed is enough everywhere in this file.  A snapshot is a value and never changes.
+// count for it: items_given, messages) with relaxed fetch_add; nobody orders anything by them, so
+// relaxed is enough, but for StateClock, whose times are read together.  A snapshot is a value and
+// never changes.
 #pragma once
 
 #include <array>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 #include "item_times.h"
 #include "topology.h"
@@ -64,34 +66,61 @@ class StateClock {
     }
     const std::uint64_t now = now_ns();
     auto& spent = ns_[static_cast<std::size_t>(from)];
+    // The release stores pair with the acquire loads of times(): who sees one of the two sees
+    // changes_ odd as well.
+    const std::uint32_t changes = changes_.load(std::memory_order_relaxed);
+    changes_.store(changes + 1, std::memory_order_relaxed);
     spent.store(spent.load(std::memory_order_relaxed) + (now - (packed >> kStateBits)),
-                std::memory_order_relaxed);
-    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_relaxed);
+                std::memory_order_release);
+    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_release);
+    changes_.store(changes + 2, std::memory_order_release);
   }
 
   State state() const { return unpack_state(packed_.load(std::memory_order_relaxed)); }
 
-  /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.
+  /// Nanoseconds in each state, the running one up to now.  TERMINATING is not counted on.  Never
+  /// less than what was read before, by whomever; a transition under way is waited for.
   std::array<std::uint64_t, kStates> times() const {
     std::array<std::uint64_t, kStates> result{};
-    for (std::size_t i = 0; i < kStates; ++i) result[i] = ns_[i].load(std::memory_order_relaxed);
+    std::uint64_t packed = 0;
+    // (In the child of a fork() a sphere may be in the middle of one for ever.)
+    for (int i = 0; i < kPatience; ++i) {
+      const std::uint32_t changes = changes_.load(std::memory_order_acquire);
+      for (std::size_t s = 0; s < kStates; ++s) result[s] = ns_[s].load(std::memory_order_acquire);
+      packed = packed_.load(std::memory_order_acquire);
+      if (changes % 2 == 0 && changes_.load(std::memory_order_relaxed) == changes) break;
+      std::this_thread::yield();
+    }
     result[static_cast<std::size_t>(State::kTerminating)] = 0;
-    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
     const std::uint64_t since = packed >> kStateBits;
     const std::uint64_t now = now_ns();
     if (unpack_state(packed) != State::kTerminating && now > since) {
       result[static_cast<std::size_t>(unpack_state(packed))] += now - since;
     }
+    // A transition that has looked at the clock, but not begun to write, is a few nanoseconds short
+    // of what is read here.
+    for (std::size_t s = 0; s < kStates; ++s) result[s] = at_least_as_before(s, result[s]);
     return result;
   }
 
  private:
+  std::uint64_t at_least_as_before(std::size_t state, std::uint64_t ns) const {
+    std::uint64_t before = told_[state].load(std::memory_order_relaxed);
+    while (before < ns) {
+      if (told_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
+    }
+    return before;
+  }
+
+  static constexpr int kPatience = 10'000;
   static constexpr int kStateBits = 3;  // state and "since" in one word, so they are read together
   static State unpack_state(std::uint64_t packed) {
     return static_cast<State>(packed & ((1u << kStateBits) - 1));
   }
   std::atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
   std::array<std::atomic<std::uint64_t>, kStates> ns_{};
+  std::atomic<std::uint32_t> changes_{0};                           // odd during a transition
+  mutable std::array<std::atomic<std::uint64_t>, kStates> told_{};  // the most that was read
 };
 
 /// A count that any thread writes.

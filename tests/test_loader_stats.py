@@ -52,6 +52,34 @@ def test_a_gathering_loader(spheres):
     assert stats.advice is None
 
 
+def test_a_difference_is_what_came_between():
+    meter = Meter(2)
+
+    def load(ready, waited):
+        for _ in range(4):
+            meter.handed_out([torch.zeros(10)], 5, ready)
+            meter.waited(waited, 1.0)
+            meter.worked(0.5, 0.25)
+        return meter.snapshot()
+
+    before, after = load(0, 0.9), load(3, 0.1)
+    between = after - before
+    assert (between.batches, between.samples, between.bytes) == (4, 20, 160)
+    assert between.elapsed == pytest.approx(4) and between.worked == pytest.approx(2)
+    assert between.computed == pytest.approx(1) and between.workers == 2
+    assert (before.waiting, between.waiting, after.waiting) == pytest.approx((0.9, 0.1, 0.5))
+    assert (before.queue_depth, between.queue_depth, after.queue_depth) == pytest.approx(
+        (0, 3, 1.5)
+    )
+    assert (after - after).batches == (after - after).queue_depth == 0
+    with pytest.raises(ValueError, match="later - earlier"):
+        before - after
+    with pytest.raises(ValueError, match="different loaders"):
+        Meter(2).snapshot() - before
+    with pytest.raises(TypeError):
+        after - 1
+
+
 FIGURES = LoaderStats(
     batches=100,
     samples=400,

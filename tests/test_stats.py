@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import random
+import re
 import threading
 import time
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 import torch_spheres as ts
 from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres, _core
+from torch_spheres.item_times import quantile_ns
+from torch_spheres.stats_table import duration
 
 LIMIT = 60.0  # seconds, for waits that end at once unless something is broken
 
@@ -83,3 +90,321 @@ def test_queued_counts_what_waits_in_the_leaf_and_above_it() -> None:
     assert [s.queued for s in stats.level(1)] == [25] + [24] * 11
     assert [s.queued for s in stats.level(2)].count(3) == 1
     assert sum(s.queued for s in stats.level(2)) == 289
+
+
+# ---- differences ----
+
+
+def test_a_difference_is_what_came_between() -> None:
+    with KissingSpheres(levels=3, concurrency=3) as spheres:
+        spheres.map(abs, range(500))
+        before = spheres.stats()
+        spheres.map(abs, range(300))
+        spheres.distribute_work(range(400), _core.noop()).wait(LIMIT)
+        spheres.epoch()
+        after = spheres.stats()
+    between = after - before
+    assert (before.items_run, between.items_run, after.items_run) == (500, 700, 1200)
+    assert between.items_stolen == after.items_stolen - before.items_stolen
+    assert sum(between.item_time_counts) == 700
+    assert between.item_time_ns == after.item_time_ns - before.item_time_ns
+    assert between.elapsed == pytest.approx((after.time_ns - before.time_ns) / 1e9)
+    assert between.begin_ns == before.time_ns and between.time_ns == after.time_ns
+    assert between.is_difference and not after.is_difference
+    assert between.running_time > 0 and between.messages == after.messages - before.messages > 0
+    for old, new, change in zip(before, after, between, strict=True):
+        assert (change.id, change.path, change.level) == (new.id, new.path, new.level)
+        assert change.processing_ns == new.processing_ns - old.processing_ns >= 0
+        assert change.total_ns == new.total_ns - old.total_ns >= 0
+        assert sum(change.item_time_counts) == change.items_run
+        assert sum(change.stolen_from) == change.items_stolen
+        assert (change.state, change.queued) == (new.state, new.queued)
+        assert change.queue_high_water == new.queue_high_water
+    nothing = after - after
+    assert nothing.items_run == nothing.elapsed == nothing.cpu_ns == 0
+    assert nothing.utilization == nothing.items_per_second == nothing.cores_used == 0
+
+
+def test_snapshots_that_do_not_belong_together_are_refused() -> None:
+    with KissingSpheres() as spheres, KissingSpheres() as others:
+        first, second = spheres.stats(), spheres.stats()
+        with pytest.raises(ValueError, match=r"different spheres: 13 of KissingSpheres number \d+"):
+            others.stats() - first
+        with pytest.raises(ValueError, match="write later - earlier"):
+            first - second
+        third, fourth = spheres.stats(), spheres.stats()
+        with pytest.raises(ValueError, match="begin together"):
+            (fourth - second) - (third - first)
+        assert ((fourth - first) - (third - first)).begin_ns == third.time_ns
+        with pytest.raises(TypeError):
+            first - 1
+
+
+def test_counting_begins_with_the_first_start_and_survives_a_stop() -> None:
+    spheres = KissingSpheres()
+    unborn = spheres.stats()
+    assert unborn.elapsed == unborn.cpu_ns == unborn.running_time == 0
+    assert unborn.advice() == () and "items" in str(unborn)
+    begin = time.monotonic_ns()
+    with spheres:
+        spheres.map(abs, range(10))
+    stopped = spheres.stats()
+    with spheres:
+        spheres.map(abs, range(20))
+        again = spheres.stats()
+    assert begin <= stopped.begin_ns == again.begin_ns < stopped.time_ns
+    assert ((again - stopped).items_run, (again - unborn).items_run) == (20, 30)
+    with pytest.raises(ValueError, match="begin together"):
+        (again - stopped) - unborn
+
+
+# ---- what is made of the counts ----
+
+
+def made(
+    busy: Sequence[float] = (),
+    *,
+    seconds: float = 10.0,
+    concurrency: int = 4,
+    cores: int = 4,
+    cores_used: float | None = None,
+    item: float = 0.01,
+    inside: float = 0.99,
+    waiting: int = 4,
+) -> ts.Stats:
+    """Thirteen spheres by hand: leaves that worked `busy` seconds each, in equal items."""
+    busy = [*busy, *[0.0] * (12 - len(busy))]
+
+    def sphere(id_: int) -> ts.SphereStats:
+        work = int(busy[id_ - 1] * 1e9) if id_ else 0
+        items = int(work * inside / (item * 1e9))
+        counts = [0] * (len(ITEM_TIME_EDGES_NS) + 1)
+        counts[bisect_right(ITEM_TIME_EDGES_NS, item * 1e9)] = items
+        return ts.SphereStats(
+            id=id_,
+            path=ts.Topology.path_string(id_),
+            level=min(id_, 1),
+            group=id_ - 1 if id_ else None,
+            state=ts.State.IDLE,
+            items_run=items,
+            items_stolen=0,
+            items_given=0,
+            messages_sent=0,
+            messages_received=0,
+            queue_high_water=waiting // 12 + (id_ <= waiting % 12) if id_ else 0,
+            processing_ns=work,
+            accumulating_ns=0,
+            waiting_ns=0,
+            idle_ns=int(seconds * 1e9) - work,
+            ready_ns=0,
+            item_time_ns=int(work * inside),
+            item_time_counts=tuple(counts),
+        )
+
+    used = sum(busy) / seconds if cores_used is None else cores_used
+    return ts.Stats(
+        spheres=tuple(map(sphere, range(13))),
+        concurrency=concurrency,
+        cores=cores,
+        time_ns=int(seconds * 1e9),
+        cpu_ns=int(used * seconds * 1e9),
+    )
+
+
+def test_utilization_and_imbalance_look_at_the_leaves_that_could_run() -> None:
+    even = made([5, 5, 5, 5])
+    assert even.utilization == pytest.approx(0.5) and even.imbalance == pytest.approx(1)
+    assert made([10, 10, 10, 10]).utilization == pytest.approx(1)
+    assert made([5] * 8).utilization == pytest.approx(1)  # the turns went round
+    one = made([10, 2, 2, 2])
+    assert one.utilization == pytest.approx(0.4) and one.imbalance == pytest.approx(2.5)
+    assert made([8]).imbalance == pytest.approx(4) and made([]).imbalance == 1
+    assert made([5, 5]).cores_used == pytest.approx(1)
+
+
+def test_items_that_sleep_make_a_load_of_known_shape() -> None:
+    meeting = threading.Barrier(4)
+    with KissingSpheres(concurrency=4) as spheres:
+        before = spheres.stats()
+        spheres.map(lambda _: (meeting.wait(LIMIT), time.sleep(0.6)), range(4))
+        even = spheres.stats() - before
+        before = spheres.stats()
+        spheres.map(lambda i: time.sleep(0.6 if i == 0 else 0), range(4))
+        uneven = spheres.stats() - before
+    assert even.imbalance < 1.5 < 2 < uneven.imbalance <= 4
+    assert even.item_time(0.5) > 0.2 > uneven.item_time(0.5)
+    assert uneven.item_time(1) > 0.2 and uneven.mean_item_time > uneven.item_time(0.5)
+
+
+def test_percentiles_are_within_a_bucket_of_the_truth() -> None:
+    rng = random.Random(0)
+    for times in (
+        [64],
+        [10, 20],
+        [rng.randrange(10**9) for _ in range(1000)],
+        [int(rng.lognormvariate(12, 3)) for _ in range(5000)],
+    ):
+        counts = [0] * (len(ITEM_TIME_EDGES_NS) + 1)
+        for ns in times:
+            counts[bisect_right(ITEM_TIME_EDGES_NS, ns)] += 1
+        ordered = sorted(times)
+        last = 0.0
+        for q in (0, 0.01, 0.1, 0.5, 0.9, 0.95, 0.999, 1):
+            truth = ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+            found = quantile_ns(counts, q)
+            assert abs(found - truth) <= max(64, truth / 4)
+            assert found >= last
+            last = found
+    assert quantile_ns((), 0.5) == quantile_ns([0] * 130, 0.5) == 0
+    assert quantile_ns([0] * 129 + [1], 0.5) == ITEM_TIME_EDGES_NS[-1]
+    for q in (-0.1, 1.1, 50, math.nan):
+        with pytest.raises(ValueError, match="0 to 1"):
+            made([1]).item_time(q)
+
+
+def test_item_times_of_all_spheres_and_of_one() -> None:
+    stats = made([4, 2], item=0.01, inside=1.0)
+    assert sum(stats.item_time_counts) == stats.items_run == 600
+    assert stats.mean_item_time == pytest.approx(0.01)
+    assert stats.item_time() == pytest.approx(0.01, rel=0.25)
+    assert stats[1].item_time(0.9) == pytest.approx(0.01, rel=0.25) and stats[5].item_time() == 0
+    assert stats.items_per_second == pytest.approx(60)
+
+
+def test_the_steal_rate_is_a_share_of_the_items() -> None:
+    with KissingSpheres(concurrency=1) as spheres:
+        spheres.map(abs, range(1200))  # on one thread, mostly: eleven twelfths are others'
+        stats = spheres.stats()
+    assert stats.steal_rate == stats.items_stolen / 1200
+    assert 0 <= stats.steal_rate <= 1 and made([]).steal_rate == 0
+
+
+def test_the_table_sums_up_turns_balance_and_item_times() -> None:
+    text = str(made([8, 4, 4, 4], item=0.0123))
+    assert "at most 4 of 12 leaves run at once; 50.0 % of that was used, imbalance 1.60" in text
+    assert "an item took 12.3 ms on average; half of them less than" in text
+    assert "an item took" not in str(made([]))
+    assert [duration(s) for s in (0, 12e-9, 1.5e-6, 0.0123, 2.5, 12345)] == [
+        "0 ns", "12 ns", "1.5 µs", "12.3 ms", "2.5 s", "12345 s"]  # fmt: skip
+
+
+# ---- advice ----
+
+
+def rules(stats: ts.Stats) -> str:
+    assert isinstance(stats.advice(), tuple) and len(stats.advice()) <= 3
+    return "\n".join(stats.advice())
+
+
+def test_nothing_to_say_is_not_said() -> None:
+    assert made([9.5, 9.5, 9.5, 9.5], waiting=40).advice() == ()
+    assert made([0.9] * 4, seconds=0.95).advice() == ()  # too short to tell
+    assert made([]).advice() == ()  # no items
+
+
+def test_advice_few_items_at_a_time() -> None:
+    def run(items: int) -> str:
+        with KissingSpheres(concurrency=4) as spheres:
+            for _ in range(2):
+                spheres.map(lambda _: time.sleep(0.6), range(items))
+            return rules(spheres.stats())
+
+    assert "never more than 2 items waited at once, but 4 leaves may run" in run(2)
+    assert "waited at once, but" not in run(8)
+
+
+def test_advice_idle_spheres() -> None:
+    with KissingSpheres(concurrency=2) as spheres:
+        start = spheres.stats()
+        spheres.map(abs, range(50))
+        time.sleep(1.2)
+        idle = spheres.stats()
+        spheres.map(lambda _: time.sleep(0.3), range(8))
+        busy = spheres.stats()
+    assert "% of the time, the busiest one too" in rules(idle - start)
+    assert "nothing to do" not in rules(busy - idle)
+    # One long item keeps its sphere busy: that the others are idle is not for want of work.
+    assert "nothing to do" not in rules(made([9, 1, 1, 1]))
+
+
+def test_advice_items_that_wait() -> None:
+    with KissingSpheres(concurrency=2) as spheres:
+        spheres.map(lambda _: time.sleep(0.3), range(8))
+        stats = spheres.stats()
+    stats = replace(stats, cores=2)
+    assert re.search(r"only 0\.\d of 2 cores busy: .* items wait, for a disk", rules(stats))
+    assert "larger concurrency=" in rules(stats)
+    assert "levels= and concurrency=" in rules(replace(made([9.0] * 12, cores_used=0.1),
+                                                       concurrency=12))  # fmt: skip
+    locked = rules(made([9.5] * 4, cores_used=1.0))
+    assert "1.0 of 4 cores busy" in locked and "Python runs one thread at a time" in locked
+    for fine in (made([9.5] * 4, cores_used=3.8), made([9.5] * 4, cores=0, cores_used=1.0),
+                 made([5.0] * 4, cores_used=1.0)):  # fmt: skip
+        assert "cores busy" not in rules(fine)
+
+
+def test_advice_more_threads_than_cores() -> None:
+    crowd = made([9.9] * 8, concurrency=8, cores=2, cores_used=1.98, waiting=8)
+    assert rules(crowd).startswith(
+        "7.9 leaves ran at once, on average, on 2 cores that were 99% busy: concurrency=2 does"
+    )
+    for fine in (
+        made([9.9] * 8, concurrency=8, cores=8, cores_used=7.9, waiting=8),
+        made([9.9] * 8, concurrency=8, cores=2, cores_used=0.5, waiting=8),  # they sleep
+        made([2.0] * 8, concurrency=8, cores=2, cores_used=1.9, waiting=8),  # seldom at once
+    ):
+        assert "leaves ran at once" not in rules(fine)
+
+
+def test_advice_one_sphere_has_the_long_items() -> None:
+    with KissingSpheres(concurrency=4) as spheres:
+        spheres.map(lambda i: time.sleep(1.2 if i == 0 else 0), range(24))
+        uneven = spheres.stats()
+        meeting = threading.Barrier(4)
+        spheres.map(lambda i: (meeting.wait(LIMIT), time.sleep(1.2)), range(4))
+        even = spheres.stats() - uneven
+    assert re.search(
+        r"worked [\d.]+ s, \d\.\d times the mean of the 4 busiest, and items of more than .* "
+        r"made up \d+% of the work: cut the longest",
+        rules(uneven),
+    )
+    assert "the mean of" not in rules(even)
+    assert "the mean of" not in rules(made([9, 8, 8, 8]))
+
+
+def test_advice_one_item_at_a_time() -> None:
+    with KissingSpheres(concurrency=4) as spheres:
+        spheres.map(abs, range(100))  # many once, but not since
+        before = spheres.stats()
+        for _ in range(4):
+            spheres.map(lambda _: time.sleep(0.3), [0])
+        stats = spheres.stats() - before
+    assert re.search(r"[01]\.\d of the 4 leaves that may run were at work on average", rules(stats))
+    assert "hand out more items at a time" in rules(made([9, 1, 1, 1], waiting=40))
+    for fine in (
+        made([9, 9, 9, 9], waiting=40),
+        made([3, 0.5, 0.5, 0.5], waiting=40),  # nobody had much
+        made([9, 1, 1, 1], waiting=40, item=1e-6),  # short items are another matter
+    ):
+        assert "at a time" not in rules(fine)
+
+
+def test_advice_short_items() -> None:
+    short = made([9.0] * 4, item=1e-6, inside=0.4)
+    assert "an item took 1 µs on average, and 60% of the time that spheres were awake" in rules(
+        short
+    )
+    for fine in (
+        made([9.0] * 4, item=1e-6, inside=0.9),
+        made([9.0] * 4, item=1e-3, inside=0.4),
+        made([0.0002] * 4, item=1e-6, inside=0.4),  # too few to tell
+    ):
+        assert "an item took" not in rules(fine)
+
+
+def test_at_most_three_sentences() -> None:
+    bad = made([4.0, 0.5], item=1e-6, inside=0.1, waiting=1)
+    assert len(bad.advice()) == 3
+    worst = made([9.9] * 8, concurrency=8, cores=2, cores_used=1.98, waiting=2, item=1e-6,
+                 inside=0.1)  # fmt: skip
+    assert len(worst.advice()) == 3

@@ -16,6 +16,7 @@ from torch_spheres.checkpoint import (
     save_checkpoint,
 )
 from torch_spheres.errors import RankError, StoppedError
+from torch_spheres.exporters import StatsLog
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
@@ -41,6 +42,7 @@ __all__ = [
     "SphereStats",
     "State",
     "Stats",
+    "StatsLog",
     "StoppedError",
     "Topology",
     "Work",

@@ -49,8 +49,15 @@ _shown: Live | None = None  # the one that is on the terminal
 class Live:
     """A live display of one `KissingSpheres`; made by `KissingSpheres.live`, used in a ``with``.
 
-    It ends with the block, when the spheres stop, or with the program, whichever is first, and
-    leaves its last figures on the terminal.
+    A line for each kissing sphere (from three levels on, with all spheres below it): state, items
+    run, those of them stolen, items that wait, and the share of the time in which there was work, of
+    what `concurrency` lets run at once; then the totals, items and samples per second. Rates are of
+    the last second, at the end of the whole time.
+
+    What is printed meanwhile comes above it. It ends with the block, when the spheres stop, or with
+    the program, whichever is first, and leaves its last figures on the terminal. Under
+    `torch_spheres.top`, which shows the spheres itself, and on ranks other than 0 it shows nothing.
+    Notebooks have no terminal: they get lines here, and a picture of the spheres themselves.
     """
 
     def __init__(

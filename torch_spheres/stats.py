@@ -1,24 +1,27 @@
-"""Statistics of the spheres: frozen values, and the table that `print_stats` prints."""
+"""Statistics of the spheres: frozen values that can be taken from each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from torch_spheres import _core
-from torch_spheres._core import State, Topology
+from torch_spheres._core import State
+from torch_spheres.exporters import prometheus_text
+from torch_spheres.item_times import ITEM_TIME_EDGES_NS, add_counts, quantile_ns
+from torch_spheres.stats_advice import advice_on
+from torch_spheres.stats_table import format_stats
 
 __all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats"]
-
-ITEM_TIME_EDGES_NS: tuple[int, ...] = _core.item_time_edges()
-"""Edges of the buckets of `SphereStats.item_time_counts`, in nanoseconds: 64 to 2**38 (275 s), four
-to a doubling and equally wide within it, so that no bucket is wider than a quarter of its lower
-edge."""
 
 
 @dataclass(frozen=True, slots=True)
 class SphereStats:
-    """One sphere at one moment. Times are in nanoseconds since `start()`, counts since creation."""
+    """One sphere at one moment, or between two (see `Stats`).
+
+    Times are in nanoseconds since `start()`, counts since creation; in a difference both are what
+    came between.
+    """
 
     id: int
     """Breadth-first number: 0 is the root, 1 to 12 the kissing spheres."""
@@ -29,7 +32,8 @@ class SphereStats:
     group: int | None
     """Symmetry group, 0 to 11: the index among the siblings. None for the root."""
     state: State
-    """What the thread was doing. IDLE is good news when there is no work."""
+    """What the thread was doing. IDLE is good news when there is no work. (In a difference: at its
+    end.)"""
     items_run: int
     """Work items run by this sphere, stolen ones included. On the root also the pieces of a
     gradient sum that the thread which called for it ran itself while it waited."""
@@ -44,7 +48,8 @@ class SphereStats:
     messages_received: int
     """Messages taken out of its mailbox."""
     queue_high_water: int
-    """Most items that ever waited in its queue when work was handed down."""
+    """Most items that ever waited in its queue when work was handed down. (In a difference too:
+    since creation, up to its end.)"""
     processing_ns: int
     """Time running work items."""
     accumulating_ns: int
@@ -56,13 +61,14 @@ class SphereStats:
     ready_ns: int
     """Time awake between jobs: reading messages, handing work down. The runtime's own cost."""
     queued: int = 0
-    """Items that wait in its queue at this moment; for inner spheres, in those of its subtree."""
+    """Items that wait in its queue at this moment; for inner spheres, in those of its subtree. 0
+    most of the time: leaves starve between batches of work. (In a difference: at its end.)"""
     stolen_from: tuple[int, ...] = ()
     """`items_stolen` by the symmetry group of the sibling that each belonged to: twelve counts; on
     the root by the group of the leaf. Empty for the other inner spheres, which run no items."""
     item_time_ns: int = 0
     """Time inside the items counted in `item_time_counts`."""
-    item_time_counts: tuple[int, ...] = ()
+    item_time_counts: tuple[int, ...] = field(default=(), repr=False)
     """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
     there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
     last edge. Python items are measured one by one, waits for the GIL included; native items are
@@ -80,17 +86,69 @@ class SphereStats:
 
     @property
     def utilization(self) -> float:
-        """Share of the time, 0 to 1, in which the sphere did work."""
+        """Share of the time, 0 to 1, in which the sphere did work.
+
+        With fewer turns than leaves (`Stats.concurrency`) most leaves have little; see
+        `Stats.utilization`.
+        """
         return self.busy_ns / self.total_ns if self.total_ns else 0.0
+
+    def item_time(self, q: float = 0.5) -> float:
+        """As `Stats.item_time`, of the items that this sphere ran."""
+        return quantile_ns(self.item_time_counts, q) / 1e9
+
+    def _since(self, before: SphereStats) -> SphereStats:
+        def each(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[int, ...]:
+            # Most spheres of a large hierarchy have done nothing: no need to look at each count.
+            return tuple(map(int.__sub__, new, old)) if new is not old else (0,) * len(new)
+
+        changed: dict[str, Any] = {
+            name: getattr(self, name) - getattr(before, name) for name in _DIFFERENCES
+        }
+        return replace(
+            self,
+            stolen_from=each(self.stolen_from, before.stolen_from),
+            item_time_counts=each(self.item_time_counts, before.item_time_counts),
+            **changed,
+        )
+
+
+_DIFFERENCES = (
+    *("items_run", "items_stolen", "items_given", "messages_sent", "messages_received"),
+    *(each.name for each in fields(SphereStats) if each.name.endswith("_ns")),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """All spheres at one moment; iterate over it, or index it by sphere id."""
+    """All spheres at one moment; iterate over it, or index it by sphere id.
+
+    ``after - before`` is what happened between two snapshots of the same spheres, a `Stats` again::
+
+        before = spheres.stats()
+        train_one_epoch()
+        epoch = spheres.stats() - before
+        print(epoch)
+        print(*epoch.advice())
+    """
 
     spheres: tuple[SphereStats, ...]
     concurrency: int
     """Leaves that may run at once."""
+    cores: int = 0
+    """Cores that the process could use when the spheres were made; 0: not known."""
+    begin_ns: int = 0
+    """When counting began, on the clock of ``time.monotonic_ns()``: at the first `start()`, or the
+    earlier snapshot of a difference."""
+    time_ns: int = 0
+    """When this was read, on the clock of ``time.monotonic_ns()``."""
+    cpu_ns: int = 0
+    """Time that all threads of the process, those of others too, spent on cores since `begin_ns`.
+    Beside `elapsed` it says how many cores were kept busy."""
+    origin: int = 0
+    """Which `KissingSpheres` of the process this is of: a number of its own for each."""
+    is_difference: bool = False
+    """Whether this is what happened between two snapshots."""
 
     def __len__(self) -> int:
         return len(self.spheres)
@@ -98,13 +156,70 @@ class Stats:
     def __getitem__(self, sphere: int) -> SphereStats:
         return self.spheres[sphere]
 
+    def __iter__(self) -> Iterator[SphereStats]:
+        return iter(self.spheres)
+
+    def __sub__(self, before: Stats) -> Stats:
+        """What happened after `before` up to this snapshot.
+
+        Counts and times are differences. `SphereStats.state`, `queued` and `queue_high_water` are
+        those of the later snapshot.
+
+        Raises:
+            ValueError: the two are of different spheres, in the wrong order, or differences that do
+                not begin together.
+        """
+        if not isinstance(before, Stats):
+            return NotImplemented
+        if (self.origin, len(self)) != (before.origin, len(before)):
+            raise ValueError(
+                "the two snapshots are of different spheres: "
+                f"{len(self)} of KissingSpheres number {self.origin}, "
+                f"{len(before)} of number {before.origin}"
+            )
+        if self.time_ns < before.time_ns:
+            raise ValueError(
+                f"the snapshot to take away was taken {(before.time_ns - self.time_ns) / 1e9:.3f} "
+                "s after the other: write later - earlier"
+            )
+        # Spheres that had never been started had not begun to count either.
+        unborn = before.begin_ns == before.time_ns and not self.is_difference
+        if self.begin_ns != before.begin_ns and not unborn:
+            raise ValueError(
+                "differences can be taken from each other only if they begin together; subtract "
+                "the snapshots themselves"
+            )
+        return replace(
+            self,
+            spheres=tuple(a._since(b) for a, b in zip(self.spheres, before.spheres, strict=True)),
+            begin_ns=before.time_ns,
+            is_difference=True,
+            cpu_ns=self.cpu_ns - before.cpu_ns,
+        )
+
     def level(self, level: int) -> tuple[SphereStats, ...]:
         """The spheres of one level, by id."""
         return tuple(s for s in self.spheres if s.level == level)
 
+    @property
+    def leaves(self) -> tuple[SphereStats, ...]:
+        """The spheres that run work: those of the last level, by id."""
+        return self.level(self.spheres[-1].level)
+
     def total(self, field: Callable[[SphereStats], int]) -> int:
         """Sum of a figure over all spheres, e.g. ``stats.total(lambda s: s.items_run)``."""
         return sum(field(s) for s in self.spheres)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from `begin_ns` to `time_ns`, whether the spheres ran or not."""
+        return (self.time_ns - self.begin_ns) / 1e9
+
+    @property
+    def running_time(self) -> float:
+        """Seconds in which the spheres ran, between `start()` and `stop()`."""
+        leaves = self.leaves
+        return sum(s.total_ns for s in leaves) / len(leaves) / 1e9
 
     @property
     def items_run(self) -> int:
@@ -116,95 +231,117 @@ class Stats:
         """Items that another sphere ran than the one they belonged to."""
         return self.total(lambda s: s.items_stolen)
 
+    @property
+    def items_per_second(self) -> float:
+        """Work items run in a second of `elapsed`; 0 when no time has passed."""
+        return self.items_run / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def steal_rate(self) -> float:
+        """Share of the items, 0 to 1, that another sphere ran than the one they belonged to.
+
+        With fewer turns than leaves (`concurrency`) most are: of twelve leaves' items two threads
+        steal ten twelfths. With as many turns as leaves it is high where items differ in length.
+        """
+        return self.items_stolen / self.items_run if self.items_run else 0.0
+
+    @property
+    def queued(self) -> int:
+        """Items that waited in the leaves' queues when this was read."""
+        return self.spheres[0].queued
+
+    @property
+    def messages(self) -> int:
+        """Messages that spheres took out of their mailboxes, those of the runtime and the users'.
+
+        Few beside the items: news of work is sent once for a batch, not for each item.
+        """
+        return self.total(lambda s: s.messages_received)
+
+    @property
+    def item_time_ns(self) -> int:
+        """Nanoseconds inside items, over all spheres. Pieces of gradient sums are left out."""
+        return self.total(lambda s: s.item_time_ns)
+
+    @property
+    def item_time_counts(self) -> tuple[int, ...]:
+        """Items of all spheres by how long they took; see `SphereStats.item_time_counts`."""
+        return add_counts(s.item_time_counts for s in self.spheres)
+
+    @property
+    def mean_item_time(self) -> float:
+        """Seconds that an item took on average; 0 without items.
+
+        Far above the median, ``item_time(0.5)``: a few items are much longer than the others.
+        """
+        items = sum(self.item_time_counts)
+        return self.item_time_ns / items / 1e9 if items else 0.0
+
+    def item_time(self, q: float = 0.5) -> float:
+        """Seconds that a share `q` of the items, 0 to 1, stayed below; 0 without items.
+
+        ``item_time(0.5)`` is the median, ``item_time(0.95)`` what 95 % stayed below. It is read
+        from a histogram: off by less than a quarter of the true time, or by 64 ns if that is more.
+
+        Raises:
+            ValueError: `q` is not between 0 and 1.
+        """
+        return quantile_ns(self.item_time_counts, q) / 1e9
+
+    @property
+    def utilization(self) -> float:
+        """Share, 0 to 1, of what `concurrency` leaves could have worked in the time they ran.
+
+        1: there was work for every turn, all the time. Low: items come too seldom or too few at a
+        time, or (see `imbalance`) all wait for the longest.
+        """
+        possible = self.running_time * 1e9 * self.concurrency
+        busy = sum(s.busy_ns for s in self.leaves)
+        return min(1.0, busy / possible) if possible > 0 else 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """Busy time of the busiest leaf over the mean of the `concurrency` busiest ones.
+
+        1: they worked equally long. 2: the busiest worked twice as long as they did on average,
+        and if that was at the end the others waited for it. At most `concurrency`. 1 if nothing
+        was run.
+        """
+        busy = sorted((s.busy_ns for s in self.leaves), reverse=True)[: self.concurrency]
+        return busy[0] * len(busy) / sum(busy) if sum(busy) else 1.0
+
+    @property
+    def cores_used(self) -> float:
+        """Cores that the process kept busy on average, threads of others included."""
+        return self.cpu_ns / 1e9 / self.elapsed if self.elapsed > 0 else 0.0
+
+    def advice(self) -> tuple[str, ...]:
+        """At most three sentences on what to change, each with the figure that speaks for it.
+
+        Empty when there is nothing to say, or less than a second of running to judge from. Ask a
+        difference between two points of the same loop: in the figures since `start()` the program's
+        own start counts as idle.
+        """
+        return advice_on(self)
+
+    def to_prometheus(
+        self, *, per_sphere: bool | None = None, labels: Mapping[str, str] | None = None
+    ) -> str:
+        """The figures in Prometheus' text format (version 0.0.4), with HELP and TYPE.
+
+        Args:
+            per_sphere: a line for each sphere, with labels ``level``, ``sphere`` and ``path``;
+                otherwise one for each level. Default: for up to 13 spheres. Item times are one
+                histogram either way.
+            labels: more labels for every line, to tell several `KissingSpheres` of a process apart.
+
+        Serve it as ``text/plain; version=0.0.4``.
+
+        Raises:
+            ValueError: this is a difference, and Prometheus makes differences itself; or a label's
+                name is not a name, or one of ours.
+        """
+        return prometheus_text(self, per_sphere, labels or {})
+
     def __str__(self) -> str:
         return format_stats(self)
-
-
-def snapshot(core: _core.System, concurrency: int) -> Stats:
-    """Reads the counters of a system's spheres."""
-    spheres = core.stats()
-    leaf_level = Topology.level(len(spheres) - 1)
-    return Stats(tuple(_from_core(s, leaf_level) for s in spheres), concurrency)
-
-
-def _from_core(s: _core.SphereStats, leaf_level: int) -> SphereStats:
-    ready, processing, idle, waiting, accumulating, _ = s.state_ns
-    level = Topology.level(s.id)
-    return SphereStats(
-        id=s.id,
-        path=Topology.path_string(s.id),
-        level=level,
-        group=Topology.group(s.id) if level else None,
-        state=s.state,
-        items_run=s.items_run,
-        items_stolen=s.items_stolen,
-        items_given=s.items_given,
-        messages_sent=s.messages_sent,
-        messages_received=s.messages_received,
-        queue_high_water=s.queue_high_water,
-        processing_ns=processing,
-        accumulating_ns=accumulating,
-        waiting_ns=waiting,
-        idle_ns=idle,
-        ready_ns=ready,
-        queued=s.queued,
-        stolen_from=s.stolen_from if level in (0, leaf_level) else (),
-        item_time_ns=s.item_time_ns,
-        item_time_counts=s.item_time_counts,
-    )
-
-
-_HEADER = ("", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %")
-
-
-def _row(name: str, spheres: Sequence[SphereStats]) -> tuple[str, ...]:
-    def seconds(ns: int) -> str:
-        return f"{ns / 1e9:.3f}"
-
-    busy = sum(s.busy_ns for s in spheres)
-    total = sum(s.total_ns for s in spheres)
-    return (
-        name,
-        f"{len(spheres)}",
-        f"{sum(s.items_run for s in spheres):,}",
-        f"{sum(s.items_stolen for s in spheres):,}",
-        f"{sum(s.messages_received for s in spheres):,}",
-        seconds(sum(s.processing_ns for s in spheres)),
-        seconds(sum(s.accumulating_ns for s in spheres)),
-        seconds(sum(s.waiting_ns for s in spheres)),
-        f"{100 * busy / total:.1f}" if total else "-",
-    )
-
-
-def format_stats(stats: Stats, extremes: int = 3) -> str:
-    """A row per level, then the `extremes` busiest and idlest of the leaves: plain text."""
-    levels = max(s.level for s in stats.spheres) + 1
-    rows: list[tuple[str, ...] | None] = [
-        _row(f"level {level}" + (" (root)" if level == 0 else ""), stats.level(level))
-        for level in range(levels)
-    ]
-    leaves = sorted(stats.level(levels - 1), key=lambda s: s.busy_ns, reverse=True)
-    shown = min(extremes, len(leaves) // 2)
-    if shown:
-        rows.append(None)
-        rows += [_row(f"busiest: {s.path}", [s]) for s in leaves[:shown]]
-        rows.append(None)
-        rows += [_row(f"idlest: {s.path}", [s]) for s in leaves[-shown:]]
-    rows.append(None)
-    rows.append(_row("all", stats.spheres))
-
-    filled = [_HEADER, *(row for row in rows if row is not None)]
-    widths = [max(len(row[i]) for row in filled) for i in range(len(_HEADER))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
-
-    rule = "-" * len(line(filled[0]))
-    lines = [line(_HEADER), rule]
-    lines += [rule if row is None else line(row) for row in rows]
-    lines.append(f"at most {stats.concurrency} of {len(leaves)} leaves run at once")
-    return "\n".join(lines)

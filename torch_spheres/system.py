@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import math
-import operator
 import os
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
 from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
+from torch_spheres.arguments import as_index, as_timeout, native_items, python_items
+from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
 from torch_spheres.live import Live
 from torch_spheres.memory import keep_freed_memory
-from torch_spheres.stats import Stats, format_stats, snapshot
+from torch_spheres.snapshot import Began, snapshot
+from torch_spheres.stats import Stats
+from torch_spheres.stats_table import format_stats
 from torch_spheres.watching.readings import Reading, Rows
 from torch_spheres.watching.report import report
 from torch_spheres.watching.svg import picture
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["KissingSpheres", "usable_cores"]
 
@@ -43,27 +51,6 @@ def usable_cores() -> int:
         # "max 100000" means no quota: int() says ValueError.
         cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
-
-
-def _as_index(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _as_timeout(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        seconds = float(+value)  # float() alone would take strings
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"timeout must be None or a number of seconds, got {value!r}") from None
-    if math.isnan(seconds) or seconds < 0:
-        raise ValueError(f"timeout must be None or at least 0 seconds, got {value!r}")
-    return None if math.isinf(seconds) else seconds
 
 
 class KissingSpheres:
@@ -94,10 +81,11 @@ class KissingSpheres:
     """
 
     def __init__(self, levels: int = 2, *, concurrency: int | None = None) -> None:
+        cores = usable_cores()
         if concurrency is None:
-            concurrency = usable_cores()
-        levels = _as_index("levels", levels)
-        concurrency = _as_index("concurrency", concurrency)
+            concurrency = cores
+        levels = as_index("levels", levels)
+        concurrency = as_index("concurrency", concurrency)
         if not 1 <= levels <= _core.MAX_LEVELS:
             raise ValueError(f"levels must be 1 to {_core.MAX_LEVELS}, got {levels}")
         self._topology = Topology(levels)
@@ -107,6 +95,9 @@ class KissingSpheres:
         self._core = _core.System(levels, min(concurrency, leaves))
         self._started = False
         self._rows = Rows()
+        self._cores, self._origin = cores, next(_origins)
+        self._began: Began | None = None  # counting: the first start()
+        self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
         _live.add(self)
 
     # ---- shape ----
@@ -157,6 +148,7 @@ class KissingSpheres:
         """
         # Before its threads come, or each would have a heap of its own.
         keep_freed_memory(self.levels)
+        self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
         self._started = True
         report(self)
@@ -177,7 +169,7 @@ class KissingSpheres:
             TimeoutError: items were still running. They go on; call `stop` again.
             RuntimeError: called from inside a work item, or in a forked child.
         """
-        lost, error = self._core.stop(_as_timeout(timeout))
+        lost, error = self._core.stop(as_timeout(timeout))
         report(self)
         if lost:
             warnings.warn(
@@ -241,10 +233,10 @@ class KissingSpheres:
             StoppedError: the spheres were stopped.
         """
         if isinstance(fn, NativeFunction):
-            numbers = _native_items(items)
+            numbers = native_items(items)
             self._ensure_started("distribute_work()")
             return self._core.submit_native(fn, numbers)
-        objects = _python_items(items, fn)
+        objects = python_items(items, fn)
         self._ensure_started("distribute_work()")
         return self._core.submit(fn, objects, collect=False)
 
@@ -258,7 +250,7 @@ class KissingSpheres:
             RuntimeError: called from inside a work item, where it might wait for itself.
             StoppedError: the spheres were stopped.
         """
-        objects = _python_items(items, fn)
+        objects = python_items(items, fn)
         self._ensure_started("map()")
         self._core.require_outside("map()")
         work = self._core.submit(fn, objects, collect=True)
@@ -283,7 +275,7 @@ class KissingSpheres:
             StoppedError: the spheres were stopped with items that had not begun.
             RuntimeError: called from inside a work item, or in a forked child.
         """
-        self._core.wait(_as_timeout(timeout))
+        self._core.wait(as_timeout(timeout))
 
     # ---- meetings ----
 
@@ -298,11 +290,11 @@ class KissingSpheres:
             StoppedError: the spheres were stopped.
             TimeoutError: not all arrived within `timeout` seconds; they go on when they have.
         """
-        level = _as_index("level", level)
+        level = as_index("level", level)
         if not 0 <= level < self.levels:
             raise ValueError(f"level must be 0 to {self.levels - 1}, got {level}")
         self._ensure_started("barrier()")
-        self._core.barrier(level, _as_timeout(timeout))
+        self._core.barrier(level, as_timeout(timeout))
 
     def epoch(self, timeout: float | None = None) -> int:
         """Ends an epoch: a barrier over all spheres, reported up the tree to the root.
@@ -310,7 +302,7 @@ class KissingSpheres:
         Returns the number of epochs ended so far, this one included. Raises as `barrier`.
         """
         self._ensure_started("epoch()")
-        return self._core.epoch(_as_timeout(timeout))
+        return self._core.epoch(as_timeout(timeout))
 
     # ---- messages ----
 
@@ -331,10 +323,10 @@ class KissingSpheres:
             TimeoutError: none came within `timeout` seconds (None waits for ever, 0 not at all).
             StoppedError: none was there and the spheres were stopped.
         """
-        return self._core.receive(self._as_id("sphere", sphere), _as_timeout(timeout))
+        return self._core.receive(self._as_id("sphere", sphere), as_timeout(timeout))
 
     def _as_id(self, name: str, value: Any) -> int:
-        sphere = _as_index(name, value)
+        sphere = as_index(name, value)
         if not 0 <= sphere < self.total_spheres:
             raise ValueError(
                 f"{name}: there is no sphere {sphere}; ids are 0 to {self.total_spheres - 1}"
@@ -344,8 +336,14 @@ class KissingSpheres:
     # ---- statistics ----
 
     def stats(self) -> Stats:
-        """A frozen snapshot of every sphere's figures."""
-        return snapshot(self._core, self.concurrency)
+        """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
+        return snapshot(
+            self._core,
+            self.concurrency,
+            cores=self._cores,
+            origin=self._origin,
+            began=self._began,
+        )
 
     def print_stats(self, file: TextIO | None = None) -> None:
         """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
@@ -359,17 +357,11 @@ class KissingSpheres:
         plain: bool | None = None,
         plain_seconds: float = 10.0,
     ) -> Live:
-        """A display of what the spheres do, in the terminal, for a ``with`` block.
-
-        A line for each kissing sphere (from three levels on, with all spheres below it): state,
-        items run, those of them stolen, items that wait, and the share of the time in which there
-        was work, of what `concurrency` lets run. What is printed meanwhile comes above it. It ends
-        with the block, when the spheres stop, or with the program.
+        """A display of what the spheres do, in the terminal, for a ``with`` block: see `Live`.
 
         Args:
             refresh_per_second: how often it is drawn.
-            file: a terminal; default: stderr. Where it is none, and in notebooks (which show
-                the spheres' own picture instead), lines are printed.
+            file: a terminal; default: stderr. Where it is none, lines are printed.
             plain: whether to print lines; None: where there is no terminal.
             plain_seconds: seconds from line to line. A last one comes at the end if there was one.
 
@@ -382,6 +374,44 @@ class KissingSpheres:
 
     def _repr_html_(self) -> str:
         return picture(Reading.of(self), started=self._started, forked=self._core.forked())
+
+    def log_to(
+        self,
+        writer: ScalarWriter,
+        every: int = 100,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        tag: str = "spheres",
+        first_step: int = 0,
+    ) -> StatsLog:
+        """Writes the figures that matter to TensorBoard each `every` steps.
+
+        Args:
+            writer: ``torch.utils.tensorboard.SummaryWriter()``, or anything with
+                ``add_scalar(tag, value, global_step)``.
+            every: steps from one writing to the next; the figures are of the time between.
+            optimizer: whose ``step()`` counts. None: that of each optimizer with a `GradientHook`
+                on these spheres, now or later; in a loop without any, call ``log.step()``.
+            tag: what the names begin with, as in ``spheres/utilization``.
+            first_step: steps done before, in training that goes on.
+
+        Returns:
+            A handle with ``step()``, ``write()`` and ``close()``, which is a context manager too;
+            ``close()`` writes the rest. It need not be kept.
+
+        Written are `Stats.utilization`, `imbalance`, `steal_rate`, `items_per_second`,
+        `cores_used`, the median and the 95th percentile of item times (seconds), items queued now
+        and at most ever in one queue, and messages per second.
+
+        An error of the writer is raised where the step is counted: by ``optimizer.step()``, whose
+        update has been made then, or by ``log.step()``.
+
+        Raises:
+            TypeError: an argument is of another kind.
+            ValueError: `every` is less than 1.
+        """
+        every, first_step = as_index("every", every), as_index("first_step", first_step)
+        return open_log(self, writer, every, optimizer, tag, first_step)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped" if self._started else "not started"
@@ -397,31 +427,7 @@ class KissingSpheres:
         )
 
 
-def _python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, got {fn!r} of type {type(fn).__name__}")
-    try:
-        return tuple(items)
-    except TypeError:
-        if isinstance(items, Iterable):
-            raise  # the iterable's own error
-        raise TypeError(
-            f"items must be iterable, got {items!r} of type {type(items).__name__}"
-        ) from None
-
-
-def _native_items(items: Iterable[Any]) -> int | list[int]:
-    if isinstance(items, range) and items == range(len(items)):
-        return len(items)
-    if not isinstance(items, Iterable):
-        raise TypeError(f"items must be iterable, got {items!r} of type {type(items).__name__}")
-    values = [_as_index("an item of a NativeFunction", item) for item in items]
-    for extreme in (min(values, default=0), max(values, default=0)):
-        if not -(2**63) <= extreme < 2**63:
-            raise OverflowError(f"an item of a NativeFunction must fit 64 bits, got {extreme}")
-    return values
-
-
+_origins = itertools.count(1)
 # Threads that still run when the interpreter is torn down could not take the GIL any more.
 _live: weakref.WeakSet[KissingSpheres] = weakref.WeakSet()
 

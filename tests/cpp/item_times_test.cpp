@@ -251,4 +251,34 @@ TEST(what_waits_is_counted_in_the_leaf_and_above_it) {
   CHECK_EQ(system.stats(0).queued, 0u);
 }
 
+// What Prometheus takes for a restart: a time that is less than it was.
+TEST(times_in_states_never_go_back) {
+  StateClock clock;
+  clock.transition(State::kReady);
+  std::atomic<bool> done{false};
+  std::thread owner([&] {
+    for (int i = 0; i < 200'000; ++i) {
+      clock.transition(State::kIdle);
+      clock.transition(State::kReady);
+    }
+    done.store(true);
+  });
+  std::array<std::uint64_t, kStates> before = clock.times();
+  int worse = 0;
+  std::uint64_t most = 0;
+  while (!done.load()) {
+    const auto times = clock.times();
+    for (std::size_t s = 0; s < kStates; ++s) {
+      if (times[s] < before[s]) {
+        ++worse;
+        most = std::max(most, before[s] - times[s]);
+      }
+    }
+    before = times;
+  }
+  owner.join();
+  CHECK_EQ(worse, 0);
+  CHECK_EQ(most, 0u);
+}
+
 int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,10 @@ __all__ = ["LoaderStats", "Meter"]
 
 @dataclass(frozen=True, slots=True)
 class LoaderStats:
-    """A wrapped loader's figures since it was made. Times are in seconds."""
+    """A wrapped loader's figures since it was made, or (``after - before``) between two moments.
+
+    Times are in seconds.
+    """
 
     batches: int
     """Batches handed to the loop."""
@@ -47,6 +51,41 @@ class LoaderStats:
     is asked for samples), ``"opaque"`` (it holds a handle, a connection or the like, and whether
     that changes cannot be seen), ``"thread"`` (it works in the loop's thread only), ``"slower"``
     (measured in the first batches), or ``""``."""
+    origin: int = 0
+    """Which loader of the process this is of: a number of its own for each."""
+
+    def __sub__(self, before: LoaderStats) -> LoaderStats:
+        """What the loader did after `before`: counts and times are differences.
+
+        `queue_depth` is the average between the two; `workers`, `way` and `declined` are the later.
+
+        Raises:
+            ValueError: the two are of different loaders, or in the wrong order.
+        """
+        if not isinstance(before, LoaderStats):
+            return NotImplemented
+        if self.origin != before.origin:
+            raise ValueError(
+                f"the figures are of different loaders, number {self.origin} and {before.origin}"
+            )
+        if self.batches < before.batches or self.elapsed < before.elapsed:
+            raise ValueError(
+                f"the figures to take away, after {before.batches} batches, are later than the "
+                f"others, after {self.batches}: write later - earlier"
+            )
+        batches = self.batches - before.batches
+        ready = self.queue_depth * self.batches - before.queue_depth * before.batches
+        return replace(
+            self,
+            batches=batches,
+            samples=self.samples - before.samples,
+            bytes=self.bytes - before.bytes,
+            waited=self.waited - before.waited,
+            worked=self.worked - before.worked,
+            computed=self.computed - before.computed,
+            elapsed=self.elapsed - before.elapsed,
+            queue_depth=max(0.0, ready / batches) if batches else 0.0,
+        )
 
     @property
     def waiting(self) -> float:
@@ -111,6 +150,7 @@ _DECLINED = {
     "opaque": "holds a handle, a connection or the like, which may change when it is asked",
     "thread": "fails in another thread than the loop's",
 }
+_origins = itertools.count(1)
 _ENOUGH_BATCHES = 8
 _ENOUGH_SECONDS = 1.0
 _MOSTLY = 0.5
@@ -124,6 +164,7 @@ class Meter:
         self._lock = threading.Lock()
         self._workers = workers
         self._count = count
+        self._origin = next(_origins)
         self.way = "caller"
         self.declined = ""  # why a loader without workers does not use the spheres
         self._told = False
@@ -200,6 +241,7 @@ class Meter:
                 workers=self._workers,
                 way=self.way,
                 declined=self.declined,
+                origin=self._origin,
             )
 
 

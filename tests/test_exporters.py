@@ -1,0 +1,290 @@
+"""Prometheus text as its own parser reads it, and `log_to` as TensorBoard reads it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import nn
+
+import torch_spheres as ts
+from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres, _core
+
+# ---- Prometheus ----
+
+
+def families(text: str) -> dict[str, Any]:
+    assert text.endswith("\n") and "\n\n" not in text
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    assert len(found) == text.count("# TYPE ") == text.count("# HELP ")
+    for family in found.values():
+        assert family.name.startswith("torch_spheres_") and family.documentation
+        labels = [tuple(sorted(s.labels.items())) for s in family.samples if s.name == family.name]
+        assert len(labels) == len(set(labels))
+    return found
+
+
+def worked(levels: int) -> ts.Stats:
+    with KissingSpheres(levels=levels, concurrency=4) as spheres:
+        spheres.map(abs, range(300))
+        spheres.distribute_work(range(10_000), _core.noop()).wait(60)
+        ts.tree_sum([torch.ones(300_000) for _ in range(12)], spheres=spheres)
+        spheres.epoch()
+        return spheres.stats()
+
+
+def test_prometheus_has_a_line_for_each_sphere_with_its_figures() -> None:
+    stats = worked(2)
+    found = families(stats.to_prometheus())
+    kinds = {name.removeprefix("torch_spheres_"): f.type for name, f in found.items()}
+    assert kinds == {
+        "items_run": "counter",
+        "items_stolen": "counter",
+        "items_given": "counter",
+        "messages_sent": "counter",
+        "messages_received": "counter",
+        "state_seconds": "counter",
+        "queued_items": "gauge",
+        "queue_high_water_items": "gauge",
+        "item_duration_seconds": "histogram",
+        "concurrency": "gauge",
+    }
+    for name, kind in kinds.items():
+        names = {s.name for s in found[f"torch_spheres_{name}"].samples}
+        assert kind != "counter" or names == {f"torch_spheres_{name}_total"}
+    for name in ("items_run", "items_stolen", "items_given", "messages_sent", "messages_received"):
+        samples = found[f"torch_spheres_{name}"].samples
+        assert [(s.labels, s.value) for s in samples] == [
+            ({"level": str(s.level), "sphere": str(s.id), "path": s.path}, getattr(s, name))
+            for s in stats
+        ]
+    states = found["torch_spheres_state_seconds"].samples
+    assert len(states) == 13 * 5
+    for sample in states:
+        sphere = stats[int(sample.labels["sphere"])]
+        ns = getattr(sphere, f"{sample.labels['state']}_ns")
+        assert sample.value == pytest.approx(ns / 1e9, rel=1e-12)
+    high = found["torch_spheres_queue_high_water_items"].samples
+    assert [s.value for s in high] == [s.queue_high_water for s in stats.leaves]
+    assert found["torch_spheres_concurrency"].samples[0].value == 4
+
+
+def test_prometheus_histogram_is_that_of_the_item_times() -> None:
+    stats = worked(2)
+    samples = families(stats.to_prometheus())["torch_spheres_item_duration_seconds"].samples
+    buckets = [s for s in samples if s.name.endswith("_bucket")]
+    counts, items = stats.item_time_counts, sum(stats.item_time_counts)
+    assert items == 10_300 < stats.items_run
+    for sample in buckets[:-1]:
+        edge = round(float(sample.labels["le"]) * 1e9)
+        assert sample.value == sum(counts[: ITEM_TIME_EDGES_NS.index(edge) + 1])
+    edges = [float(s.labels["le"]) for s in buckets]
+    assert edges == sorted(edges) and edges[0] == 64e-9 and math.isinf(edges[-1])
+    assert buckets[-1].labels["le"] == "+Inf" and len(buckets) == 34
+    rest = {s.name.rsplit("_", 1)[1]: s.value for s in samples if not s.name.endswith("_bucket")}
+    assert rest == {"count": items, "sum": pytest.approx(stats.item_time_ns / 1e9, rel=1e-12)}
+    assert buckets[-1].value == items
+
+
+@pytest.mark.parametrize("levels", [1, 3, 4])
+def test_prometheus_adds_up_levels_of_large_hierarchies_unless_asked(levels: int) -> None:
+    stats = worked(levels)
+    large = len(stats) > 13
+    text = stats.to_prometheus()
+    assert ("sphere=" in text) == (not large) and len(text.splitlines()) < 130
+    found = families(stats.to_prometheus(per_sphere=False))
+    run = found["torch_spheres_items_run"].samples
+    assert [s.labels for s in run] == [{"level": str(level)} for level in range(levels)]
+    assert [s.value for s in run] == [
+        sum(s.items_run for s in stats.level(level)) for level in range(levels)
+    ]
+    states = found["torch_spheres_state_seconds"].samples
+    assert sum(s.value for s in states) == pytest.approx(stats.total(lambda s: s.total_ns) / 1e9)
+    every = families(stats.to_prometheus(per_sphere=True))
+    assert len(every["torch_spheres_items_run"].samples) == len(stats)
+    assert len(every["torch_spheres_queued_items"].samples) == len(stats.leaves)
+
+
+def test_prometheus_labels_of_the_users_are_escaped_or_refused() -> None:
+    stats = KissingSpheres(levels=1).stats()
+    nasty = 'a "quoted" \\ path\nin two lines'
+    found = families(stats.to_prometheus(labels={"pool": nasty, "run_1": "x"}))
+    for family in found.values():
+        for sample in family.samples:
+            assert sample.labels["pool"] == nasty and sample.labels["run_1"] == "x"
+    for name in ("", "1st", "a-b", "__name", "level", "le", "a\n"):
+        with pytest.raises(ValueError, match="labels"):
+            stats.to_prometheus(labels={name: "x"})
+
+
+def test_prometheus_wants_counters_that_only_grow() -> None:
+    with KissingSpheres() as spheres:
+        before = spheres.stats()
+        with pytest.raises(ValueError, match="a snapshot"):
+            (spheres.stats() - before).to_prometheus()
+        for _ in range(20):
+            spheres.map(abs, range(50))
+            after = spheres.stats()
+            old, new = families(before.to_prometheus()), families(after.to_prometheus())
+            for name, family in old.items():
+                if family.type != "gauge":
+                    for a, b in zip(family.samples, new[name].samples, strict=True):
+                        assert (a.name, a.labels) == (b.name, b.labels) and a.value <= b.value
+            before = after
+
+
+# ---- TensorBoard ----
+
+NAMES = {
+    "utilization", "imbalance", "steal_rate", "items_per_second", "cores_used", "queued",
+    "queue_high_water", "messages_per_second", "item_time_p50_seconds", "item_time_p95_seconds",
+}  # fmt: skip
+
+
+class Fake:
+    """A writer that remembers, or fails when asked to."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float, int]] = []
+        self.broken = False
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        if self.broken:
+            raise OSError("disk full")
+        assert isinstance(value, float) and math.isfinite(value)
+        self.seen.append((tag, value, step))
+
+    def steps(self) -> list[int]:
+        return [step for tag, _, step in self.seen if tag.endswith("/utilization")]
+
+
+def test_tensorboard_shows_each_n_steps_what_came_between(tmp_path: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = nn.Linear(5, 1)
+    snapshots = []
+    with KissingSpheres(levels=2) as spheres, SummaryWriter(str(tmp_path)) as writer:
+        parallel = ts.SphereParallel(model, spheres)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        hook = ts.GradientHook(optimizer, parallel)
+        spheres.log_to(writer, every=3)  # nobody keeps it
+        for _ in range(7):
+            snapshots.append(spheres.stats())
+            optimizer.zero_grad()
+            parallel(torch.randn(24, 5)).sum().backward()
+            optimizer.step()
+        hook.remove()
+        optimizer.step()
+        optimizer.step()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {f"spheres/{name}" for name in NAMES}
+    for name in NAMES:
+        assert [event.step for event in events.Scalars(f"spheres/{name}")] == [3, 6]
+    high = max(s.queue_high_water for s in snapshots[3])
+    assert events.Scalars("spheres/queue_high_water")[0].value == high
+    for name, least, most in (("utilization", 0, 1), ("imbalance", 1, 12), ("steal_rate", 0, 1)):
+        assert all(least <= e.value <= most for e in events.Scalars(f"spheres/{name}"))
+    for name in ("items_per_second", "item_time_p50_seconds", "messages_per_second"):
+        assert all(event.value > 0 for event in events.Scalars(f"spheres/{name}"))
+    pairs = zip(*(events.Scalars(f"spheres/item_time_p{p}_seconds") for p in (50, 95)), strict=True)
+    assert all(half.value <= most.value for half, most in pairs)
+
+
+def test_a_loop_without_an_optimizer_counts_its_steps_itself() -> None:
+    writer = Fake()
+    with KissingSpheres() as spheres, spheres.log_to(writer, 2, tag="pool", first_step=100) as log:
+        for _ in range(5):
+            spheres.map(abs, range(10))
+            log.step()
+        assert writer.steps() == [102, 104] and log.steps == 105
+    assert writer.steps() == [102, 104, 105]  # closing writes the rest
+    assert {tag for tag, _, _ in writer.seen} == {f"pool/{name}" for name in NAMES}
+    log.close()
+    assert writer.steps() == [102, 104, 105]
+    with pytest.raises(RuntimeError, match="closed"):
+        log.step()
+
+
+def test_without_items_there_are_no_item_times() -> None:
+    writer = Fake()
+    with KissingSpheres() as spheres:
+        log = spheres.log_to(writer, every=1)
+        log.step()
+    left_out = {"spheres/item_time_p50_seconds", "spheres/item_time_p95_seconds"}
+    assert {tag for tag, _, _ in writer.seen} == {f"spheres/{name}" for name in NAMES} - left_out
+
+
+def test_the_steps_of_a_given_optimizer_count_and_no_others() -> None:
+    one, two = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2))
+    given, hooked = Fake(), Fake()
+    with KissingSpheres() as spheres:
+        early = spheres.log_to(hooked, 1)  # before there is a hook
+        hooks = [ts.GradientHook(optimizer, spheres) for optimizer in (one, two)]
+        log = spheres.log_to(given, 1, optimizer=one)
+        for optimizer in (one, two, one, two):
+            optimizer.step()
+        assert given.steps() == [1, 2] and hooked.steps() == [1, 2, 3, 4]
+        log.close(), hooks[1].remove()
+        one.step(), two.step()
+        assert given.steps() == [1, 2] and hooked.steps() == [1, 2, 3, 4, 5]
+        early.close()
+        one.step()
+        assert early.steps == 5
+        with KissingSpheres() as others:
+            ts.GradientHook(two, others)
+            quiet = spheres.log_to(hooked, 1)
+            two.step()
+            assert quiet.steps == 0
+
+
+def test_an_error_of_the_writer_reaches_the_loop() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    writer = Fake()
+    with KissingSpheres() as spheres:
+        ts.GradientHook(optimizer, spheres)
+        log = spheres.log_to(writer, 1)
+        parameter.grad = torch.ones(1)
+        writer.broken = True
+        with pytest.raises(OSError, match="disk full"):
+            optimizer.step()
+        assert parameter.item() == 0.5  # the update has been made
+        writer.broken = False
+        optimizer.step()
+        assert writer.steps() == [2]
+        log.close()
+        by_hand = spheres.log_to(writer, 5)
+        by_hand.step()
+        writer.broken = True
+        with pytest.raises(OSError, match="disk full"):
+            by_hand.write()
+        by_hand.step()
+        with pytest.raises(OSError, match="disk full"):
+            by_hand.close()
+        by_hand.close()
+        # The loop's own error is the one that is seen.
+        with pytest.raises(LookupError), spheres.log_to(writer, 5) as log:
+            log.step()
+            raise LookupError
+        with pytest.raises(RuntimeError, match="closed"):
+            log.step()
+
+
+def test_arguments_of_log_to_are_checked() -> None:
+    spheres, writer = KissingSpheres(), Fake()
+    with pytest.raises(TypeError, match="add_scalar"):
+        spheres.log_to(print)  # type: ignore[arg-type]
+    for every in (0, -1):
+        with pytest.raises(ValueError, match="every must be at least 1"):
+            spheres.log_to(writer, every)
+    with pytest.raises(TypeError, match="every must be an integer"):
+        spheres.log_to(writer, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optimizer must be None or a"):
+        spheres.log_to(writer, optimizer=nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tag"):
+        spheres.log_to(writer, tag="")
+    assert spheres._logs == []

@@ -1,0 +1,62 @@
+"""Arguments as users give them, checked and made into what the core takes."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+__all__ = ["as_index", "as_timeout", "native_items", "python_items"]
+
+T = TypeVar("T")
+
+
+def as_index(name: str, value: Any) -> int:
+    """An integer, or a TypeError that names the argument."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def as_timeout(value: Any) -> float | None:
+    """Seconds, None for ever."""
+    if value is None:
+        return None
+    try:
+        seconds = float(+value)  # float() alone would take strings
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"timeout must be None or a number of seconds, got {value!r}") from None
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"timeout must be None or at least 0 seconds, got {value!r}")
+    return None if math.isinf(seconds) else seconds
+
+
+def python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
+    """The items of a callable, read here and now."""
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {fn!r} of type {type(fn).__name__}")
+    try:
+        return tuple(items)
+    except TypeError:
+        if isinstance(items, Iterable):
+            raise  # the iterable's own error
+        raise TypeError(
+            f"items must be iterable, got {items!r} of type {type(items).__name__}"
+        ) from None
+
+
+def native_items(items: Iterable[Any]) -> int | list[int]:
+    """The items of a `NativeFunction`: their number if they are 0, 1, 2, ..., or integers."""
+    if isinstance(items, range) and items == range(len(items)):
+        return len(items)
+    if not isinstance(items, Iterable):
+        raise TypeError(f"items must be iterable, got {items!r} of type {type(items).__name__}")
+    values = [as_index("an item of a NativeFunction", item) for item in items]
+    for extreme in (min(values, default=0), max(values, default=0)):
+        if not -(2**63) <= extreme < 2**63:
+            raise OverflowError(f"an item of a NativeFunction must fit 64 bits, got {extreme}")
+    return values

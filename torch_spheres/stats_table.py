@@ -1,0 +1,85 @@
+"""The table that `print_stats` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch_spheres.stats import SphereStats, Stats
+
+__all__ = ["duration", "format_stats"]
+
+_HEADER = ("", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %")
+
+
+def duration(seconds: float) -> str:
+    """Three digits and the unit that suits: ``"1.23 ms"``."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _row(name: str, spheres: Sequence[SphereStats]) -> tuple[str, ...]:
+    def seconds(ns: int) -> str:
+        return f"{ns / 1e9:.3f}"
+
+    busy = sum(s.busy_ns for s in spheres)
+    total = sum(s.total_ns for s in spheres)
+    return (
+        name,
+        f"{len(spheres)}",
+        f"{sum(s.items_run for s in spheres):,}",
+        f"{sum(s.items_stolen for s in spheres):,}",
+        f"{sum(s.messages_received for s in spheres):,}",
+        seconds(sum(s.processing_ns for s in spheres)),
+        seconds(sum(s.accumulating_ns for s in spheres)),
+        seconds(sum(s.waiting_ns for s in spheres)),
+        f"{100 * busy / total:.1f}" if total else "-",
+    )
+
+
+def _summary(stats: Stats, leaves: int) -> list[str]:
+    turns = f"at most {stats.concurrency} of {leaves} leaves run at once"
+    used = f"{100 * stats.utilization:.1f} % of that was used, imbalance {stats.imbalance:.2f}"
+    lines = [f"{turns}; {used}, {100 * stats.steal_rate:.0f} % stolen"]
+    if sum(stats.item_time_counts):
+        lines.append(
+            f"an item took {duration(stats.mean_item_time)} on average; half of them less than "
+            f"{duration(stats.item_time(0.5))}, 95 % less than {duration(stats.item_time(0.95))}"
+        )
+    return lines
+
+
+def format_stats(stats: Stats, extremes: int = 3) -> str:
+    """A row per level, then the `extremes` busiest and idlest of the leaves: plain text."""
+    levels = max(s.level for s in stats.spheres) + 1
+    rows: list[tuple[str, ...] | None] = [
+        _row(f"level {level}" + (" (root)" if level == 0 else ""), stats.level(level))
+        for level in range(levels)
+    ]
+    leaves = sorted(stats.level(levels - 1), key=lambda s: s.busy_ns, reverse=True)
+    shown = min(extremes, len(leaves) // 2)
+    if shown:
+        rows.append(None)
+        rows += [_row(f"busiest: {s.path}", [s]) for s in leaves[:shown]]
+        rows.append(None)
+        rows += [_row(f"idlest: {s.path}", [s]) for s in leaves[-shown:]]
+    rows.append(None)
+    rows.append(_row("all", stats.spheres))
+
+    filled = [_HEADER, *(row for row in rows if row is not None)]
+    widths = [max(len(row[i]) for row in filled) for i in range(len(_HEADER))]
+
+    def line(row: tuple[str, ...]) -> str:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    rule = "-" * len(line(filled[0]))
+    lines = [line(_HEADER), rule]
+    lines += [rule if row is None else line(row) for row in rows]
+    return "\n".join([*lines, *_summary(stats, len(leaves))])
