@@ -50,9 +50,9 @@ class Live:
     """A live display of one `KissingSpheres`; made by `KissingSpheres.live`, used in a ``with``.
 
     A line for each kissing sphere (from three levels on, with all spheres below it): state, items
-    run, those of them stolen, items that wait, and the share of the time in which there was work, of
-    what `concurrency` lets run at once; then the totals, items and samples per second. Rates are of
-    the last second, at the end of the whole time.
+    run, those of them stolen, items that wait, and the share of the time in which there was work,
+    of what `concurrency` lets run at once; then the totals, items and samples per second. Rates are
+    of the last second, at the end of the whole time.
 
     What is printed meanwhile comes above it. It ends with the block, when the spheres stop, or with
     the program, whichever is first, and leaves its last figures on the terminal. Under
