@@ -30,6 +30,7 @@
 #include "barrier.h"
 #include "permits.h"
 #include "sphere.h"
+#include "subtree.h"
 #include "topology.h"
 #include "tracer.h"
 #include "work_queue.h"
@@ -115,6 +116,8 @@ class System {
 
   // ---- statistics ----
   SphereStats stats(SphereId id) const;
+  /// Of `top` and all spheres below it; the root's is of the root alone.
+  SubtreeTotals subtree_totals(SphereId top) const;
   /// Of all spheres, by id.
   std::vector<SphereStats> stats() const;
 

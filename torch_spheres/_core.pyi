@@ -274,6 +274,10 @@ class System:
         """
     def submit(self, fn: typing.Any, items: tuple[typing.Any, ...], collect: bool) -> Work: ...
     def submit_native(self, fn: NativeFunction, items: typing.Any) -> Work: ...
+    def subtrees(self) -> tuple[typing.Any, ...]:
+        """
+        (ns since start, [(sphere, spheres in each state, items, stolen, queued, busy ns)]): of the root alone, then of each kissing sphere's whole subtree.
+        """
     def trace_gradient(
         self,
         source: typing.SupportsInt | typing.SupportsIndex,

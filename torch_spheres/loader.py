@@ -78,7 +78,7 @@ class SphereLoader(DataLoader[T]):
             super().check_worker_number_rationality()
 
     def _own_attributes(self) -> dict[str, Any]:
-        left_out = {"spheres", "_sphere_ranks", *_new_parts(0)}
+        left_out = {"spheres", "_sphere_ranks", *_new_parts(0, self.spheres)}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -86,7 +86,7 @@ class SphereLoader(DataLoader[T]):
         memo[id(self)] = made
         vars(made).update(copy.deepcopy(self._own_attributes(), memo))
         vars(made).update(spheres=self.spheres, _sphere_ranks=self._sphere_ranks)
-        vars(made).update(_new_parts(self.num_workers))
+        vars(made).update(_new_parts(self.num_workers, self.spheres))
         return made
 
     def __reduce__(self) -> Any:
@@ -279,7 +279,7 @@ def wrap(
         _sphere_workers=workers,
         _sphere_ranks=ranks,
         _pending=None,
-        **_new_parts(loader.num_workers),
+        **_new_parts(loader.num_workers, spheres),
     )
     return wrapped
 
@@ -317,9 +317,10 @@ def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ra
     return ranks
 
 
-def _new_parts(workers: int) -> dict[str, Any]:
+def _new_parts(workers: int, spheres: KissingSpheres) -> dict[str, Any]:
     """What no two loaders share."""
-    return {"_iterator": None, "_newest": None, "_meter": Meter(workers), "_tempo": Tempo()}
+    meter = Meter(workers, spheres._rows.loaded)
+    return {"_iterator": None, "_newest": None, "_meter": meter, "_tempo": Tempo()}
 
 
 def _rebuild(
@@ -328,8 +329,8 @@ def _rebuild(
     """A wrapped loader from a pickle: on spheres of its own, as many as the saved one's."""
     kind = _class_for(base)
     made = kind.__new__(kind)
-    vars(made).update(attributes, **_new_parts(attributes["num_workers"]))
     made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
+    vars(made).update(attributes, **_new_parts(attributes["num_workers"], made.spheres))
     shares = shared and dist.is_initialized()
     made._sphere_ranks = find_ranks(None, min(made.spheres.leaves, GROUPS)) if shares else None
     return made

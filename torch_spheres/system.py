@@ -20,12 +20,16 @@ from torch_spheres import _core, _threads
 from torch_spheres._core import NativeFunction, Topology, Work
 from torch_spheres.arguments import as_index, as_timeout, native_items, python_items
 from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
+from torch_spheres.live import Live
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.plots import plot_rings
 from torch_spheres.recording import Recording
 from torch_spheres.snapshot import Began, snapshot
 from torch_spheres.stats import Stats
 from torch_spheres.stats_table import format_stats
+from torch_spheres.watching.readings import Reading, Rows
+from torch_spheres.watching.report import report
+from torch_spheres.watching.svg import picture
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +99,7 @@ class KissingSpheres:
         leaves = self._topology.leaves
         self._core = _core.System(levels, min(concurrency, leaves))
         self._started = False
+        self._rows = Rows()
         self._cores, self._origin = cores, next(_origins)
         self._began: Began | None = None  # counting: the first start()
         self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
@@ -152,6 +157,7 @@ class KissingSpheres:
         self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
         self._started = True
+        report(self)
         return self
 
     def stop(self, timeout: float | None = None) -> None:
@@ -170,6 +176,7 @@ class KissingSpheres:
             RuntimeError: called from inside a work item, or in a forked child.
         """
         lost, error = self._core.stop(as_timeout(timeout))
+        report(self)
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
@@ -200,6 +207,7 @@ class KissingSpheres:
         finally:
             # With an exception under way the items that are dropped are not worth a warning.
             self._core.stop(None)
+            report(self)
 
     def _ensure_started(self, what: str) -> None:
         if not self._started and not self._core.forked():
@@ -346,6 +354,32 @@ class KissingSpheres:
     def print_stats(self, file: TextIO | None = None) -> None:
         """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
         print(format_stats(self.stats()), file=sys.stdout if file is None else file)
+
+    def live(
+        self,
+        refresh_per_second: float = 4.0,
+        *,
+        file: TextIO | None = None,
+        plain: bool | None = None,
+        plain_seconds: float = 10.0,
+    ) -> Live:
+        """A display of what the spheres do, in the terminal, for a ``with`` block: see `Live`.
+
+        Args:
+            refresh_per_second: how often it is drawn.
+            file: a terminal; default: stderr. Where it is none, lines are printed.
+            plain: whether to print lines; None: where there is no terminal.
+            plain_seconds: seconds from line to line. A last one comes at the end if there was one.
+
+        Raises:
+            ImportError: rich is missing (on ``with``; not for plain lines).
+            RuntimeError: another display is shown (on ``with``).
+            TypeError, ValueError: a number is none, or not more than 0.
+        """
+        return Live(self, refresh_per_second, file=file, plain=plain, plain_seconds=plain_seconds)
+
+    def _repr_html_(self) -> str:
+        return picture(Reading.of(self), started=self._started, forked=self._core.forked())
 
     def log_to(
         self,

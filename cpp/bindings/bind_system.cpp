@@ -7,6 +7,24 @@
 
 namespace torch_spheres::bindings {
 
+namespace {
+
+py::tuple subtrees(const PySystem& self) {
+  const System& core = self.core();
+  std::uint64_t elapsed = 0;
+  py::list all;
+  const SphereId last = core.topology().levels() > 1 ? kKissing : 0;
+  for (SphereId id = 0; id <= last; ++id) {
+    const SubtreeTotals t = core.subtree_totals(id);
+    if (id == 0) elapsed = t.elapsed_ns;
+    all.append(py::make_tuple(id, py::tuple(py::cast(t.spheres)), t.items_run, t.items_stolen,
+                              t.queued, t.busy_ns));
+  }
+  return py::make_tuple(elapsed, all);
+}
+
+}  // namespace
+
 void bind_system(py::module_& module) {
   py::register_exception<StoppedError>(module, "StoppedError", PyExc_RuntimeError);
   py::register_local_exception_translator([](std::exception_ptr pointer) {
@@ -68,6 +86,10 @@ void bind_system(py::module_& module) {
            py::arg("begin"), "Records what the calling thread did since `begin`, in nanoseconds.")
       .def("trace_gradient", &PySystem::trace_gradient, py::arg("source"), py::arg("sent"),
            "Records that the calling thread takes gradients that a sphere had ready then.")
+      .def(
+          "subtrees", &subtrees,
+          "(ns since start, [(sphere, spheres in each state, items, stolen, queued, busy ns)]): of "
+          "the root alone, then of each kissing sphere's whole subtree.")
       .def("stats", [](const PySystem& self) { return self.core().stats(); });
 }
 

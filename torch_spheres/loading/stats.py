@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,9 +183,11 @@ _MOSTLY = 0.5
 class Meter:
     """Counts for `LoaderStats`; of one loader, from any thread."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, count: Callable[[int], None] | None = None) -> None:
+        """`count` is told of the rows of each batch too."""
         self._lock = threading.Lock()
         self._workers = workers
+        self._count = count
         self._origin = next(_origins)
         self.way = "caller"
         self.declined = ""  # why a loader without workers does not use the spheres
@@ -206,6 +208,8 @@ class Meter:
             except RecursionError:  # a batch that holds itself is nobody's business here
                 size = 0
         self._here.ready = ready
+        if self._count is not None:
+            self._count(samples)
         with self._lock:
             self._batches += 1
             self._samples += samples

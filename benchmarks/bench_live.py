@@ -1,0 +1,178 @@
+"""What a live display costs: its thread's time on a core, torch_spheres.top's, a loop's beside it.
+
+The target is 1 % of a core at four drawings per second, with 13 and with 1885 spheres. The display
+is drawn into a pseudo-terminal of 120 × 40 that somebody reads, while items of a millisecond run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fcntl import ioctl
+from pathlib import Path
+from termios import TIOCSWINSZ
+from typing import TextIO
+
+from common import Ratio, Report, Row, Section, arguments, compare
+
+import torch_spheres as ts
+from torch_spheres.live import Live
+from torch_spheres.watching.readings import Reading
+
+HERTZ = 4.0
+TARGET = 0.01  # of a core
+LEVELS = (2, 4)
+
+
+@contextmanager
+def terminal() -> Iterator[TextIO]:
+    """A pseudo-terminal, with a thread that reads what is drawn."""
+    os.environ["TERM"] = "xterm-256color"
+    master, slave = os.openpty()
+    ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    file = os.fdopen(slave, "w")
+
+    def read() -> None:
+        try:
+            while os.read(master, 65536):
+                pass
+        except OSError:  # closed on the other side
+            os.close(master)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield file
+    finally:
+        file.close()
+        reader.join()
+
+
+def on_core(live: Live) -> float:
+    """Seconds that the display's thread has been on a core."""
+    thread = live._thread
+    assert thread is not None
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
+def shares(spheres: ts.KissingSpheres, seconds: float, samples: int) -> list[float]:
+    """Shares of a core that the thread takes, while there is work."""
+    found = []
+    with terminal() as file, spheres.live(HERTZ, file=file, plain=False) as live:
+        step(spheres)
+        for _ in range(samples):
+            before, begin = on_core(live), time.perf_counter()
+            while time.perf_counter() - begin < seconds:
+                step(spheres)
+                live.advance(1)
+            found.append((on_core(live) - before) / (time.perf_counter() - begin))
+    return found
+
+
+def step(spheres: ts.KissingSpheres) -> None:
+    spheres.map(lambda _: time.sleep(0.001), range(spheres.concurrency * 20))
+
+
+def per_second(spheres: ts.KissingSpheres, seconds: float, *, live: bool) -> float:
+    """Seconds of one step, with or without a display."""
+    steps = 0
+    with terminal() as file, spheres.live(HERTZ, file=file, plain=not live):
+        begin = time.perf_counter()
+        while (spent := time.perf_counter() - begin) < seconds:
+            step(spheres)
+            steps += 1
+    return spent / steps
+
+
+# Runs under torch_spheres.top: says what its own thread, which reports, and top itself take.
+WATCHED = """
+import json, os, sys, threading, time
+from pathlib import Path
+import torch_spheres as ts
+path, levels, concurrency, seconds, samples = sys.argv[1], *map(float, sys.argv[2:])
+def on_core():
+    (reporter,) = [t for t in threading.enumerate() if t.name == "spheres report"]
+    top = int(Path(f"/proc/{os.getppid()}/schedstat").read_text().split()[0]) / 1e9
+    return time.clock_gettime(time.pthread_getcpuclockid(reporter.ident)), top
+found = []
+with ts.KissingSpheres(int(levels), concurrency=int(concurrency)) as spheres:
+    time.sleep(1)
+    for _ in range(int(samples)):
+        before, begin = on_core(), time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            spheres.map(lambda _: time.sleep(0.001), range(spheres.concurrency * 20))
+        took = time.perf_counter() - begin
+        found.append([(a - b) / took for a, b in zip(on_core(), before)])
+Path(path).write_text(json.dumps(found))
+"""
+
+
+def under_top(levels: int, concurrency: int, seconds: float, samples: int) -> list[list[float]]:
+    """Shares of a core: of the reporting thread, and of torch_spheres.top."""
+    with terminal() as file, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        script = [sys.executable, "-c", WATCHED, path, levels, concurrency, seconds, samples]
+        command = [sys.executable, "-m", "torch_spheres.top", "--", *map(str, script)]
+        subprocess.run(command, stdout=file, stderr=file, check=True)
+        found: list[list[float]] = json.loads(path.read_text())
+    return found
+
+
+def share_row(name: str, found: list[float], note: str, section: Section) -> None:
+    section.samples[name] = found
+    median = statistics.median(found)
+    percent = Ratio.of([100 * share for share in found], [1.0] * len(found))
+    section.add(Row(name, f"{median:.2%}", percent, "< 1 %", median < TARGET, note))
+
+
+def reading_costs(spheres: ts.KissingSpheres, section: Section, rounds: int) -> None:
+    """A reading, and what it would be by way of stats()."""
+    found: dict[str, list[float]] = {"a reading": [], "stats()": []}
+    for _ in range(rounds):
+        for name, call in (("a reading", lambda: Reading.of(spheres)), ("stats()", spheres.stats)):
+            before = time.thread_time()
+            call()
+            found[name].append(time.thread_time() - before)
+    compare(section, found, "a reading", {})
+
+
+def main() -> None:
+    options = arguments("live", __doc__ or "")
+    seconds, samples = (0.5, 2) if options.quick else (2.5, 4)
+    report = Report("live", {"quick": options.quick, "seconds": seconds, "samples": samples})
+    cost = Section("A display at 4 Hz beside items of 1 ms: on a core", "percent of one core")
+    pace = Section("A step beside it", "time of a step with the display over one without")
+    for levels in LEVELS:
+        with ts.KissingSpheres(levels=levels, concurrency=options.concurrency) as spheres:
+            name = f"{spheres.total_spheres} spheres"
+            share_row(name, shares(spheres, seconds, samples), "live()'s thread", cost)
+            with_, without = [], []
+            for _ in range(samples):
+                without.append(per_second(spheres, seconds / 5, live=False))
+                with_.append(per_second(spheres, seconds / 5, live=True))
+            pace.samples[name] = with_ + without
+            ratio = Ratio.of(with_, without)
+            pace.add(Row(name, f"{ratio.median:.3f}", ratio, "", None, "interleaved"))
+            readings = Section(f"What is read of {name}", "time on a core, over that of a reading")
+            reading_costs(spheres, readings, 5 if options.quick else 50)
+            report.add(readings)
+        watched = under_top(levels, options.concurrency, seconds, samples)
+        for column, note in enumerate(("thread that reports to top", "top, its own process")):
+            share_row(f"{name}: {note}", [row[column] for row in watched], "", cost)
+    report.add(cost)
+    report.add(pace)
+    report.save(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+"""The live display: driven in a pseudo-terminal, into files, and what notebooks show.
+
+Nothing depends on speed: programs wait for the test's word (a line on stdin, a file) and the test
+waits for what the screen shows, with limits that only a hang reaches.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from terminal import Program, Screen, script
+from torch.utils.data import DataLoader, TensorDataset
+
+import torch_spheres as ts
+from torch_spheres.watching.frame import View, full_frame, plain_line, screen
+from torch_spheres.watching.readings import Rates, Reading, Rows, SubtreeTotals
+
+LIMIT = 60.0
+SUBTREES = ["root", *map(str, range(12)), "all"]
+HEADER = """
+import contextlib, io, logging, os, signal, subprocess, sys, threading, time
+import torch_spheres as ts
+def told():
+    assert sys.stdin.readline() == "go\\n"
+"""
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def live_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("spheres ")]
+
+
+def program(text: str, **options: Any) -> Program:
+    return Program(script(HEADER + text), **options)
+
+
+def rows(screen: Screen) -> dict[str, list[str]]:
+    """Lines of the last table on the screen, by sphere."""
+    found: dict[str, list[str]] = {}
+    inside = False
+    for line in screen.text.splitlines():
+        name, *cells = line.split() or [""]
+        if name == "sphere":
+            found, inside = {}, True
+        elif inside and name in SUBTREES:
+            found[name] = cells
+            inside = name != "all"
+    return found
+
+
+# ---- in a terminal ----
+
+
+def test_a_line_per_kissing_sphere_totals_and_samples() -> None:
+    text = """
+gate = threading.Event()
+with ts.KissingSpheres(concurrency=3) as spheres, spheres.live() as live:
+    spheres.map(abs, range(100))
+    live.advance(1234)
+    work = spheres.distribute_work(range(24), lambda _: gate.wait(60))
+    told()
+    gate.set()
+    work.wait()
+print("after")
+"""
+    with program(text) as p:
+        shown = p.until(
+            lambda s: (
+                "3 at work" in s.text
+                and "1,234 samples" in s.text
+                and "21" in rows(s).get("all", [])
+            )
+        )
+        table = rows(shown)
+        assert list(table) == SUBTREES
+        assert "13 spheres, 3 of 12 leaves at once, running" in shown.text
+        assert sum(cells[0] == "processing" for cells in table.values()) == 3
+        # state, items, stolen, queue, busy, bar
+        waiting = [int(table[name][3]) for name in SUBTREES[:-1]]
+        assert sum(waiting) == 21 and table["all"][:6] == [
+            "3",
+            "at",
+            "work",
+            "100",
+            *table["all"][4:6],
+        ]
+        p.type("go\n")
+        assert p.end() == 0
+        assert rows(p.screen)["all"][3] == "124"
+        assert p.screen.text.splitlines().count("after") == 1
+        assert p.screen.text.rstrip().endswith("after")
+        assert p.screen.cursor_shown and p.screen.wraps
+        assert len(re.findall("13 spheres", p.screen.text)) == 1  # drawn over itself
+
+
+@pytest.mark.parametrize(("levels", "spheres"), [(1, "1 sphere, "), (3, "157 "), (4, "1,885 ")])
+def test_more_or_fewer_levels(levels: int, spheres: str) -> None:
+    text = f"""
+spheres = ts.KissingSpheres(levels={levels}, concurrency=2)
+with spheres, spheres.live():
+    spheres.map(abs, range(3000))
+    told()
+"""
+    with program(text) as p:
+        shown = p.until(lambda s: "3,000" in rows(s).get("all", []))
+        assert spheres in shown.text
+        assert list(rows(shown)) == (["root", "all"] if levels == 1 else SUBTREES)
+        p.type("go\n")
+        assert p.end() == 0
+
+
+def test_prints_come_above_the_display_whole_and_in_order() -> None:
+    text = """
+handler = logging.StreamHandler()  # keeps the stderr that is there now
+with ts.KissingSpheres() as spheres, spheres.live() as live:
+    told()
+    for i in range(300):
+        print("line", i)
+        print("error", i, file=sys.stderr)
+    print("[bold]no markup[/bold]", "x" * 100)
+    print("half a", end=" ", flush=True)
+    told()
+    print("line")
+    sys.stdout.writelines(["several\\n", "lines\\n"])
+    for i in range(50):
+        sys.stderr.write(f"\\rbar {i}")
+    sys.stderr.write("\\n")
+    handler.emit(logging.makeLogRecord({"msg": "logged past us"}))
+    told()
+    subprocess.run(["echo", "from a child process"], check=True)
+    told()
+    assert isinstance(sys.stdout.fileno(), int) and sys.stdout.isatty()
+    print("not ended", end="")
+print(" until after it")
+"""
+    with program(text) as p:
+        p.until(lambda s: "all" in rows(s))
+        p.type("go\n")
+        p.until(lambda s: "half a" in s.text)
+        p.type("go\n")
+        p.until(lambda s: "logged past us" in s.text)
+        p.type("go\n")
+        p.until(lambda s: "from a child process" in s.text)
+        p.type("go\n")
+        assert p.end() == 0
+    lines = p.screen.text.splitlines()
+    table = lines.index(next(line for line in lines if line.startswith("13 spheres")))
+    above = [line for line in lines[:table] if line.split()[:1] in (["line"], ["error"])]
+    assert above == [f"{word} {i}" for i in range(300) for word in ("line", "error")] + ["line"] * (
+        "line" in above
+    )
+    for line in ("half a line", "several", "lines", "bar 49", "logged past us"):
+        assert line in lines[:table], line
+    assert "from a child process" in lines[:table]
+    marked = lines.index("[bold]no markup[/bold] " + "x" * 57)  # wrapped by the terminal
+    assert lines[marked + 1] == "x" * 43
+    assert lines[-1] == "not ended until after it"
+
+
+@pytest.mark.parametrize(
+    ("columns", "height", "shown"),
+    [
+        (10, 24, lambda s: rows(s).keys() >= set(SUBTREES) and max(map(len, s.lines)) <= 10),
+        (10, 5, lambda s: "13 spheres" in s.text),
+        (1, 1, lambda s: "1" in s.text),
+        (40, 8, lambda s: "13 spheres" in s.text and "7 items" in s.text and not rows(s)),
+        (300, 80, lambda s: list(rows(s)) == SUBTREES),
+    ],
+)
+def test_terminals_of_any_size(columns: int, height: int, shown: Callable[[Screen], bool]) -> None:
+    text = """
+with ts.KissingSpheres() as spheres, spheres.live():
+    spheres.map(abs, range(7))
+    while not sys.stdin.readline():
+        pass
+"""
+    with program(text, columns=columns, rows=height) as p:
+        p.until(shown)
+        p.type("go\n")
+        assert p.end() == 0
+        assert p.screen.cursor_shown and p.screen.wraps
+
+
+def test_a_terminal_that_is_resized() -> None:
+    text = """
+with ts.KissingSpheres() as spheres, spheres.live():
+    told()
+"""
+    with program(text, columns=100, rows=40) as p:
+        p.until(lambda s: "█" in s.text or "·" in s.text)
+        p.resize(30, 40)
+        p.until(lambda s: "·" not in s.text and list(rows(s)) == SUBTREES)
+        assert max(len(line) for line in p.screen.lines) <= 30
+        p.resize(30, 6)
+        p.until(lambda s: not rows(s) and "13 spheres" in s.text)
+        p.resize(100, 40)
+        p.until(lambda s: list(rows(s)) == SUBTREES)
+        p.type("go\n")
+        assert p.end() == 0
+        assert p.screen.cursor_shown and p.screen.wraps
+
+
+@pytest.mark.parametrize("ending", ["ctrl-c", "exception", "exit", "forgotten", "kill"])
+def test_the_terminal_is_restored_however_the_script_ends(ending: str) -> None:
+    ends = {"ctrl-c": "time.sleep(60)", "exception": "1 / 0", "exit": "sys.exit(7)"}
+    text = f"""
+spheres = ts.KissingSpheres()
+with contextlib.ExitStack() as stack:
+    spheres.start()
+    live = spheres.live().__enter__()
+    if "{ending}" != "forgotten":
+        stack.push(live)
+        stack.push(spheres)
+    told()
+    print("told")
+    {ends.get(ending, "time.sleep(60 if 'kill' == '" + ending + "' else 0)")}
+"""
+    codes = {"ctrl-c": -signal.SIGINT, "exception": 1, "exit": 7, "forgotten": 0, "kill": -9}
+    with program(text) as p:
+        p.until(lambda s: "all" in rows(s))
+        p.type("go\n")
+        p.until(lambda s: "told" in s.text.splitlines())
+        if ending == "ctrl-c":
+            p.type("\x03")
+        elif ending == "kill":
+            p.signal(signal.SIGKILL)
+        assert p.end() == codes[ending]
+        text = p.screen.text
+        assert p.screen.cursor_shown and p.screen.wraps
+        if ending == "kill":
+            return
+        assert p.screen.column == 0 and len(re.findall("13 spheres", text)) == 1
+        error = {"ctrl-c": "KeyboardInterrupt", "exception": "ZeroDivisionError"}.get(ending, "")
+        assert error in text.splitlines()[-1] if error else text.rstrip().endswith("items (0/s)")
+
+
+def test_it_ends_by_itself_when_the_spheres_stop() -> None:
+    text = """
+spheres = ts.KissingSpheres()
+with spheres.live() as live:  # before they start
+    told()
+    spheres.map(abs, range(5))
+    told()
+    spheres.stop()
+    while live.active:
+        time.sleep(0.01)
+    assert type(sys.stdout) is type(sys.__stdout__), sys.stdout
+    live.advance(3)
+    print("goes on")
+    with spheres.live() as other, contextlib.redirect_stdout(io.StringIO()):
+        assert other.active
+    print("twice")
+assert not [t for t in threading.enumerate() if t.name.startswith("spheres ")]
+"""
+    with program(text) as p:
+        p.until(lambda s: "not started" in s.text)
+        p.type("go\n")
+        p.until(lambda s: "5" in rows(s).get("all", []))
+        p.type("go\n")
+        assert p.end() == 0
+        first, then = p.screen.text.split("goes on")
+        assert "stopped" in first and "13 spheres" in then
+
+
+def test_two_displays_are_one_too_many() -> None:
+    with ts.KissingSpheres(levels=1) as spheres, ts.KissingSpheres(levels=1) as others:
+        one, two = (s.live(plain=True, file=io.StringIO()) for s in (spheres, others))
+        with one, pytest.raises(RuntimeError, match=r"levels=1.*shown already.*torch_spheres.top"):
+            two.__enter__()
+        shown = others.live(plain=True, file=io.StringIO())
+        with shown:
+            assert shown.active
+        assert not shown.active
+        with pytest.raises(RuntimeError, match="has ended; call live"):
+            shown.__enter__()
+    assert live_threads() == []
+
+
+def test_without_rich_a_terminal_gets_an_error_and_lines_still_work() -> None:
+    text = """
+sys.modules["rich"] = sys.modules["rich.console"] = None
+with ts.KissingSpheres() as spheres:
+    try:
+        with spheres.live():
+            pass
+    except ImportError as error:
+        print(error)
+    assert type(sys.stdout) is type(sys.__stdout__)
+    with spheres.live(plain=True, plain_seconds=0.01):
+        told()
+"""
+    with program(text, columns=200) as p:
+        p.until(lambda s: s.text.count("spheres: 13 spheres") > 1)
+        p.type("go\n")
+        assert p.end() == 0
+        assert 'needs rich: pip install "torch_spheres[live]"' in p.screen.text
+        assert "plain=True" in p.screen.text
+
+
+def test_importing_the_package_does_not_import_rich() -> None:
+    with program("print('rich' in sys.modules, 'json' in sys.modules)") as p:
+        assert p.end() == 0
+        assert p.screen.text.startswith("False")
+
+
+def test_stdout_in_a_file_is_left_alone(tmp_path: Any) -> None:
+    text = """
+with ts.KissingSpheres() as spheres, spheres.live():
+    print("for the file")
+    print("for the terminal", file=sys.stderr)
+    told()
+"""
+    with (tmp_path / "out").open("w") as out, program(text, stdout=out) as p:
+        p.until(lambda s: "all" in rows(s) and "for the terminal" in s.text)
+        p.type("go\n")
+        assert p.end() == 0
+    assert (tmp_path / "out").read_text() == "for the file\n"
+
+
+def test_a_forked_child_has_no_display_and_prints_past_it() -> None:
+    text = """
+with ts.KissingSpheres() as spheres, spheres.live() as live:
+    told()
+    pid = os.fork()
+    if pid == 0:
+        assert not live.active
+        assert not [t for t in threading.enumerate() if t.name.startswith("spheres ")]
+        assert "of another process" in spheres._repr_html_()
+        print("from the child", flush=True)
+        with ts.KissingSpheres() as own, own.live(plain=True, file=io.StringIO()) as other:
+            assert other.active
+        live.close()
+        sys.stdout.flush()
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    told()
+"""
+    with program(text) as p:
+        p.until(lambda s: "all" in rows(s))
+        p.type("go\n")
+        p.until(lambda s: "from the child" in s.text)
+        p.type("go\n")
+        assert p.end() == 0
+        assert len(re.findall("13 spheres", p.screen.text)) == 1
+
+
+def test_a_terminal_that_goes_away_ends_the_display_with_a_warning() -> None:
+    master, slave = os.openpty()
+    file = os.fdopen(slave, "w")
+    with ts.KissingSpheres(levels=1) as spheres:
+        shown = spheres.live(file=file, plain=False)
+        shown.__enter__()
+        os.close(master)
+        eventually(lambda: not shown.active)
+        with pytest.warns(RuntimeWarning, match="ended early: OSError"):
+            shown.close()
+    with pytest.raises(OSError):
+        file.close()  # what was not written yet cannot be
+
+
+# ---- lines ----
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    file = io.StringIO()
+    spheres = ts.KissingSpheres(concurrency=2)
+    shown = spheres.live(file=file, plain_seconds=0.001, refresh_per_second=1000)
+    with spheres, shown as live:
+        live.update(samples=7)
+        live.advance(3)
+        spheres.map(abs, range(9))
+        eventually(lambda: "9 items" in file.getvalue())
+    assert "\x1b" not in file.getvalue()
+    *_, last = file.getvalue().splitlines()
+    assert re.fullmatch(
+        r"spheres: 13 spheres, 2 of 12 leaves at once, running 0:\d\d:\d\d: 9 items \(\d+/s\), "
+        r"10 samples \(\d+/s\), \d+ stolen, 0 queued, \d at work, \d+% busy",
+        last,
+    )
+
+
+def test_a_short_run_prints_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with ts.KissingSpheres(levels=1) as spheres, spheres.live():
+        spheres.map(abs, range(9))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ranks_but_the_first_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with ts.KissingSpheres(levels=1) as spheres, spheres.live() as live:
+        assert not live.active
+        live.advance(3)
+
+
+@pytest.mark.parametrize("value", ["4", None, 0, -1, float("nan"), float("inf")])
+def test_numbers_that_are_none(value: Any) -> None:
+    spheres = ts.KissingSpheres(levels=1)
+    for name in ("refresh_per_second", "plain_seconds"):
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be .*{value!r}"):
+            spheres.live(**{name: value})
+
+
+def test_samples_are_counted_or_told() -> None:
+    with ts.KissingSpheres() as spheres:
+        assert Reading.of(spheres).samples is None
+        data = TensorDataset(torch.randn(50, 3))
+        for _ in ts.wrap(DataLoader(data, batch_size=8), spheres):
+            pass
+        for _ in ts.wrap(DataLoader(data, batch_size=8, num_workers=2), spheres):
+            pass
+        assert Reading.of(spheres).samples == 100
+        live = spheres.live()
+        live.advance(3)
+        live.advance()
+        assert Reading.of(spheres).samples == 4
+        live.update(samples=2)
+        assert Reading.of(spheres).samples == 2
+        for bad, error in ((-1, ValueError), (1.5, TypeError), ("3", TypeError)):
+            with pytest.raises(error, match="samples must be"):
+                live.advance(bad)  # type: ignore[arg-type]
+
+
+# ---- figures ----
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_totals_of_subtrees_are_the_sums_of_stats(levels: int) -> None:
+    with ts.KissingSpheres(levels=levels, concurrency=2) as spheres:
+        gate, begun = threading.Event(), threading.Semaphore(0)
+
+        def item(_: int) -> None:
+            begun.release()
+            gate.wait(LIMIT)
+
+        spheres.map(abs, range(1000))
+        work = spheres.distribute_work(range(500), item)
+        for _ in range(min(2, spheres.leaves)):
+            assert begun.acquire(timeout=LIMIT)
+        reading, stats = Reading.of(spheres), spheres.stats()
+        gate.set()
+        work.wait()
+    for totals in reading.subtrees:
+        path = totals.path
+        below = [
+            s
+            for s in stats.spheres
+            if s.path == path or (path != "root" and s.path.startswith(path + "."))
+        ]
+        assert totals.spheres == len(below)
+        assert totals.items == sum(s.items_run for s in below)
+        assert totals.stolen == sum(s.items_stolen for s in below)
+        leaves = [s for s in below if s.level == levels - 1]
+        assert totals.queued == sum(s.queued for s in leaves)
+        for state, count in zip(ts.State, totals.states, strict=True):
+            assert count == sum(s.state is state for s in below)
+    assert reading.items == stats.items_run
+    assert reading.working == min(2, spheres.leaves) and reading.queued == 500 - reading.working
+    assert sum(s.spheres for s in reading.subtrees) == len(stats) == reading.spheres
+    assert Reading.from_json(reading.to_json()) == reading
+
+
+def made(time_s: float, busy_s: float, items: int = 0, concurrency: int = 2) -> Reading:
+    """13 spheres of which sphere 0 alone works."""
+    idle, busy = (0, 0, 1, 0, 0, 0), (0, 1, 0, 0, 0, 0)
+    subtrees = [SubtreeTotals(i, idle, 0, 0, 0, 0) for i in range(13)]
+    subtrees[1] = SubtreeTotals(1, busy, items, 2, 3, int(busy_s * 1e9))
+    now = int(time_s * 1e9)
+    return Reading(2, concurrency, True, now, now, tuple(subtrees), items * 10)
+
+
+def test_rates_are_of_the_last_second() -> None:
+    rates = Rates(1.0)
+    rates.add(made(10, 4))
+    assert (rates.items, rates.samples) == (0, 0)
+    assert rates.busy(1) == 0.4 and rates.busy() == 0.2 and rates.busy(2) == 0
+    for step in range(1, 9):
+        rates.add(made(10 + step / 4, 4 + step / 8, items=step))
+    assert (rates.items, rates.samples) == (4, 40)
+    assert rates.busy(1) == 0.5 and rates.busy() == 0.25
+    rates.settle()  # over all of the two seconds
+    assert (rates.items, rates.samples) == (4, 40) and rates.busy(1) == 0.5
+    rates.add(made(12.5, 5, items=8))
+    rates.settle()
+    assert rates.items == 3.2 and rates.busy(1) == 0.4
+    rates.add(made(1, 0.25))  # started anew
+    assert rates.items == 0 and rates.busy(1) == 0.25
+
+
+def test_several_systems_share_a_screen() -> None:
+    views = []
+    for number in range(5):
+        rates = Rates()
+        rates.add(made(10, 4, items=7))
+        views.append(View(rates, name=f"pid {number}", ended=number == 0))
+    assert len(full_frame(views[0], 80)) == 17
+
+    def text(height: int) -> list[str]:
+        return ["".join(span for span, _ in line) for line in screen(views, 80, height)]
+
+    for height in range(1, 100):
+        assert 1 <= len(text(height)) <= height
+    headings = [line[:5] for line in text(100) if line.startswith("pid")]
+    assert headings == ["pid 1", "pid 2", "pid 3", "pid 4", "pid 0"]  # that has ended comes last
+    assert sum(line.startswith("all") for line in text(100)) == 4
+    assert sum(line.startswith("all") for line in text(30)) == 1
+    assert text(6)[-1] == "and 3 more"
+    assert "ended" in plain_line(views[0]) and "7 items" in plain_line(views[0])
+
+
+def test_rows_are_counted_from_any_thread() -> None:
+    counted = Rows()
+    threads = [
+        threading.Thread(target=lambda: [counted.loaded(1) for _ in range(10_000)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted.value == 40_000
+
+
+# ---- notebooks ----
+
+
+def texts(svg: str) -> list[str]:
+    return [node.text or "" for node in ET.fromstring(svg).iter() if node.tag.endswith("}text")]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_the_picture_for_notebooks(levels: int) -> None:
+    spheres = ts.KissingSpheres(levels=levels, concurrency=2)
+    assert "not started" in texts(spheres._repr_html_())[0]
+    with spheres:
+        spheres.map(abs, range(4321))
+        svg = spheres._repr_html_()
+        assert "running" in texts(svg)[0] and f"{spheres.total_spheres:,} sphere" in texts(svg)[0]
+    assert "4,321" in texts(svg)
+    names = [text for text in texts(svg) if text in SUBTREES and text != "0"]
+    assert [n for n in SUBTREES if n in texts(svg)] == (
+        ["root", "0", "all"] if levels == 1 else SUBTREES
+    ) and names[0] == "root"
+    assert "stopped" in texts(spheres._repr_html_())[0]
+    assert len(svg) < 10_000
+    root = ET.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("fill") == "currentColor"
+    width = float(root.get("width", 0))
+    for bar in root.iter("{http://www.w3.org/2000/svg}rect"):
+        assert float(bar.get("x", -1)) >= 0 and float(bar.get("width", -1)) >= 0
+        assert float(bar.get("x", 0)) + float(bar.get("width", 0)) <= width
+
+
+def test_samples_are_in_the_picture() -> None:
+    with ts.KissingSpheres() as spheres:
+        spheres.live().advance(99)
+        assert any("99 samples" in text for text in texts(spheres._repr_html_()))

@@ -1,0 +1,1 @@
+"""What `KissingSpheres.live`, `torch_spheres.top` and notebooks show, and how."""

@@ -1,0 +1,143 @@
+"""What a process that `torch_spheres.top` has started, or one that those have, sends to it.
+
+The environment names a Unix socket. Once spheres start, a thread sends a message four times a
+second, one for each `KissingSpheres` of this process that runs or has changed. A message is whole,
+and one that finds no room is dropped: nobody here ever waits for the display.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import json
+import os
+import socket
+import threading
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch_spheres.watching.readings import Reading
+
+if TYPE_CHECKING:
+    from torch_spheres.system import KissingSpheres
+
+__all__ = ["ADDRESS", "LONGEST", "PERIOD", "report", "watched_from_outside"]
+
+ADDRESS = "TORCH_SPHERES_TOP"
+"""Name of the environment variable with the socket's path."""
+PERIOD = 0.25
+"""Seconds from message to message."""
+LONGEST = 65_536
+"""More bytes than a message has."""
+
+_lock = threading.Lock()
+_reporter: Reporter | None = None
+
+
+def watched_from_outside() -> bool:
+    """Whether `torch_spheres.top` shows this process's spheres."""
+    return bool(os.environ.get(ADDRESS))
+
+
+def report(spheres: KissingSpheres) -> None:
+    """These have started or stopped: tells `torch_spheres.top`, if that is who started us."""
+    global _reporter
+    if not watched_from_outside():
+        return
+    with _lock:
+        if _reporter is None:
+            _reporter = Reporter(os.environ[ADDRESS])
+        _reporter.tell(spheres)
+
+
+class Reporter:
+    """The connection, and the thread that sends.   Any thread: tell, close."""
+
+    def __init__(self, path: str) -> None:
+        self._lock = threading.Lock()
+        self._spheres: dict[int, weakref.ref[KissingSpheres]] = {}  # by number
+        self._sent: dict[int, Reading] = {}  # the last ones
+        self._numbers = itertools.count()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="spheres report", daemon=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.connect(path)
+            self._socket.settimeout(0)
+        except OSError:
+            # Whoever set the variable is gone, or cannot be reached from here; training goes on.
+            self._hang_up()
+            return
+        self._thread.start()
+        atexit.register(self.close)
+
+    def tell(self, spheres: KissingSpheres) -> None:
+        """Sends a reading now, and from now on."""
+        with self._lock:
+            known = [n for n, reference in self._spheres.items() if reference() is spheres]
+            number = known[0] if known else next(self._numbers)
+            self._spheres.setdefault(number, weakref.ref(spheres))
+            self._send(number, Reading.of(spheres))
+
+    def close(self) -> None:
+        """Sends the last figures, and ends the thread."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def leave(self) -> None:
+        """In a forked child: the connection is the parent's."""
+        self._socket.close()
+
+    def _run(self) -> None:
+        while not self._end.wait(PERIOD):
+            self._send_news()
+        self._send_news()
+        self._hang_up()
+
+    def _send_news(self) -> None:
+        with self._lock:
+            for number, reference in list(self._spheres.items()):
+                spheres = reference()
+                last = self._sent.get(number)
+                if spheres is None:
+                    if last is not None and last.running:  # dropped without stop()
+                        self._send(number, replace(last, running=False))
+                    self._spheres.pop(number)
+                    self._sent.pop(number, None)
+                elif spheres.running or last is None or last.running:
+                    self._send(number, Reading.of(spheres))
+
+    def _send(self, number: int, reading: Reading) -> None:
+        if self._end.is_set() and self._socket.fileno() < 0:
+            return
+        message = {
+            "pid": os.getpid(),
+            "rank": rank if (rank := os.environ.get("RANK", "")).isdecimal() else None,
+            "number": number,
+            "reading": reading.to_json(),
+        }
+        try:
+            self._socket.send(json.dumps(message, separators=(",", ":")).encode())
+        except BlockingIOError:
+            return  # the display is slow or stopped; the next message says it all
+        except OSError:
+            self._hang_up()  # it is gone
+            return
+        self._sent[number] = reading
+
+    def _hang_up(self) -> None:
+        self._end.set()
+        self._socket.close()
+
+
+def _after_fork() -> None:
+    global _lock, _reporter
+    _lock = threading.Lock()
+    if _reporter is not None:
+        _reporter.leave()
+        _reporter = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
