@@ -1,0 +1,182 @@
+"""What can be seen of the spheres: figures, displays, pictures and traces."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import TYPE_CHECKING, TextIO, cast
+
+from torch_spheres import _core
+from torch_spheres.arguments import as_index
+from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
+from torch_spheres.live import Live
+from torch_spheres.plots import plot_rings
+from torch_spheres.recording import Recording
+from torch_spheres.snapshot import Began, snapshot
+from torch_spheres.stats import Stats
+from torch_spheres.stats_table import format_stats
+from torch_spheres.watching.readings import Reading, Rows
+from torch_spheres.watching.svg import picture
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+
+    from torch_spheres.system import KissingSpheres
+    from torch_spheres.trace import Trace
+
+__all__ = ["Views"]
+
+_origins = itertools.count(1)
+
+
+class Views:
+    """The part of `KissingSpheres` that looks at them."""
+
+    _core: _core.System
+    _started: bool
+
+    def _prepare_views(self, cores: int) -> None:
+        self._rows = Rows()
+        self._cores, self._origin = cores, next(_origins)
+        self._began: Began | None = None  # counting: the first start()
+        self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
+        self._recording: Recording | None = None  # the trace that is under way
+
+    @property
+    def _spheres(self) -> KissingSpheres:
+        return cast("KissingSpheres", self)
+
+    def stats(self) -> Stats:
+        """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
+        return snapshot(
+            self._core,
+            self._core.concurrency,
+            cores=self._cores,
+            origin=self._origin,
+            began=self._began,
+        )
+
+    def print_stats(self, file: TextIO | None = None) -> None:
+        """Prints a table: a row per level, the busiest and idlest leaves. Default: stdout."""
+        print(format_stats(self.stats()), file=sys.stdout if file is None else file)
+
+    def live(
+        self,
+        refresh_per_second: float = 4.0,
+        *,
+        file: TextIO | None = None,
+        plain: bool | None = None,
+        plain_seconds: float = 10.0,
+    ) -> Live:
+        """A display of what the spheres do, in the terminal, for a ``with`` block: see `Live`.
+
+        Args:
+            refresh_per_second: how often it is drawn.
+            file: a terminal; default: stderr. Where it is none, lines are printed.
+            plain: whether to print lines; None: where there is no terminal.
+            plain_seconds: seconds from line to line. A last one comes at the end if there was one.
+
+        Raises:
+            ImportError: rich is missing (on ``with``; not for plain lines).
+            RuntimeError: another display is shown (on ``with``).
+            TypeError, ValueError: a number is none, or not more than 0.
+        """
+        return Live(
+            self._spheres, refresh_per_second, file=file, plain=plain, plain_seconds=plain_seconds
+        )
+
+    def _repr_html_(self) -> str:
+        return picture(Reading.of(self._spheres), started=self._started, forked=self._core.forked())
+
+    def log_to(
+        self,
+        writer: ScalarWriter,
+        every: int = 100,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        tag: str = "spheres",
+        first_step: int = 0,
+    ) -> StatsLog:
+        """Writes the figures that matter to TensorBoard each `every` steps.
+
+        Args:
+            writer: ``torch.utils.tensorboard.SummaryWriter()``, or anything with
+                ``add_scalar(tag, value, global_step)``.
+            every: steps from one writing to the next; the figures are of the time between.
+            optimizer: whose ``step()`` counts. None: that of each optimizer with a `GradientHook`
+                on these spheres, now or later; in a loop without any, call ``log.step()``.
+            tag: what the names begin with, as in ``spheres/utilization``.
+            first_step: steps done before, in training that goes on.
+
+        Returns:
+            A handle with ``step()``, ``write()`` and ``close()``, which is a context manager too;
+            ``close()`` writes the rest. It need not be kept.
+
+        Written are `Stats.utilization`, `imbalance`, `steal_rate`, `items_per_second`,
+        `cores_used`, the median and the 95th percentile of item times (seconds), items queued now
+        and at most ever in one queue, and messages per second.
+
+        An error of the writer is raised where the step is counted: by ``optimizer.step()``, whose
+        update has been made then, or by ``log.step()``.
+
+        Raises:
+            TypeError: an argument is of another kind.
+            ValueError: `every` is less than 1.
+        """
+        every, first_step = as_index("every", every), as_index("first_step", first_step)
+        return open_log(self._spheres, writer, every, optimizer, tag, first_step)
+
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        stats: Stats | None = None,
+        trace: Trace | None = None,
+        theme: str = "light",
+    ) -> Axes:
+        """Draws the hierarchy as rings: the root in the middle, a wedge for each sphere.
+
+        Wedges are coloured by busy time, and those that did nothing grey; the band outside a wedge
+        says what the sphere does at the moment. Chords are items that were stolen, from the victim
+        to the wide end at the thief, the wider the more. Paths stand where there is room for them.
+
+        Args:
+            ax: where to draw. None: a new figure, which is one of pyplot's where
+                ``matplotlib.pyplot`` is imported already, and otherwise its own.
+            stats: what to draw, from `stats`, or a difference of two. None: as they are now.
+            trace: what to draw instead, from ``with spheres.trace() as trace``.
+            theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
+
+        Returns:
+            The axes; ``ax.figure.savefig("spheres.png")`` saves them.
+
+        Raises:
+            ImportError: there is no matplotlib: ``pip install "torch_spheres[plots]"``.
+            TypeError: `ax`, `stats` or `trace` is something else.
+            ValueError: both `stats` and `trace` are given, they are of another number of spheres,
+                or there is no such theme.
+        """
+        return plot_rings(self._spheres, ax, stats=stats, trace=trace, theme=theme)
+
+    def trace(self, capacity: int = 65536) -> Recording:
+        """Records what the spheres do in a ``with`` block; it can be read and saved afterwards.
+
+        ::
+
+            with spheres.trace() as trace:
+                ...
+            trace.save("run.json")  # for Perfetto, chrome://tracing
+
+        Spheres that do not run are started. They may be stopped and started in the block.
+
+        Args:
+            capacity: events to keep of each thread, of 32 bytes each; 1 to 2**24. Older ones are
+                overwritten, and `Trace.lost` counts them. An item is one or two events.
+
+        Raises:
+            TypeError: `capacity` is not an integer.
+            ValueError: it is out of range.
+            RuntimeError, on entering the block: another trace of these spheres is being recorded.
+        """
+        return Recording(self._spheres, capacity)
