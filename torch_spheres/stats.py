@@ -182,8 +182,9 @@ class Stats:
                 f"the snapshot to take away was taken {(before.time_ns - self.time_ns) / 1e9:.3f} "
                 "s after the other: write later - earlier"
             )
-        # (Spheres that had never been started had not begun to count either.)
-        if self.begin_ns != before.begin_ns and before.begin_ns != before.time_ns:
+        # Spheres that had never been started had not begun to count either.
+        unborn = before.begin_ns == before.time_ns and not self.is_difference
+        if self.begin_ns != before.begin_ns and not unborn:
             raise ValueError(
                 "differences can be taken from each other only if they begin together; subtract "
                 "the snapshots themselves"
@@ -317,7 +318,7 @@ class Stats:
     def advice(self) -> tuple[str, ...]:
         """At most three sentences on what to change, each with the figure that speaks for it.
 
-        None when there is nothing to say, or less than a second of running to judge from. Ask a
+        Empty when there is nothing to say, or less than a second of running to judge from. Ask a
         difference between two points of the same loop: in the figures since `start()` the program's
         own start counts as idle.
         """
