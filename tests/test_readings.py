@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -31,7 +32,12 @@ def test_totals_of_subtrees_are_the_sums_of_stats(levels: int) -> None:
         work = spheres.distribute_work(range(500), item)
         for _ in range(min(2, spheres.leaves)):
             assert begun.acquire(timeout=LIMIT)
-        reading, stats = Reading.of(spheres), spheres.stats()
+        end = time.monotonic() + LIMIT
+        while True:  # until nobody falls asleep between the two
+            reading, stats, after = Reading.of(spheres), spheres.stats(), Reading.of(spheres)
+            if [t.states for t in reading.subtrees] == [t.states for t in after.subtrees]:
+                break
+            assert time.monotonic() < end
         gate.set()
         work.wait()
     for totals in reading.subtrees:
