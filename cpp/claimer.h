@@ -61,14 +61,16 @@ class Claimer {
   /// What passed since next() is not to count for the first item.
   void begin_items() {
     begun_ = ticks();
-    if (records()) traced_ = now_ns();
+    if (records()) [[unlikely]]
+      traced_ = now_ns();
   }
   /// An item has been run: its end is the begin of the next.
   void item_done() {
     const std::uint64_t now = ticks();
     count_time(now, 1);
     begun_ = now;
-    if (records()) trace(now_ns(), 1);
+    if (records()) [[unlikely]]
+      trace(now_ns(), 1);
     ++counted_;
   }
 
@@ -76,7 +78,8 @@ class Claimer {
   /// of the siblings.  False: nothing is left to take here.
   bool next(Chunk& chunk) {
     const std::uint64_t now = ticks();
-    trace_rest(chunk_count_);
+    if (records()) [[unlikely]]
+      trace_rest(chunk_count_);
     finish_chunk(chunk_count_, now);
     adapt(now);
     begun_ = now;
@@ -107,7 +110,7 @@ class Claimer {
   /// For the sphere: the work threw.
   void fail(std::exception_ptr error) {
     const std::int64_t lost = chunk_count_ - ran_;
-    trace_rest(ran_);
+    if (records()) trace_rest(ran_);
     Batch& batch = *slot_.batch;
     batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
     finish_chunk(ran_, ticks());
@@ -133,16 +136,16 @@ class Claimer {
 
   bool records() const { return recorder_ != nullptr && recorder_->on(); }
   /// The next `count` items of the chunk are one slice, which ends now.
-  void trace(std::uint64_t now, std::int64_t count) {
+  [[gnu::noinline]] void trace(std::uint64_t now, std::int64_t count) {
     recorder_->record({traced_, now, chunk_first_ + counted_ * ring_.leaves(),
                        static_cast<std::uint32_t>(count), static_cast<std::int16_t>(chunk_owner_),
                        TraceKind::kItem, static_cast<std::uint8_t>(slot_.batch->work()->label())});
     traced_ = now;
   }
   /// What was run of the chunk and is in no slice yet; what comes next begins now.
-  void trace_rest(std::int64_t ran) {
-    const std::uint64_t now = records() ? now_ns() : 0;
-    if (now != 0 && ran > counted_) trace(now, ran - counted_);
+  [[gnu::noinline]] void trace_rest(std::int64_t ran) {
+    const std::uint64_t now = now_ns();
+    if (ran > counted_) trace(now, ran - counted_);
     traced_ = now;
   }
   void finish_chunk(std::int64_t ran, std::uint64_t now) {
@@ -230,7 +233,8 @@ class Claimer {
   std::uint64_t taken_at_ = 0;  // ticks(), as is:
   std::uint64_t begun_ = 0;     // when the items began whose times are not counted yet
   Recorder* recorder_ = nullptr;
-  std::uint64_t traced_ = 0;  // where the next slice of a trace begins; 0: before the trace did
+  // Where the next slice of a trace begins; 0, or something in the past: before the trace did.
+  std::uint64_t traced_ = 0;
 };
 
 }  // namespace torch_spheres
