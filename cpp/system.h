@@ -186,4 +186,17 @@ class System {
   void tell_news();
 };
 
+template <typename Condition>
+bool System::wait_news(Milliseconds timeout, Condition condition) {
+  if (condition()) return true;
+  news_waiters_.fetch_add(1);
+  bool result = false;
+  {
+    std::unique_lock lock(news_mutex_);
+    result = news_.wait_for(lock, timeout, condition);
+  }
+  news_waiters_.fetch_sub(1);
+  return result;
+}
+
 }  // namespace torch_spheres
