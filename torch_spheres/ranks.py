@@ -14,7 +14,6 @@ import functools
 import itertools
 import pickle
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch_spheres.errors import RankError
 from torch_spheres.meeting import Meeting, apart
 from torch_spheres.sampler import GROUPS, shard_bounds
+from torch_spheres.swap import Swap
 
 __all__ = ["ProcessGroup", "Ranks", "find_ranks", "parts_of", "ranks_of"]
 
@@ -181,7 +181,7 @@ class Ranks:
         """All ranks but this one, beginning with the next: not all send to the same at once."""
         return [(self.rank + step) % self.world for step in range(1, self.world)]
 
-    def _swap(self, sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor] | Tensor) -> _Swap:
+    def _swap(self, sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor] | Tensor) -> Swap:
         """One message to each of the others, and one from each."""
         self._swaps = (self._swaps + 1) % _TAGS  # a tag of its own: several may be under way
         group, tag, works = self.group, self._swaps, []
@@ -189,7 +189,7 @@ class Ranks:
             for r in self.others:
                 peer = r if group is None else dist.get_global_rank(group, r)
                 works.append(post(tensors[r], peer, group=group, tag=tag))
-        return _Swap(works)
+        return Swap(works)
 
     def wait(self, works: Sequence[Any], what: str) -> None:
         """Until they are done.
@@ -273,6 +273,7 @@ class Ranks:
 
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
         """Rank 0's values, into everybody's tensors."""
+        self.need_together()
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             with torch.no_grad():
@@ -360,36 +361,6 @@ class Ranks:
             if _store().check([key]):
                 return str(_store().get(key), "utf-8")
         return ""
-
-
-class _Swap:
-    """Messages from one rank to another, waited for as torch's other work is.
-
-    Torch can wait for these without an end only: given a time, gloo ends the connection with it.
-    """
-
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
-        self._error: RuntimeError | None = None
-        self._thread = threading.Thread(target=self._run, name="rank messages", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for work in self._works:
-                work.wait()
-        except RuntimeError as error:
-            self._error = error
-
-    def is_completed(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self, time: datetime.timedelta | None = None) -> None:
-        self._thread.join(None if time is None else time.total_seconds())
-        if self._error is not None:
-            raise self._error
-        if self._thread.is_alive():
-            raise RuntimeError("messages between ranks are still on their way")
 
 
 _live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by group
