@@ -101,6 +101,39 @@ class Sparse(nn.Module):
         return self.head(self.embed(words[:, :9]))
 
 
+class _Inside(torch.autograd.Function):
+    """A layer whose backward runs it again, as those do that save memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight
+        return (x @ weight).tanh()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = (x @ ctx.weight).tanh()
+            return torch.autograd.grad(y, (x, ctx.weight), grad)
+
+
+class Reversible(nn.Module):
+    """Gradients that are computed in a backward pass inside the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(144, 10)
+        self.weight = nn.Parameter(torch.randn(144, 144) / 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Inside.apply(x.flatten(1), self.weight)
+        return self.head(_Inside.apply(y, self.weight) @ self.weight)
+
+
+# Of which only some tests make something.
+OTHERS: dict[str, Callable[[], nn.Module]] = {"reversible": Reversible}
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "mlp with dropout": mlp,
     "cnn with batch norm": cnn,
@@ -114,7 +147,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(7)
-    return ZOO[name]()
+    return {**ZOO, **OTHERS}[name]()
 
 
 def batches(rows: int, steps: int = 3) -> Iterator[tuple[Tensor, Tensor]]:

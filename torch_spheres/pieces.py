@@ -8,10 +8,12 @@ a gradient is there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from torch_spheres.folding import GradientFold, Grads
@@ -79,17 +81,56 @@ class Sink:
         self._left = [len(members) for members in pieces]
         self._found: dict[int, Tensor] = {}
         self._index: dict[int, int] = {}
+        self._told: dict[int, Tensor] = {}
+        self._pass: int | None = None  # autograd's number of the shard's backward pass
 
-    def expect(self, params: Sequence[Tensor]) -> None:
-        """The shard's parameters, in the order of its gradients."""
-        self._index = {id(p): i for i, p in enumerate(params)}
+    @contextlib.contextmanager
+    def expecting(self, params: Sequence[Tensor], roots: Sequence[Tensor]) -> Iterator[None]:
+        """The shard's backward pass, from its roots.
+
+        Args:
+            params: the shard's parameters, in the order of its gradients.
+            roots: where it begins: that is how it is told from a pass inside it.
+        """
+        self._index = {
+            id(p): i
+            for i, p in enumerate(params)
+            # What another hook, one of the forward's, makes of it is not seen here.
+            if len(p._backward_hooks or ()) == 1
+        }
+        handles = [root.register_hook(self._begin) for root in roots]
+        try:
+            yield
+        finally:
+            self._index = {}
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, _grad: Tensor) -> None:
+        if self._pass is None:
+            self._pass = torch._C._current_graph_task_id()
+
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """All gradients of the shard, to be compared with what was taken early.
+
+        Raises:
+            RuntimeError: they have changed since.
+        """
+        told, self._told = self._told, {}
+        for i, grad in told.items():
+            if grads[i] is not grad:
+                raise RuntimeError(
+                    f"the gradient of parameter {i} was changed by something after it was there, "
+                    "when it had been sent to other ranks: a hook that the forward registers?"
+                )
 
     def take(self, param: int, grad: Tensor) -> None:
         """The whole gradient of a parameter, by its id."""
-        i = self._index.pop(param, None)
-        if i is None:  # not in this shard's backward, or a second time, in one inside it
+        i = self._index.get(param)
+        # (A function's own backward may run another pass over the same parameters.)
+        if i is None or torch._C._current_graph_task_id() != self._pass:
             return
-        self._found[i] = grad
+        self._found[i] = self._told[i] = grad
         piece = self._piece_of[i]
         self._left[piece] -= 1
         if self._left[piece] == 0:

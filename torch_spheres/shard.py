@@ -70,6 +70,7 @@ class Shard:
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients of the roots with respect to `params`, and to `inputs`."""
         targets = [*self.params, *self.inputs]
+        sink = sink_of_this_thread()
         # (Some may have been frozen since the forward.)
         wanted = [t for t in targets if t.requires_grad]
         if not wanted:
@@ -83,12 +84,15 @@ class Shard:
         else:
             if grads is None:
                 grads = [torch.ones_like(root) for root in roots]
-            sink = sink_of_this_thread()
-            if sink is not None:
-                sink.expect(self.params)
-            found = list(_gradients(roots, wanted, grads, keep))
+            if sink is None:
+                found = list(_gradients(roots, wanted, grads, keep))
+            else:
+                with sink.expecting(self.params, roots):
+                    found = list(_gradients(roots, wanted, grads, keep))
         rest = iter(found)
         all_found = [next(rest) if t.requires_grad else None for t in targets]
+        if sink is not None:
+            sink.check(all_found[: len(self.params)])
         return all_found[: len(self.params)], all_found[len(self.params) :]
 
 
