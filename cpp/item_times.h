@@ -15,8 +15,10 @@
 #include <atomic>
 #include <bit>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 namespace torch_spheres {
 
@@ -35,34 +37,69 @@ inline std::uint64_t ticks() {
 #endif
 }
 
-/// Length of a tick, measured since the first call; exact to about 1e-6 after a second.
+/// Both clocks at once, as nearly as the scheduler lets us.
+struct ClockMoment {
+  std::uint64_t ns = 0, ticks = 0;
+
+  static ClockMoment now() {
+    ClockMoment moment;
+    std::uint64_t least = ~std::uint64_t{0};
+    for (int i = 0; i < 8 && least > 500; ++i) {
+      const std::uint64_t before = now_ns();
+      const std::uint64_t middle = torch_spheres::ticks();
+      const std::uint64_t took = now_ns() - before;
+      if (took >= least) continue;
+      least = took;
+      moment = {before + took / 2, middle};
+    }
+    return moment;
+  }
+};
+
+/// The length of a tick, measured over spans of half a second and more until two in a row agree:
+/// while a machine sleeps, or is copied, only one of the clocks may go on, or ticks begin anew.
+/// Exact to about 1e-6 once settled.
+class TickLength {
+ public:
+  explicit TickLength(ClockMoment first) : begin_(first) {}
+
+  /// The nanoseconds of a tick, by all that is known at this moment.
+  double at(ClockMoment now) {
+    if (now.ticks <= begin_.ticks || now.ns <= begin_.ns) {
+      begin_ = now;
+      return last_ != 0 ? last_ : 1;
+    }
+    const auto ns = static_cast<double>(now.ns - begin_.ns);
+    const double length = ns / static_cast<double>(now.ticks - begin_.ticks);
+    if (now.ns - begin_.ns < kSpan) return last_ != 0 ? last_ : length;
+    // Far less than a bucket's width, far more than what two spans differ by on their own.
+    settled_ = std::abs(length - last_) <= 1e-3 * last_;
+    last_ = length;
+    begin_ = now;
+    return length;
+  }
+  bool settled() const { return settled_; }
+
+ private:
+  static constexpr std::uint64_t kSpan = 500'000'000;
+  ClockMoment begin_;  // of the span
+  double last_ = 0;    // of the last whole span, 0: there is none yet
+  bool settled_ = false;
+};
+
+/// Length of a tick, measured since the first call.
 inline double ns_per_tick() {
 #if defined(__x86_64__)
-  struct Moment {
-    std::uint64_t ns = 0, ticks = 0;
-    Moment() {
-      // Both clocks at once, as nearly as the scheduler lets us.
-      std::uint64_t least = ~std::uint64_t{0};
-      for (int i = 0; i < 8 && least > 500; ++i) {
-        const std::uint64_t before = now_ns();
-        const std::uint64_t middle = torch_spheres::ticks();
-        const std::uint64_t took = now_ns() - before;
-        if (took >= least) continue;
-        least = took;
-        ns = before + took / 2;
-        ticks = middle;
-      }
-    }
-  };
-  constexpr std::uint64_t kLongEnough = 1'000'000'000;
-  static const Moment origin;
-  static std::atomic<double> known{0};
+  static std::atomic<double> known{0};  // relaxed: a value on its own
   if (const double value = known.load(std::memory_order_relaxed); value != 0) return value;
-  const Moment now;
-  if (now.ticks <= origin.ticks || now.ns <= origin.ns) return 1;
-  const auto ns = static_cast<double>(now.ns - origin.ns);
-  const double value = ns / static_cast<double>(now.ticks - origin.ticks);
-  if (now.ns - origin.ns >= kLongEnough) known.store(value, std::memory_order_relaxed);
+  static std::mutex mutex;
+  static TickLength length(ClockMoment::now());  // under `mutex`
+  static std::atomic<double> guess{1};
+  const std::unique_lock lock(mutex, std::try_to_lock);
+  if (!lock) return guess.load(std::memory_order_relaxed);  // somebody measures just now
+  const double value = length.at(ClockMoment::now());
+  guess.store(value, std::memory_order_relaxed);
+  if (length.settled()) known.store(value, std::memory_order_relaxed);
   return value;
 #else
   return 1;

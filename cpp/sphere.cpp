@@ -39,8 +39,8 @@ Sphere::Sphere(System& system, SphereId sphere_id)
 
 void Sphere::run() {
   name_this_thread(id);
-  native_id.store(native_thread_id(), std::memory_order_relaxed);  // carries no data
-  if (recorder.on()) {
+  native_id.store(native_thread_id());  // seq_cst: with the load in Tracer::begin
+  if (recorder.on_after_store()) {
     recorder.record({now_ns(), now_ns(), native_id.load(), 1, 0, TraceKind::kThread, 0});
   }
   enter(State::kReady);
@@ -66,12 +66,7 @@ void Sphere::run() {
 }
 
 /// Every change of state of a sphere goes through here.
-void Sphere::enter(State state) {
-  const StateClock::Ended ended = clock.transition(state);
-  if (ended.end == 0 || !recorder.on()) return;
-  recorder.record({ended.begin, ended.end, -1, 1, static_cast<std::int16_t>(state),
-                   TraceKind::kState, static_cast<std::uint8_t>(ended.state)});
-}
+void Sphere::enter(State state) { change_state(clock, recorder, state); }
 
 void Sphere::trace_message(TraceKind kind, const Message& message) {
   if (message.sent == 0 || message.source == kNoSphere) return;

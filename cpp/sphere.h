@@ -52,6 +52,15 @@ inline bool is_of_meeting(MessageKind kind) {
          kind == MessageKind::kEpochBegin;
 }
 
+/// Changes the state of a sphere, and records that the one before has ended.   Owner.
+inline void change_state(StateClock& clock, Recorder& recorder, State state) {
+  const StateClock::Ended ended = clock.transition(state);
+  // Either this sees the trace that begins now, or the trace sees this state (Tracer::begin).
+  if (ended.end == 0 || !recorder.on_after_store()) return;
+  recorder.record({ended.begin, ended.end, -1, 1, static_cast<std::int16_t>(state),
+                   TraceKind::kState, static_cast<std::uint8_t>(ended.state)});
+}
+
 class Sphere {
  public:
   /// At most 41 messages wait at once.  From above: one kWork, kBarrier, kEpochEnd, kEpochBegin and

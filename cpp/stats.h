@@ -79,7 +79,8 @@ class StateClock {
     changes_.store(changes + 1, std::memory_order_relaxed);
     spent.store(spent.load(std::memory_order_relaxed) + (now - (packed >> kStateBits)),
                 std::memory_order_release);
-    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to), std::memory_order_release);
+    // seq_cst: with now(), for change_state().
+    packed_.store((now << kStateBits) | static_cast<std::uint64_t>(to));
     changes_.store(changes + 2, std::memory_order_release);
     return {from, packed >> kStateBits, now};
   }
@@ -87,7 +88,7 @@ class StateClock {
   State state() const { return unpack_state(packed_.load(std::memory_order_relaxed)); }
   /// The state and when it began.
   std::pair<State, std::uint64_t> now() const {
-    const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
+    const std::uint64_t packed = packed_.load();  // seq_cst: with transition()
     return {unpack_state(packed), packed >> kStateBits};
   }
 

@@ -6,11 +6,14 @@
 //
 // Owner: record, which never waits.   Reader (one at a time): begin, end.   Any thread: on.
 //
-// While nobody traces a recorder costs one relaxed load and a branch.
+// While nobody traces a recorder costs a load and a branch.
 // Ordering: `writing_` and `ring_` are seq_cst on both sides: either the owner finds ring_ null,
 // and writes nothing, or end() finds it writing, and waits for the few nanoseconds that this takes.
 // The owner's last store of writing_ (release) pairs with end()'s load, so after end() the ring
 // belongs to the reader and its events, which are plain memory, may be read.
+// A word of the owner's that it stores (seq_cst) before it asks on_after_store(), and that the
+// reader loads (seq_cst) after begin(): either the owner records what it stored, or the reader
+// finds it there.
 #pragma once
 
 #include <sys/syscall.h>
@@ -73,21 +76,16 @@ static_assert(sizeof(TraceEvent) == 32);
 /// does little is small.   Owner: push.   After the owner: the rest.
 class TraceRing {
  public:
-  explicit TraceRing(std::size_t capacity)
-      : capacity_(capacity), segments_((capacity + kSegment - 1) / kSegment) {
+  explicit TraceRing(std::size_t capacity) : capacity_(capacity) {
     if (capacity == 0) throw std::invalid_argument("a trace's capacity must be at least 1, got 0");
   }
 
-  void push(const TraceEvent& event) {
-    auto& segment = segments_[at_ / kSegment];
-    if (!segment) {
-      segment.reset(new (std::nothrow) TraceEvent[kSegment]);
-      if (!segment) {
-        ++refused_;
-        return;
-      }
+  void push(const TraceEvent& event) noexcept {
+    if (at_ / kSegment == segments_.size() && !grow()) {
+      ++refused_;
+      return;
     }
-    segment[at_ % kSegment] = event;
+    segments_[at_ / kSegment][at_ % kSegment] = event;
     ++written_;
     if (++at_ == capacity_) at_ = 0;
   }
@@ -104,17 +102,29 @@ class TraceRing {
     return result;
   }
   /// Gives the memory back; nothing may be pushed any more.
-  void clear() { segments_.clear(); }
+  void clear() { Segments().swap(segments_); }
   /// Events that were overwritten, or that there was no memory for.
   std::uint64_t lost() const {
     return refused_ + (written_ > capacity_ ? written_ - capacity_ : 0);
   }
 
  private:
+  using Segments = std::vector<std::unique_ptr<TraceEvent[]>>;
   static constexpr std::size_t kSegment = 256;
+
+  /// One segment more; false if there is no memory for it.
+  bool grow() noexcept {
+    try {
+      segments_.emplace_back(std::unique_ptr<TraceEvent[]>(new TraceEvent[kSegment]));
+      return true;
+    } catch (const std::bad_alloc&) {
+      return false;  // the next event asks again
+    }
+  }
+
   const std::size_t capacity_;
-  std::vector<std::unique_ptr<TraceEvent[]>> segments_;
-  std::size_t at_ = 0;  // where the next one goes
+  Segments segments_;   // those that were reached
+  std::size_t at_ = 0;  // where the next one goes, in the last segment or right behind it
   std::uint64_t written_ = 0;
   std::uint64_t refused_ = 0;
 };
@@ -123,6 +133,8 @@ class TraceRing {
 class Recorder {
  public:
   bool on() const { return ring_.load(std::memory_order_relaxed) != nullptr; }
+  /// The same, after a store that must not be missed by both sides, see the top.
+  bool on_after_store() const { return ring_.load() != nullptr; }
 
   void record(const TraceEvent& event) {
     if (!on()) return;
@@ -156,11 +168,11 @@ inline std::int64_t native_thread_id() {
 struct TraceTrack {
   std::int32_t sphere = -1;    ///< -1: a thread that is no sphere's
   std::string name;            ///< of such a thread
-  std::int64_t native_id = 0;  ///< of the thread when the trace began, 0: there was none
+  std::int64_t native_id = 0;  ///< of its first thread in the trace, 0: there was none
   std::uint8_t first_state = 0;
   std::uint8_t last_state = 0;
-  std::uint64_t last_since = 0;  ///< when last_state began
-  std::vector<TraceEvent> events;
+  std::uint64_t last_since = 0;    ///< when last_state began, which may be after the trace
+  std::vector<TraceEvent> events;  ///< none ends after the trace; a state is cut there
   std::uint64_t lost = 0;
 };
 

@@ -42,7 +42,8 @@ class Tracer {
     std::uint64_t thread = 0;
   };
 
-  // relaxed: only a hint; rings are handed over by Recorder, the rest under the mutex.
+  // on() is a hint, hence relaxed; rings are handed over by Recorder, the rest under the mutex, but
+  // for number_, which is stored before on_ (release) and loaded after it (acquire).
   std::atomic<bool> on_{false};
   std::atomic<std::uint64_t> number_{0};  // of the trace, among all of the process
   std::mutex mutex_;                      // guards what follows

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trace_support import check_file, check_trace, items_in, load, phases_in, steals_in
 
 import torch_spheres as ts
-from torch_spheres import _core
+from torch_spheres import _core, recording
 from torch_spheres.tuning import Plan
 
 X = torch.randn(36, 8, generator=torch.Generator().manual_seed(0))
@@ -147,6 +151,49 @@ def test_states_last_as_long_as_the_statistics_say(spheres):
         mine = [s for s in trace.slices if s.sphere == sphere and s.kind == "state"]
         assert sum(s.duration_ns for s in mine) == whole
         assert all(a.end_ns == b.begin_ns for a, b in pairwise(mine))
+
+
+@pytest.mark.parametrize(
+    ("first", "events", "last", "since", "lost", "shown"),
+    [
+        # Nothing changed in the trace: it was in its last state all the time.
+        ("idle", [], "idle", 40, 0, [("idle", 100, 200)]),
+        ("ready", [], "idle", 100, 0, [("idle", 100, 200)]),
+        ("terminating", [], "terminating", 0, 0, []),
+        # A change that its thread had not recorded when the trace ended ...
+        ("ready", [], "idle", 150, 0, [("ready", 100, 150), ("idle", 150, 200)]),
+        ("ready", [], "terminating", 150, 0, [("ready", 100, 150)]),
+        ("terminating", [], "ready", 150, 0, [("ready", 150, 200)]),
+        (
+            "ready", [(90, 130, "ready", "idle")], "ready", 170, 0,
+            [("ready", 100, 130), ("idle", 130, 170), ("ready", 170, 200)],
+        ),
+        # ... and one that came afterwards.
+        ("ready", [], "idle", 230, 0, [("ready", 100, 200)]),
+        ("ready", [(90, 130, "ready", "idle")], "ready", 230, 0,
+         [("ready", 100, 130), ("idle", 130, 200)]),
+        # A state that ended before the trace began, in the time that all threads take to join in.
+        ("ready", [(90, 99, "ready", "idle")], "idle", 99, 0, [("idle", 100, 200)]),
+        # Changes were lost.
+        ("ready", [], "processing", 150, 3, [("processing", 150, 200)]),
+    ],
+)  # fmt: skip
+def test_states_at_both_ends_of_a_trace(first, events, last, since, lost, shown):
+    number = [state.name.lower() for state in ts.State].index
+    rows = [(b, e, -1, 1, number(after), 0, number(state)) for b, e, state, after in events]
+    track = SimpleNamespace(
+        sphere=5,
+        name="",
+        native_id=1,
+        first_state=number(first),
+        last_state=number(last),
+        last_since=since,
+        lost=lost,
+        events=np.array(rows, recording._EVENT).tobytes(),
+    )
+    record = SimpleNamespace(begin=100, end=200, queued=0, tracks=[track])
+    slices = recording._Reader(_core.Topology(2), record, {}).slices()
+    assert [(s.name, s.begin_ns, s.end_ns) for s in slices] == shown
 
 
 def test_arrows_of_work_and_gradients(spheres, tmp_path):
@@ -301,7 +348,7 @@ def test_nothing_is_recorded_outside_of_the_block(spheres):
     assert (items_in(trace), items_in(other)) == (0, 7)
 
 
-@pytest.mark.parametrize("reading", [lambda t: t.slices, lambda t: t.save("x.json"), repr])
+@pytest.mark.parametrize("reading", [lambda t: t.slices, lambda t: t.save("x.json")])
 def test_a_trace_cannot_be_read_before_its_block_ends(spheres, reading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trace = spheres.trace()
@@ -310,6 +357,14 @@ def test_a_trace_cannot_be_read_before_its_block_ends(spheres, reading, tmp_path
     with trace, pytest.raises(RuntimeError, match="when its 'with' block has ended"):
         reading(trace)
     reading(trace)
+
+
+def test_a_trace_has_a_repr_at_any_time(spheres):
+    trace = spheres.trace()
+    assert repr(trace) == "Trace, not begun"
+    with trace:
+        assert repr(trace) == "Trace, being recorded"
+    assert re.fullmatch(r"Trace of 0\.\d{3} s: \d+ slices, 0 arrows, 0 events lost", repr(trace))
 
 
 def test_one_trace_at_a_time(spheres):
@@ -371,6 +426,30 @@ def test_spheres_are_started_and_may_be_stopped_in_the_block(tmp_path):
         if e["name"] == "thread_name" and e["args"]["name"] == "sphere root"
     }
     assert len(roots) >= 2  # each start makes new threads
+
+
+def test_threads_are_known_that_start_as_the_trace_begins():
+    for _ in range(30):
+        spheres = ts.KissingSpheres(levels=2, concurrency=2)
+        with spheres.trace() as trace:
+            spheres.epoch()  # all threads are there
+        spheres.stop()
+        native_ids = trace._parts().native_ids
+        assert {s.sphere for s in trace.slices} == set(range(13))
+        assert all(native_ids[sphere] for sphere in range(13))
+
+
+def test_a_large_capacity_takes_no_memory_yet():
+    with ts.KissingSpheres(levels=4, concurrency=1) as spheres:
+        spheres.epoch()
+        before = memory_in_use()
+        with spheres.trace(capacity=2**24):
+            during = memory_in_use()
+    assert during - before < 200e6
+
+
+def memory_in_use():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_traces_come_and_go_while_threads_work(spheres):

@@ -83,6 +83,12 @@ class Recording(Trace):
         """Remembers what the calling thread is called: it may be gone when the trace is read."""
         self._names[threading.get_native_id()] = threading.current_thread().name
 
+    def __repr__(self) -> str:
+        # For debuggers and reports of failures too: never an error.
+        if self._made is None and self._record is None:
+            return f"Trace, {'being recorded' if self._process else 'not begun'}"
+        return super().__repr__()
+
     def _parts(self) -> Parts:
         if self._made is not None:
             return self._made
@@ -170,8 +176,9 @@ class _Reader:
                 self.names[sphere] = self._python_names.get(track.native_id, track.name)
             self.native_ids[sphere] = [(0, track.native_id)] if track.native_id else []
             events = np.frombuffer(track.events, _EVENT)
-            if track.lost and len(events):
-                self.complete_since = max(self.complete_since, int(events["end"][0]))
+            if track.lost:
+                oldest = int(events["end"][0]) if len(events) else self._end
+                self.complete_since = max(self.complete_since, oldest)
             if track.sphere >= 0:
                 yield from self._states(track, events[events["kind"] == _STATE])
             others = events[(events["kind"] != _STATE) & (events["end"] >= self._begin)]
@@ -184,16 +191,22 @@ class _Reader:
         shown = changes[(changes["end"] > self._begin) & (changes["label"] != _GONE)]
         for begin, end, label in shown[["begin", "end", "label"]].tolist():
             yield Slice(track.sphere, max(self._begin, begin), end, "state", _STATES[label])
-        # The state that it was in when the trace ended.
+        # Since then it was in a state that had not ended when the trace did.
         if len(changes):
             state, since = int(changes["other"][-1]), int(changes["end"][-1])
-        elif track.lost:
+        elif track.lost or track.last_since <= self._begin:
             state, since = track.last_state, track.last_since
         else:
             state, since = track.first_state, self._begin
         since = max(self._begin, since)
-        if state != _GONE and since < self._end:
-            yield Slice(track.sphere, since, self._end, "state", _STATES[state])
+        # At the end its thread may have made one change more, which it had not recorded yet.
+        # (Another one, and with it `last_since`, would come after the end: the thread was stopped
+        # between the two, and what is shown until the end is the state before.) At the beginning
+        # none is missed: what the thread does not record is in `first_state`.
+        changed = track.last_since if since < track.last_since < self._end else self._end
+        for begin, end, name in ((since, changed, state), (changed, self._end, track.last_state)):
+            if name != _GONE and begin < end:
+                yield Slice(track.sphere, begin, end, "state", _STATES[name])
 
     def _other(
         self, sphere: int, begin: int, end: int, item: int, count: int, other: int, kind: int,

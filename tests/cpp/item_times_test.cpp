@@ -2,6 +2,7 @@
 // thefts.
 #include "item_times.h"
 
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
@@ -113,6 +114,36 @@ TEST(ticks_are_nanoseconds_once_converted) {
   CHECK(measured > 45'000'000);
   CHECK(measured < most + most / 10);
   CHECK_EQ(elapsed_ns(end, begin, ns_per_tick()), 0u);
+}
+
+TEST(a_clock_that_stops_or_begins_anew_does_not_spoil_the_length_of_a_tick) {
+  constexpr std::uint64_t kSecond = 1'000'000'000;
+  const auto is_half = [](double length) { return std::abs(length - 0.5) < 1e-6; };
+  // Half a nanosecond per tick throughout.
+  TickLength even({1000, 5000});
+  CHECK(is_half(even.at({1200, 5400})));
+  CHECK(is_half(even.at({kSecond, 2 * kSecond + 3000})));
+  CHECK(!even.settled());
+  CHECK(is_half(even.at({kSecond + 10, 2 * kSecond + 3020})));
+  CHECK(!even.settled());
+  CHECK(is_half(even.at({2 * kSecond, 4 * kSecond + 3000})));
+  CHECK(even.settled());
+  // While the machine sleeps an hour, ticks go on alone.
+  const std::uint64_t asleep = 7200 * kSecond;
+  TickLength slept({0, 0});
+  CHECK(slept.at({kSecond, 2 * kSecond + asleep}) < 0.001);
+  CHECK(!slept.settled());
+  CHECK(is_half(slept.at({2 * kSecond, 4 * kSecond + asleep})));
+  CHECK(!slept.settled());
+  CHECK(is_half(slept.at({3 * kSecond, 6 * kSecond + asleep})));
+  CHECK(slept.settled());
+  // Once it wakes, they begin anew.
+  TickLength anew({0, 100 * kSecond});
+  CHECK(is_half(anew.at({kSecond, 102 * kSecond})));
+  CHECK(is_half(anew.at({2 * kSecond, 10})));
+  CHECK(!anew.settled());
+  CHECK(is_half(anew.at({3 * kSecond, 2 * kSecond + 10})));
+  CHECK(anew.settled());
 }
 
 TEST(every_item_that_runs_is_counted_once_whoever_runs_it) {
