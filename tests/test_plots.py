@@ -373,6 +373,7 @@ def test_mistakes_are_named(spheres):
     refuses(TypeError, "got ndarray; take one of them", Figure().subplots(2, 2))
     refuses(TypeError, "got 'polar' ones", Figure().add_subplot(projection="polar"))
     refuses(TypeError, "stats must be None or from stats", stats=[1])
+    refuses(TypeError, "got a trace; give it as trace=", stats=trace())
     refuses(TypeError, "trace must be what .* gives, got dict", trace={})
     refuses(ValueError, "one of the two", stats=spheres.stats(), trace=trace())
     refuses(ValueError, "of 3 levels, and these spheres have 2", trace=trace(levels=3))
