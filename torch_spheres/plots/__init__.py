@@ -96,7 +96,8 @@ def plot_timeline(
     Args:
         trace: from ``with spheres.trace() as trace``.
         ax: where to draw. None: a new figure, which is one of pyplot's where
-            ``matplotlib.pyplot`` is imported already, and otherwise its own.
+            ``matplotlib.pyplot`` is imported already, and otherwise its own. Title and legend stand
+            above the axes: make the figure with ``layout="constrained"``, to have room for them.
         begin: milliseconds since the trace began, as on the axis. None: its beginning.
         end: milliseconds since the trace began. None: its end.
         theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
@@ -155,7 +156,8 @@ def plot_loader(loader: Any, ax: Axes | None = None, *, theme: str = "light") ->
 
     Args:
         loader: from `wrap`, after the loop has asked it for batches.
-        ax: where to draw; None: a new figure, as of `plot_timeline`.
+        ax: where to draw; None: a new figure, as of `plot_timeline`. Title and legend stand above
+            the axes: make the figure with ``layout="constrained"``, which makes room for them.
         theme: ``"light"`` or ``"dark"``.
 
     Returns:
