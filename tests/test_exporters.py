@@ -120,6 +120,18 @@ def test_prometheus_labels_of_the_users_are_escaped_or_refused() -> None:
             stats.to_prometheus(labels={name: "x"})
 
 
+def test_arguments_of_to_prometheus_are_checked() -> None:
+    stats = KissingSpheres(levels=1).stats()
+    for wrong in ([1], "pool", 3):
+        with pytest.raises(TypeError, match="labels must map names to values"):
+            stats.to_prometheus(labels=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="labels: names must be strings, got 1"):
+        stats.to_prometheus(labels={1: "a"})  # type: ignore[dict-item]
+    for wrong in ("yes", 1):
+        with pytest.raises(TypeError, match=f"per_sphere must be .* got {wrong!r}"):
+            stats.to_prometheus(per_sphere=wrong)  # type: ignore[arg-type]
+
+
 def test_prometheus_wants_counters_that_only_grow() -> None:
     with KissingSpheres() as spheres:
         before = spheres.stats()
@@ -281,6 +293,8 @@ def test_arguments_of_log_to_are_checked() -> None:
     for every in (0, -1):
         with pytest.raises(ValueError, match="every must be at least 1"):
             spheres.log_to(writer, every)
+    with pytest.raises(ValueError, match=r"first_step.* must be at least 0, got -1"):
+        spheres.log_to(writer, first_step=-1)
     with pytest.raises(TypeError, match="every must be an integer"):
         spheres.log_to(writer, 2.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be None or a"):

@@ -133,3 +133,18 @@ def test_mistakes_are_named(spheres):
     with pytest.raises(TypeError, match=r"plot_loader\(\): ax must be .* got Figure"):
         ts.plot_loader(loader, Figure())
     drawn(ts.plot_loader(loader))
+
+
+def test_a_layout_makes_room_for_what_stands_above_given_axes(spheres):
+    loader = ts.wrap(DataLoader(TensorDataset(torch.zeros(40, 2)), 4), spheres)
+    for _ in loader:
+        pass
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for ax in (left, right):
+        ts.plot_loader(loader, ax)
+    drawn(left)
+    for ax in (left, right):
+        for box in [found(ax, gid)[0].get_window_extent() for gid in ("title", "notes")]:
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1

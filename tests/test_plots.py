@@ -134,6 +134,30 @@ def test_chords_are_wide_at_the_thief_and_the_wider_the_more(spheres):
     assert words(ax, "items").startswith("1,300 items, 108 stolen (8.3 %)")
 
 
+def test_chords_pass_over_the_root_unless_they_end_at_it(spheres):
+    stats = with_figures(spheres.stats(), steals={(4, 9): 100, (0, 3): 100})
+    ax = spheres.plot(axes(), stats=stats)
+    (chords,), (wedges,), (rims,) = (found(ax, gid) for gid in ("steals", "spheres", "states"))
+    (label,) = found(ax, "label 0")
+    assert max(wedges.get_zorder(), rims.get_zorder()) < chords.get_zorder() < label.get_zorder()
+    disc = mpl.colors.to_rgba(wedges.to_rgba(wedges.get_array())[0])
+    assert label.get_bbox_patch().get_facecolor() == disc  # so that it can be read
+    nearest = sorted(min(np.hypot(*chord.T)) for chord in shapes(ax, "steals"))
+    root = max(np.hypot(*shapes(ax, "states")[0].T))  # with its rim
+    assert nearest[0] < 0.1 < root <= nearest[1] < root + 0.05
+
+
+def test_what_ran_items_was_not_idle_even_if_its_thread_was(spheres):
+    """The root's are run by threads that wait: in its figures, but not in its time."""
+    stats = with_figures(spheres.stats(), busy={1: 0.5})
+    ran = [replace(s, items_run=7 if s.id < 2 else 0) for s in stats]
+    ax = spheres.plot(axes(), stats=replace(stats, spheres=tuple(ran)))
+    assert [t.get_text() for t in found(ax, "label")][:3] == ["root\n0 %", "0\n50 %", "1"]
+    assert "never busy 11" in legend(ax)
+    (wedges,) = found(ax, "spheres")
+    assert wedges.get_array().mask.tolist() == [False] * 2 + [True] * 11
+
+
 def test_helpers_of_larger_hierarchies_are_a_note():
     with ts.KissingSpheres(levels=3) as large:
         large.map(abs, range(10))
@@ -215,6 +239,7 @@ def test_a_trace_in_place_of_statistics(spheres):
     )
     data = RingData.of_trace(made)
     assert data.busy == tuple({1: 0.5, 3: 0.2}.get(s, 0.0) for s in range(13))
+    assert [s for s in range(13) if data.used(s)] == [0, 1, 3]
     assert (data.states[1], data.states[3], data.states[5]) == ("idle", "waiting", "")
     assert data.steals == {(1, 3): 5, (0, 2): 1} and data.items == 6 and data.stolen == 6
     ax = spheres.plot(axes(), trace=made)
@@ -348,6 +373,7 @@ def test_mistakes_are_named(spheres):
     refuses(TypeError, "got ndarray; take one of them", Figure().subplots(2, 2))
     refuses(TypeError, "got 'polar' ones", Figure().add_subplot(projection="polar"))
     refuses(TypeError, "stats must be None or from stats", stats=[1])
+    refuses(TypeError, "got a trace; give it as trace=", stats=trace())
     refuses(TypeError, "trace must be what .* gives, got dict", trace={})
     refuses(ValueError, "one of the two", stats=spheres.stats(), trace=trace())
     refuses(ValueError, "of 3 levels, and these spheres have 2", trace=trace(levels=3))

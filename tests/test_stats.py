@@ -291,6 +291,33 @@ def test_the_table_sums_up_turns_balance_and_item_times() -> None:
 # ---- advice ----
 
 
+def test_the_repr_is_one_line_however_many_spheres() -> None:
+    with KissingSpheres(levels=4) as spheres:
+        before = spheres.stats()
+        spheres.map(abs, range(1538))
+        stats = spheres.stats()
+    assert re.fullmatch(
+        r"<Stats of 1885 spheres: 1,538 items, [\d,]+ stolen, in [\d.]+ m?s; print\(\) shows the "
+        r"table>",
+        repr(stats),
+    )
+    since = repr(stats - before)
+    assert since.startswith("<Difference of two Stats of 1885 spheres: 1,538 items, ")
+    assert repr(KissingSpheres(levels=1).stats()).startswith("<Stats of 1 sphere: 0 items, ")
+    assert str(stats).count("\n") > 5  # the table is what it was
+
+
+def test_mistakes_are_named() -> None:
+    stats = KissingSpheres(levels=2).stats()
+    for wrong in ("95", None, True):
+        with pytest.raises(TypeError, match=f"q must be a number, .* got {wrong!r}"):
+            stats.item_time(wrong)  # type: ignore[arg-type]
+    with pytest.raises(IndexError, match=r"no sphere 99; ids are 0 \(the root\) to 12"):
+        stats[99]
+    with pytest.raises(TypeError, match="a sphere's id must be an integer, got 'root'"):
+        stats["root"]  # type: ignore[index]
+
+
 def rules(stats: ts.Stats) -> str:
     assert isinstance(stats.advice(), tuple) and len(stats.advice()) <= 3
     return "\n".join(stats.advice())

@@ -116,6 +116,44 @@ def test_operators_of_a_shard_stand_under_the_sphere_that_ran_it(spheres, tmp_pa
     assert len({e["ts"] for e in events if e["ph"] == "X"}) > 100
 
 
+@pytest.mark.parametrize("first", ["export", "save"])
+def test_a_profiler_that_was_written_before_says_what_to_pass(spheres, tmp_path, first):
+    profiler, trace = train(spheres, tmp_path, steps=1)
+    if first == "export":
+        profiler.export_chrome_trace(str(tmp_path / "profile.json"))
+    else:
+        trace.save(tmp_path / "first.json", profiler=profiler)
+    with pytest.raises(RuntimeError, match="only once: give the path of that file"):
+        trace.save(tmp_path / "run.json", profiler=profiler)
+    assert not (tmp_path / "run.json").exists()
+    if first == "export":
+        trace.save(tmp_path / "run.json", profiler=tmp_path / "profile.json")
+        check_file(load(tmp_path / "run.json"))
+
+
+def test_a_profiler_that_saw_nothing_of_the_spheres_is_worth_a_warning(spheres, tmp_path):
+    path = tmp_path / "run.json"
+
+    def work():
+        spheres.map(lambda k: torch.ones(3) + k, range(20))
+
+    with profile(activities=[ProfilerActivity.CPU]) as earlier:
+        torch.ones(3).add(1)
+    with profile(activities=[ProfilerActivity.CPU]) as blind, spheres.trace() as trace:
+        torch.ones(3).add(1)
+        work()
+    with pytest.warns(UserWarning, match="did not look at all threads") as seen:
+        trace.save(path, profiler=blind)
+    assert seen[0].filename == __file__
+    check_file(load(path))
+    with pytest.warns(UserWarning, match="of another time; profile and trace the same"):
+        trace.save(path, profiler=earlier)
+    # Where spheres ran nothing, there is nothing to miss.
+    with profile(activities=[ProfilerActivity.CPU]) as alone, spheres.trace() as trace:
+        torch.ones(3).add(1)
+    trace.save(path, profiler=alone)
+
+
 def test_what_cannot_be_merged_says_why(spheres, tmp_path):
     with spheres.trace() as trace:
         spheres.map(abs, range(5))

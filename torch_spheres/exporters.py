@@ -42,7 +42,13 @@ def prometheus_text(stats: Stats, per_sphere: bool | None, labels: Mapping[str, 
             "to_prometheus() wants a snapshot, spheres.stats(), whose counters only grow; "
             "Prometheus makes the differences (rate(...))"
         )
+    if per_sphere is not None and not isinstance(per_sphere, bool):
+        raise TypeError(f"per_sphere must be True, False or None, got {per_sphere!r}")
+    if not isinstance(labels, Mapping):
+        raise TypeError(f"labels must map names to values, {{'pool': 'a'}}, got {labels!r}")
     for name in labels:
+        if not isinstance(name, str):
+            raise TypeError(f"labels: names must be strings, got {name!r}")
         if not _LABEL.fullmatch(name) or name in _OURS:
             raise ValueError(
                 f"labels: {name!r} cannot be used; names are letters, digits and _, do not begin "
@@ -258,6 +264,8 @@ def open_log(
         raise TypeError(f"tag must be a string that is not empty, got {tag!r}")
     if every < 1:
         raise ValueError(f"every must be at least 1 step, got {every}")
+    if first_step < 0:
+        raise ValueError(f"first_step, of steps done before, must be at least 0, got {first_step}")
     return StatsLog(spheres, writer, every, optimizer, tag, first_step)
 
 

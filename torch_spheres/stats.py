@@ -10,7 +10,7 @@ from torch_spheres._core import State
 from torch_spheres.exporters import prometheus_text
 from torch_spheres.item_times import ITEM_TIME_EDGES_NS, add_counts, quantile_ns
 from torch_spheres.stats_advice import advice_on
-from torch_spheres.stats_table import format_stats
+from torch_spheres.stats_table import duration, format_stats
 
 __all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats"]
 
@@ -119,7 +119,7 @@ _DIFFERENCES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Stats:
     """All spheres at one moment; iterate over it, or index it by sphere id.
 
@@ -154,7 +154,14 @@ class Stats:
         return len(self.spheres)
 
     def __getitem__(self, sphere: int) -> SphereStats:
-        return self.spheres[sphere]
+        try:
+            return self.spheres[sphere]
+        except IndexError:
+            raise IndexError(
+                f"there is no sphere {sphere}; ids are 0 (the root) to {len(self.spheres) - 1}"
+            ) from None
+        except TypeError:
+            raise TypeError(f"a sphere's id must be an integer, got {sphere!r}") from None
 
     def __iter__(self) -> Iterator[SphereStats]:
         return iter(self.spheres)
@@ -284,6 +291,7 @@ class Stats:
         from a histogram: off by less than a quarter of the true time, or by 64 ns if that is more.
 
         Raises:
+            TypeError: `q` is no number.
             ValueError: `q` is not between 0 and 1.
         """
         return quantile_ns(self.item_time_counts, q) / 1e9
@@ -338,10 +346,19 @@ class Stats:
         Serve it as ``text/plain; version=0.0.4``.
 
         Raises:
+            TypeError: `per_sphere` is not True, False or None; `labels` is no mapping from names.
             ValueError: this is a difference, and Prometheus makes differences itself; or a label's
                 name is not a name, or one of ours.
         """
-        return prometheus_text(self, per_sphere, labels or {})
+        return prometheus_text(self, per_sphere, {} if labels is None else labels)
 
     def __str__(self) -> str:
         return format_stats(self)
+
+    def __repr__(self) -> str:
+        what = "Difference of two Stats" if self.is_difference else "Stats"
+        spheres = f"{len(self)} {'sphere' if len(self) == 1 else 'spheres'}"
+        return (
+            f"<{what} of {spheres}: {self.items_run:,} items, {self.items_stolen:,} stolen, "
+            f"in {duration(self.elapsed)}; print() shows the table>"
+        )

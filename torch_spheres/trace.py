@@ -194,9 +194,15 @@ class Trace:
             profiler: a `torch.profiler.profile` whose block has ended, or the path of what its
                 ``export_chrome_trace`` wrote, to be in the same file: each operator stands under
                 the sphere that ran it. The profiler has to look at all threads, see the README.
+                torch writes a profiler once, and this uses it up; a path can be used again.
+
+        Warns:
+            UserWarning: the profiler saw no operator on a sphere that ran items or shards: it did
+                not look at all threads, or is of another time. The file is written all the same.
 
         Raises:
-            RuntimeError: the trace, or the profiler, has not ended yet.
+            RuntimeError: the trace, or the profiler, has not ended yet, or the profiler was written
+                before.
             ValueError: the profiler's file is no trace, or one of another process.
             OSError: a file cannot be read or written.
         """

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import tempfile
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ def save(parts: Parts, path: str | os.PathLike[str], profiler: Any = None) -> No
     """See `Trace.save`."""
     other = None if profiler is None else _profile(profiler)
     writer = _Writer(parts, other)
+    reason = writer.why_no_operators(other) if other is not None else None
+    if reason is not None:
+        warnings.warn(
+            f"the profiler saw no operator on a sphere while this trace was recorded: {reason}",
+            stacklevel=3,
+        )
     # Line by line: a long trace is larger as text than it was in memory.
     name = os.fspath(path)
     if name.endswith(".gz"):
@@ -47,7 +54,17 @@ def _profile(profiler: Any) -> dict[str, Any]:
         )
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "profile.json")  # noqa: PTH118
-        profiler.export_chrome_trace(path)
+        try:
+            profiler.export_chrome_trace(path)
+        except RuntimeError as error:
+            if "already saved" not in str(error):
+                raise
+            raise RuntimeError(
+                "this profiler has been written already (by export_chrome_trace(), a "
+                "tensorboard_trace_handler or another trace.save()), and torch lets it be written "
+                "only once: give the path of that file instead, trace.save(path, "
+                "profiler='profile.json')"
+            ) from error
         return _load(path)
 
 
@@ -104,6 +121,34 @@ class _Writer:
         self._since = first
         # Wall time is slowed down and sped up by who keeps it right: the clocks part slowly.
         self._drift = (wall_then - wall) / max(1, last - first)
+
+    def why_no_operators(self, profile: dict[str, Any]) -> str | None:
+        """Why the profiler saw nothing of what the spheres ran; None if it did, or nothing ran."""
+        ran = {
+            s.sphere
+            for s in self._parts.slices
+            if s.sphere >= 0 and (s.kind == "phase" or (s.kind, s.name) == ("item", "item"))
+        }
+        if not ran:
+            return None
+        tids = {tid for sphere in ran for _, tid in self._parts.native_ids.get(sphere, ())}
+        begin, end = self._at(self._parts.begin_ns) / 1e3, self._at(self._parts.end_ns) / 1e3
+        at_the_time = False
+        for event in profile["traceEvents"]:
+            if event.get("ph") != "X" or "ts" not in event:
+                continue
+            # One of them stands for the profiler itself, from begin to end, on no thread.
+            if event["ts"] < end and event["ts"] + event.get("dur", 0) > begin:
+                at_the_time = True
+                if event.get("pid") == self._process and event.get("tid") in tids:
+                    return None
+        if not at_the_time:
+            return "it is of another time; profile and trace the same part of the program"
+        return (
+            "either it did not look at all threads, as torch.profiler.profile(experimental_config="
+            "torch._C._profiler._ExperimentalConfig(profile_all_threads=True)) does, or the items "
+            "called no operators"
+        )
 
     def _at(self, ns: int) -> int:
         """A moment, in nanoseconds from the file's beginning."""

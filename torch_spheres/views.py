@@ -122,7 +122,7 @@ class Views:
 
         Raises:
             TypeError: an argument is of another kind.
-            ValueError: `every` is less than 1.
+            ValueError: `every` is less than 1, or `first_step` less than 0.
         """
         every, first_step = as_index("every", every), as_index("first_step", first_step)
         return open_log(self._spheres, writer, every, optimizer, tag, first_step)
@@ -137,7 +137,7 @@ class Views:
     ) -> Axes:
         """Draws the hierarchy as rings: the root in the middle, a wedge for each sphere.
 
-        Wedges are coloured by busy time, and those that did nothing grey; the band outside a wedge
+        Wedges are coloured by busy time, and those that ran nothing grey; the band outside a wedge
         says what the sphere does at the moment. Chords are items that were stolen, from the victim
         to the wide end at the thief, the wider the more. Paths stand where there is room for them.
 

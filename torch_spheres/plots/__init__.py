@@ -58,6 +58,8 @@ def plot_rings(
 def _checked(stats: Any, spheres: KissingSpheres) -> Stats:
     if stats is None:
         return spheres.stats()
+    if isinstance(stats, Trace):
+        raise TypeError("stats must be None or from stats(), got a trace; give it as trace=")
     if not isinstance(stats, Stats):
         raise TypeError(f"stats must be None or from stats(), got {type(stats).__name__}")
     if len(stats) != spheres.total_spheres:
@@ -71,6 +73,7 @@ def _check_trace(name: str, trace: Any) -> None:
     if not isinstance(trace, Trace):
         raise TypeError(
             f"{name} must be what `with spheres.trace() as trace` gives, got {type(trace).__name__}"
+            + ("; plot() takes it as stats=" if isinstance(trace, Stats) else "")
         )
 
 
@@ -93,7 +96,8 @@ def plot_timeline(
     Args:
         trace: from ``with spheres.trace() as trace``.
         ax: where to draw. None: a new figure, which is one of pyplot's where
-            ``matplotlib.pyplot`` is imported already, and otherwise its own.
+            ``matplotlib.pyplot`` is imported already, and otherwise its own. Title and legend stand
+            above the axes: make the figure with ``layout="constrained"``, to have room for them.
         begin: milliseconds since the trace began, as on the axis. None: its beginning.
         end: milliseconds since the trace began. None: its end.
         theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
@@ -124,11 +128,13 @@ def _window(trace: Trace, begin: object, end: object) -> tuple[float, float]:
     whole = max(1, trace.end_ns - trace.begin_ns) / 1e6
     first = 0.0 if begin is None else _milliseconds("begin", begin)
     last = whole if end is None else _milliseconds("end", end)
-    if not first < last:
+    if begin is not None and end is not None and not first < last:
         raise ValueError(f"begin must be before end, got {first:g} and {last:g} ms")
     if first >= whole or last <= 0:
+        part = f"from {first:g} on" if last > 0 else f"up to {last:g}"
         raise ValueError(
-            f"the trace goes from 0 to {whole:.6g} ms; there is nothing from {first:g} to {last:g}"
+            f"the trace goes from 0 to {whole:.6g} ms; there is nothing {part} (begin and end are "
+            "milliseconds since it began)"
         )
     return max(0.0, first), min(whole, last)
 
@@ -150,7 +156,8 @@ def plot_loader(loader: Any, ax: Axes | None = None, *, theme: str = "light") ->
 
     Args:
         loader: from `wrap`, after the loop has asked it for batches.
-        ax: where to draw; None: a new figure, as of `plot_timeline`.
+        ax: where to draw; None: a new figure, as of `plot_timeline`. Title and legend stand above
+            the axes: make the figure with ``layout="constrained"``, which makes room for them.
         theme: ``"light"`` or ``"dark"``.
 
     Returns:

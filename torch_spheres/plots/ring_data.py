@@ -28,6 +28,9 @@ class RingData:
     concurrency: int
     busy: tuple[float, ...]
     """Shares of the time, 0 to 1, by sphere id."""
+    ran: tuple[bool, ...]
+    """Whether it ran any items, by sphere id. The root may have and still not be busy: its are run
+    by threads that wait, while its own thread sleeps."""
     states: tuple[str, ...]
     """In lower case, by sphere id; "" where that is not known."""
     items: int
@@ -39,6 +42,10 @@ class RingData:
     """Of what time the shares are."""
     lost: int = 0
     """Events that the trace has lost."""
+
+    def used(self, sphere: int) -> bool:
+        """Whether it did anything at all."""
+        return self.ran[sphere] or self.busy[sphere] > 0
 
     @property
     def stolen(self) -> int:
@@ -65,6 +72,7 @@ class RingData:
             levels=levels,
             concurrency=stats.concurrency,
             busy=tuple(s.utilization for s in stats.spheres),
+            ran=tuple(s.items_run > 0 for s in stats.spheres),
             states=tuple(s.state.name.lower() for s in stats.spheres),
             items=stats.items_run,
             steals=steals,
@@ -79,10 +87,12 @@ class RingData:
         span = max(1, trace.end_ns - trace.begin_ns)
         busy = [0] * total
         states = [""] * total
+        ran = [False] * total
         items = 0
         for part in trace.slices:
             if part.kind == "item":
                 items += part.count
+                ran[max(0, part.sphere)] = True  # what other threads help with counts for the root
             if part.kind != "state" or part.sphere < 0:
                 continue
             states[part.sphere] = part.name  # the last one: slices are ordered by time
@@ -97,6 +107,7 @@ class RingData:
             levels=trace.levels,
             concurrency=trace.concurrency,
             busy=tuple(min(1.0, ns / span) for ns in busy),
+            ran=tuple(ran),
             states=tuple(states),
             items=items,
             steals=dict(steals),

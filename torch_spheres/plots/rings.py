@@ -90,7 +90,8 @@ class _Rings:
     def wedges(self) -> ScalarMappable:
         from matplotlib.collections import PolyCollection
 
-        values = np.ma.masked_less_equal(np.array(self._data.busy), 0.0)
+        unused = [not self._data.used(s) for s in range(len(self._data.busy))]
+        values = np.ma.masked_array(np.array(self._data.busy), unused)
         shapes = [self._wedge(s, *self._rings[Topology.level(s)]) for s in range(len(values))]
         # A hair of an edge: neighbours without one would show seams.
         hair = 0.25 if self._data.levels == 4 else 0.0
@@ -130,8 +131,8 @@ class _Rings:
                     break
 
     def _with_share(self, sphere: int, path: str) -> str:
-        share = self._data.busy[sphere]
-        return f"{path}\n{percent(share)}" if share > 0 else path
+        used = self._data.used(sphere)
+        return f"{path}\n{percent(self._data.busy[sphere])}" if used else path
 
     def _slim(self, level: int) -> bool:
         """Whether text has to stand along the radius."""
@@ -170,11 +171,15 @@ class _Rings:
             x, y = radius * math.sin(middle), radius * math.cos(middle)
             if self._slim(level):
                 turn = 90 - math.degrees(middle) + (180 if x < 0 else 0)
-        share = self._data.busy[sphere]
+        used = self._data.used(sphere)
+        wedge = colours.to_rgba(np.array(self._data.busy[sphere])) if used else self._theme.unused
+        # Chords pass over the inner rings.
+        under = {"facecolor": wedge, "edgecolor": "none", "boxstyle": "round,pad=0.2"}
         self._ax.text(
             x, y, text, ha="center", va="center", rotation=turn, rotation_mode="anchor", zorder=4,
             fontsize=size, linespacing=1.15, gid=f"label {sphere}",
-            color=ink_on(colours.to_rgba(np.array(share))) if share > 0 else self._theme.faint,
+            color=ink_on(wedge) if used else self._theme.faint,
+            bbox=under if level < self._data.levels - 1 else None,
         )  # fmt: skip
 
     def _wedge(self, sphere: int, inner: float, outer: float) -> Points:
@@ -207,7 +212,7 @@ class _Rings:
             strengths.append(faintest + (0.9 - faintest) * share)
         chords = PolyCollection(
             shapes, facecolors=[(self._theme.steal, alpha) for alpha in strengths],
-            edgecolors="none", zorder=2,
+            edgecolors="none", zorder=3.5,  # over the rings, not to seem to end there
             rasterized=len(shapes) > 500,
         )  # fmt: skip
         chords.set_gid("steals")
@@ -218,7 +223,7 @@ class _Rings:
         radius = self._rings[-1][0] - 0.012
         if thief == 0:  # the root's helper
             angle = self._end(victim, KISSING / 2)
-            inner = self._rings[0][1]
+            inner = self._rings[0][1] + _RIM + 0.006
             return np.linspace(_at(inner, angle), _at(radius, angle), 24)
         groups = Topology.group(thief), Topology.group(victim)
         begin, end = self._end(thief, groups[1]), self._end(victim, groups[0])
@@ -297,7 +302,7 @@ class _Rings:
             Patch(facecolor=theme.states[state], label=f"{_STATES[state]} {count:,}")
             for state, count in self._data.state_counts(theme.states)
         ]
-        if unused := sum(share <= 0 for share in self._data.busy):
+        if unused := sum(not self._data.used(s) for s in range(len(self._data.busy))):
             handles.append(Patch(facecolor=theme.unused, label=f"never busy {unused:,}"))
         self._ax.legend(
             handles=handles, loc="upper center", bbox_to_anchor=(0, -1.05), frameon=False,
