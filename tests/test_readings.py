@@ -108,6 +108,33 @@ def test_several_systems_share_a_screen() -> None:
     assert "ended" in plain_line(views[0]) and "7 items" in plain_line(views[0])
 
 
+class CountedRates(Rates):
+    """Counts how often shares are worked out, which is most of what a line costs."""
+
+    asked = 0
+
+    def busy(self, index: int | None = None) -> float:
+        CountedRates.asked += 1
+        return super().busy(index)
+
+
+def test_a_screen_costs_what_is_shown_and_not_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = CountedRates()
+    rates.add(made(10, 4, items=7))
+    views = [View(rates, name=f"pid {number}", ended=number > 0) for number in range(3000)]
+    for shown, height in ((1, 24), (11, 24), (3000, 24), (3000, 7)):
+        monkeypatch.setattr(CountedRates, "asked", 0)
+        lines = screen(views[:shown], 80, height)
+        assert 1 <= len(lines) <= height and 1 <= CountedRates.asked <= height
+    assert lines[-1][0][0] == "and 2,997 more"
+
+
+def test_an_empty_screen_fits_any_terminal() -> None:
+    assert [screen([], 80, height) for height in (-1, 0, 1)] == [[], [], []]
+
+
 def test_rows_are_counted_from_any_thread() -> None:
     counted = Rows()
     threads = [

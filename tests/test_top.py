@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -12,6 +13,9 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from terminal import LIMIT, Program, Screen, script
 import torch_spheres as ts
 from torch_spheres.watching.inbox import Inbox
 from torch_spheres.watching.readings import Reading
-from torch_spheres.watching.report import ADDRESS
+from torch_spheres.watching.report import ADDRESS, Reporter
 
 TOP = [sys.executable, "-P", "-m", "torch_spheres.top"]
 HEADER = """
@@ -46,6 +50,13 @@ def run(*command: str, options: tuple[str, ...] = (), **more: Any) -> subprocess
         check=False,
         env={k: v for k, v in os.environ.items() if k not in (ADDRESS, "RANK")} | more,
     )
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
 
 
 def tables(screen: Screen) -> int:
@@ -421,6 +432,91 @@ print("done", flush=True)
         inbox.drain()
         (view,) = inbox.views
         assert view.ended and view.reading.spheres == 13
+
+
+class Peer:
+    """A process of which the test says what it sends."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.connect(inbox.path)
+        self.running = Reading.of(ts.KissingSpheres(levels=2))
+        self.running = replace(self.running, running=True, elapsed_ns=1)
+
+    def send(self, number: int, *, running: bool) -> None:
+        self._send(number, replace(self.running, running=running).to_json())
+
+    def gone(self, number: int) -> None:
+        self._send(number, None)
+
+    def _send(self, number: int, reading: Any) -> None:
+        message = {"pid": 5, "rank": None, "number": number, "reading": reading}
+        self._socket.send(json.dumps(message).encode())
+        self._inbox.drain()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._inbox.drain()
+
+
+def test_spheres_that_have_stopped_are_forgotten_while_their_process_goes_on() -> None:
+    def numbers() -> list[int]:
+        names = [view.name.removeprefix("pid 5, no. ") for view in inbox.views]
+        return [0 if name == "pid 5" else int(name) - 1 for name in names]
+
+    with selectors.DefaultSelector() as selector, Inbox(selector) as inbox:
+        peer = Peer(inbox)
+        peer.send(0, running=True)
+        for number in range(1, 301):
+            peer.send(number, running=True)
+            peer.send(number, running=False)
+        assert numbers() == [0, *range(237, 301)]
+        assert [view.condition for view in inbox.views] == ["running"] + ["stopped"] * 64
+        peer.send(0, running=False)  # the last to stop, though the first to come
+        assert numbers() == [0, *range(238, 301)]
+        peer.send(238, running=True)  # started again: no longer one to be forgotten
+        peer.send(7, running=True)  # and one that was forgotten
+        for number in (301, 302, 303):
+            peer.send(number, running=False)
+        assert numbers() == [0, 238, *range(241, 301), 7, 301, 302, 303]
+        peer.gone(238)
+        peer.gone(1)  # forgotten long ago
+        assert numbers() == [0, 238, *range(242, 301), 7, 301, 302, 303]
+        assert [v.condition for v in inbox.views[:2]] == ["stopped", "ended"]
+        peer.close()
+        assert len(inbox.views) == 64 and {v.condition for v in inbox.views} == {"ended"}
+        assert 7 in numbers()
+
+
+def test_spheres_that_are_garbage_are_reported_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_spheres.watching.report.PERIOD", 0.001)
+    with selectors.DefaultSelector() as selector, Inbox(selector) as inbox:
+
+        def conditions() -> list[str]:
+            inbox.drain()
+            return [view.condition for view in inbox.views]
+
+        reporter = Reporter(inbox.path)
+        kept, stopped, dropped = (ts.KissingSpheres(levels=1).start() for _ in range(3))
+        for spheres in (kept, stopped, dropped):
+            reporter.tell(spheres)
+        stopped.stop()
+        eventually(lambda: conditions() == ["running", "stopped", "running"])
+        # The reporter's messages find no room now, the last one included.
+        full, end = reporter._socket, time.monotonic() + LIMIT
+        message = json.dumps({"pid": 5, "rank": None, "number": 9, "reading": None}).encode()
+        with pytest.raises(BlockingIOError):
+            while time.monotonic() < end:
+                full.send(message)
+        del stopped, dropped, spheres
+        gc.collect()
+        for _ in range(3):
+            reporter._send_news()
+        eventually(lambda: conditions() == ["running", "ended", "ended"])
+        assert list(reporter._spheres) == [0] and list(reporter._sent) == [0]
+        kept.stop()
+        reporter.close()
 
 
 # ---- the README ----

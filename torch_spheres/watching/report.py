@@ -2,7 +2,8 @@
 
 The environment names a Unix socket. Once spheres start, a thread sends a message four times a
 second, one for each `KissingSpheres` of this process that runs or has changed. A message is whole,
-and one that finds no room is dropped: nobody here ever waits for the display.
+and one that finds no room is dropped: nobody here ever waits for the display. Of spheres that are
+garbage by now a last message says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import socket
 import threading
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch_spheres.watching.readings import Reading
@@ -102,30 +102,32 @@ class Reporter:
                 spheres = reference()
                 last = self._sent.get(number)
                 if spheres is None:
-                    if last is not None and last.running:  # dropped without stop()
-                        self._send(number, replace(last, running=False))
-                    self._spheres.pop(number)
-                    self._sent.pop(number, None)
+                    if last is None or self._send(number, None):  # nobody knows of it any more
+                        self._spheres.pop(number)
+                        self._sent.pop(number, None)
                 elif spheres.running or last is None or last.running:
                     self._send(number, Reading.of(spheres))
 
-    def _send(self, number: int, reading: Reading) -> None:
+    def _send(self, number: int, reading: Reading | None) -> bool:
+        """Whether it has been sent. No reading: these spheres are gone."""
         if self._end.is_set() and self._socket.fileno() < 0:
-            return
+            return False
         message = {
             "pid": os.getpid(),
             "rank": rank if (rank := os.environ.get("RANK", "")).isdecimal() else None,
             "number": number,
-            "reading": reading.to_json(),
+            "reading": None if reading is None else reading.to_json(),
         }
         try:
             self._socket.send(json.dumps(message, separators=(",", ":")).encode())
         except BlockingIOError:
-            return  # the display is slow or stopped; the next message says it all
+            return False  # the display is slow or stopped; the next message says it all
         except OSError:
             self._hang_up()  # it is gone
-            return
-        self._sent[number] = reading
+            return False
+        if reading is not None:
+            self._sent[number] = reading
+        return True
 
     def _hang_up(self) -> None:
         self._end.set()
