@@ -505,6 +505,7 @@ def test_spheres_that_are_garbage_are_reported_as_gone(monkeypatch: pytest.Monke
         eventually(lambda: conditions() == ["running", "stopped", "running"])
         # The reporter's messages find no room now, the last one included.
         full, end = reporter._socket, time.monotonic() + LIMIT
+        assert full is not None
         message = json.dumps({"pid": 5, "rank": None, "number": 9, "reading": None}).encode()
         with pytest.raises(BlockingIOError):
             while time.monotonic() < end:
@@ -517,6 +518,82 @@ def test_spheres_that_are_garbage_are_reported_as_gone(monkeypatch: pytest.Monke
         assert list(reporter._spheres) == [0] and list(reporter._sent) == [0]
         kept.stop()
         reporter.close()
+
+
+@pytest.mark.parametrize("place", ["socket.socket", "atexit.register", "weakref.ref", "Reading.of"])
+def test_a_signals_handler_may_stop_the_spheres_while_they_are_reported(place: str) -> None:
+    text = f"""
+from torch_spheres.watching import report
+interrupted = []
+real = report.{place}
+def meanwhile(*arguments):
+    if not interrupted:
+        interrupted.append(True)
+        signal.raise_signal(signal.SIGTERM)
+    return real(*arguments)
+spheres = ts.KissingSpheres(levels=1)
+signal.signal(signal.SIGTERM, lambda *_: spheres.stop())
+report.{place} = meanwhile
+spheres.start()
+assert interrupted and not spheres.running
+report.{place} = real
+print([t.name for t in threading.enumerate() if t.name == "spheres report"], flush=True)
+"""
+    with selectors.DefaultSelector() as selector, Inbox(selector) as inbox:
+        done = subprocess.run(
+            script(SPHERES + text),
+            env={**os.environ, ADDRESS: inbox.path},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, "['spheres report']\n"), done.stderr
+        inbox.drain()
+        (view,) = inbox.views
+        assert view.ended and not view.reading.running and "no." not in view.name
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))",
+        "del socket.SOCK_SEQPACKET",
+        "del socket.AF_UNIX",
+        "threading.Thread.start = refuse",
+    ],
+)
+def test_spheres_start_where_the_display_cannot_be_told(prepare: str) -> None:
+    text = f"""
+import gc, resource, socket
+from torch_spheres.watching import report
+begin = threading.Thread.start
+def refuse(thread):
+    if thread.name == "spheres report":
+        raise RuntimeError("can't start new thread")
+    begin(thread)
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+used = len(os.listdir("/proc/self/fd")) - 1  # but for that of the folder
+{prepare}
+for _ in range(100):
+    with ts.KissingSpheres(levels=1) as spheres:
+        assert spheres.map(abs, [-1]) == [1]
+gc.collect()
+assert len(report._reporter._spheres) <= 1
+print("fine")
+"""
+    with selectors.DefaultSelector() as selector, Inbox(selector) as inbox:
+        done = subprocess.run(
+            script(SPHERES + text),
+            env={**os.environ, ADDRESS: inbox.path},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
+        inbox.drain()
+        assert inbox.views == []
 
 
 # ---- the README ----
