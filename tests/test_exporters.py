@@ -162,10 +162,12 @@ class Fake:
     def __init__(self) -> None:
         self.seen: list[tuple[str, float, int]] = []
         self.broken = False
+        self.room: int | None = None  # for so many more figures
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        if self.broken:
-            raise OSError("disk full")
+        if self.broken or self.room == 0:
+            raise OSError(f"disk full for {tag}")
+        self.room = None if self.room is None else self.room - 1
         assert isinstance(value, float) and math.isfinite(value)
         self.seen.append((tag, value, step))
 
@@ -284,6 +286,99 @@ def test_an_error_of_the_writer_reaches_the_loop() -> None:
             raise LookupError
         with pytest.raises(RuntimeError, match="closed"):
             log.step()
+
+
+def test_figures_that_could_not_be_written_come_with_the_next_ones() -> None:
+    writer = Fake()
+    with KissingSpheres() as spheres:
+        outer = spheres.stats()
+        log = spheres.log_to(writer, 3)
+        inner = spheres.stats()
+        spheres.map(abs, range(500))
+        log.step(), log.step()
+        writer.room = 4  # of the figures; the rest of them fail
+        with pytest.raises(OSError, match="disk full"):
+            log.step()
+        assert [step for _, _, step in writer.seen] == [3] * 4
+        writer.seen.clear()
+        writer.room = None
+        log.step(), log.step()
+        assert writer.seen == []  # not before the next n
+        shortest = (spheres.stats() - inner).elapsed
+        log.step()  # without any items since
+        longest = (spheres.stats() - outer).elapsed
+        first = {tag.removeprefix("spheres/"): value for tag, value, _ in writer.seen}
+        assert set(first) == NAMES and {step for _, _, step in writer.seen} == {6}
+        assert 500 / longest <= first["items_per_second"] <= 500 / shortest
+        assert first["item_time_p50_seconds"] > 0
+        # What has been written is not written again; what could not be is, on closing too.
+        writer.seen.clear()
+        for _ in range(3):
+            log.step()
+        assert {tag: value for tag, value, _ in writer.seen}["spheres/items_per_second"] == 0
+        log.close()
+        again = spheres.log_to(writer, 1)
+        spheres.map(abs, range(70))
+        writer.room = 0
+        with pytest.raises(OSError, match="disk full"):
+            again.step()
+        writer.seen.clear()
+        writer.room = None
+        again.close()
+        assert writer.steps() == [1]
+        assert {tag: value for tag, value, _ in writer.seen}["spheres/items_per_second"] > 0
+
+
+def test_a_writer_that_fails_keeps_no_other_log_from_counting() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    writers = [Fake() for _ in range(4)]
+    writers[0].room = writers[2].room = 0
+    with KissingSpheres() as spheres:
+        ts.GradientHook(optimizer, spheres)
+        logs = [spheres.log_to(writer, 1, tag=str(i)) for i, writer in enumerate(writers)]
+        with pytest.raises(OSError, match="disk full for 0/") as raised:
+            optimizer.step()
+        assert [log.steps for log in logs] == [1] * 4
+        assert [writer.steps() for writer in writers] == [[], [1], [], [1]]
+        assert len(raised.value.__notes__) == 1 and "disk full for 2/" in raised.value.__notes__[0]
+        writers[0].room = writers[2].room = None
+        optimizer.step()
+        assert [writer.steps() for writer in writers] == [[2], [1, 2], [2], [1, 2]]
+
+
+def test_a_step_counts_once_however_many_hooks_an_optimizer_has() -> None:
+    model, head, other = (nn.Linear(3, 2) for _ in range(3))
+    shared = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    single = torch.optim.SGD(other.parameters(), lr=0.1)
+    writer = Fake()
+    with KissingSpheres() as spheres, KissingSpheres() as others:
+        hooks = [ts.GradientHook(shared, ts.SphereParallel(m, spheres)) for m in (model, head)]
+        ts.GradientHook(single, spheres), ts.GradientHook(shared, others)
+        log, theirs = spheres.log_to(writer, 1), others.log_to(Fake(), 1)
+        shared.step()
+        assert (log.steps, theirs.steps) == (1, 1)
+        single.step(), shared.step()
+        assert (log.steps, theirs.steps) == (3, 2)
+
+        def fails() -> float:
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            shared.step(fails)  # made no step
+        assert (log.steps, theirs.steps) == (3, 2)
+        shared.step()
+        writer.room = 0  # the second hook's turn does not come
+        with pytest.raises(OSError, match="disk full"):
+            shared.step()
+        writer.room = None
+        assert log.steps == 5
+        hooks[0].remove()
+        shared.step()
+        assert log.steps == 6
+        hooks[1].remove()
+        shared.step()
+        assert log.steps == 6
 
 
 def test_arguments_of_log_to_are_checked() -> None:

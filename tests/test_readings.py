@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ET
 
 import pytest
+from terminal import script
 
 import torch_spheres as ts
 from torch_spheres.watching.frame import View, full_frame, plain_line, screen
@@ -108,6 +110,33 @@ def test_several_systems_share_a_screen() -> None:
     assert "ended" in plain_line(views[0]) and "7 items" in plain_line(views[0])
 
 
+class CountedRates(Rates):
+    """Counts how often shares are worked out, which is most of what a line costs."""
+
+    asked = 0
+
+    def busy(self, index: int | None = None) -> float:
+        CountedRates.asked += 1
+        return super().busy(index)
+
+
+def test_a_screen_costs_what_is_shown_and_not_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = CountedRates()
+    rates.add(made(10, 4, items=7))
+    views = [View(rates, name=f"pid {number}", ended=number > 0) for number in range(3000)]
+    for shown, height in ((1, 24), (11, 24), (3000, 24), (3000, 7)):
+        monkeypatch.setattr(CountedRates, "asked", 0)
+        lines = screen(views[:shown], 80, height)
+        assert 1 <= len(lines) <= height and 1 <= CountedRates.asked <= height
+    assert lines[-1][0][0] == "and 2,997 more"
+
+
+def test_an_empty_screen_fits_any_terminal() -> None:
+    assert [screen([], 80, height) for height in (-1, 0, 1)] == [[], [], []]
+
+
 def test_rows_are_counted_from_any_thread() -> None:
     counted = Rows()
     threads = [
@@ -119,6 +148,70 @@ def test_rows_are_counted_from_any_thread() -> None:
     for thread in threads:
         thread.join()
     assert counted.value == 40_000
+
+
+SLOW = """
+import os, signal, sys, threading
+import torch_spheres as ts
+
+class Slow(int):
+    # Takes a moment to add, and that is while nobody else can.
+    def __radd__(self, other):
+        meanwhile()
+        return int(other) + int(self)
+
+spheres = ts.KissingSpheres(levels=1)
+live = spheres.live()
+"""
+
+
+@pytest.mark.parametrize("call", ["live.advance(5)", "spheres._rows.loaded(5)"])
+def test_a_signals_handler_may_count_while_its_thread_does(call: str) -> None:
+    text = f"""
+def handler(*_):
+    {call}
+    print("handled")
+def meanwhile():
+    signal.raise_signal(signal.SIGTERM)
+signal.signal(signal.SIGTERM, handler)
+spheres._rows.{"advance" if "live" in call else "loaded"}(Slow(4))
+live.update(samples=3)
+live.advance(2)
+print(spheres._rows.value)
+"""
+    done = subprocess.run(
+        script(SLOW + text), capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n5\n"), done.stderr
+
+
+def test_a_forked_child_counts_though_a_thread_of_its_parent_was_counting() -> None:
+    text = """
+begun, gate = threading.Event(), threading.Event()
+def meanwhile():
+    begun.set()
+    gate.wait(60)
+thread = threading.Thread(target=spheres._rows.loaded, args=[Slow(4)])
+thread.start()
+begun.wait(60)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)  # ends a child that hangs
+    spheres._rows.loaded(1)
+    assert spheres._rows.value == 1
+    live.advance(2)
+    assert spheres._rows.value == 2
+    os._exit(3)
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+gate.set()
+thread.join()
+assert spheres._rows.value == 4
+sys.exit(code)
+"""
+    done = subprocess.run(
+        script(SLOW + text), capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 3, done.stderr
 
 
 # ---- notebooks ----

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import selectors
 import shlex
 import signal
-import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +14,6 @@ from typing import Any
 import pytest
 from terminal import LIMIT, Program, Screen, script
 
-import torch_spheres as ts
-from torch_spheres.watching.inbox import Inbox
-from torch_spheres.watching.readings import Reading
 from torch_spheres.watching.report import ADDRESS
 
 TOP = [sys.executable, "-P", "-m", "torch_spheres.top"]
@@ -371,56 +364,6 @@ def test_an_address_where_nobody_listens_does_no_harm(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
-
-
-# ---- the socket ----
-
-
-def test_the_socket_is_for_this_user_and_survives_nonsense() -> None:
-    with selectors.DefaultSelector() as selector:
-        with Inbox(selector) as inbox:
-            folder = Path(inbox.path).parent
-            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-            with ts.KissingSpheres(levels=1) as spheres:
-                reading = Reading.of(spheres).to_json()
-            good = {"pid": 5, "rank": None, "number": 0, "reading": reading}
-            bad: list[Any] = [b"\xff", b"{}", b"[]", b"7", json.dumps({**good, "reading": [1]})]
-            peers = []
-            for message in [*bad, json.dumps(good)]:
-                peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                peer.connect(inbox.path)
-                peer.send(message if isinstance(message, bytes) else message.encode())
-                peers.append(peer)
-            inbox.drain()
-            assert [(view.name, view.ended) for view in inbox.views] == [("pid 5", False)]
-            for peer in peers:
-                peer.close()
-            inbox.drain()
-            assert [view.ended for view in inbox.views] == [True]
-        assert not folder.exists()
-
-
-def test_a_display_that_does_not_read_holds_nobody_up() -> None:
-    with selectors.DefaultSelector() as selector, Inbox(selector) as inbox:
-        text = """
-from torch_spheres.watching import report
-spheres = ts.KissingSpheres().start()
-for _ in range(5000):
-    report.report(spheres)  # far more than the socket holds
-print("done", flush=True)
-"""
-        done = subprocess.run(
-            script(SPHERES + text),
-            env={**os.environ, ADDRESS: inbox.path},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
-        inbox.drain()
-        (view,) = inbox.views
-        assert view.ended and view.reading.spheres == 13
 
 
 # ---- the README ----

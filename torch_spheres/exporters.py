@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch_spheres.stats import SphereStats, Stats
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["ScalarWriter", "StatsLog", "figures", "prometheus_text"]
+__all__ = ["ScalarWriter", "StatsLog", "Steps", "figures", "prometheus_text"]
 
 # ---- Prometheus ----
 
@@ -174,6 +175,7 @@ class StatsLog:
     ) -> None:
         self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
         self._steps = self._written = first_step
+        self._due = first_step + every
         self._last = spheres.stats()
         self._handle: Any = None
         if optimizer is None:
@@ -194,22 +196,23 @@ class StatsLog:
         """Counts a step; for loops without an optimizer's. Writes if it is the n-th.
 
         Raises:
-            What the writer raised. The step is counted all the same, and its figures are written
-            with the next n.
+            What the writer raised. The step is counted all the same, and its figures are part of
+            those that are written after the next n.
             RuntimeError: the log is closed.
         """
         if self._closed:
             raise RuntimeError("step() of a log that is closed; call spheres.log_to() again")
         self._steps += 1
-        if self._steps - self._written >= self._every:
+        if self._steps >= self._due:
             self.write()
 
     def write(self) -> None:
         """Writes the figures since the last time, now. Raises what the writer raised."""
         now, steps = self._spheres.stats(), self._steps
-        since, self._last, self._written = now - self._last, now, steps
-        for name, value in figures(since).items():
+        self._due = steps + self._every
+        for name, value in figures(now - self._last).items():
             self._writer.add_scalar(f"{self._tag}/{name}", value, steps)
+        self._last, self._written = now, steps  # not if the writer raised
 
     def close(self) -> None:
         """Counts no more steps, and writes what came since the last time. The writer stays open.
@@ -269,7 +272,32 @@ def open_log(
     return StatsLog(spheres, writer, every, optimizer, tag, first_step)
 
 
-def count_step(logs: Iterable[StatsLog]) -> None:
-    """An optimizer has stepped."""
-    for log in tuple(logs):
-        log.step()
+class Steps:
+    """What the `GradientHook`s of some spheres tell: each step counts once, for every log."""
+
+    def __init__(self, logs: Iterable[StatsLog]) -> None:
+        self._logs = logs
+        self._under_way: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """It is about to step."""
+        self._under_way.add(optimizer)
+
+    def count(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has stepped; another of its hooks may have said so already.
+
+        Raises what the first writer to fail raised, with the other errors as notes.
+        """
+        if optimizer not in self._under_way:
+            return
+        self._under_way.discard(optimizer)
+        errors: list[Exception] = []
+        for log in tuple(self._logs):
+            try:
+                log.step()
+            except Exception as error:  # noqa: BLE001  (raised below, once all have counted)
+                errors.append(error)
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"the writer of another log raised too: {other!r}")
+            raise errors[0]

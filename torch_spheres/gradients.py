@@ -11,7 +11,6 @@ from torch import Tensor
 
 from torch_spheres.arguments import as_index
 from torch_spheres.exchange import total_over_ranks
-from torch_spheres.exporters import count_step
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.phases import phase
 from torch_spheres.ranks import ProcessGroup, find_ranks
@@ -199,10 +198,11 @@ class GradientHook:
                 parameter.grad += total
 
     def _before_step(self, *_: Any) -> None:
+        self._spheres._steps.begin(self._optimizer)
         self.reduce()
 
     def _after_step(self, *_: Any) -> None:
-        count_step(self._spheres._logs)
+        self._spheres._steps.count(self._optimizer)
 
     def remove(self) -> None:
         """Takes the hook off the optimizer. Gradients that were added and not summed are dropped.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from torch_spheres import _core
 from torch_spheres.arguments import as_index
-from torch_spheres.exporters import ScalarWriter, StatsLog, open_log
+from torch_spheres.exporters import ScalarWriter, StatsLog, Steps, open_log
 from torch_spheres.live import Live
 from torch_spheres.plots import plot_rings
 from torch_spheres.recording import Recording
@@ -41,6 +41,7 @@ class Views:
         self._cores, self._origin = cores, next(_origins)
         self._began: Began | None = None  # counting: the first start()
         self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
+        self._steps = Steps(self._logs)
         self._recording: Recording | None = None  # the trace that is under way
 
     @property

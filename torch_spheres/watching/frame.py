@@ -44,7 +44,7 @@ class View:
     name: str = ""
     """Whose they are, where there may be others: ``"rank 3"``, ``"pid 4711"``."""
     ended: bool = False
-    """Whether their process is gone."""
+    """Whether they or their process are gone."""
     words: str = ""
     """What they are, where that cannot be seen from the reading."""
 
@@ -182,6 +182,13 @@ def full_frame(view: View, width: int, unicode: bool = True) -> list[Line]:
     ]
 
 
+def _full_height(view: View) -> int:
+    return len(view.reading.subtrees) + 4
+
+
+_SHORT_HEIGHT = 2
+
+
 def _short_frame(view: View) -> list[Line]:
     reading = view.reading
     more = f"{reading.stolen:,} stolen, {reading.queued:,} queued, {view.rates.busy():.0%} busy"
@@ -190,19 +197,23 @@ def _short_frame(view: View) -> list[Line]:
 
 def screen(views: Sequence[View], width: int, height: int, unicode: bool = True) -> list[Line]:
     """The lines for several systems, at most `height` of them: tables while there is room."""
+    if not views:
+        return []
     shown = sorted(views, key=lambda view: view.over)  # the running ones first
-    frames = [_short_frame(view) for view in shown]
-    room = height - sum(map(len, frames))
-    for place, view in enumerate(shown):
-        table = full_frame(view, width, unicode)
-        more = len(table) - len(frames[place])
-        if more <= room and not (view.over and not shown[0].over):
-            frames[place] = table
-            room -= more
+    room = height - _SHORT_HEIGHT * len(shown)
+    lines: list[Line] = []  # made of what is shown only: there may be thousands
     if room >= 0:
-        return [line for frame in frames for line in frame]
-    fitting = max(0, height - 1) // 2
-    lines = [line for frame in frames[:fitting] for line in frame]
+        for view in shown:
+            more = _full_height(view) - _SHORT_HEIGHT
+            if more <= room and not (view.over and not shown[0].over):
+                lines += full_frame(view, width, unicode)
+                room -= more
+            else:
+                lines += _short_frame(view)
+        return lines
+    fitting = max(0, height - 1) // _SHORT_HEIGHT
+    for view in shown[:fitting]:
+        lines += _short_frame(view)
     if len(shown) > 1:
         lines.append([(f"and {len(shown) - fitting:,} more", "dim")])
-    return (lines or frames[0])[: max(1, height)]
+    return (lines or _short_frame(shown[0]))[: max(1, height)]

@@ -19,8 +19,9 @@ from torch_spheres.watching.report import LONGEST
 
 __all__ = ["Inbox"]
 
+_Key = tuple[int, int]  # a connection's number, and a system's there
 _PATH_LIMIT = 100  # the kernel's is 108 bytes
-_FORGOTTEN = 64  # systems that have ended are kept up to so many
+_FORGOTTEN = 64  # of systems that are over only so many are remembered, the last ones
 
 
 class Inbox:
@@ -42,7 +43,8 @@ class Inbox:
         self._socket.listen(128)
         self._socket.settimeout(0)
         self._connections: list[socket.socket] = []
-        self._views: dict[tuple[int, int], View] = {}  # by connection's and system's number
+        self._views: dict[_Key, View] = {}
+        self._over: dict[_Key, None] = {}  # of those, in the order in which they came to be
         self._numbers: dict[socket.socket, int] = {}
         self._arrived = 0
         selector.register(self._socket, selectors.EVENT_READ, self._accept)
@@ -95,22 +97,36 @@ class Inbox:
 
     def _take(self, connection: int, message: dict[str, Any]) -> None:
         key = connection, int(message["number"])
+        if message["reading"] is None:
+            self._end(key)
+            return
         reading = Reading.from_json(message["reading"])
         if key not in self._views:
             self._views[key] = View(Rates(), name=_name(message))
         self._views[key].rates.add(reading)
+        self._remember(key)
+
+    def _end(self, key: _Key) -> None:
+        if key in self._views:
+            self._views[key].rates.settle()
+            self._views[key] = replace(self._views[key], ended=True)
+            self._remember(key)
+
+    def _remember(self, key: _Key) -> None:
+        if not self._views[key].over:
+            self._over.pop(key, None)  # it was started again
+            return
+        self._over.setdefault(key)
+        if len(self._over) > _FORGOTTEN:
+            oldest = next(iter(self._over))
+            del self._over[oldest], self._views[oldest]
 
     def _drop(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         connection.close()
         number = self._numbers.pop(connection)
-        for key, view in self._views.items():
-            if key[0] == number:
-                view.rates.settle()
-                self._views[key] = replace(view, ended=True)
-        ended = [key for key, view in self._views.items() if view.ended]
-        for key in ended[:-_FORGOTTEN]:
-            del self._views[key]
+        for key in [key for key in self._views if key[0] == number]:
+            self._end(key)
 
 
 def _name(message: dict[str, Any]) -> str:

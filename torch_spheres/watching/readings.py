@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -28,6 +29,9 @@ _TELLING = (
 )
 
 
+_lock = threading.RLock()  # a signal's handler may count while its thread does
+
+
 class Rows:
     """How many samples the spheres have had to do with; counted from any thread.
 
@@ -36,30 +40,37 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._loaded = 0
         self._told: int | None = None
 
     def loaded(self, rows: int) -> None:
         """A loader has handed out a batch."""
-        with self._lock:
+        with _lock:
             self._loaded += rows
 
     def advance(self, rows: int) -> None:
         """The user has done so many more."""
-        with self._lock:
+        with _lock:
             self._told = (self._told or 0) + rows
 
     def tell(self, rows: int) -> None:
         """The user has done so many in all."""
-        with self._lock:
+        with _lock:
             self._told = rows
 
     @property
     def value(self) -> int | None:
         """Samples so far; None where nobody knows."""
-        told = self._told  # without the lock, which in a forked child nobody may ever give back
+        told = self._told
         return (self._loaded or None) if told is None else told
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # the parent's may be held by a thread that is not here
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True, slots=True)
