@@ -1,6 +1,13 @@
 """Refuses to run on the source folder, whose package has no built extension."""
 
+import signal
+
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background, by a shell that keeps Ctrl-C away from it: the processes that tests
+    # start would inherit that, and it is what many of them are about.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import torch_spheres._core  # noqa: F401
