@@ -131,8 +131,23 @@ class Reversible(nn.Module):
         return self.head(_Inside.apply(y, self.weight) @ self.weight)
 
 
+class Hooking(nn.Module):
+    """A forward that hangs a hook on one of its parameters, once, as some regularisers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(144, 32)
+        self.last = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.last.weight
+        if not hasattr(weight, "handle"):
+            weight.handle = weight.register_hook(lambda grad: grad * 2)
+        return self.last(self.first(x.flatten(1)).relu())
+
+
 # Of which only some tests make something.
-OTHERS: dict[str, Callable[[], nn.Module]] = {"reversible": Reversible}
+OTHERS: dict[str, Callable[[], nn.Module]] = {"reversible": Reversible, "hooking": Hooking}
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "mlp with dropout": mlp,

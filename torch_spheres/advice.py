@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import torch_spheres
+from torch_spheres.crew import is_compiled
 from torch_spheres.replica import HOOKS, Replica
-from torch_spheres.shards import is_compiled
 
 __all__ = ["Adviser"]
 

@@ -16,7 +16,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_spheres.advice import Adviser
+from torch_spheres.crew import Crew
 from torch_spheres.faces import face
+from torch_spheres.lazy import initialise
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -24,7 +26,7 @@ from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.replica import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.sampler import GROUPS
-from torch_spheres.shards import Call, Crew
+from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
 from torch_spheres.splitting import rows_of, tensors_of
 from torch_spheres.system import KissingSpheres
@@ -226,7 +228,7 @@ class SphereParallel(nn.Module):
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip
             shared = self._ranks if isinstance(call, SharedCall) else None
-            error = _initialise(self.module, call)
+            error = initialise(self.module, call)
             if shared is not None:
                 shared.meet("the initialisation of lazy modules", [], error)
                 sync_module(self.module, shared, {})
@@ -378,28 +380,6 @@ class _OnSpheres(torch.autograd.Function):
 def _rebuild(call: Call, outputs: list[Any]) -> Any:
     assert call.nesting is not None
     return unflatten(outputs, call.nesting)
-
-
-def _initialise(module: nn.Module, call: Call) -> Exception | None:
-    """Lazy modules take their shapes from a first run: on the first shard's rows, without a trace.
-
-    In evaluation mode, so that it leaves statistics and random numbers alone.
-    """
-    if not call.split.bounds:
-        return ValueError("the first batch of a lazy module needs rows on every rank")
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    values = [call.split.part(i, 0) for i in range(len(call.split.flat))]
-    args, kwargs = call.split.build(values)
-    try:
-        with torch.no_grad():
-            module(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001
-        return error
-    finally:
-        for part in training:
-            part.training = True
-    return None
 
 
 def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

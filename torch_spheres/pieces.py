@@ -37,7 +37,7 @@ class FoldInPieces:
         self._folds = [make(piece) for piece in range(len(pieces))]
         self._early: dict[int, set[int]] = {}  # by shard: pieces that have been added
 
-    # The first one says which shard is next, for all.
+    # The first one says which shard is next, and counts what is alive, for all.
 
     def begin(self) -> int | None:
         """As `GradientFold.begin`."""

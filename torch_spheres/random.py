@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKeySet, _dispatch_key_parse, _ExcludeDispatchKeyGuard
 from torch._C import _IncludeDispatchKeyGuard as _IncludeKey
+from torch.library import Library, fallthrough_kernel
 
 __all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom", "next_base"]
 
@@ -35,7 +36,7 @@ _SEEDS = 2**63 - 1
 
 _here = threading.local()
 _install_lock = threading.Lock()
-_libraries: list[torch.library.Library] = []  # kernels live as long as these
+_libraries: list[Library] = []  # kernels live as long as these
 
 
 class CallRandom:
@@ -245,9 +246,9 @@ def _install() -> None:
     with _install_lock:
         if _libraries:
             return
-        everything = torch.library.Library("_", "IMPL")
-        everything.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
-        aten = torch.library.Library("aten", "IMPL")
+        everything = Library("_", "IMPL")
+        everything.fallback(fallthrough_kernel, _KEY_NAME)
+        aten = Library("aten", "IMPL")
         for schema in torch._C._jit_get_all_schemas():
             name = schema.name.removeprefix("aten::")
             packet = getattr(torch.ops.aten, name, None) if name != schema.name else None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
-from torch_spheres.context import CallerContext, caller_context
+from torch_spheres.context import CallerContext
+from torch_spheres.crew import Crew, is_compiled
 from torch_spheres.folding import GradientFold, Grads, rounded
-from torch_spheres.intra_op import rest
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
 from torch_spheres.phases import handovers, phase
@@ -25,50 +23,9 @@ from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.replica import Replica, ReplicaPool
 from torch_spheres.shard import InShard, Shard
 from torch_spheres.splitting import Split, aligned
-from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
-from torch_spheres.tuning import Plan
 
-__all__ = ["Call", "Crew", "is_compiled"]
-
-T = TypeVar("T")
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was called on it, not on a part of it."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-@dataclass(frozen=True)
-class Crew:
-    """Who runs a plan's shards."""
-
-    spheres: KissingSpheres
-    plan: Plan
-
-    @property
-    def concurrency(self) -> int:
-        """How many shards run at once, at most."""
-        return max(1, self.plan.workers)
-
-    def context(self) -> CallerContext:
-        """What the calling thread has set, to be set wherever the shards run."""
-        if self.plan.workers > 0:
-            return caller_context()
-        grad = torch.is_grad_enabled()  # it keeps all but this, which autograd takes away
-        return lambda: torch.set_grad_enabled(grad)
-
-    def map(self, fn: Callable[[int], T], count: int) -> list[T]:
-        """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
-        if self.plan.workers == 0:
-            return [fn(k) for k in range(count)]
-        # Context variables are the caller's too: torch's compiler keeps its configuration in them.
-        ours = contextvars.copy_context()
-        if self.plan.workers == 1:
-            alone = self.spheres.map(lambda _: ours.run(lambda: [*map(fn, range(count))]), range(1))
-            return alone[0]
-        rest()
-        return self.spheres.map(lambda k: ours.copy().run(fn, k), range(count))
+__all__ = ["Call"]
 
 
 class Call:

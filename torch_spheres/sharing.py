@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_spheres.crew import Crew
 from torch_spheres.exchange import BUCKET, Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads, tree_order
@@ -26,7 +27,7 @@ from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
 from torch_spheres.shard import Shard
-from torch_spheres.shards import Call, Crew
+from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sums
 
