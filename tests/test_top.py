@@ -335,7 +335,11 @@ told()
         (["--", "/"], 126, "/: Permission denied"),
         ([], 2, "say -- and the command"),
         (["--"], 2, "say -- and the command"),
-        (["python", "train.py"], 2, "unrecognized arguments: python train.py"),
+        (
+            ["python", "train.py"],
+            2,
+            "unrecognized arguments: python train.py; say -- and the command",
+        ),
         (["--refresh-per-second", "0", "--", "true"], 2, "must be more than 0, got 0.0"),
         (["--plain-seconds", "x", "--", "true"], 2, "invalid float value"),
         (["--", "sh", "-c", "exit 3"], 3, "no KissingSpheres"),

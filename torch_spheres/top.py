@@ -101,10 +101,11 @@ def _split(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Ours, before ``--``, and the command after it."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:end])
+    options, unknown = parser.parse_known_args(arguments[:end])
     command = arguments[end + 1 :]
-    if not command:
-        parser.error("say -- and the command, as in: -- python train.py")
+    if unknown or not command:
+        what = f"unrecognized arguments: {' '.join(unknown)}; " if unknown else ""
+        parser.error(f"{what}say -- and the command, as in: -- python train.py")
     for name in ("refresh_per_second", "plain_seconds"):
         try:
             positive("--" + name.replace("_", "-"), getattr(options, name))
