@@ -338,7 +338,7 @@ told()
         (
             ["python", "train.py"],
             2,
-            "unrecognized arguments: python train.py; say -- and the command",
+            "arguments: python train.py; say -- and the command",
         ),
         (["--refresh-per-second", "0", "--", "true"], 2, "must be more than 0, got 0.0"),
         (["--plain-seconds", "x", "--", "true"], 2, "invalid float value"),
