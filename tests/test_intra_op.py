@@ -39,7 +39,7 @@ def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
 
 def test_a_step_on_several_spheres_rests_first(monkeypatch):
     rests = []
-    monkeypatch.setattr("torch_spheres.shards.rest", lambda: rests.append(1))
+    monkeypatch.setattr("torch_spheres.crew.rest", lambda: rests.append(1))
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()
