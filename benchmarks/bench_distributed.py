@@ -96,11 +96,12 @@ def exchanges(count: int) -> tuple[dict[str, Callable[[], object]], Callable[[],
     """The sum of so many gradients over all ranks, both ways; and bytes that ours has sent."""
     ranks = find_ranks(None, 12)
     assert ranks is not None
-    parts = [[torch.randn(count)] for _ in ranks.own_parts]
+    division = ranks.divide(12)
+    parts = [[torch.randn(count)] for _ in division.parts[ranks.rank]]
     layout, whole = Layout(parts[0]), torch.randn(count)
 
     def exact() -> None:
-        exchange = Exchange(ranks, layout, "benchmark")
+        exchange = Exchange(ranks, division, layout, "benchmark")
         for p, sums in enumerate(parts):
             exchange.give(p, [*sums])
         exchange.finish()

@@ -11,14 +11,20 @@ import torch
 import torch.distributed as dist
 import zoo
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import torch_spheres as ts
 from torch_spheres import exchange, pieces, sharing
 
 
 def rows_of(rows: int, spheres: ts.KissingSpheres) -> list[int]:
-    """This rank's rows of a batch."""
-    return next(iter(ts.SphereBatchSampler(range(rows), rows, spheres=spheres)))
+    """This rank's rows of a batch: a sampler's, which are a wrapped loader's."""
+    mine = next(iter(ts.SphereBatchSampler(range(rows), rows, spheres=spheres)))
+    if spheres.levels == 3:
+        with torch.random.fork_rng(devices=[]):  # an epoch draws a seed
+            (loaded,) = ts.wrap(DataLoader(range(rows), rows), spheres)
+        assert loaded.tolist() == mine
+    return mine
 
 
 def sum_and_count(output, target):

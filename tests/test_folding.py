@@ -17,7 +17,8 @@ from reference import digest, tree
 from torch import nn
 
 import torch_spheres as ts
-from torch_spheres.folding import GradientFold, tree_order
+from torch_spheres.division import tree_order
+from torch_spheres.folding import GradientFold
 from torch_spheres.tree import tree_sum
 
 
@@ -111,7 +112,7 @@ def test_threads_that_finish_in_any_order(leaves, threads, seed):
 def test_a_failure_lets_go_of_those_who_wait():
     fold = GradientFold(12, range(12), 1)
     started = [fold.begin() for _ in range(fold.limit)]
-    assert started == tree_order(12)[: fold.limit]
+    assert started == [*tree_order(12)[: fold.limit]]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(fold.begin)
         assert not waiting.done()

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 import torch_spheres as ts
 from torch_spheres.loading.portions import without_rows
-from torch_spheres.ranks import parts_of
 
 HERE = Path(__file__).parent
 WAYS = ("loop", "mean", "count")
@@ -98,6 +97,26 @@ def test_the_bits_of_one_process_on_twelve_ranks(tmp_path):
     compared([case for case in SUITE if case[5] == 1][::3], 12, tmp_path)
 
 
+# name, way, rows of cases with 144 shards: uneven, as many as half of the ranks, fewer than groups.
+WIDE = [
+    *([name, "loop", 150] for name in ("mlp with dropout", "cnn with batch norm")),
+    *([name, "mean", 150] for name in ("sparse embedding", "tied, unused, frozen")),
+    *([name, "mean", 20] for name in ("cnn with batch norm", "transformer with dropout")),
+    ["mlp with dropout", "count", 5],
+]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [9, 24])
+def test_the_bits_of_one_process_on_ranks_that_share_groups(world, tmp_path):
+    """Nine have leaves of two or three groups, in three parts; 24 have half of a group each."""
+    suite = [[name, "adamw", way, 3, rows, 1] for name, way, rows in WIDE]
+    if world == 9:
+        compared(suite, world, tmp_path, "small buckets")
+    else:  # a process takes its time to start
+        compared(suite[::2], world, tmp_path)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("world", "concurrency"), [(2, 6), (3, 1), (3, 4), (6, 2)])
 def test_bits_are_equal_in_many_buckets_that_leave_early(world, concurrency, tmp_path):
@@ -162,20 +181,6 @@ def test_a_batch_without_rows_has_no_texts_either():
     assert rest["n"].dim() == 0
 
 
-def test_parts_are_complete_subtrees():
-    assert parts_of(0, 12) == [(0, 12)]
-    assert [parts_of(r * 6, r * 6 + 6) for r in range(2)] == [[(0, 4), (4, 6)], [(6, 8), (8, 12)]]
-    assert [parts_of(r * 4, r * 4 + 4) for r in range(3)] == [[(0, 4)], [(4, 8)], [(8, 12)]]
-    for world in (1, 2, 3, 4, 6, 12):
-        for r in range(world):
-            block = 12 // world
-            parts = parts_of(r * block, (r + 1) * block)
-            assert len(parts) <= 2
-            assert [g for a, b in parts for g in range(a, b)] == [
-                *range(r * block, (r + 1) * block)
-            ]
-
-
 @pytest.mark.parametrize("world", [5, 7, 8, 24])
 def test_numbers_of_processes_that_do_not_fit_are_refused(monkeypatch, world):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -189,7 +194,8 @@ def test_numbers_of_processes_that_do_not_fit_are_refused(monkeypatch, world):
             torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), ts.KissingSpheres()
         ),
     ):
-        with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\]"):
+        out = ", or levels=3" if 144 % world == 0 else ""
+        with pytest.raises(ValueError, match=rf"\[1, 2, 3, 4, 6, 12\]{out}"):
             make()
 
 

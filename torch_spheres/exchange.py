@@ -1,9 +1,9 @@
 """Partial sums of several processes, brought together without a bit being lost.
 
 A ring all-reduce adds in an order that depends on the number of processes. Here each rank's partial
-sums (one or two, see ranks.py) travel as they are: a *bucket* of tensors is cut into as many slices
-as there are ranks, rank *r* gets everybody's slice *r* (all-to-all), adds them in the fixed tree,
-and the totals go to all (all-gather). With *N* bytes of gradients a rank sends
+sums (usually one or two, see division.py) travel as they are: a *bucket* of tensors is cut into as
+many slices as there are ranks, rank *r* gets everybody's slice *r* (all-to-all), adds them in the
+fixed tree, and the totals go to all (all-gather). With *N* bytes of gradients a rank sends
 ``(p + 1) (W - 1) / W * N`` for *p* parts; a ring sends ``2 (W - 1) / W * N``.
 
 What is small (a few scalars, the statistics of batch norm) goes to all at once, and all add it.
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_spheres.division import Division
 from torch_spheres.errors import RankError
 from torch_spheres.meeting import Meeting
 from torch_spheres.ranks import Ranks
-from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
@@ -114,17 +114,23 @@ class Exchange:
 
     Args:
         ranks: who takes part.
+        division: which parts each of them has.
         layout: of what is summed.
         what: for errors: the name of the meeting.
         spheres: who shares the additions when there are many.
     """
 
     def __init__(
-        self, ranks: Ranks, layout: Layout, what: str, spheres: KissingSpheres | None = None
+        self,
+        ranks: Ranks,
+        division: Division,
+        layout: Layout,
+        what: str,
+        spheres: KissingSpheres | None = None,
     ) -> None:
         self._ranks, self._layout, self._what = ranks, layout, what
-        self._spheres = spheres
-        parts = max(map(len, ranks.parts))
+        self._division, self._spheres = division, spheres
+        parts = max(map(len, division.parts))
         self._is_small = layout.bytes * parts * (ranks.world - 1) <= _SMALL
         self._lock = threading.Lock()
         # What is sent at once, in this order: (part, bucket).
@@ -134,7 +140,7 @@ class Exchange:
         self._buffers = [layout.buffers(p, ranks) for p in range(parts)]
         self._error: BaseException | None = None
         self.is_broken = False  # a message could not be sent: there will be no more of them
-        for p in range(len(ranks.own_parts), parts):
+        for p in range(len(division.parts[ranks.rank]), parts):
             self.give(p, [None] * len(layout.where))
 
     # ---- giving ----
@@ -315,11 +321,8 @@ class Exchange:
         out: Tensor,
         first: int,
     ) -> None:
-        """The fixed tree over the twelve groups, of elements `first` and on of a bucket.
-
-        A part's sum stands at its first group's place; the others of the part are absent, and an
-        absent operand is left out: so what is added is the tree.
-        """
+        """The fixed tree over all ranks' parts, of elements `first` and on of a bucket."""
+        division = self._division
         columns: list[list[Tensor | None]] = []
         outs: list[Tensor | None] = []
         for having, run in itertools.groupby(bucket.places, lambda place: present[place[0]]):
@@ -328,9 +331,9 @@ class Exchange:
             low, high = max(begin - first, 0), min(end - first, len(out))
             if low >= high:
                 continue
-            column: list[Tensor | None] = [None] * GROUPS
+            column: list[Tensor | None] = [None] * division.places
             for r, p in having:
-                column[self._ranks.parts[r][p][0]] = flats[r, p][low:high]
+                column[division.place(division.parts[r][p])] = flats[r, p][low:high]
             columns.append(column)
             outs.append(out[low:high])
         tree_sums(columns, outs=outs, spheres=self._spheres)
@@ -341,13 +344,17 @@ class Exchange:
                 totals[i] = self._layout.shaped(i, out[begin : begin + size])
 
 
-def part_sums(column: Sequence[Tensor | None], like: Tensor, ranks: Ranks) -> Grads:
+def part_sums(
+    column: Sequence[Tensor | None], like: Tensor, division: Division, rank: int
+) -> Grads:
     """The sums of a rank's parts, of one value for each leaf; of half types in float32."""
     half = like.dtype in _HALF
-    values = [v.float() if half and v is not None else v for v in column]
     sums = []
-    for first, last in ranks.own_parts:
-        chosen = [v if first <= leaf % GROUPS < last else None for leaf, v in enumerate(values)]
+    for part in division.parts[rank]:
+        chosen: list[Tensor | None] = [None] * len(column)
+        for leaf in division.in_part(part):
+            value = column[leaf]
+            chosen[leaf] = value.float() if half and value is not None else value
         sums.append(tree_sums([chosen])[0])
     return sums
 
@@ -360,10 +367,13 @@ def total_over_ranks(
     what: str = "the sum of gradients",
 ) -> Grads:
     """In the tree over all ranks' leaves: one value for each leaf, and a tensor like the sum."""
+    if not columns:
+        return []
+    division = ranks.divide(len(columns[0]))
     with torch.no_grad():
-        exchange = Exchange(ranks, Layout(like), what, spheres)
-        parts = [part_sums(c, t, ranks) for c, t in zip(columns, like, strict=True)]
-        for p in range(len(ranks.own_parts)):
+        exchange = Exchange(ranks, division, Layout(like), what, spheres)
+        parts = [part_sums(c, t, division, ranks.rank) for c, t in zip(columns, like, strict=True)]
+        for p in range(len(division.parts[ranks.rank])):
             exchange.give(p, [sums[p] for sums in parts])
         found = exchange.finish()
         return [

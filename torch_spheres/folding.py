@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _core
+from torch_spheres.division import Part, run_of, tree_order
 from torch_spheres.phases import Handovers
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
-__all__ = ["GradientFold", "rounded", "tree_order"]
+__all__ = ["GradientFold", "rounded"]
 
 _KISSING = _core.KISSING
 _HALF = (torch.bfloat16, torch.float16)
@@ -35,20 +36,13 @@ Maker = tuple[int, int]  # see Handovers.made
 Grads = list[Tensor | None]  # one shard's, or a partial sum's; the same parameters in each
 
 
-def tree_order(leaves: int) -> list[int]:
-    """The leaves from left to right in the tree: all twelve of a last inner node together."""
-    if leaves == 1:
-        return [0]
-    inner = tree_order(leaves // _KISSING)
-    step = leaves // _KISSING
-    return [node + step * child for node in inner for child in range(_KISSING)]
-
-
 class _Node:
     """An inner sphere's sum: the twelve places, and those still to come."""
 
-    def __init__(self, parent: _Node | None, place: int, bottom: bool) -> None:
-        self.parent, self.place, self.bottom = parent, place, bottom
+    def __init__(self, parent: _Node | None, place: int) -> None:
+        self.parent, self.place = parent, place
+        self.bottom = True  # its children are leaves
+        self.range = 0, _KISSING  # of its places, those that are wanted
         self.values: list[Grads | None] = [None] * _KISSING
         self.makers: list[Maker | None] = [None] * _KISSING  # for a trace
         self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
@@ -65,10 +59,10 @@ class GradientFold:
         leaves: 1, 12, 144 or 1728.
         shards: which of them will come; the others are absent.
         concurrency: how many may run at once.
-        parts: with several processes: ranges of the root's children whose sums are wanted, instead
-            of the total. Each is a complete subtree.
-        emit: gets ``(index of the part, the root's twelve values)``, of which those in the part may
-            be there and have to be added, on the thread that has completed it.
+        parts: with several processes: the complete subtrees whose sums are wanted, instead of the
+            total.
+        emit: gets ``(index of the part, the twelve values of the sphere above it)``, of which those
+            in the part may be there and have to be added, on the thread that has completed it.
         traced: gets told who made and who took what, if a trace is being recorded.
     """
 
@@ -77,18 +71,18 @@ class GradientFold:
         leaves: int,
         shards: Sequence[int],
         concurrency: int,
-        parts: Sequence[tuple[int, int]] = ((0, _KISSING),),
+        parts: Sequence[Part] | None = None,
         emit: Callable[[int, list[Grads | None]], None] | None = None,
         traced: Handovers | None = None,
     ) -> None:
-        self._parts, self._emit, self._traced = parts, emit, traced
+        self._emit, self._traced = emit, traced
         self._emitted: set[int] = set()
         self._depth = 0
         while _KISSING**self._depth < leaves:
             self._depth += 1
         self.limit = concurrency + 1 + 3 * max(1, self._depth)
-        coming = set(shards)
-        self._order = [k for k in tree_order(leaves) if k in coming]
+        coming, order = set(shards), tree_order(leaves)
+        self._order = [k for k in order if k in coming]
         self._changed = threading.Condition()
         self._next = 0
         self._admitted = 0
@@ -96,21 +90,30 @@ class GradientFold:
         self.peak = 0
         self._failed = False
         self._total: Grads | None = None
-        self._root = _Node(None, 0, self._depth <= 1)
         self._leaf_nodes: dict[int, tuple[_Node, int]] = {}
+        wanted = [(0, leaves)] if parts is None else parts
+        self._roots = [_Node(None, 0) for _ in wanted]
         planted: dict[tuple[_Node, int], _Node] = {}
-        for k in self._order:
-            self._plant(k, planted)
+        for root, (first, last) in zip(self._roots, wanted, strict=True):
+            begin, end, each = run_of((first, last))
+            root.range = begin, end
+            for k in order[first:last]:
+                if k in coming:
+                    self._plant(k, root, each, planted)
 
-    def _plant(self, shard: int, planted: dict[tuple[_Node, int], _Node]) -> None:
-        node, rest = self._root, shard
-        for level in range(1, self._depth):
+    def _plant(
+        self, shard: int, root: _Node, each: int, planted: dict[tuple[_Node, int], _Node]
+    ) -> None:
+        """Puts a shard under its part's root, whose children have `each` leaves."""
+        node, rest = root, shard // max(1, _KISSING**self._depth // (_KISSING * each))
+        while each > 1:
+            each //= _KISSING
+            node.bottom = False
             place, rest = rest % _KISSING, rest // _KISSING
             node.pending[place] += 1
             child = planted.get((node, place))
             if child is None:
-                child = _Node(node, place, level == self._depth - 1)
-                planted[node, place] = child
+                child = planted[node, place] = _Node(node, place)
             node = child
         node.pending[rest] += 1
         self._leaf_nodes[shard] = (node, rest)
@@ -175,7 +178,7 @@ class GradientFold:
             if parent is None:
                 # In one process the last additions are finish()'s, which has all threads for them.
                 if self._emit is not None:
-                    self._emit_part(place)
+                    self._emit_part(node)
                 return
             if not self._add_range(node, 0, _KISSING, up=True):
                 return
@@ -184,7 +187,7 @@ class GradientFold:
     def _add_range(self, node: _Node, begin: int, end: int, up: bool = False) -> bool:
         """Adds the finished values in a range into its first place, or into the parent's."""
         with self._changed:
-            if not node.done(begin, end) or (node.parent is None and not self._within(begin, end)):
+            if not node.done(begin, end) or (node.parent is None and not _inside(node, begin, end)):
                 return False
             if up and node.parent is not None and node.parent.values[node.place] is not None:
                 return False  # somebody else did it
@@ -223,25 +226,17 @@ class GradientFold:
             self._changed.notify_all()
         return True
 
-    def _within(self, begin: int, end: int) -> bool:
-        """Whether a range of the root's children may be added already: a part's last sum waits."""
-        return any(
-            first <= begin and end <= last and not self._root.done(first, last)
-            for first, last in self._parts
-        )
-
-    def _emit_part(self, place: int) -> None:
-        """Gives away the part that `place` is in, if all of it is there."""
-        part = next(i for i, (first, last) in enumerate(self._parts) if first <= place < last)
-        first, last = self._parts[part]
+    def _emit_part(self, root: _Node) -> None:
+        """Gives away a part, if all of it is there."""
+        part, (first, last) = self._roots.index(root), root.range
         with self._changed:
-            if part in self._emitted or not self._root.done(first, last):
+            if part in self._emitted or not root.done(first, last):
                 return
             self._emitted.add(part)
             values: list[Grads | None] = [None] * _KISSING
-            values[first:last] = self._root.values[first:last]
-            self._root.values[first:last] = [None] * (last - first)
-            makers = _makers(values[first:last], self._root.makers[first:last])
+            values[first:last] = root.values[first:last]
+            root.values[first:last] = [None] * (last - first)
+            makers = _makers(values[first:last], root.makers[first:last])
         present = sum(v is not None for v in values)
         assert self._emit is not None
         if self._traced:
@@ -254,14 +249,15 @@ class GradientFold:
 
     def missing_parts(self) -> list[int]:
         """Of those to be emitted: those in which no shard has run."""
-        return [i for i in range(len(self._parts)) if i not in self._emitted]
+        return [i for i in range(len(self._roots)) if i not in self._emitted]
 
     def finish(self, spheres: KissingSpheres | None = None) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""
         if self._depth > 0:
+            root = self._roots[0]
             if self._traced:
-                self._traced.taken(_makers(self._root.values, self._root.makers))
-            values, self._root.values = self._root.values, []
+                self._traced.taken(_makers(root.values, root.makers))
+            values, root.values = root.values, []
             self._total = _sum(values, spheres)
         total, self._total = self._total, None
         assert total is not None
@@ -277,6 +273,12 @@ def _sum(values: list[Grads | None], spheres: KissingSpheres | None = None) -> G
     shards = [[None if v is None else v[i] for v in values] for i in range(count)]
     outs = [_own(column) for column in shards]
     return tree_sums(shards, outs=outs, spheres=spheres)
+
+
+def _inside(root: _Node, begin: int, end: int) -> bool:
+    """Whether a range of a root's places may be added already: a part's last sum waits."""
+    first, last = root.range
+    return first <= begin and end <= last and not root.done(first, last)
 
 
 def _makers(values: Sequence[Grads | None], makers: Sequence[Maker | None]) -> list[Maker]:

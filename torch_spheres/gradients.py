@@ -14,7 +14,6 @@ from torch_spheres.exchange import total_over_ranks
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.phases import phase
 from torch_spheres.ranks import ProcessGroup, find_ranks
-from torch_spheres.sampler import GROUPS
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
@@ -36,9 +35,10 @@ class GradientHook:
     are None, are left out of the tree. The bits do not depend on which thread added what when.
 
     With `torch.distributed` initialised, each process adds the shards of its own groups: those
-    whose index modulo 12 is one of its ``12 / world_size``. The sum is over all processes, which
-    all step together. ``process_group``: those that do; False: this one alone. A `SphereParallel`
-    model brings its own.
+    whose index modulo 12 is one of its ``12 / world_size`` (for other numbers of processes, which
+    need ``levels=3`` or 4: see `torch_spheres.division`). The sum is over all, which step together.
+    ``process_group``: those that do; False: this one alone. A `SphereParallel` model brings its
+    own.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -61,8 +61,7 @@ class GradientHook:
             self._ranks = model_or_spheres._ranks
         elif isinstance(model_or_spheres, KissingSpheres):
             self._spheres = model_or_spheres
-            groups = min(model_or_spheres.leaves, GROUPS)
-            self._ranks = find_ranks(process_group, groups)
+            self._ranks = find_ranks(process_group, model_or_spheres.leaves)
         else:
             raise TypeError(
                 "model_or_spheres must be a SphereParallel or a KissingSpheres, got "
@@ -102,9 +101,10 @@ class GradientHook:
         shard = as_index("shard", shard)
         if not 0 <= shard < self._spheres.leaves:
             raise ValueError(f"shard must be 0 to {self._spheres.leaves - 1}, got {shard}")
-        if self._ranks is not None and shard % GROUPS not in self._ranks.own:
-            own = self._ranks.leaves(self._ranks.rank, self._spheres.leaves)
-            raise ValueError(f"shard {shard} is another rank's; this one has {own}")
+        if self._ranks is not None:
+            own = self._ranks.divide(self._spheres.leaves).owned(self._ranks.rank)
+            if shard not in own:
+                raise ValueError(f"shard {shard} is another rank's; this one has {own}")
         fitted = self._fit(grads)
         if self._ranks is not None and any(g is not None and g.is_sparse for g in fitted):
             raise ValueError(

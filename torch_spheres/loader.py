@@ -29,7 +29,7 @@ from torch_spheres.loading.tempo import Tempo
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
-from torch_spheres.sampler import GROUPS, SphereBatchSampler
+from torch_spheres.sampler import SphereBatchSampler
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["SphereLoader", "wrap"]
@@ -265,7 +265,7 @@ def wrap(
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
     spheres = KissingSpheres() if spheres is None else spheres
-    ranks = _ranks_for(loader, find_ranks(process_group, min(spheres.leaves, GROUPS)), workers)
+    ranks = _ranks_for(loader, find_ranks(process_group, spheres.leaves), workers)
     keep_freed_memory(spheres.levels)
     base: Any = type(loader)
     kind = _class_for(base)
@@ -332,7 +332,7 @@ def _rebuild(
     made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
     vars(made).update(attributes, **_new_parts(attributes["num_workers"], made.spheres))
     shares = shared and dist.is_initialized()
-    made._sphere_ranks = find_ranks(None, min(made.spheres.leaves, GROUPS)) if shares else None
+    made._sphere_ranks = find_ranks(None, made.spheres.leaves) if shares else None
     return made
 
 

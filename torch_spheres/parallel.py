@@ -25,7 +25,6 @@ from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.replica import ReplicaPool
 from torch_spheres.same_model import sync_module
-from torch_spheres.sampler import GROUPS
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
 from torch_spheres.splitting import rows_of, tensors_of
@@ -56,13 +55,14 @@ class SphereParallel(nn.Module):
             None: all of them. False: none, this process is alone with its batch (inside
             `DistributedDataParallel`, for one).
 
-    Several processes: each gets its rows of one batch, see `wrap`, and runs the shards of its
-    groups. Rank 0's parameters and buffers are everybody's from the start. ``.grad`` is the sum
-    over all ranks when ``backward()`` returns, bit for bit that of one process if the loss's
-    gradient for a row is: with `forward_backward`, or a loss over the whole batch, see `gather`. A
-    mean over the rank's own rows is weighted by its share of the rows, which rounds. Calls with
-    gradients, and in training mode, are for all ranks together; an evaluation under ``no_grad`` in
-    evaluation mode is this process's own.
+    Several processes (as many as divide the leaves: twelve, 144 with ``levels=3``): each gets its
+    rows of one batch, see `wrap`, and runs the shards of its groups. Rank 0's parameters and
+    buffers are everybody's from the start. ``.grad`` is the sum over all ranks when ``backward()``
+    returns, bit for bit that of one process if the loss's gradient for a row is: with
+    `forward_backward`, or a loss over the whole batch, see `gather`. A mean over the rank's own
+    rows is weighted by its share of the rows, which rounds. Calls with gradients, and in training
+    mode, are for all ranks together; an evaluation under ``no_grad`` in evaluation mode is this
+    process's own.
 
     Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
     arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
@@ -92,7 +92,7 @@ class SphereParallel(nn.Module):
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
             `KissingSpheres`, or `reproducible` not a bool.
-        ValueError: the processes cannot share twelve groups evenly, or have different models.
+        ValueError: the processes cannot share the leaves evenly, or have different models.
         RankError: another process does not come, or has failed (in any call that they share).
     """
 
@@ -129,7 +129,7 @@ class SphereParallel(nn.Module):
         self.module = module
         self.reproducible = reproducible
         self._take(spheres)
-        self._ranks = find_ranks(process_group, min(spheres.leaves, GROUPS))
+        self._ranks = find_ranks(process_group, spheres.leaves)
         if self._ranks is not None:
             settings = {"levels": spheres.levels, "reproducible": reproducible}
             sync_module(module, self._ranks, settings)
@@ -338,7 +338,7 @@ class SphereParallel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take(KissingSpheres(levels, concurrency=concurrency))
         shared = state["_ranks"] and dist.is_initialized()
-        self._ranks = find_ranks(None, min(self._spheres.leaves, GROUPS)) if shared else None
+        self._ranks = find_ranks(None, self._spheres.leaves) if shared else None
 
     def _own(self) -> dict[str, Any]:
         """Everything but what belongs to the threads."""

@@ -1,10 +1,4 @@
-"""Processes that share a batch: each owns some of the twelve symmetry groups, its *virtual ranks*.
-
-Group *g* is the subtree under kissing sphere *g*: shards *g*, *g* + 12, .... Rank *r* of *W* owns
-groups ``r * 12 / W`` to ``(r + 1) * 12 / W - 1``. With *W* = 1, 2, 3, 4, 6 or 12 such a block is
-one or two complete subtrees of the fixed sum tree (*parts*), so a rank's sums are those that one
-process would have on its way to the total, whatever *W* is.
-"""
+"""Processes that share a batch, and how they talk. Who has which rows: see division.py."""
 
 from __future__ import annotations
 
@@ -23,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_spheres.division import Division, divide, way_out
 from torch_spheres.errors import RankError
 from torch_spheres.meeting import Meeting, apart
-from torch_spheres.sampler import GROUPS, shard_bounds
 from torch_spheres.swap import Swap
 
-__all__ = ["ProcessGroup", "Ranks", "find_ranks", "parts_of", "ranks_of"]
+__all__ = ["ProcessGroup", "Ranks", "find_ranks", "ranks_of"]
 
 ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
 _LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
@@ -36,33 +30,17 @@ _LARGE = 256 << 10  # bytes of a message from which on what it takes is its leng
 _TAGS = 1 << 20  # of messages that may be under way at once
 _ROLL_CALL = 3.0  # seconds in which a rank that waits as we do says so
 
-# Complete subtrees of the tree over twelve, largest first: (size, where they may begin).
-_SUBTREES = ((12, (0,)), (8, (0,)), (4, (0, 4, 8)), (2, (0, 2, 4, 6, 8, 10)), (1, range(12)))
 
-
-def parts_of(first: int, last: int) -> list[tuple[int, int]]:
-    """The fewest complete subtrees that make up groups `first` to `last` - 1, as half-open ranges.
-
-    For blocks of 12 / W groups they are one or two.
-    """
-    parts = []
-    while first < last:
-        size = next(s for s, begins in _SUBTREES if first in begins and first + s <= last)
-        parts.append((first, first + size))
-        first += size
-    return parts
-
-
-def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks | None:
+def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks | None:
     """The ranks that a batch is divided over; None if this process has it alone.
 
     Args:
         process_group: None: torch's default group, if there is one. False: no other process.
-        groups: 12, or 1 with ``levels=1``.
+        leaves: of the hierarchy, among which they are divided.
 
     Raises:
         TypeError: it is no process group.
-        ValueError: this process is not in it, or its size does not divide the groups.
+        ValueError: this process is not in it, or its size does not divide the leaves.
     """
     if process_group is False:
         return None
@@ -84,11 +62,10 @@ def find_ranks(process_group: ProcessGroup | bool | None, groups: int) -> Ranks 
     rank = dist.get_rank(process_group)
     if rank < 0:
         raise ValueError("this process is not in the process_group that it was given")
-    fitting = [w for w in range(1, groups + 1) if groups % w == 0]
-    if world not in fitting:
+    if leaves % world:
         raise ValueError(
-            f"{world} processes cannot share {groups} symmetry group{'s' if groups > 1 else ''} "
-            f"evenly: start one of {fitting}, or choose one of those by process_group="
+            f"{world} processes cannot share {leaves} leaves evenly: {way_out(world, leaves)}, "
+            "or choose so many by process_group="
         )
     return ranks_of(process_group)
 
@@ -115,9 +92,6 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup | None, rank: int, world: int) -> None:
         self.group, self.rank, self.world = group, rank, world
-        block = GROUPS // world
-        self.own = range(rank * block, (rank + 1) * block)
-        self.parts = [parts_of(r * block, (r + 1) * block) for r in range(world)]
         self._is_gloo, self.device = _backend_of(group)
         self.told = False  # a warning, once
         self.sent = 0  # bytes of tensors that this rank has sent to others
@@ -128,26 +102,9 @@ class Ranks:
         self._parted: RankError | None = None
         _leave_last_words()
 
-    @property
-    def own_parts(self) -> list[tuple[int, int]]:
-        """The complete subtrees that this rank's groups make up."""
-        return self.parts[self.rank]
-
-    # ---- rows ----
-
-    def leaves(self, rank: int, leaves: int) -> list[int]:
-        """The shards of a rank, in the order in which it has their rows."""
-        block = GROUPS // self.world
-        return [
-            leaf
-            for g in range(rank * block, (rank + 1) * block)
-            for leaf in range(g, leaves, GROUPS)
-        ]
-
-    def rows(self, rank: int, rows: int, leaves: int) -> int:
-        """How many of a batch's rows a rank has."""
-        bounds = shard_bounds(rows, leaves)
-        return sum(bounds[leaf][1] - bounds[leaf][0] for leaf in self.leaves(rank, leaves))
+    def divide(self, leaves: int) -> Division:
+        """Which of so many leaves each rank owns."""
+        return divide(self.world, leaves)
 
     # ---- talk ----
 

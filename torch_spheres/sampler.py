@@ -11,15 +11,16 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
+from torch_spheres.division import GROUPS, divide, shard_bounds, way_out
+
 T = TypeVar("T")
-GROUPS = 12  # symmetry groups: the children of a sphere, the virtual ranks of a batch
 
 
 class _Spheres(Protocol):  # what the sampler needs of a KissingSpheres
@@ -29,23 +30,13 @@ class _Spheres(Protocol):  # what the sampler needs of a KissingSpheres
     def distribute_work(self, items: list[list[int]], fn: Callable[[list[int]], Any], /) -> Any: ...
 
 
-def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
-    """Half-open row ranges of the shards, as ``torch.tensor_split`` cuts: the first
-    ``rows % shards`` have one row more. ValueError for ``rows`` < 0 or ``shards`` < 1.
-    """
-    if rows < 0 or shards < 1:
-        raise ValueError(f"need rows >= 0 and shards >= 1, but got rows={rows}, shards={shards}")
-    size, extra = divmod(rows, shards)
-    cuts = [k * size + min(k, extra) for k in range(shards + 1)]
-    return list(pairwise(cuts))
-
-
 class SphereBatchSampler(Sampler[list[int]]):
     """``BatchSampler(sampler, batch_size, drop_last)`` that knows the spheres.
 
     ``spheres``: the ``KissingSpheres`` to split over; None: ``levels=2``'s layout, no runtime.
-    ``rank``, ``world_size``: yield this rank's block of ``12 / world_size`` groups, in order; None:
-    those of ``process_group`` (None: the default one, if torch.distributed is initialised).
+    ``rank``, ``world_size``: yield this rank's block of ``12 / world_size`` groups, in order (with
+    more levels there may be more ranks: each has a block of leaves, see `torch_spheres.division`);
+    None: those of ``process_group`` (None: the default, if torch.distributed is initialised).
 
     - One process yields what BatchSampler yields and draws when it draws. Indices become plain
       ints (from numpy's, 0-d tensors, ``__index__``); bools, floats and the rest: TypeError.
@@ -55,8 +46,8 @@ class SphereBatchSampler(Sampler[list[int]]):
       DataLoader passes it on, and ``default_collate`` fails on it. Use ``drop_last=True`` with at
       least twelve rows a batch, or a ``collate_fn`` that takes an empty list.
 
-    ValueError: what BatchSampler refuses; a ``world_size`` that does not divide the groups
-    (twelve; one with ``levels=1``); a ``rank`` outside it.
+    ValueError: what BatchSampler refuses; a ``world_size`` that does not divide the leaves (12;
+    1, 144 or 1728 with other ``levels``); a ``rank`` outside it.
     """
 
     def __init__(
@@ -89,17 +80,20 @@ class SphereBatchSampler(Sampler[list[int]]):
         self._pending: _Epoch | None = None  # loaded, for the iterator that begins next
         self._rng_at_iter: torch.Tensor | None = None  # global RNG at the first iter() since
         self._leaves = GROUPS if spheres is None else spheres.leaves
-        self._group_count = count = min(self._leaves, GROUPS)
-        fits = [w for w in range(1, count + 1) if count % w == 0]
-        if not _is_int(world_size) or world_size not in fits:
-            raise ValueError(f"{world_size=} does not divide {count} group(s): use one of {fits}")
+        self._group_count = min(self._leaves, GROUPS)
+        whole = _is_int(world_size) and world_size > 0
+        if not whole or self._leaves % world_size:
+            way = way_out(world_size if whole else 0, self._leaves)
+            raise ValueError(f"{world_size=} does not divide {self._leaves} leaves: {way}")
         if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
             raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
         self.rank, self.world_size = rank, world_size
         self._whole: list[int] | None = None  # the global batch that was cut last
         self._places: list[int] | None = None  # in it, of the rows that were yielded
-        block = count // world_size
-        self._own = slice(rank * block, (rank + 1) * block)  # this rank's groups
+        self._division = divide(world_size, self._leaves)
+        self._owned = self._division.owned(rank)
+        touched = [leaf % self._group_count for leaf in self._owned]
+        self._own = slice(touched[0], touched[-1] + 1)  # this rank's groups, or its parts of them
 
     def __len__(self) -> int:
         """Batches in a whole epoch; TypeError where the sampler has no length."""
@@ -118,11 +112,18 @@ class SphereBatchSampler(Sampler[list[int]]):
         return [[*chain.from_iterable(shards[g::count])] for g in range(count)]
 
     def own_groups(self, batch: Sequence[int]) -> list[list[int]]:
-        """A batch *as this rank yielded it*, split into a list for each group that it owns."""
+        """A batch *as this rank yielded it*, split into a list for each group that it owns (or
+        owns leaves of).
+        """
         if self.world_size == 1:
             return self.groups(batch)
-        bounds = shard_bounds(len(batch), self._group_count // self.world_size)
-        return [list(batch[a:b]) for a, b in bounds]  # the sizes are those of the global split
+        # Of the global split, the rows that are over went to the first leaves: here too.
+        bounds = shard_bounds(len(batch), len(self._owned))
+        size = {leaf: b - a for leaf, (a, b) in zip(sorted(self._owned), bounds, strict=True)}
+        counts, rows = [0] * self._group_count, iter(batch)
+        for leaf in self._owned:
+            counts[leaf % self._group_count] += size[leaf]
+        return [[*islice(rows, count)] for count in counts[self._own]]
 
     def map(self, fn: Callable[[list[int]], T], batch: Sequence[int]) -> list[T | None]:
         """``fn(rows)`` on the spheres for each of this rank's groups; results in group order.
@@ -144,10 +145,11 @@ class SphereBatchSampler(Sampler[list[int]]):
         """Item g is group g's list: lower ranks' are ``[]``, the empty ones at the end are cut."""
         if self.spheres is None:
             raise RuntimeError("no spheres to hand work to: give the sampler spheres=...")
-        own = [rows for rows in self.own_groups(batch) if rows]
-        if not own or self.rank == 0:
-            return self.spheres, own, fn
-        items = [*[[] for _ in range(self._own.start)], *own]
+        items = [*[[] for _ in range(self._own.start)], *self.own_groups(batch)]
+        while items and not items[-1]:
+            items.pop()
+        if all(items):
+            return self.spheres, items, fn
         return self.spheres, items, lambda rows: fn(rows) if rows else None
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -165,7 +167,8 @@ class SphereBatchSampler(Sampler[list[int]]):
             batch = chunk if {*map(type, chunk)} == {int} else [*map(_as_int, chunk)]
             epoch.count(batch)
             if self.world_size > 1:
-                self._places = [*chain.from_iterable(self.groups(range(len(batch)))[self._own])]
+                ranges = self._division.ranges(self.rank, len(batch))
+                self._places = [*chain.from_iterable(ranges)]
                 self._whole, batch = batch, [batch[place] for place in self._places]
             yield batch
         if self._newest is epoch:

@@ -1,6 +1,6 @@
 """One call of a `SphereParallel` model whose batch several processes share.
 
-Each rank runs the shards of its groups, and the ranks meet four times: before the forward (how many
+Each rank runs its own shards, and the ranks meet four times: before the forward (how many
 rows each has, and whether they are about to do the same), after it (buffers, scalars, errors), and
 for the gradients, whose partial sums are on their way while other shards are still running.
 """
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.crew import Crew
+from torch_spheres.division import Division, tree_order
 from torch_spheres.exchange import BUCKET, Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
-from torch_spheres.folding import GradientFold, Grads, tree_order
+from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.phases import handovers, phase
 from torch_spheres.pieces import FoldInPieces, Sink, listen
 from torch_spheres.random import CallRandom, next_base
@@ -207,6 +208,10 @@ class SharedCall(Call):
 
     # ---- gradients ----
 
+    @property
+    def _division(self) -> Division:
+        return self.ranks.divide(self.split.shards)
+
     def forward_shard(self, k: int, replica: Replica) -> Shard:
         """As in one process; large models' gradients will be told as they come."""
         if self._tells:
@@ -224,9 +229,10 @@ class SharedCall(Call):
             layouts.update(key=(key, self._sparse), layout=Layout(dense))
         layout: Layout = layouts["layout"]
         self._exchange = Exchange(
-            self.ranks, layout, "the exchange of gradients", self.crew.spheres
+            self.ranks, self._division, layout, "the exchange of gradients", self.crew.spheres
         )
-        self._odd: list[dict[int, Tensor]] = [{} for _ in self.ranks.own_parts]
+        own_parts = self._division.parts[self.ranks.rank]
+        self._odd: list[dict[int, Tensor]] = [{} for _ in own_parts]
         self._pieces = [[self._dense[i] for i, _, _ in b.places] for b in layout.buckets]
         self._odd_piece = len(self._pieces)
         if self._sparse or not self._pieces:
@@ -238,7 +244,7 @@ class SharedCall(Call):
                 self.split.places,
                 self.split.leaves,
                 self.crew.concurrency,
-                self.ranks.own_parts,
+                own_parts,
                 functools.partial(self._emit, piece),
                 traced if piece == 0 else None,
             )
@@ -296,13 +302,14 @@ class SharedCall(Call):
         """Sparse gradients, which all ranks send to all."""
         if not self._sparse:
             return {}
+        division = self._division
         found = self.ranks.objects(self._odd, "the exchange of sparse gradients")
         totals = {}
-        for i in {i for parts in found for part in parts for i in part}:
-            column: Grads = [None] * 12
-            for r, parts in enumerate(found):
-                for (first, _), part in zip(self.ranks.parts[r], parts, strict=True):
-                    column[first] = part.get(i)
+        for i in {i for sums in found for mine in sums for i in mine}:
+            column: Grads = [None] * division.places
+            for r, sums in enumerate(found):
+                for part, mine in zip(division.parts[r], sums, strict=True):
+                    column[division.place(part)] = mine.get(i)
             (total,) = tree_sums([column])
             assert total is not None
             totals[i] = total.to(self.trainable[i].dtype)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _core
+from torch_spheres.division import shard_bounds
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.ranks import Ranks
-from torch_spheres.sampler import shard_bounds
 
 __all__ = ["Split", "aligned", "rows_of", "tensors_of"]
 
@@ -50,7 +50,8 @@ class Split:
         """
         assert self._ranks is not None
         self.total = sum(rows)
-        due = [self._ranks.rows(r, self.total, self.shards) for r in range(len(rows))]
+        division = self._ranks.divide(self.shards)
+        due = [division.rows(r, self.total) for r in range(len(rows))]
         if rows != due:
             raise ValueError(
                 f"the ranks have {rows} rows, of a batch of {self.total} they should have {due}: "
@@ -60,9 +61,8 @@ class Split:
             )
         if self.total == 0:
             raise ValueError("SphereParallel got a batch of 0 rows")
-        whole = shard_bounds(self.total, self.shards)
-        own = self._ranks.leaves(self._ranks.rank, self.shards)
-        sizes = [whole[leaf][1] - whole[leaf][0] for leaf in own]
+        own = division.owned(self._ranks.rank)
+        sizes = [len(r) for r in division.ranges(self._ranks.rank, self.total)]
         cuts = [*itertools.accumulate(sizes, initial=0)]
         self.bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
         self.leaves = [leaf for leaf, size in zip(own, sizes, strict=True) if size]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torch_spheres.faces import own_rows_only
 from torch_spheres.ranks import Ranks
-from torch_spheres.sampler import shard_bounds
 
 __all__ = ["gather_rows"]
 
@@ -20,7 +19,8 @@ def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
     told = ranks.objects((len(rows), (tuple(rows.shape[1:]), rows.dtype)), "gather")
     counts, kinds = [n for n, _ in told], [kind for _, kind in told]
     total = sum(counts)
-    if counts != [ranks.rows(r, total, leaves) for r in range(ranks.world)]:
+    division = ranks.divide(leaves)
+    if counts != [division.rows(r, total) for r in range(ranks.world)]:
         raise ValueError(
             f"gather(): the ranks have {counts} rows, which are not their groups' parts of a "
             f"batch of {total}"
@@ -54,13 +54,8 @@ class _Gathered(torch.autograd.Function):
         mine = rows.detach().cpu().resolve_conj().resolve_neg().contiguous()
         sent[: mine.nbytes] = mine.view(-1).view(torch.uint8)
         table = ranks.gather(sent, "gather")
-        bounds = shard_bounds(total, leaves)
-        order = [
-            i
-            for r in range(ranks.world)
-            for leaf in ranks.leaves(r, leaves)
-            for i in range(*bounds[leaf])
-        ]
+        division = ranks.divide(leaves)
+        order = [i for r in range(ranks.world) for own in division.ranges(r, total) for i in own]
         pieces = [table[r, : counts[r] * row] for r in range(ranks.world)]
         gathered = torch.cat(pieces).view(dtype).view(total, *shape)
         where = torch.tensor(order)

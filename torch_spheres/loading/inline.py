@@ -24,6 +24,7 @@ from torch.utils.data import _DatasetKind
 from torch_spheres import _core
 from torch_spheres._core import Work
 from torch_spheres.context import caller_context
+from torch_spheres.division import shard_bounds
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.fingerprint import fingerprint
@@ -33,7 +34,6 @@ from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.samples import Copies, Fetcher, has_getitems, load, place_of_thread
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.streams import GlobalStates, Noticing, Watching
-from torch_spheres.sampler import shard_bounds
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_spheres.ranks import Ranks
-from torch_spheres.sampler import shard_bounds
 
 __all__ = ["CutSamples", "NoRows", "Portions", "same_random_state", "without_rows"]
 
@@ -51,18 +50,16 @@ class Portions:
 
     Args:
         ranks: who shares the batches.
-        leaves: of the hierarchy whose groups are divided.
+        leaves: of the hierarchy, which are divided.
     """
 
     def __init__(self, ranks: Ranks, leaves: int) -> None:
-        self._ranks, self._leaves = ranks, leaves
+        self._rank, self._division = ranks.rank, ranks.divide(leaves)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  # batches are of one size, but for the last
     def places(self, rows: int) -> list[int]:
         """In a batch of so many rows, in the order in which this rank has them."""
-        bounds = shard_bounds(rows, self._leaves)
-        own = self._ranks.leaves(self._ranks.rank, self._leaves)
-        return [place for leaf in own for place in range(*bounds[leaf])]
+        return [place for own in self._division.ranges(self._rank, rows) for place in own]
 
     def of(self, index: Sequence[Any]) -> tuple[list[Any], list[int]]:
         """The part of an index list that is this rank's, and its places in it."""
