@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +222,32 @@ def test_a_loop_without_an_optimizer_counts_its_steps_itself() -> None:
     assert writer.steps() == [102, 104, 105]
     with pytest.raises(RuntimeError, match="closed"):
         log.step()
+
+
+def test_a_log_that_has_counted_no_steps_says_so() -> None:
+    writer = Fake()
+    spheres = KissingSpheres()
+    with spheres:
+        spheres.log_to(writer)  # nobody keeps it, and the model's optimizer has no hook
+        spheres.map(abs, range(10))
+        with pytest.warns(UserWarning, match=r"counted no steps: .*call log.step\(\)") as told:
+            spheres.stop()
+    spheres.stop()  # once is enough
+    assert [Path(w.filename).name for w in told] == [Path(__file__).name]
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    with spheres:
+        with pytest.warns(UserWarning, match="no steps") as told, spheres.log_to(writer, 5):
+            spheres.map(abs, range(10))
+        log = spheres.log_to(writer, 5, optimizer=optimizer)
+        spheres.map(abs, range(10))
+        with pytest.warns(UserWarning, match="its optimizer has not stepped") as told:
+            log.close()
+        assert [Path(w.filename).name for w in told] == [Path(__file__).name]
+        spheres.log_to(writer).close()  # nothing has run
+        with pytest.raises(LookupError), spheres.log_to(writer):
+            spheres.map(abs, range(10))
+            raise LookupError
+    assert writer.seen == []
 
 
 def test_without_items_there_are_no_item_times() -> None:

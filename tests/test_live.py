@@ -414,6 +414,15 @@ def test_numbers_that_are_none(value: Any) -> None:
             spheres.live(**{name: value})
 
 
+@pytest.mark.parametrize("file", ["stderr", 2, b"x", io.BytesIO(), object()])
+def test_files_that_are_none(file: Any) -> None:
+    spheres = ts.KissingSpheres(levels=1)
+    with pytest.raises(TypeError, match=r"file must be a text file, such as .*, or None"):
+        spheres.live(file=file)
+    with pytest.raises(TypeError, match="plain must be True, False or None, got 'no'"):
+        spheres.live(plain="no")  # type: ignore[arg-type]
+
+
 def test_samples_are_counted_or_told() -> None:
     with ts.KissingSpheres() as spheres:
         assert Reading.of(spheres).samples is None

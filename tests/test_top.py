@@ -154,11 +154,11 @@ sys.exit(9)
         assert "count 1" in p.screen.text
 
 
-def test_ctrl_c_ends_a_script_and_its_exit_code_says_so() -> None:
+def test_ctrl_c_ends_a_script_and_top_of_the_same_signal() -> None:
     with watched("ts.KissingSpheres().start()\nprint('ready')\ntime.sleep(100)") as p:
         p.until(lambda s: "ready" in s.text and "pid" in s.text)
         p.type("\x03")
-        assert p.end() == 128 + signal.SIGINT
+        assert p.end() == -signal.SIGINT
         assert "KeyboardInterrupt" in p.screen.text
         assert p.screen.cursor_shown and p.screen.wraps and p.screen.column == 0
 
@@ -267,7 +267,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         child = int(re.search(r"child (\d+)", p.screen.text)[1])  # type: ignore[index]
         try:
             p.type("go\n")
-            assert p.end() == 128 + signal.SIGKILL
+            assert p.end() == -signal.SIGKILL
             assert "ended" in p.screen.text and "60 items" in p.screen.text
         finally:
             os.kill(child, signal.SIGKILL)
@@ -343,7 +343,10 @@ told()
         (["--refresh-per-second", "0", "--", "true"], 2, "must be more than 0, got 0.0"),
         (["--plain-seconds", "x", "--", "true"], 2, "invalid float value"),
         (["--", "sh", "-c", "exit 3"], 3, "no KissingSpheres"),
-        (["--", "sh", "-c", "kill -TERM $$"], 128 + 15, "no KissingSpheres"),
+        (["--", "sh", "-c", "exit 130"], 130, "no KissingSpheres"),
+        (["--", "sh", "-c", "kill -TERM $$"], -signal.SIGTERM, "no KissingSpheres"),
+        (["--", "sh", "-c", "kill -KILL $$"], -signal.SIGKILL, "no KissingSpheres"),
+        (["--", "sh", "-c", "kill -SEGV $$"], -signal.SIGSEGV, "no KissingSpheres"),
     ],
 )
 def test_exit_codes(arguments: list[str], code: int, text: str) -> None:

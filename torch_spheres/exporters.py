@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -174,7 +175,8 @@ class StatsLog:
         first_step: int,
     ) -> None:
         self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
-        self._steps = self._written = first_step
+        self._steps = self._written = self._first = first_step
+        self._wrote = self._warned = False
         self._due = first_step + every
         self._last = spheres.stats()
         self._handle: Any = None
@@ -212,15 +214,37 @@ class StatsLog:
         self._due = steps + self._every
         for name, value in figures(now - self._last).items():
             self._writer.add_scalar(f"{self._tag}/{name}", value, steps)
-        self._last, self._written = now, steps  # not if the writer raised
+        self._last, self._written, self._wrote = now, steps, True  # not if the writer raised
 
     def close(self) -> None:
         """Counts no more steps, and writes what came since the last time. The writer stays open.
 
         May be called more than once. Raises what the writer raised; the log is closed even so.
+        Warns if no step was counted.
         """
-        if self._detach() and self._steps > self._written:
-            self.write()
+        self._close(stacklevel=4)
+
+    def _close(self, stacklevel: int) -> None:
+        if self._detach():
+            self.warn_if_silent(stacklevel)
+            if self._steps > self._written:
+                self.write()
+
+    def warn_if_silent(self, stacklevel: int) -> None:
+        """Says once that nothing was written for lack of steps, if spheres have run items."""
+        spoke = self._steps > self._first or self._wrote
+        if spoke or self._warned or (self._spheres.stats() - self._last).items_run == 0:
+            return
+        self._warned = True
+        warnings.warn(
+            "log_to() has written nothing, because it has counted no steps: no optimizer with a "
+            "GradientHook on these spheres has stepped; give it optimizer=..., or call log.step() "
+            "in the loop"
+            if self._handle is None
+            else "log_to() has written nothing, because its optimizer has not stepped",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
     def _detach(self) -> bool:
         was_open, self._closed = not self._closed, True
@@ -240,7 +264,7 @@ class StatsLog:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self.close()
+            self._close(stacklevel=4)
         else:  # what broke the loop is not to be covered by an error of the writer
             self._detach()
 

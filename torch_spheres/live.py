@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import math
 import operator
 import os
@@ -72,6 +73,10 @@ class Live:
         self._spheres = spheres
         self._tick = 1 / positive("refresh_per_second", refresh_per_second)
         self._plain_seconds = positive("plain_seconds", plain_seconds)
+        if file is not None and not _takes_text(file):
+            raise TypeError(f"file must be a text file, such as sys.stderr, or None, got {file!r}")
+        if plain is not None and not isinstance(plain, bool):
+            raise TypeError(f"plain must be True, False or None, got {plain!r}")
         self._file = file
         self._plain = plain
         self._face: _Terminal | _Plain | None = None
@@ -267,6 +272,11 @@ def positive(name: str, value: Any) -> float:
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be more than 0, got {value!r}")
     return number
+
+
+def _takes_text(file: Any) -> bool:
+    binary = isinstance(file, (io.RawIOBase, io.BufferedIOBase))
+    return callable(getattr(file, "write", None)) and not binary
 
 
 def _count(value: Any) -> int:

@@ -157,6 +157,7 @@ class KissingSpheres(Views):
         """
         lost, error = self._core.stop(as_timeout(timeout))
         report(self)
+        self._warn_of_silent_logs()
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
@@ -188,6 +189,8 @@ class KissingSpheres(Views):
             # With an exception under way the items that are dropped are not worth a warning.
             self._core.stop(None)
             report(self)
+        if kind is None:
+            self._warn_of_silent_logs()
 
     def _ensure_started(self, what: str) -> None:
         if not self._started and not self._core.forked():

@@ -5,8 +5,9 @@ r"""Runs a command and shows, at the bottom of the terminal, all `KissingSpheres
     python -m torch_spheres.top -- python train.py --epochs 3
 
 The command runs as it would alone: its output passes by above the display, it gets Ctrl-C and the
-other signals, and its exit code is the exit code. Processes that it starts are shown too, each with
-its rank and process id. Where stderr is no terminal, lines are printed there every few seconds.
+other signals, and its exit code is the exit code (or the signal that ends it ends this). Processes
+that it starts are shown too, each with its rank and process id. Where stderr is no terminal, lines
+are printed there every few seconds.
 
 (A SIGINT or SIGQUIT that comes while this has the terminal's keyboard is taken for Ctrl-C or
 Ctrl-\\, which the command gets from the terminal too, and is not passed on; SIGTERM always is.)
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from torch_spheres.live import positive
-from torch_spheres.watching.command import Command, Signals
+from torch_spheres.watching.command import Command, Signals, end_like
 from torch_spheres.watching.frame import View, screen
 from torch_spheres.watching.inbox import Inbox
 from torch_spheres.watching.painter import painter
@@ -47,7 +48,7 @@ _USAGE_ERROR, _CANNOT_RUN, _NOT_FOUND = 2, 126, 127  # as shells have them
 def main(arguments: Sequence[str] | None = None) -> int:
     """What the command line does; returns the exit code of the command.
 
-    128 and a signal's number if that ended it; 127 if the command is not found, 126 if it cannot be
+    Minus a signal's number if that ended it; 127 if the command is not found, 126 if it cannot be
     run; 2, with a text, for arguments that make no sense and when rich is missing.
     """
     parser = _parser()
@@ -240,4 +241,4 @@ class _Watch:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end_like(main()))

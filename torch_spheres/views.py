@@ -48,6 +48,10 @@ class Views:
     def _spheres(self) -> KissingSpheres:
         return cast("KissingSpheres", self)
 
+    def _warn_of_silent_logs(self) -> None:
+        for log in tuple(self._logs):
+            log.warn_if_silent(stacklevel=4)  # of who calls stop()
+
     def stats(self) -> Stats:
         """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
         return snapshot(
@@ -81,7 +85,7 @@ class Views:
         Raises:
             ImportError: rich is missing (on ``with``; not for plain lines).
             RuntimeError: another display is shown (on ``with``).
-            TypeError, ValueError: a number is none, or not more than 0.
+            TypeError, ValueError: a number is none, or not more than 0; `file` is no text file.
         """
         return Live(
             self._spheres, refresh_per_second, file=file, plain=plain, plain_seconds=plain_seconds
@@ -112,7 +116,8 @@ class Views:
 
         Returns:
             A handle with ``step()``, ``write()`` and ``close()``, which is a context manager too;
-            ``close()`` writes the rest. It need not be kept.
+            ``close()`` writes the rest. It need not be kept. If no step is counted, `close` and
+            `stop` warn.
 
         Written are `Stats.utilization`, `imbalance`, `steal_rate`, `items_per_second`,
         `cores_used`, the median and the 95th percentile of item times (seconds), items queued now

@@ -12,16 +12,18 @@ import codecs
 import contextlib
 import fcntl
 import os
+import resource
 import selectors
 import signal
 import struct
 import subprocess
+import sys
 import termios
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["Command", "Signals"]
+__all__ = ["Command", "Signals", "end_like"]
 
 _ALWAYS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)  # usually
@@ -128,9 +130,9 @@ class Command:
 
     @property
     def exit_code(self) -> int:
-        """Of a command that is over; 128 and the signal's number if one ended it, as in a shell."""
-        code = self._process.returncode
-        return code if code >= 0 else 128 - code
+        """Of a command that is over; minus the signal's number if one ended it."""
+        code: int = self._process.returncode
+        return code
 
     def take(self, numbers: set[int]) -> None:
         """Passes on the signals that it has not got anyway."""
@@ -175,6 +177,30 @@ class Command:
         self._selector.unregister(master)
         os.close(master)
         self._master = None
+
+
+def end_like(exit_code: int) -> int:
+    """Ends this process by the signal that has ended a command, if one has.
+
+    Who started us may ask: a shell's loop ends at Ctrl-C if the command in it died of that, and
+    goes on if it only has an exit code.
+
+    Returns:
+        The exit code to end with otherwise: 128 and the signal's number if we do not die of it, as
+        the first process of a container does not.
+    """
+    if exit_code >= 0:
+        return exit_code
+    number = -exit_code
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
+            stream.flush()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its own
+    with contextlib.suppress(OSError):  # SIGKILL's cannot be set, nor need be
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    return 128 + number
 
 
 def _leave_newlines_alone(terminal: int) -> None:
