@@ -35,7 +35,7 @@ namespace torch_spheres {
 enum class TraceKind : std::uint8_t {
   kState,     ///< label: the State that ended; other: the one that began
   kItem,      ///< label: what kind of work; other: leaf that it belonged to; item, count
-  kPhase,     ///< label: which; item: shard or -1
+  kPhase,     ///< label: which; item: shard, of kLoad batch, or -1
   kWork,      ///< begin: kWork was sent by `other`; end: it was read
   kGradient,  ///< begin: kGradientReady was sent by `other`; end: it was read
   kQueued,    ///< item: so many more (or fewer, if negative) wait in the queues
@@ -51,13 +51,14 @@ enum class TraceLabel : std::uint8_t {
   kForward,
   kLoss,
   kBackward,
-  kSum
+  kSum,
+  kLoad
 };
-inline constexpr int kTraceLabels = 8;
+inline constexpr int kTraceLabels = 9;
 
 inline const char* trace_label_name(TraceLabel label) {
   static constexpr const char* names[kTraceLabels] = {
-      "item", "native item", "sum piece", "gather", "forward", "loss", "backward", "sum"};
+      "item", "native item", "sum piece", "gather", "forward", "loss", "backward", "sum", "load"};
   return names[static_cast<int>(label)];
 }
 

@@ -1,4 +1,4 @@
-"""What a trace shows of shards: their phases, and how gradients go from one to the next."""
+"""What a trace shows of shards and batches: phases, and how gradients go from one to the next."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
 
 class _Phase:
-    __slots__ = ("_begin", "_core", "_label", "_recording", "_shard")
+    __slots__ = ("_begin", "_core", "_label", "_number", "_recording")
 
-    def __init__(self, core: _core.System, recording: Recording, label: int, shard: int) -> None:
-        self._core, self._recording, self._label, self._shard = core, recording, label, shard
+    def __init__(self, core: _core.System, recording: Recording, label: int, number: int) -> None:
+        self._core, self._recording, self._label, self._number = core, recording, label, number
 
     def __enter__(self) -> None:
         self._begin = time.monotonic_ns()
@@ -35,20 +35,26 @@ class _Phase:
         traceback: TracebackType | None,
     ) -> None:
         self._recording.name_thread()
-        self._core.trace_phase(self._label, self._shard, self._begin)
+        self._core.trace_phase(self._label, self._number, self._begin)
 
 
 _NOTHING = nullcontext()
 
 
 def phase(
-    spheres: KissingSpheres, name: str, shard: int | None = None
+    spheres: KissingSpheres, name: str, number: int | None = None
 ) -> AbstractContextManager[None]:
-    """For a block that the calling thread is in; does nothing while nobody traces the spheres."""
+    """For a block that the calling thread is in; does nothing while nobody traces the spheres.
+
+    Args:
+        spheres: on whose behalf.
+        name: what is done; one of `_core.TRACE_LABELS`.
+        number: of the shard, or of the batch that is loaded.
+    """
     recording = spheres._recording
     if recording is None:
         return _NOTHING
-    return _Phase(spheres._core, recording, _LABELS[name], -1 if shard is None else shard)
+    return _Phase(spheres._core, recording, _LABELS[name], -1 if number is None else number)
 
 
 class Handovers:

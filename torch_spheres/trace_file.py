@@ -224,8 +224,9 @@ class _Writer:
         name = s.name
         if s.kind == "phase":
             if s.item is not None:
-                name = f"{s.name}, shard {s.item}"
-                args = {"shard": s.item}
+                what = "batch" if s.name == "load" else "shard"
+                name = f"{s.name}, {what} {s.item}"
+                args = {what: s.item}
         elif s.item is not None and s.owner is not None:
             name = f"{s.name} {s.item}" if s.count == 1 else f"{s.count} {s.name}s"
             args = {"item": s.item, "items": s.count, "owner": Topology.path_string(s.owner)}

@@ -34,6 +34,7 @@ from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.samples import Copies, Fetcher, has_getitems, load, place_of_thread
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.streams import GlobalStates, Noticing, Watching
+from torch_spheres.phases import phase
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
@@ -225,7 +226,8 @@ class InlineIterator(SphereIterator):
             first, last = parts[k]
             watch, position = Watching(), Position(base_seed, number, over, places)
             try:
-                with context(), meter.working(), watch.active(), at(position):
+                traced = phase(self._spheres, "load", number)
+                with traced, context(), meter.working(), watch.active(), at(position):
                     samples[k] = load(copies.here(), index[first:last], position, first)
             except StoppedError:
                 void.add(_UNFINISHED)

@@ -80,7 +80,7 @@ THEMES = {
             "processing": _GREEN, "accumulating": _ORANGE, "waiting": _PURPLE, "ready": _SKY,
             "idle": "#c3c8ce", "terminating": "#50575f",
         },
-        phases={"forward": _BLUE, "backward": _SKY, "sum": _ORANGE},
+        phases={"forward": _BLUE, "backward": _SKY, "sum": _ORANGE, "load": "#6b3a16"},
         steal=_VERMILION, gradient="#1f2328", waited=_VERMILION, late=_ORANGE,
     ),
     "dark": Theme(
@@ -93,7 +93,7 @@ THEMES = {
             "processing": "#00a87b", "accumulating": "#f5cf4f", "waiting": _PURPLE,
             "ready": "#a6d8f5", "idle": "#4b535d", "terminating": "#aab1ba",
         },
-        phases={"forward": "#3a9bdc", "backward": "#a6d8f5", "sum": "#f5cf4f"},
+        phases={"forward": "#3a9bdc", "backward": "#a6d8f5", "sum": "#f5cf4f", "load": "#784878"},
         steal="#f5713a", gradient="#e6edf3", waited="#f5713a", late="#f5cf4f",
     ),
 }  # fmt: skip

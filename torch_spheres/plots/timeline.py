@@ -28,7 +28,12 @@ _STATES = {
     "accumulating": "summing gradients",
     "waiting": "at a barrier",
 }
-_PHASES = {"forward": "forward", "backward": "backward", "sum": "summing gradients"}
+_PHASES = {
+    "forward": "forward",
+    "backward": "backward",
+    "sum": "summing gradients",
+    "load": "loading a batch",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +208,9 @@ class _Chart:
             )  # fmt: skip
 
     def numbers(self) -> None:
-        """Of items, and so of shards, where there is room: on the longest phase of each."""
+        """Of items, and so of shards, where there is room: on the longest phase of each. Of batches
+        that are loaded, theirs.
+        """
         phases = defaultdict(list)
         for part in self._shown.bars:
             if part.kind == "phase":
@@ -219,7 +226,8 @@ class _Chart:
             first = bisect_left(mine, item.begin_ns, key=lambda s: s.begin_ns)
             inside = mine[first : bisect_left(mine, item.end_ns, key=lambda s: s.begin_ns)]
             place = max(inside, key=self._points, default=item)
-            words = f"{item.item}" if item.count == 1 else f"{item.item}\u2026"
+            number = place.item if place.name == "load" else item.item
+            words = f"{number}" if item.count == 1 else f"{number}\u2026"
             if self._points(place) < 0.75 * size * len(words) + 2:
                 continue
             written += 1

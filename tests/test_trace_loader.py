@@ -1,0 +1,73 @@
+"""What a trace and its pictures show of the batches of wrapped loaders."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from trace_support import check_file, check_trace, items_in, load, phases_in
+
+import torch_spheres as ts
+from torch_spheres.plots import plot_timeline
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return torch.full((3,), float(index))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_batch_is_loaded_once_under_its_number(workers, tmp_path):
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        loader = ts.wrap(DataLoader(Rows(), 8, num_workers=workers), spheres)
+        with spheres.trace() as trace:
+            assert len([*loader]) == 7
+    assert phases_in(trace) == {("load", batch): 1 for batch in range(7)}
+    for phase in trace.slices:
+        if phase.kind == "phase" and phase.sphere >= 0:
+            assert any(
+                item.kind == "item"
+                and item.sphere == phase.sphere
+                and item.begin_ns <= phase.begin_ns
+                and phase.end_ns <= item.end_ns
+                for item in trace.slices
+            )
+    trace.save(tmp_path / "run.json")
+    data = load(tmp_path / "run.json")
+    check_file(data)
+    events = [e for e in data["traceEvents"] if e.get("cat") == "phase"]
+    assert Counter(e["name"] for e in events) == Counter(f"load, batch {k}" for k in range(7))
+    assert {json.dumps(e["args"]) for e in events} == {f'{{"batch": {k}}}' for k in range(7)}
+    axes = plot_timeline(trace)
+    (bars,) = [c for c in axes.collections if c.get_gid() == "phase load"]
+    assert len(bars.get_paths()) == 7
+    legends = [*axes.figure.legends, axes.get_legend()]
+    labels = [t.get_text() for legend in legends if legend for t in legend.get_texts()]
+    assert "loading a batch" in labels
+
+
+def test_parts_of_a_batch_without_workers_are_under_its_number():
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        loader = ts.wrap(DataLoader(Rows(), 12), spheres)
+        with spheres.trace() as trace:
+            assert len([*loader]) == 5
+        check_trace(trace, spheres)
+    parts = phases_in(trace)  # the first batches are loaded both ways, to see what is faster
+    assert parts and {name for name, _ in parts} == {"load"}
+    assert {batch for _, batch in parts} <= {*range(5)}
+    assert sum(parts.values()) == items_in(trace)
+
+
+def test_nothing_is_told_of_an_epoch_that_is_not_traced():
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        loader = ts.wrap(DataLoader(Rows(), 8, num_workers=2), spheres)
+        assert len([*loader]) == 7
+        with spheres.trace() as trace:
+            pass
+    assert phases_in(trace) == {}
