@@ -133,6 +133,10 @@ def test_shape_one_named_thread_per_sphere(levels: int, total: int, leaves: int)
     eventually(lambda: sphere_threads() == [])
 
 
+def test_every_public_name_is_there() -> None:
+    assert [name for name in ts.__all__ if not hasattr(ts, name)] == []
+
+
 # ---- work ----
 
 

@@ -15,6 +15,7 @@ from torch_spheres.checkpoint import (
     restore_checkpoint_state,
     save_checkpoint,
 )
+from torch_spheres.division import shard_bounds
 from torch_spheres.errors import RankError, StoppedError
 from torch_spheres.exporters import StatsLog
 from torch_spheres.gradients import GradientHook

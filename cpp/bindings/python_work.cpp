@@ -110,6 +110,7 @@ void PythonWork::run(Claimer& claimer) {
         PyList_SetItem(results_.ptr(), static_cast<Py_ssize_t>(item), result);
       }
     }
+    claimer.end_items();
     ran += chunk.count;
     if (const std::uint64_t now = now_ns(); now - last_switch > kSwitchNs) {
       gil.yield();

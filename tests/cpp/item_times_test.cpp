@@ -2,6 +2,8 @@
 // thefts.
 #include "item_times.h"
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -16,6 +18,7 @@ namespace {
 
 /// What no item comes near, however busy the machine.
 constexpr Milliseconds kBefore{400};
+constexpr Milliseconds kSlow{50};
 
 std::uint64_t counted(const SphereStats& stats) {
   return std::accumulate(stats.item_time_counts.begin(), stats.item_time_counts.end(),
@@ -49,7 +52,7 @@ class Sums final : public Work {
 /// Says item by item when it is done; the last of each chunk throws, if asked to.
 class Itemwise final : public Work {
  public:
-  explicit Itemwise(bool fails = false) : fails_(fails) {}
+  explicit Itemwise(bool fails = false, std::int64_t slow = -1) : fails_(fails), slow_(slow) {}
   void run(Claimer& claimer) override {
     Chunk chunk;
     if (!claimer.next(chunk)) return;
@@ -57,16 +60,23 @@ class Itemwise final : public Work {
     claimer.begin_items();
     do {
       for (std::int64_t i = 0; i < chunk.count; ++i) {
+        if (chunk.first + i * chunk.stride == slow_) std::this_thread::sleep_for(kSlow);
         claimer.item_done();
         claimer.ran_of_chunk(i + 1);
       }
       if (fails_) throw std::runtime_error("after the items of a chunk");
+      claimer.end_items();
+      if (chunk.count > 1 && !has_paused_.exchange(true)) {
+        std::this_thread::sleep_for(kBefore);  // nor that
+      }
     } while (claimer.next(chunk));
   }
   std::int64_t max_chunk() const override { return 8; }
 
  private:
   const bool fails_;
+  const std::int64_t slow_;
+  std::atomic<bool> has_paused_{false};
 };
 
 }  // namespace
@@ -198,6 +208,19 @@ TEST(items_that_are_timed_one_by_one_leave_out_what_came_before) {
   CHECK_EQ(stats.items_run, 100u + 100u - static_cast<std::uint64_t>(batch->cancelled()));
   CHECK_EQ(counted(stats), stats.items_run);
   CHECK_EQ(counted_from(stats, 400'000'000), 0u);
+}
+
+TEST(of_short_items_a_few_share_a_look_at_the_clock) {
+  System system(1, 1);
+  system.start();
+  finish(submit(system, std::make_shared<Itemwise>(false, 50), 100));
+  stop(system);
+  const SphereStats stats = system.stats(0);
+  CHECK_EQ(counted(stats), 100u);
+  const auto slow = static_cast<std::uint64_t>(std::chrono::nanoseconds(kSlow).count());
+  CHECK(stats.item_time_ns >= slow);
+  CHECK_EQ(counted_from(stats, 400'000'000), 0u);
+  CHECK(counted_from(stats, slow / 9) >= 1);  // not lost among a hundred
 }
 
 TEST(sums_of_gradients_are_no_items_of_the_users) {
