@@ -4,7 +4,7 @@ Assumptions, which are all in the formulas below: every rank has a link of its o
 once, to a switch that keeps up with all of them; a message costs `OVERHEAD` on each side beside its
 bytes, and the first of a round `LATENCY`; additions cost nothing beside the wire; one partial sum
 for each rank (true of 3, 6 and 12 ranks, and of 144 and 1728 where each has one shard of three or
-four levels, which is not built: today twelve groups are divided). Nothing of it is measured.
+four levels). Nothing of it is measured; more than 24 ranks have not been run.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@
 // Times are counted per chunk, each item with the chunk's mean; work whose items are long beside a
 // look at the clock says so item by item: begin_items() before the first, item_done() after each,
 // end_items() before anything else is done.  While items turn out to be as short as that all the
-// same, only every eighth is looked at, and each counts with the mean of the eight.
+// same, only every eighth is looked at, and each counts with the mean of the eight; when the eight
+// took longer, one of them counts with what is beyond the mean of those before.
 //
 // Owner: all of it; a Claimer lives on one sphere's stack for one visit.
 // Ordering: fetch_add on a cursor is relaxed; it only has to hand each position to one thread. What
@@ -142,9 +143,20 @@ class Claimer {
   /// Counts the items since the last look.
   void look() {
     const std::uint64_t now = ticks();
-    count_time(now, static_cast<std::uint64_t>(unseen_));
     const auto many = static_cast<std::uint64_t>(unseen_);
-    look_after_ = now - begun_ < kShortItem * many ? kShortItems : 1;
+    if (now - begun_ < kShortItem * many) {
+      short_mean_ = (now - begun_) / many;
+      look_after_ = kShortItems;
+    } else {
+      if (many > 1) {
+        // Most of it is usually one item's: as the mean of eight it would be found nowhere.
+        const std::uint64_t others = begun_ + short_mean_ * (many - 1);
+        count_time(others, many - 1);
+        begun_ = others;
+      }
+      look_after_ = 1;
+    }
+    count_time(now, look_after_ == 1 ? 1 : many);
     begun_ = now;
     if (records()) [[unlikely]]
       trace(now_ns(), unseen_);
@@ -242,10 +254,11 @@ class Claimer {
   std::int64_t size_ = 1;
   std::int64_t chunk_count_ = 0;
   std::int32_t chunk_owner_ = 0;
-  std::size_t chunk_group_ = 0;  // the owner's
-  std::int64_t counted_ = 0;     // items of the chunk whose times are counted
-  std::int64_t unseen_ = 0;      // that item_done() has told of since
-  std::int64_t look_after_ = 1;  // so many of those
+  std::size_t chunk_group_ = 0;   // the owner's
+  std::int64_t counted_ = 0;      // items of the chunk whose times are counted
+  std::int64_t unseen_ = 0;       // that item_done() has told of since
+  std::int64_t look_after_ = 1;   // so many of those
+  std::uint64_t short_mean_ = 0;  // ticks that an item took when they were short
   std::int64_t chunk_first_ = 0;
   std::int64_t ran_ = 0;
   std::int64_t item_ = -1;

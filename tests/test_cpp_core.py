@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# Where tests run in several processes: in one, which compiles the core once.
+pytestmark = pytest.mark.xdist_group("core")
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted((ROOT / "tests" / "cpp").glob("*_test.cpp"))
 COMPILER = os.environ.get("CXX", "g++")

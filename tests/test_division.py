@@ -141,6 +141,10 @@ def test_ranks_yield_their_parts_of_the_groups(world, leaves, rows):
             whole, max(rows, 1), spheres=spheres, rank=rank, world_size=world
         )
         mine = next(iter(batches), [])
+        shards = batches.own_shards(mine)
+        assert shards == {k: part for k, part in enumerate(batches.shards(whole)) if k in shards}
+        assert [*shards] == divide(world, leaves).owned(rank) or world == 1
+        assert len(mine) == divide(world, leaves).counts(rows)[rank]
         own = batches.own_groups(mine)
         if world > 1:
             assert [row for rows in own for row in rows] == mine
@@ -160,3 +164,5 @@ def test_the_way_out_names_levels_that_fit():
     assert way_out(2, 1) == "use one of [1], or levels=2"
     with pytest.raises(ValueError, match="24 processes cannot share 12 leaves evenly"):
         divide(24, 12)
+    with pytest.raises(ValueError, match="1, 12, 144 or 1728 leaves, got 6"):
+        divide(1, 6)

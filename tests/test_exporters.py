@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,24 @@ def test_a_log_that_has_counted_no_steps_says_so() -> None:
             spheres.map(abs, range(10))
             raise LookupError
     assert writer.seen == []
+
+
+def test_a_log_without_steps_hides_no_error() -> None:
+    begun = threading.Event()
+
+    def fail(item: int) -> None:
+        begun.set()
+        raise LookupError(item)
+
+    spheres = KissingSpheres().start()
+    spheres.log_to(Fake())
+    spheres.distribute_work([1], fail)
+    assert begun.wait(60)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        spheres.stop()
+    assert [w.category for w in told] == [RuntimeWarning, UserWarning]
+    assert "LookupError(1)" in str(told[0].message)
 
 
 def test_without_items_there_are_no_item_times() -> None:

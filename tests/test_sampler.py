@@ -201,7 +201,7 @@ def test_bad_world_size(world: Any) -> None:
 
 def test_one_leaf_is_not_divided() -> None:
     with pytest.raises(
-        ValueError, match=r"world_size=2 .* 1 leaves.*use one of \[1\], or levels=2"
+        ValueError, match=r"world_size=2 .*leaves \(1\): use one of \[1\], or levels=2"
     ):
         SphereBatchSampler(range(4), 2, spheres=FakeSpheres(1), world_size=2)
 

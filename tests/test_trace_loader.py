@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from trace_support import check_file, check_trace, items_in, load, phases_in
 
 import torch_spheres as ts
@@ -50,6 +50,22 @@ def test_each_batch_is_loaded_once_under_its_number(workers, tmp_path):
     legends = [*axes.figure.legends, axes.get_legend()]
     labels = [t.get_text() for legend in legends if legend for t in legend.get_texts()]
     assert "loading a batch" in labels
+
+
+class Stream(IterableDataset):
+    """The second worker has more."""
+
+    def __iter__(self):
+        return iter(range(8 if get_worker_info().id == 0 else 24))
+
+
+def test_batches_that_a_worker_did_not_have_any_more_are_none():
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        loader = ts.wrap(DataLoader(Stream(), 4, num_workers=2), spheres)
+        with spheres.trace() as trace:
+            assert len([*loader]) == 8
+    found = phases_in(trace)
+    assert {name for name, _ in found} == {"load"} and [*found.values()] == [1] * 8
 
 
 def test_parts_of_a_batch_without_workers_are_under_its_number():

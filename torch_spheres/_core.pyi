@@ -440,4 +440,5 @@ TRACE_LABELS: tuple[typing.Any, ...] = (
     "loss",
     "backward",
     "sum",
+    "load",
 )

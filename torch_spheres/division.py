@@ -5,8 +5,8 @@ The leaves of the hierarchy stand in the order of the fixed sum tree, siblings t
 groups* (the subtree under kissing sphere *g*: shards *g*, *g* + 12, ...), the *virtual ranks*;
 with more levels there are leaves for more ranks. A block is made up of a few complete subtrees of
 the tree (*parts*), so a rank's sums are those that one process would have on its way to the total,
-whatever *W* is. There are at most two where *W* divides twelve, or is 12, 24, 36, 48, 72 or 144;
-and at most four for any *W* with 144 leaves.
+whatever *W* is. There are at most two where *W* divides twelve, or is 18, 24, 36, 48, 72 or 144;
+and at most four for any *W* with 144 leaves, six with 1728.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 GROUPS = 12  # symmetry groups: the children of a sphere, the virtual ranks of a batch
-_MOST_LEAVES = GROUPS**3  # with levels=4
+_LEAVES = (1, GROUPS, GROUPS**2, GROUPS**3)  # of levels 1 to 4
 
 # Complete subtrees among the twelve children of one sphere: how many, and at which of them they
 # may begin. See `torch_spheres.tree`.
@@ -95,11 +95,9 @@ def fitting(leaves: int) -> list[int]:
 def way_out(world: int, leaves: int) -> str:
     """For errors: what to use where so many processes cannot share so many leaves evenly."""
     text = f"use one of {fitting(leaves)}"
-    levels = 1
-    while (more := GROUPS ** (levels - 1)) <= _MOST_LEAVES:
+    for levels, more in enumerate(_LEAVES, 1):
         if world > 0 and more % world == 0:
             return f"{text}, or levels={levels}"
-        levels += 1
     return text
 
 
@@ -112,6 +110,8 @@ class Division:
     """
 
     def __init__(self, world: int, leaves: int) -> None:
+        if leaves not in _LEAVES:
+            raise ValueError(f"a hierarchy has 1, 12, 144 or 1728 leaves, got {leaves}")
         if leaves % world:
             raise ValueError(f"{world} processes cannot share {leaves} leaves evenly")
         self.world, self.leaves = world, leaves
@@ -124,6 +124,7 @@ class Division:
             self.places *= GROUPS
         self._where = tree_order(self.places)
         self._owned = [self._by_group(r) for r in range(world)]
+        self._counted: tuple[int, list[int]] = -1, []
 
     def _by_group(self, rank: int) -> list[int]:
         own = self._order[rank * self._block : (rank + 1) * self._block]
@@ -137,9 +138,12 @@ class Division:
         """The shards of a part."""
         return self._order[part[0] : part[1]]
 
-    def rows(self, rank: int, rows: int) -> int:
-        """How many of a batch's rows a rank has."""
-        return sum(map(len, self.ranges(rank, rows)))
+    def counts(self, rows: int) -> list[int]:
+        """How many of a batch's rows each rank has."""
+        if self._counted[0] != rows:  # batches are of one size, but for the last
+            sizes = [b - a for a, b in shard_bounds(rows, self.leaves)]
+            self._counted = rows, [sum(sizes[leaf] for leaf in own) for own in self._owned]
+        return self._counted[1]
 
     def ranges(self, rank: int, rows: int) -> list[range]:
         """Of a batch's rows, those that a rank has: of each of its shards, in its order."""

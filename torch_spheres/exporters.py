@@ -237,9 +237,9 @@ class StatsLog:
             return
         self._warned = True
         warnings.warn(
-            "log_to() has written nothing, because it has counted no steps: no optimizer with a "
-            "GradientHook on these spheres has stepped; give it optimizer=..., or call log.step() "
-            "in the loop"
+            "log_to() has written nothing so far, because it has counted no steps: no optimizer "
+            "with a GradientHook on these spheres has stepped; give it optimizer=..., or call "
+            "log.step() in the loop"
             if self._handle is None
             else "log_to() has written nothing, because its optimizer has not stepped",
             UserWarning,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch_spheres.recording import Recording
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["Handovers", "handovers", "phase"]
+__all__ = ["Handovers", "handovers", "phase", "phase_since"]
 
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
@@ -55,6 +55,14 @@ def phase(
     if recording is None:
         return _NOTHING
     return _Phase(spheres._core, recording, _LABELS[name], -1 if number is None else number)
+
+
+def phase_since(spheres: KissingSpheres, name: str, number: int, begin_ns: int) -> None:
+    """As `phase`, for a block that began at a ``time.monotonic_ns()`` and ends now."""
+    recording = spheres._recording
+    if recording is not None:
+        recording.name_thread()
+        spheres._core.trace_phase(_LABELS[name], number, begin_ns)
 
 
 class Handovers:

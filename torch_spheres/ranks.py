@@ -64,8 +64,8 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks 
         raise ValueError("this process is not in the process_group that it was given")
     if leaves % world:
         raise ValueError(
-            f"{world} processes cannot share {leaves} leaves evenly: {way_out(world, leaves)}, "
-            "or choose so many by process_group="
+            f"{world} processes cannot share the leaves ({leaves}) evenly: "
+            f"{way_out(world, leaves)}, or choose so many by process_group="
         )
     return ranks_of(process_group)
 

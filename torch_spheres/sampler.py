@@ -42,9 +42,9 @@ class SphereBatchSampler(Sampler[list[int]]):
       ints (from numpy's, 0-d tensors, ``__index__``); bools, floats and the rest: TypeError.
     - Every rank yields as many batches and advances its sampler alike, and :meth:`state_dict`
       counts global batches: four ranks can save it and three resume from it.
-    - A batch of fewer than twelve rows leaves the last groups empty, so a rank may yield ``[]``:
-      DataLoader passes it on, and ``default_collate`` fails on it. Use ``drop_last=True`` with at
-      least twelve rows a batch, or a ``collate_fn`` that takes an empty list.
+    - A batch of fewer rows than leaves leaves the last of these empty, so a rank may yield ``[]``:
+      DataLoader passes it on, and ``default_collate`` fails on it. Use ``drop_last=True`` with as
+      many rows a batch as leaves, or a ``collate_fn`` that takes an empty list, or `wrap`.
 
     ValueError: what BatchSampler refuses; a ``world_size`` that does not divide the leaves (12;
     1, 144 or 1728 with other ``levels``); a ``rank`` outside it.
@@ -84,7 +84,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         whole = _is_int(world_size) and world_size > 0
         if not whole or self._leaves % world_size:
             way = way_out(world_size if whole else 0, self._leaves)
-            raise ValueError(f"{world_size=} does not divide {self._leaves} leaves: {way}")
+            raise ValueError(f"{world_size=} does not divide the leaves ({self._leaves}): {way}")
         if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
             raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
         self.rank, self.world_size = rank, world_size
@@ -117,13 +117,22 @@ class SphereBatchSampler(Sampler[list[int]]):
         """
         if self.world_size == 1:
             return self.groups(batch)
+        groups: list[list[int]] = [[] for _ in range(self._group_count)]
+        for shard, rows in self.own_shards(batch).items():
+            groups[shard % self._group_count] += rows
+        return groups[self._own]
+
+    def own_shards(self, batch: Sequence[int]) -> dict[int, list[int]]:
+        """A batch *as this rank yielded it*: the rows of each shard that it owns, as
+        `GradientHook.add` has them. With fewer rows than leaves some are ``[]``.
+        """
+        if self.world_size == 1:
+            return dict(enumerate(self.shards(batch)))
         # Of the global split, the rows that are over went to the first leaves: here too.
         bounds = shard_bounds(len(batch), len(self._owned))
         size = {leaf: b - a for leaf, (a, b) in zip(sorted(self._owned), bounds, strict=True)}
-        counts, rows = [0] * self._group_count, iter(batch)
-        for leaf in self._owned:
-            counts[leaf % self._group_count] += size[leaf]
-        return [[*islice(rows, count)] for count in counts[self._own]]
+        rows = iter(batch)
+        return {leaf: [*islice(rows, size[leaf])] for leaf in self._owned}
 
     def map(self, fn: Callable[[list[int]], T], batch: Sequence[int]) -> list[T | None]:
         """``fn(rows)`` on the spheres for each of this rank's groups; results in group order.

@@ -51,7 +51,7 @@ class Split:
         assert self._ranks is not None
         self.total = sum(rows)
         division = self._ranks.divide(self.shards)
-        due = [division.rows(r, self.total) for r in range(len(rows))]
+        due = division.counts(self.total)
         if rows != due:
             raise ValueError(
                 f"the ranks have {rows} rows, of a batch of {self.total} they should have {due}: "

@@ -71,9 +71,10 @@ class SphereStats:
     item_time_counts: tuple[int, ...] = field(default=(), repr=False)
     """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
     there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
-    last edge. Python items are measured one by one, waits for the GIL included; those of less than
-    half a microsecond eight at a time, and native items in the chunk that they were taken in, each
-    counted with the mean. Pieces of gradient sums are left out."""
+    last edge. Python items are measured one by one, waits for the GIL included; while they take
+    less than half a microsecond eight at a time (a slow one among them is taken for the only one),
+    and native items in the chunk that they were taken in, each counted with the mean. Pieces of
+    gradient sums are left out."""
 
     @property
     def busy_ns(self) -> int:

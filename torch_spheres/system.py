@@ -157,7 +157,6 @@ class KissingSpheres(Views):
         """
         lost, error = self._core.stop(as_timeout(timeout))
         report(self)
-        self._warn_of_silent_logs()
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
@@ -172,6 +171,7 @@ class KissingSpheres(Views):
                 RuntimeWarning,
                 stacklevel=2,
             )
+        self._warn_of_silent_logs()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -48,9 +48,15 @@ _USAGE_ERROR, _CANNOT_RUN, _NOT_FOUND = 2, 126, 127  # as shells have them
 def main(arguments: Sequence[str] | None = None) -> int:
     """What the command line does; returns the exit code of the command.
 
-    Minus a signal's number if that ended it; 127 if the command is not found, 126 if it cannot be
+    128 and a signal's number if that ended it; 127 if the command is not found, 126 if it cannot be
     run; 2, with a text, for arguments that make no sense and when rich is missing.
     """
+    code = _run(arguments)
+    return code if code >= 0 else 128 - code
+
+
+def _run(arguments: Sequence[str] | None = None) -> int:
+    """As `main`, but minus the number of a signal."""
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, command = _split(parser, given)
@@ -241,4 +247,4 @@ class _Watch:
 
 
 if __name__ == "__main__":
-    sys.exit(end_like(main()))
+    sys.exit(end_like(_run()))

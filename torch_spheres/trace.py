@@ -31,8 +31,9 @@ class Slice:
     (a Python call), ``"native item"``, ``"sum piece"``, ``"gather"``; of a phase ``"forward"``,
     ``"loss"``, ``"backward"``, ``"sum"``, or ``"load"`` in a wrapped loader."""
     item: int | None = None
-    """The item's number in its batch; of a phase the shard's, or the number in its epoch of the
-    batch that is loaded. None for states, and for the sum over all shards."""
+    """The item's number in its batch; of a phase the shard's, or the number of the batch that is
+    loaded, in the order in which they are asked for in an epoch. None for states, and for the sum
+    over all shards."""
     owner: int | None = None
     """Of an item: id of the sphere it belonged to. Another one than `sphere`: it was stolen."""
     count: int = 1

@@ -116,8 +116,8 @@ class Views:
 
         Returns:
             A handle with ``step()``, ``write()`` and ``close()``, which is a context manager too;
-            ``close()`` writes the rest. It need not be kept. If no step is counted, `close` and
-            `stop` warn.
+            ``close()`` writes the rest. It need not be kept. Where no step has been counted
+            `close` warns, and `stop` as well unless an `optimizer` was given.
 
         Written are `Stats.utilization`, `imbalance`, `steal_rate`, `items_per_second`,
         `cores_used`, the median and the 95th percentile of item times (seconds), items queued now

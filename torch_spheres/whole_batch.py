@@ -20,7 +20,7 @@ def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
     counts, kinds = [n for n, _ in told], [kind for _, kind in told]
     total = sum(counts)
     division = ranks.divide(leaves)
-    if counts != [division.rows(r, total) for r in range(ranks.world)]:
+    if counts != division.counts(total):
         raise ValueError(
             f"gather(): the ranks have {counts} rows, which are not their groups' parts of a "
             f"batch of {total}"

@@ -100,6 +100,7 @@ void PythonWork::run(Claimer& claimer) {
       PyObject* result = PyObject_CallOneArg(fn_.ptr(), argument);
       claimer.item_done();
       if (result == nullptr) {
+        claimer.end_items();  // the note on the error is not the item's
         record_error(item, claimer.sphere());
         claimer.ran_of_chunk(i + 1);  // it did run
         throw std::runtime_error("a Python work item raised an exception");

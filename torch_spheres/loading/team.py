@@ -20,7 +20,7 @@ from torch_spheres.context import unset
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.worker import Plan, Result, Task, Worker
-from torch_spheres.phases import phase
+from torch_spheres.phases import phase_since
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["Team"]
@@ -236,8 +236,10 @@ class Team:
                 return False
             queue.busy = True
             task, what = queue.tasks.popleft()
-        with phase(self._spheres, "load", task):
-            result = queue.worker.run(what, task)
+        began = time.monotonic_ns()
+        result = queue.worker.run(what, task)
+        if not result.ended:  # else there is no such batch
+            phase_since(self._spheres, "load", task, began)
         with self._changed:
             queue.busy = False
             if not self._closed:

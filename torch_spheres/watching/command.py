@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
 import fcntl
 import os
 import resource
@@ -29,6 +30,7 @@ _ALWAYS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)  # usually
 _OURS = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCHLD)
 _CHUNK = 65_536
+_SET_DUMPABLE = 4  # PR_SET_DUMPABLE of prctl(2)
 
 
 class Signals:
@@ -195,7 +197,10 @@ def end_like(exit_code: int) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
             stream.flush()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its own
+    # The command has left its own core; and where cores go to a program, its own report.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0)
     with contextlib.suppress(OSError):  # SIGKILL's cannot be set, nor need be
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
