@@ -141,7 +141,7 @@ class Claimer {
   static constexpr std::int64_t kShortItems = 8;
 
   /// Counts the items since the last look.
-  void look() {
+  [[gnu::noinline]] void look() {
     const std::uint64_t now = ticks();
     const auto many = static_cast<std::uint64_t>(unseen_);
     if (now - begun_ < kShortItem * many) {
