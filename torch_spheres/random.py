@@ -250,15 +250,20 @@ def _install() -> None:
         everything.fallback(fallthrough_kernel, _KEY_NAME)
         aten = Library("aten", "IMPL")
         for schema in torch._C._jit_get_all_schemas():
-            name = schema.name.removeprefix("aten::")
-            packet = getattr(torch.ops.aten, name, None) if name != schema.name else None
-            op = getattr(packet, schema.overload_name or "default", None)
-            if op is None:
+            if not schema.name.startswith("aten::"):
                 continue
-            for position, argument in enumerate(schema.arguments):
-                # (initial_seed and seed read a generator, they do not draw from it.)
-                if "Generator" in str(argument.type) and argument.type.kind() == "OptionalType":
-                    where = None if argument.kwarg_only else position
+            # (initial_seed and seed read a generator, they do not draw from it.)
+            taken = [
+                None if argument.kwarg_only else position
+                for position, argument in enumerate(schema.arguments)
+                if argument.type.kind() == "OptionalType" and "Generator" in str(argument.type)
+            ]
+            if not taken:  # most: to look them all up would take longer than a first batch
+                continue
+            packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::"), None)
+            op = getattr(packet, schema.overload_name or "default", None)
+            if op is not None:
+                for where in taken:
                     aten.impl(op, _kernel_of(op, where), _KEY_NAME)
         aten.impl("native_dropout", _native_dropout, _KEY_NAME)
         default = _DefaultGenerator(torch.default_generator)
