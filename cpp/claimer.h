@@ -119,7 +119,7 @@ class Claimer {
     finish_chunk(ran_, ticks());
     tell_victim();
     finished_ += lost;
-    if (!batch.closed_.exchange(true, std::memory_order_relaxed)) {
+    if (!batch.erred_.exchange(true, std::memory_order_relaxed)) {
       batch.error_ = std::move(error);
       batch.failed_sphere_ = sphere_;
       batch.failed_item_ = item_;

@@ -81,9 +81,7 @@ class Batch {
   }
 
   /// An item has failed; done() comes when those that run are finished.
-  bool was_failing() const {
-    return closed_.load(std::memory_order_relaxed) && !stopped_.load(std::memory_order_relaxed);
-  }
+  bool was_failing() const { return erred_.load(std::memory_order_relaxed); }
 
   // Meaningful once done():
   bool failed() const { return error_ != nullptr; }
@@ -100,11 +98,11 @@ class Batch {
   friend class System;
   const std::shared_ptr<Work> work_;
   const std::int64_t items_;
-  std::uint64_t ticket_ = 0;         // written in publish, for the thread that submitted it
-  std::atomic<bool> closed_{false};  // set once: by the first error or by stop()
+  std::uint64_t ticket_ = 0;        // written in publish, for the thread that submitted it
+  std::atomic<bool> erred_{false};  // set once: by the first error, before stop() or after
   std::atomic<bool> stopped_{false};
   std::atomic<std::int64_t> cancelled_{0};
-  std::exception_ptr error_;  // written by the thread that set closed_, read after done_
+  std::exception_ptr error_;  // written by the thread that set erred_, read after done_
   SphereId failed_sphere_ = kNoSphere;
   std::int64_t failed_item_ = -1;
   std::atomic<bool> done_{false};
@@ -249,7 +247,6 @@ class WorkRing {
       std::int64_t cancelled = 0;
       if (only == nullptr || slot.batch.get() == only) {
         if (only == nullptr) slot.batch->stopped_.store(true, std::memory_order_relaxed);
-        slot.batch->closed_.store(true, std::memory_order_relaxed);
         cancelled = cancel_rest(slot);
       }
       all += cancelled;

@@ -347,6 +347,30 @@ def test_an_error_comes_back_as_the_same_object_with_its_traceback_and_a_note() 
         spheres.wait()  # each error was raised once; the end of the block raises none either
 
 
+@pytest.mark.parametrize("awaited", [False, True])
+def test_an_error_of_an_item_that_stop_finds_running_is_not_lost(awaited: bool) -> None:
+    begun, stopping = threading.Event(), threading.Event()
+
+    def fail(item: int) -> None:
+        begun.set()
+        stopping.wait(60)
+        raise LookupError(f"item {item}")
+
+    spheres = KissingSpheres(levels=1).start()
+    work = spheres.distribute_work([7], fail)
+    assert begun.wait(60)
+    with pytest.raises(TimeoutError):
+        spheres.stop(timeout=0.05)
+    stopping.set()
+    if awaited:
+        with pytest.raises(LookupError, match="item 7"):
+            work.wait()
+        spheres.stop()
+    else:
+        with pytest.warns(RuntimeWarning, match=r"had raised LookupError\('item 7'\)"):
+            spheres.stop()
+
+
 def test_items_after_an_error_are_not_run() -> None:
     ran: list[int] = []
     with KissingSpheres(levels=1) as spheres:

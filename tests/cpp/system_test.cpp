@@ -94,6 +94,27 @@ TEST(an_error_ends_its_batch_exactly_and_nothing_else) {
   }
 }
 
+TEST(an_error_of_an_item_that_stop_finds_running_is_not_lost) {
+  for (const int items : {1, 30}) {
+    System system(1, 1);
+    system.start();
+    std::atomic<bool> begun{false};
+    auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
+      begun = true;
+      while (!system.stop_requested()) std::this_thread::yield();
+      // What had not begun is cancelled by now, or will be before anybody else is told.
+      std::this_thread::sleep_for(Milliseconds(20));
+      throw std::runtime_error("late");
+    });
+    const auto batch = submit(system, work, items);
+    while (!begun) std::this_thread::yield();
+    stop(system);
+    CHECK(batch->done() && batch->failed());
+    CHECK_EQ(batch->cancelled(), items);  // the failed one is not run
+    CHECK_EQ(work->count.load(), 0);
+  }
+}
+
 TEST(errors_everywhere_at_once_give_one_error) {
   System system(2, 12);
   system.start();
