@@ -22,10 +22,9 @@ import threading
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._C import DispatchKeySet, _dispatch_key_parse, _ExcludeDispatchKeyGuard
 from torch._C import _IncludeDispatchKeyGuard as _IncludeKey
-from torch.library import Library, fallthrough_kernel
 
 __all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom", "next_base"]
 
@@ -36,7 +35,7 @@ _SEEDS = 2**63 - 1
 
 _here = threading.local()
 _install_lock = threading.Lock()
-_libraries: list[Library] = []  # kernels live as long as these
+_libraries: list[library.Library] = []  # kernels live as long as these
 
 
 class CallRandom:
@@ -246,9 +245,9 @@ def _install() -> None:
     with _install_lock:
         if _libraries:
             return
-        everything = Library("_", "IMPL")
-        everything.fallback(fallthrough_kernel, _KEY_NAME)
-        aten = Library("aten", "IMPL")
+        everything = library.Library("_", "IMPL")
+        everything.fallback(library.fallthrough_kernel, _KEY_NAME)
+        aten = library.Library("aten", "IMPL")
         for schema in torch._C._jit_get_all_schemas():
             if not schema.name.startswith("aten::"):
                 continue
