@@ -86,13 +86,18 @@ def test_the_ranks_sums_make_up_the_tree(case, dtype, density, concurrency, seed
         else None
         for k in range(leaves)
     ]
+    absent = {k for k, value in enumerate(values) if value is None}
     column = [None] * division.places
     for rank, parts in enumerate(division.parts):
         shards = [k for k in division.owned(rank) if values[k] is not None]
         sums = {}
 
-        def emit(part, twelve, sums=sums):
+        def emit(part, twelve, sums=sums, parts=parts):
             assert part not in sums
+            first, last = parts[part]
+            if last - first > 1 and not absent.intersection(division.in_part((first, last))):
+                # The last additions are those of whoever gets it, who makes them into a message.
+                assert sum(v is not None for v in twelve) > 1
             sums[part] = tree_sum([None if v is None else v[0] for v in twelve])
 
         fold = GradientFold(leaves, shards, concurrency, parts, emit)
