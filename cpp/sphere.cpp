@@ -163,9 +163,10 @@ void Sphere::begin_meeting(const Message& message) {
   }
   // A new meeting is called only after the last one was released, which this sphere may have slept
   // through.
-  leave_meeting();
+  if (meeting_ != 0) leave_meeting();
   epoch_reports_ = 0;
   meeting_ = message.meeting;
+  called_at_ = system_.called_at_.load();
   meeting_is_epoch_ = is_epoch;
 }
 
@@ -173,10 +174,10 @@ void Sphere::begin_meeting(const Message& message) {
 void Sphere::leave_meeting() {
   meeting_ = 0;
   insists.store(false);
-  if (!standing_) return;
+  if (standing_ && has_turns()) busy.store(false);
   standing_ = false;
-  if (has_turns()) busy.store(false);
   if (is_leaf) {
+    // Also without having stood there: its last turn may have left out what came after the call.
     if (system_.ring_.had_work(siblings)) ask_for_turn();
   } else if (work_deferred_) {
     work_deferred_ = false;
@@ -202,16 +203,22 @@ void Sphere::arrive_if_ready() {
   if (!is_leaf && meeting_is_epoch_ && epoch_reports_ < kKissing) return;
   if (has_turns()) {
     // From here on nobody gives it a turn, or helps as the root; if somebody just has, that comes
-    // first: take_turn() looks here again, and a helper sees `insists` and wakes the root.
+    // first: take_turn() ends at the meeting, and a helper sees `insists` and wakes the root.
     insists.store(true);
     if (busy.exchange(true)) return;
-    if (is_leaf && system_.ring_.had_own_work(offset)) {
+    if (is_leaf && system_.ring_.had_own_work(offset, called_at_)) {
       busy.store(false);
       ask_for_turn();
       return;
     }
     insists.store(false);
   }
+  stand();
+}
+
+/// Comes to the meeting; leaves and the root are busy until it is over.
+void Sphere::stand() {
+  Barrier& barrier = system_.barrier_;
   standing_ = true;
   if (!meeting_is_epoch_) {
     if (barrier.arrive(meeting_)) system_.open_barrier(meeting_, Topology::level(id));
@@ -243,9 +250,18 @@ void Sphere::count_gradients(const Message& message) {
 void Sphere::take_turn() {
   granted.store(false, std::memory_order_relaxed);  // ours: nobody grants while busy
   insists.store(false);
-  while (!system_.stopping() && run_available()) {
+  // Work that never ends must not keep it from a meeting: it looks for the call after each pass,
+  // and goes there with the turn, since others would only give it the next one.
+  while (run_available() && !system_.stopping() && !system_.calls_together()) {
   }
   enter(State::kReady);
+  if (meeting_ != 0 && !system_.barrier_.was_released(meeting_) &&
+      !system_.ring_.had_own_work(offset, called_at_)) {
+    system_.permits_.release();
+    system_.dispatch();
+    stand();
+    return;
+  }
   busy.store(false);
   system_.permits_.release();
   // Work published for this leaf while it was still busy was not offered to it; seq_cst with
@@ -254,11 +270,13 @@ void Sphere::take_turn() {
   system_.dispatch();
 }
 
-/// One pass over the batches in flight, oldest first; true if it found anything to do.
+/// One pass over the batches in flight, oldest first, or those from before the meeting that it is
+/// called to; true if it found anything to do.
 bool Sphere::run_available() {
   bool any = false;
   WorkRing& ring = system_.ring_;
-  for (std::uint64_t t = ring.oldest(), end = ring.newest(); t < end; ++t) {
+  const std::uint64_t end = meeting_ != 0 ? called_at_ : ring.newest();
+  for (std::uint64_t t = ring.oldest(); t < end; ++t) {
     Slot* slot = ring.find(t);
     if (slot == nullptr || !WorkRing::enter(*slot)) continue;
     Claimer claimer(ring, *slot, id, offset, siblings, system_.leaf_counters_.data(), counters);

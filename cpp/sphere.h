@@ -117,6 +117,7 @@ class Sphere {
   void hand_down();
   void begin_meeting(const Message& message);
   void arrive_if_ready();
+  void stand();
   void leave_meeting();
   void epoch_reported(std::uint32_t meeting);
   void count_gradients(const Message& message);
@@ -130,6 +131,7 @@ class Sphere {
   bool work_deferred_ = false;     // inner: kWork read while standing at a barrier
   std::uint32_t meeting_ = 0;      // the meeting it must go to, 0: none
   bool meeting_is_epoch_ = false;
+  std::uint64_t called_at_ = 0;      // batches below this ticket come before the meeting
   bool standing_ = false;            // it has arrived there
   std::uint32_t epoch_reports_ = 0;  // children that reported for meeting_
   std::array<std::uint32_t, kKissing> gradients_from_{};

@@ -287,8 +287,9 @@ bool System::try_begin_help() {
     ++threads_;
   }
   // The permit first, and given back last: where the root is the only leaf nobody may have a permit
-  // for it and find it busy.
-  if (permits_.try_acquire()) {
+  // for it and find it busy.  Not when the root must get to a meeting: one helper after the other
+  // could keep it from there for ever.
+  if (!sphere(0).insists.load() && permits_.try_acquire()) {
     if (!sphere(0).busy.exchange(true)) return true;
     permits_.release();
     dispatch();

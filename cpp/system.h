@@ -146,6 +146,8 @@ class System {
   void wake_level(int level);
   void report_gradients(Sphere& sphere);
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
+  /// Messages of a meeting are under way, maybe to the sphere that asks.
+  bool calls_together() const { return meeting_messages_.load(std::memory_order_relaxed) != 0; }
   std::uint32_t open_meeting(MessageKind kind, int level);
   std::int64_t was_queued(SphereId id) const;
   SphereStats stats_but_queued(SphereId id) const;
@@ -173,6 +175,7 @@ class System {
   std::atomic<std::uint64_t> epochs_{0};
   std::atomic<std::uint64_t> gradient_rounds_{0};
   std::atomic<std::int64_t> meeting_messages_{0};  // of the last meeting, not handled yet
+  std::atomic<std::uint64_t> called_at_{0};        // what its spheres finish before: older tickets
 
   std::mutex submit_mutex_;   // submissions have one order
   std::mutex meeting_mutex_;  // a meeting is called wholly before stop() aborts it, or not at all

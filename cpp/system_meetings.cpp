@@ -28,6 +28,7 @@ std::uint32_t System::open_meeting(MessageKind kind, int level) {
     return 0;
   }
   const std::uint32_t meeting = barrier_.open(static_cast<std::uint32_t>(Topology::count(level)));
+  called_at_.store(ring_.newest());
   post(0, {kind, static_cast<std::int8_t>(level), kNoSphere, meeting});
   return meeting;
 }

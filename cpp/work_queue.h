@@ -255,10 +255,12 @@ class WorkRing {
     return all;
   }
 
-  /// Whether a leaf's own queue, or a sibling's, has an item that nobody has taken.
-  bool had_own_work(std::int32_t leaf) { return had_work({leaf, 1, 1}); }
-  bool had_work(const Siblings& siblings) {
-    for (std::uint64_t t = oldest_.load(), end = tail_.load(); t < end; ++t) {
+  /// Whether a leaf's own queue, up to a ticket, has an item that nobody has taken.
+  bool had_own_work(std::int32_t leaf, std::uint64_t end) { return had_work({leaf, 1, 1}, end); }
+  /// Whether a leaf's own queue, or a sibling's, has one.
+  bool had_work(const Siblings& siblings) { return had_work(siblings, tail_.load()); }
+  bool had_work(const Siblings& siblings, std::uint64_t end) {
+    for (std::uint64_t t = oldest_.load(); t < end; ++t) {
       Slot* slot = find(t);
       if (slot == nullptr) continue;
       for (std::int32_t i = 0; i < siblings.count; ++i) {

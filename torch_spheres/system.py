@@ -271,7 +271,9 @@ class KissingSpheres(Views):
     def barrier(self, level: int, timeout: float | None = None) -> None:
         """Waits until all spheres of a level have finished the work they were given before.
 
-        They stand still (state WAITING) until the last one arrives, then all go on.
+        They stand still (state WAITING) until the last one arrives, then all go on. Work that is
+        submitted after the call is for later: the barrier comes though other threads never stop
+        submitting.
 
         Raises:
             ValueError: there is no such level.

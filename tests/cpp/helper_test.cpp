@@ -1,5 +1,7 @@
 #include "helper.h"
 
+#include <optional>
+
 #include "system_support.h"
 
 using namespace torch_spheres;
@@ -154,13 +156,38 @@ TEST(barriers_and_epochs_among_helpers) {
         }
       });
     }
-    for (int round = 0; round < 300 / kSlowdown; ++round) {
-      CHECK(meet(system, round % (levels + 1) - 1) == Meeting::kReleased);
+    Meeting met = Meeting::kReleased;
+    for (int round = 0; round < 300 / kSlowdown && met == Meeting::kReleased; ++round) {
+      met = meet(system, round % (levels + 1) - 1);
     }
     over.store(true);
     for (std::thread& caller : callers) caller.join();
+    CHECK(met == Meeting::kReleased);
     CHECK_EQ(wrong.load(), 0);
     CHECK_EQ(work->count.load(), expected.load());
+  }
+}
+
+TEST(a_root_that_is_called_comes_before_the_next_helper) {
+  System system(2, 2);
+  system.start();
+  for (int round = 0; round < 200 / kSlowdown; ++round) {
+    std::optional<Helper> first(system);
+    while (!first->helps()) first.emplace(system);  // the root is leaving the last meeting
+    const std::uint64_t read = system.stats(0).messages_received;
+    std::uint32_t meeting = 0;
+    while (meeting == 0) meeting = round % 2 ? system.try_open_epoch() : system.try_open_barrier(0);
+    // A round of reports of an epoch before it asks, too.
+    const std::uint64_t messages = round % 2 ? 13 : 1;
+    while (system.stats(0).messages_received < read + messages ||
+           system.stats(0).state != State::kIdle) {
+      std::this_thread::yield();
+    }
+    first.reset();  // wakes the root, which takes longer than to ask again
+    Helper second(system);
+    CHECK(!second.helps() ||
+          system.wait_meeting_for(meeting, Milliseconds(0)) != Meeting::kPending);
+    CHECK(system.wait_meeting_for(meeting, kPatience) == Meeting::kReleased);
   }
 }
 

@@ -174,6 +174,41 @@ TEST(meetings_one_after_another_with_work_from_elsewhere) {
   CHECK_EQ(work->count.load(), expected.load());
 }
 
+TEST(a_meeting_comes_among_work_that_never_ends) {
+  // The ring is always full, so no leaf ever finds its queue empty.
+  for (int levels = 1; levels <= 3; ++levels) {
+    for (const int concurrency : {1, 3}) {
+      System system(levels, concurrency);
+      system.start();
+      std::atomic<bool> over{false};
+      std::atomic<std::int64_t> expected{0};
+      auto flood = std::make_shared<CountingWork>(1, [](SphereId, std::int64_t) {
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+      });
+      std::thread submitter([&] {
+        for (; !over.load(); expected += 12) submit(system, flood, 12);
+      });
+      while (system.in_flight() < static_cast<std::int64_t>(kBatchesInFlight)) {
+        std::this_thread::yield();
+      }
+      for (int level = -1; level < levels; ++level) {
+        CHECK(meet(system, level) == Meeting::kReleased);
+        auto before = std::make_shared<CountingWork>();
+        const auto batch = submit(system, before, 30);
+        const bool of_leaves = level == levels - 1 || level == -1;
+        CHECK(meet(system, level) == Meeting::kReleased);
+        if (of_leaves) CHECK(batch->done());
+        finish(batch);
+        check_all_once(*before, 30);
+      }
+      over.store(true);
+      submitter.join();
+      CHECK(system.wait_idle_for(kPatience));
+      CHECK_EQ(flood->count.load(), expected.load());
+    }
+  }
+}
+
 TEST(an_error_opens_the_barrier_and_the_next_one_works) {
   System system(2, 12);
   system.start();
