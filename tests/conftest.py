@@ -1,4 +1,4 @@
-"""Refuses to run on the source folder, whose package has no built extension."""
+"""Refuses to run on the source folder, whose package has no built extension; shared spheres."""
 
 import signal
 
@@ -19,3 +19,12 @@ except ModuleNotFoundError as error:
             returncode=2,
         )
     raise
+
+
+@pytest.fixture(scope="module")
+def spheres():
+    """Running spheres that the tests of a file share and leave as they are."""
+    from torch_spheres import KissingSpheres
+
+    with KissingSpheres(levels=2, concurrency=3) as running:
+        yield running

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
 import warnings
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+import torch_spheres as ts
 
 
 class Numbers(Dataset):
@@ -113,3 +117,40 @@ def on_spheres(loader):
     loader._tempo._seconds.update(caller=2.0, spheres=1.0)
     loader._tempo._probes.clear()
     return loader
+
+
+def wrapped(dataset, spheres, workers, **options):
+    loader = ts.wrap(DataLoader(dataset, 2, num_workers=workers, **options), spheres)
+    return loader if workers else on_spheres(loader)
+
+
+def eventually(condition):
+    """What is under way on the spheres ends by itself, but not at once."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        gc.collect()
+        time.sleep(0.01)
+
+
+class Asking(Dataset):
+    """Samples are what `ask(index)` returns, in whatever thread."""
+
+    def __init__(self, ask, rows=24):
+        self.ask, self.rows = ask, rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        return self.ask(index)
+
+
+class Plain(IterableDataset):
+    """Keeps nothing: what was there has to be read over."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        step, first = (1, 0) if info is None else (info.num_workers, info.id)
+        for k in range(first, 23, step):
+            yield k, torch.rand(1)

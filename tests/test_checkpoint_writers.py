@@ -12,10 +12,7 @@ import torch
 from checkpoint_support import SMALL, Stateful, names, run
 
 from torch_spheres import checkpoint as module
-from torch_spheres.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-)
+from torch_spheres.checkpoint import load_checkpoint, save_checkpoint
 
 FULL = """
 import resource, sys, torch

@@ -25,12 +25,6 @@ import torch_spheres as ts
 X = torch.randn(36, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def spheres():
-    with ts.KissingSpheres(concurrency=3) as made:
-        yield made
-
-
 class Sees(nn.Module):
     """Keeps what a function returns in each shard's forward."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-# Where tests run in several processes: in one, which compiles the core once.
-pytestmark = pytest.mark.xdist_group("core")
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted((ROOT / "tests" / "cpp").glob("*_test.cpp"))
@@ -19,10 +19,10 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror", "-I", "cpp"]
 VARIANTS = {
     "plain": ["-O2"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
     "address": [
         "-O1",
-        "-g",
+        "-g1",
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=undefined",
     ],
@@ -68,13 +68,22 @@ def compile_to(target: Path, variant: str, *arguments: str) -> None:
         pytest.fail(f"{' '.join(done.args)}\n{done.stderr}", pytrace=False)
 
 
+@contextlib.contextmanager
+def one_process_at_a_time(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Toolchain:
-    """Compiles the core once per variant, and knows how its programs have to be started."""
+    """Compiles the core once per variant, and knows how its programs have to be started.
+
+    Where tests run in several processes they share `folder`, and what is compiled in it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ready: dict[str, list[str]] = {}
-        self.objects: dict[str, list[str]] = {}
         self.skip: dict[str, str] = {}
 
     def prefix(self, variant: str) -> list[str]:
@@ -88,7 +97,8 @@ class Toolchain:
     def _probe(self, variant: str) -> dict[str, str]:
         if shutil.which(COMPILER) is None:
             return {variant: f"no C++ compiler: {COMPILER} was not found"}
-        source, program = self.folder / "nothing.cpp", self.folder / f"nothing.{variant}"
+        stem = f"nothing.{variant}.{os.getpid()}"  # each process finds out for itself
+        source, program = self.folder / f"{stem}.cpp", self.folder / stem
         source.write_text(NOTHING)
         built = run([COMPILER, *FLAGS, *VARIANTS[variant], str(source), "-o", str(program)])
         if built.returncode:
@@ -107,22 +117,28 @@ class Toolchain:
 
     def core(self, variant: str) -> list[str]:
         """Object files of cpp/*.cpp."""
-        if variant not in self.objects:
-            sources = sorted((ROOT / "cpp").glob("*.cpp"))
-            targets = [self.folder / f"{source.stem}.{variant}.o" for source in sources]
-            with ThreadPoolExecutor(2) as pool:
-                for done in [
-                    pool.submit(compile_to, target, variant, "-c", str(source))
-                    for source, target in zip(sources, targets, strict=True)
-                ]:
-                    done.result()
-            self.objects[variant] = [str(target) for target in targets]
-        return self.objects[variant]
+        sources = sorted((ROOT / "cpp").glob("*.cpp"))
+        targets = [self.folder / f"{source.stem}.{variant}.o" for source in sources]
+        ready = self.folder / f"core.{variant}.ready"
+        with one_process_at_a_time(self.folder / f"core.{variant}.lock"):
+            if not ready.exists():
+                with ThreadPoolExecutor(2) as pool:
+                    for done in [
+                        pool.submit(compile_to, target, variant, "-c", str(source))
+                        for source, target in zip(sources, targets, strict=True)
+                    ]:
+                        done.result()
+                ready.touch()
+        return [str(target) for target in targets]
 
 
 @pytest.fixture(scope="module")
 def toolchain(tmp_path_factory):
-    return Toolchain(tmp_path_factory.mktemp("core"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each process has its own below it
+    (folder / "core").mkdir(exist_ok=True)
+    return Toolchain(folder / "core")
 
 
 def test_there_are_programs():

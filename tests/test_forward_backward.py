@@ -18,12 +18,6 @@ X = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_s
 Y = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def spheres():
-    with ts.KissingSpheres(concurrency=3) as made:
-        yield made
-
-
 def mlp() -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from test_system import (  # noqa: F401
+from system_support import (  # noqa: F401
     LIMIT,
     Meeting,
     eventually,

@@ -83,12 +83,6 @@ pytree.register_pytree_node(
 )
 
 
-@pytest.fixture(scope="module")
-def spheres():
-    with ts.KissingSpheres(concurrency=3) as made:
-        yield made
-
-
 class Applies(nn.Module):
     def __init__(self, fn):
         super().__init__()

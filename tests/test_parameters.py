@@ -18,12 +18,6 @@ import torch_spheres as ts
 X = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def spheres():
-    with ts.KissingSpheres(concurrency=3) as made:
-        yield made
-
-
 class Choosy(nn.Module):
     """Uses one of its layers, or none for some shards."""
 

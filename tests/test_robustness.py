@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_system import LIMIT, eventually, fail, in_thread
+from system_support import LIMIT, eventually, fail, in_thread
 
 from torch_spheres import KissingSpheres, _core, usable_cores
 

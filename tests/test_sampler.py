@@ -11,20 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampler_support import (
-    SAMPLERS,
-    WORLDS,
-    FakeSpheres,
-    draws,
-    every_sampler,
-    thorough,
-)
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    TensorDataset,
-)
+from sampler_support import SAMPLERS, WORLDS, FakeSpheres, draws, every_sampler, thorough
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import torch_spheres as ts
 from torch_spheres.sampler import SphereBatchSampler, shard_bounds

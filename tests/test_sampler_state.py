@@ -16,20 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampler_support import (
-    SAMPLERS,
-    WORLDS,
-    draws,
-    every_sampler,
-    given_generator,
-    saved,
-)
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    TensorDataset,
-)
+from sampler_support import SAMPLERS, WORLDS, draws, every_sampler, given_generator, saved
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from torch_spheres.sampler import SphereBatchSampler
 

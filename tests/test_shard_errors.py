@@ -19,12 +19,6 @@ import torch_spheres as ts
 X = torch.arange(50.0)[:, None].repeat(1, 4) / 50
 
 
-@pytest.fixture(scope="module")
-def spheres():
-    with ts.KissingSpheres(concurrency=3) as made:
-        yield made
-
-
 class PlannedError(Exception):
     pass
 

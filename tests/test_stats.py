@@ -1,4 +1,4 @@
-"""The figures: what is counted, differences, percentiles, advice, and where they are written."""
+"""The figures: what is counted, differences, percentiles, balance, the table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import re
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
+from stats_support import made
 
 import torch_spheres as ts
 from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres, _core
@@ -161,56 +160,6 @@ def test_counting_begins_with_the_first_start_and_survives_a_stop() -> None:
 # ---- what is made of the counts ----
 
 
-def made(
-    busy: Sequence[float] = (),
-    *,
-    seconds: float = 10.0,
-    concurrency: int = 4,
-    cores: int = 4,
-    cores_used: float | None = None,
-    item: float = 0.01,
-    inside: float = 0.99,
-    waiting: int = 4,
-) -> ts.Stats:
-    """Thirteen spheres by hand: leaves that worked `busy` seconds each, in equal items."""
-    busy = [*busy, *[0.0] * (12 - len(busy))]
-
-    def sphere(id_: int) -> ts.SphereStats:
-        work = int(busy[id_ - 1] * 1e9) if id_ else 0
-        items = int(work * inside / (item * 1e9))
-        counts = [0] * (len(ITEM_TIME_EDGES_NS) + 1)
-        counts[bisect_right(ITEM_TIME_EDGES_NS, item * 1e9)] = items
-        return ts.SphereStats(
-            id=id_,
-            path=ts.Topology.path_string(id_),
-            level=min(id_, 1),
-            group=id_ - 1 if id_ else None,
-            state=ts.State.IDLE,
-            items_run=items,
-            items_stolen=0,
-            items_given=0,
-            messages_sent=0,
-            messages_received=0,
-            queue_high_water=waiting // 12 + (id_ <= waiting % 12) if id_ else 0,
-            processing_ns=work,
-            accumulating_ns=0,
-            waiting_ns=0,
-            idle_ns=int(seconds * 1e9) - work,
-            ready_ns=0,
-            item_time_ns=int(work * inside),
-            item_time_counts=tuple(counts),
-        )
-
-    used = sum(busy) / seconds if cores_used is None else cores_used
-    return ts.Stats(
-        spheres=tuple(map(sphere, range(13))),
-        concurrency=concurrency,
-        cores=cores,
-        time_ns=int(seconds * 1e9),
-        cpu_ns=int(used * seconds * 1e9),
-    )
-
-
 def test_utilization_and_imbalance_look_at_the_leaves_that_could_run() -> None:
     even = made([5, 5, 5, 5])
     assert even.utilization == pytest.approx(0.5) and even.imbalance == pytest.approx(1)
@@ -288,9 +237,6 @@ def test_the_table_sums_up_turns_balance_and_item_times() -> None:
         "0 ns", "12 ns", "1.5 µs", "12.3 ms", "2.5 s", "12345 s"]  # fmt: skip
 
 
-# ---- advice ----
-
-
 def test_the_repr_is_one_line_however_many_spheres() -> None:
     with KissingSpheres(levels=4) as spheres:
         before = spheres.stats()
@@ -316,122 +262,3 @@ def test_mistakes_are_named() -> None:
         stats[99]
     with pytest.raises(TypeError, match="a sphere's id must be an integer, got 'root'"):
         stats["root"]  # type: ignore[index]
-
-
-def rules(stats: ts.Stats) -> str:
-    assert isinstance(stats.advice(), tuple) and len(stats.advice()) <= 3
-    return "\n".join(stats.advice())
-
-
-def test_nothing_to_say_is_not_said() -> None:
-    assert made([9.5, 9.5, 9.5, 9.5], waiting=40).advice() == ()
-    assert made([0.9] * 4, seconds=0.95).advice() == ()  # too short to tell
-    assert made([]).advice() == ()  # no items
-
-
-def test_advice_few_items_at_a_time() -> None:
-    def run(items: int) -> str:
-        with KissingSpheres(concurrency=4) as spheres:
-            for _ in range(2):
-                spheres.map(lambda _: time.sleep(0.6), range(items))
-            return rules(spheres.stats())
-
-    assert "never more than 2 items waited at once, but 4 leaves may run" in run(2)
-    assert "waited at once, but" not in run(8)
-
-
-def test_advice_idle_spheres() -> None:
-    with KissingSpheres(concurrency=2) as spheres:
-        start = spheres.stats()
-        spheres.map(abs, range(50))
-        time.sleep(1.2)
-        idle = spheres.stats()
-        spheres.map(lambda _: time.sleep(0.3), range(8))
-        busy = spheres.stats()
-    assert "% of the time, the busiest one too" in rules(idle - start)
-    assert "nothing to do" not in rules(busy - idle)
-    # One long item keeps its sphere busy: that the others are idle is not for want of work.
-    assert "nothing to do" not in rules(made([9, 1, 1, 1]))
-
-
-def test_advice_items_that_wait() -> None:
-    with KissingSpheres(concurrency=2) as spheres:
-        spheres.map(lambda _: time.sleep(0.3), range(8))
-        stats = spheres.stats()
-    stats = replace(stats, cores=2)
-    assert re.search(r"only 0\.\d of 2 cores busy: .* items wait, for a disk", rules(stats))
-    assert "larger concurrency=" in rules(stats)
-    assert "levels= and concurrency=" in rules(replace(made([9.0] * 12, cores_used=0.1),
-                                                       concurrency=12))  # fmt: skip
-    locked = rules(made([9.5] * 4, cores_used=1.0))
-    assert "1.0 of 4 cores busy" in locked and "Python runs one thread at a time" in locked
-    for fine in (made([9.5] * 4, cores_used=3.8), made([9.5] * 4, cores=0, cores_used=1.0),
-                 made([5.0] * 4, cores_used=1.0)):  # fmt: skip
-        assert "cores busy" not in rules(fine)
-
-
-def test_advice_more_threads_than_cores() -> None:
-    crowd = made([9.9] * 8, concurrency=8, cores=2, cores_used=1.98, waiting=8)
-    assert rules(crowd).startswith(
-        "7.9 leaves ran at once, on average, on 2 cores that were 99% busy: concurrency=2 does"
-    )
-    for fine in (
-        made([9.9] * 8, concurrency=8, cores=8, cores_used=7.9, waiting=8),
-        made([9.9] * 8, concurrency=8, cores=2, cores_used=0.5, waiting=8),  # they sleep
-        made([2.0] * 8, concurrency=8, cores=2, cores_used=1.9, waiting=8),  # seldom at once
-    ):
-        assert "leaves ran at once" not in rules(fine)
-
-
-def test_advice_one_sphere_has_the_long_items() -> None:
-    with KissingSpheres(concurrency=4) as spheres:
-        spheres.map(lambda i: time.sleep(1.2 if i == 0 else 0), range(24))
-        uneven = spheres.stats()
-        meeting = threading.Barrier(4)
-        spheres.map(lambda i: (meeting.wait(LIMIT), time.sleep(1.2)), range(4))
-        even = spheres.stats() - uneven
-    assert re.search(
-        r"worked [\d.]+ s, \d\.\d times the mean of the 4 busiest, and items of more than .* "
-        r"made up \d+% of the work: cut the longest",
-        rules(uneven),
-    )
-    assert "the mean of" not in rules(even)
-    assert "the mean of" not in rules(made([9, 8, 8, 8]))
-
-
-def test_advice_one_item_at_a_time() -> None:
-    with KissingSpheres(concurrency=4) as spheres:
-        spheres.map(abs, range(100))  # many once, but not since
-        before = spheres.stats()
-        for _ in range(4):
-            spheres.map(lambda _: time.sleep(0.3), [0])
-        stats = spheres.stats() - before
-    assert re.search(r"[01]\.\d of the 4 leaves that may run were at work on average", rules(stats))
-    assert "hand out more items at a time" in rules(made([9, 1, 1, 1], waiting=40))
-    for fine in (
-        made([9, 9, 9, 9], waiting=40),
-        made([3, 0.5, 0.5, 0.5], waiting=40),  # nobody had much
-        made([9, 1, 1, 1], waiting=40, item=1e-6),  # short items are another matter
-    ):
-        assert "at a time" not in rules(fine)
-
-
-def test_advice_short_items() -> None:
-    short = made([9.0] * 4, item=1e-6, inside=0.4)
-    assert "an item took 1 µs on average, and 60% of the time that spheres were awake" in rules(
-        short
-    )
-    for fine in (
-        made([9.0] * 4, item=1e-6, inside=0.9),
-        made([9.0] * 4, item=1e-3, inside=0.4),
-        made([0.0002] * 4, item=1e-6, inside=0.4),  # too few to tell
-    ):
-        assert "an item took" not in rules(fine)
-
-
-def test_at_most_three_sentences() -> None:
-    bad = made([4.0, 0.5], item=1e-6, inside=0.1, waiting=1)
-    assert len(bad.advice()) == 3
-    worst = made([9.9] * 8, concurrency=8, cores=2, cores_used=1.98, waiting=2, item=1e-6,
-                 inside=0.1)  # fmt: skip
-    assert len(worst.advice()) == 3

@@ -10,12 +10,12 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from system_support import eventually
 from terminal import LIMIT, script
 
 import torch_spheres as ts
@@ -27,13 +27,6 @@ SPHERES = """
 import os, signal, sys, threading
 import torch_spheres as ts
 """
-
-
-def eventually(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
 
 
 def test_the_socket_is_for_this_user_and_survives_nonsense() -> None:

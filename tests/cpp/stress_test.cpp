@@ -1,3 +1,6 @@
+#include <deque>
+
+#include "helper.h"
 #include "system_support.h"
 
 using namespace torch_spheres;
@@ -6,6 +9,43 @@ using namespace torch_spheres::testing;
 namespace {
 
 constexpr int kConcurrencies[] = {1, 2, 8, 64};
+
+/// Calls the spheres together at one level after the other until they are stopped; false: one call
+/// was never heard.
+bool meet_until_stopped(System& system) {
+  for (int call = 0;; ++call) {
+    const int level = call % (system.topology().levels() + 1) - 1;
+    const std::uint32_t meeting =
+        level < 0 ? system.try_open_epoch() : system.try_open_barrier(level);
+    if (meeting == 0) {
+      if (system.stop_requested()) return true;
+      std::this_thread::yield();
+    } else if (system.wait_meeting_for(meeting, kPatience) == Meeting::kPending) {
+      return false;
+    }
+  }
+}
+
+/// What was accepted in the name of `work`, and what of it will never run.
+struct Ledger {
+  explicit Ledger(std::function<void(SphereId, std::int64_t)> each = {})
+      : work(std::make_shared<CountingWork>(1, std::move(each))) {}
+  std::shared_ptr<Batch> submit(System& system, std::int64_t items) {
+    const auto batch = torch_spheres::testing::submit(system, work, items);  // throws once stopped
+    accepted += items;
+    return batch;
+  }
+  bool close(Batch& batch) {
+    const bool done = batch.wait_for(kPatience);
+    cancelled += batch.cancelled();
+    return done;
+  }
+  void check() const { CHECK_EQ(work->count.load() + cancelled.load(), accepted); }
+
+  const std::shared_ptr<CountingWork> work;
+  std::atomic<std::int64_t> accepted{0};
+  std::atomic<std::int64_t> cancelled{0};
+};
 
 }  // namespace
 
@@ -155,6 +195,60 @@ TEST(barrier_against_stop) {
     stop(system);
     caller.join();
     CHECK(outcomes.load() >= 1'000'000);
+  }
+}
+
+TEST(everything_at_once_until_stop) {
+  // Work without end, work with a helper, work that fails, and meetings of all kinds.
+  for (int levels = 1; levels <= 3; ++levels) {
+    for (const int concurrency : {1, 3}) {
+      System system(levels, concurrency);
+      Ledger flood, helped;
+      Ledger failing([](SphereId, std::int64_t item) {  // those that throw count as cancelled
+        if (item % 10 == 7) throw std::runtime_error("seven");
+      });
+      std::atomic<int> hung{0};
+      for (int life = 0; life < 60 / kSlowdown; ++life) {
+        system.start();
+        std::vector<std::thread> threads;
+        const auto until_stopped = [&](auto once) {
+          threads.emplace_back([&hung, once]() mutable {
+            try {
+              while (once()) {
+              }
+              ++hung;
+            } catch (const std::runtime_error&) {  // stopped
+            }
+          });
+        };
+        std::deque<std::shared_ptr<Batch>> under_way;
+        until_stopped([&] {
+          under_way.push_back(flood.submit(system, 12));
+          if (under_way.size() < kBatchesInFlight) return true;
+          const auto oldest = under_way.front();
+          under_way.pop_front();
+          return flood.close(*oldest);
+        });
+        until_stopped([&] {
+          const auto batch = helped.submit(system, 40);
+          {
+            Helper helper(system);
+            for (int i = 0; i < 6000 && !helper.wait_for(*batch, Milliseconds(10)); ++i) {
+            }
+          }
+          return helped.close(*batch);
+        });
+        until_stopped([&] { return failing.close(*failing.submit(system, 20)); });
+        threads.emplace_back([&] { hung += !meet_until_stopped(system); });
+        std::this_thread::sleep_for(std::chrono::microseconds(life * 701 % 20'000));
+        stop(system);
+        for (std::thread& thread : threads) thread.join();
+        for (const auto& batch : under_way) hung += !flood.close(*batch);
+        CHECK_EQ(hung.load(), 0);
+        for (const Ledger* ledger : {&flood, &helped, &failing}) ledger->check();
+        CHECK_EQ(flood.work->running.load() + helped.work->running.load(), 0);
+      }
+    }
   }
 }
 
