@@ -163,7 +163,7 @@ void Sphere::begin_meeting(const Message& message) {
   }
   // A new meeting is called only after the last one was released, which this sphere may have slept
   // through.
-  if (meeting_ != 0) leave_meeting();
+  leave_meeting();
   epoch_reports_ = 0;
   meeting_ = message.meeting;
   called_at_ = system_.called_at_.load();
@@ -174,10 +174,10 @@ void Sphere::begin_meeting(const Message& message) {
 void Sphere::leave_meeting() {
   meeting_ = 0;
   insists.store(false);
-  if (standing_ && has_turns()) busy.store(false);
+  if (!standing_) return;
   standing_ = false;
+  if (has_turns()) busy.store(false);
   if (is_leaf) {
-    // Also without having stood there: its last turn may have left out what came after the call.
     if (system_.ring_.had_work(siblings)) ask_for_turn();
   } else if (work_deferred_) {
     work_deferred_ = false;
