@@ -251,12 +251,12 @@ void Sphere::take_turn() {
   granted.store(false, std::memory_order_relaxed);  // ours: nobody grants while busy
   insists.store(false);
   // Work that never ends must not keep it from a meeting: it looks for the call after each pass,
-  // and goes there with the turn, since others would only give it the next one.
+  // and goes there with the turn, since others would only give it the next one.  By then it has
+  // made a pass since it knows of the meeting, which left nothing of its own from before the call.
   while (run_available() && !system_.stopping() && !system_.calls_together()) {
   }
   enter(State::kReady);
-  if (meeting_ != 0 && !system_.barrier_.was_released(meeting_) &&
-      !system_.ring_.had_own_work(offset, called_at_)) {
+  if (meeting_ != 0 && !system_.barrier_.was_released(meeting_)) {
     system_.permits_.release();
     system_.dispatch();
     stand();

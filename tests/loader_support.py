@@ -119,6 +119,14 @@ def on_spheres(loader):
     return loader
 
 
+def resumed(make, state, rng):
+    """A new loader that goes on from a state, with the process's random numbers as they were."""
+    loader = make()
+    loader.load_state_dict(state)
+    torch.set_rng_state(rng)
+    return loader
+
+
 def wrapped(dataset, spheres, workers, **options):
     loader = ts.wrap(DataLoader(dataset, 2, num_workers=workers, **options), spheres)
     return loader if workers else on_spheres(loader)

@@ -81,22 +81,22 @@ KINDS = {
 }
 
 
+def passes(kind, wrapping):
+    """Two epochs over a new dataset and what the process draws next, and the loader that it was."""
+    torch.manual_seed(0)
+    random.seed(1)
+    np.random.seed(2)
+    dataset = Stateful(kind)
+    loader = wrapping(DataLoader(dataset, 4))
+    out = epochs(loader)
+    dataset.close()
+    return [*out, random.random(), np.random.rand()], loader
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_datasets_whose_samples_depend_on_the_order_or_thread(spheres, kind):
-    def passes(wrapped):
-        torch.manual_seed(0)
-        random.seed(1)
-        np.random.seed(2)
-        dataset = Stateful(kind)
-        loader = DataLoader(dataset, 4)
-        if wrapped:
-            loader = ts.wrap(loader, spheres)
-        out = epochs(loader)
-        dataset.close()
-        return [*out, random.random(), np.random.rand()], loader
-
-    plain, _ = passes(False)
-    mine, loader = passes(True)
+    plain, _ = passes(kind, lambda loader: loader)
+    mine, loader = passes(kind, lambda loader: ts.wrap(loader, spheres))
     same(mine, plain)
     stats = loader.stats()
     assert stats.declined in (KINDS[kind], "slower")
@@ -108,18 +108,9 @@ def test_datasets_whose_samples_depend_on_the_order_or_thread(spheres, kind):
 def test_what_shows_on_the_spheres_only_is_taken_back(spheres, kind, monkeypatch):
     # (Threads that other tests have left would do as somebody else.)
     monkeypatch.setattr(inline, "_nobody_else", lambda: True)
-
-    def passes(wrapped):
-        torch.manual_seed(0)
-        random.seed(1)
-        np.random.seed(2)
-        dataset = Stateful(kind)
-        loader = DataLoader(dataset, 4)
-        out = epochs(on_spheres(ts.wrap(loader, spheres)) if wrapped else loader)
-        dataset.close()
-        return [*out, random.random(), np.random.rand()]
-
-    same(passes(True), passes(False))
+    plain, _ = passes(kind, lambda loader: loader)
+    mine, _ = passes(kind, lambda loader: on_spheres(ts.wrap(loader, spheres)))
+    same(mine, plain)
 
 
 def test_what_other_threads_draw_meanwhile_stays_drawn(spheres):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from loader_support import Numbers, Plain, flat, on_spheres
+from loader_support import Numbers, Plain, flat, on_spheres, resumed
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -161,22 +161,16 @@ def test_a_chain_of_states(spheres, workers, own, shuffle):
         state, rng = loader.state_dict(), torch.get_rng_state()
         expected = [*loader]
         torch.manual_seed(17)
-        second = make()
-        second.load_state_dict(state)
-        torch.set_rng_state(rng)
+        second = resumed(make, state, rng)
         iterator = iter(second)
         assert flat([next(iterator), next(iterator)]) == flat(expected[:2])
         state, rng = second.state_dict(), torch.get_rng_state()
         torch.manual_seed(18)
-        third = make()
-        third.load_state_dict(state)
-        torch.set_rng_state(rng)
+        third = resumed(make, state, rng)
         iterator = iter(third)
         assert flat([next(iterator)]) == flat(expected[2:3])
         state, rng = third.state_dict(), torch.get_rng_state()
-        fourth = make()
-        fourth.load_state_dict(state)
-        torch.set_rng_state(rng)
+        fourth = resumed(make, state, rng)
         assert flat([*fourth]) == flat(expected[3:])
 
 
@@ -205,9 +199,7 @@ def test_the_second_epoch_of_persistent_workers(spheres, kind, first_epoch, take
     state, rng = loader.state_dict(), torch.get_rng_state()
     left = [*iterator]
     torch.manual_seed(99)
-    again = make()
-    again.load_state_dict(state)
-    torch.set_rng_state(rng)
+    again = resumed(make, state, rng)
     assert flat([*again]) == flat(left)
 
 

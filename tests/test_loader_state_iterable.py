@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loader_support import Plain, flat
+from loader_support import Plain, flat, resumed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import torch_spheres as ts
@@ -134,9 +134,7 @@ def test_iterable_datasets(spheres, kind, workers):
             state, rng = loader.state_dict(), torch.get_rng_state()
             left = [*iterator]
             torch.manual_seed(77)
-            again = begin()
-            again.load_state_dict(state)
-            torch.set_rng_state(rng)
+            again = resumed(begin, state, rng)
             before = CounterIterator.replayed
             assert flat([*again]) == flat(left)
             if kind is Counter:  # nothing is read that was read before

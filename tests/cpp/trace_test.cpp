@@ -1,8 +1,4 @@
-// Rings of events, recorders that are turned on and off under their owners, and whole systems that
-// are traced while they work.
-#include "trace.h"
-
-#include <cstdlib>
+// Whole systems that are traced while they work.
 #include <map>
 
 #include "helper.h"
@@ -12,40 +8,7 @@
 using namespace torch_spheres;
 using namespace torch_spheres::testing;
 
-#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // which have their own
-#define COUNTS_MEMORY
-
 namespace {
-
-std::atomic<std::size_t> memory_taken{0};
-thread_local bool no_memory = false;
-
-}  // namespace
-
-// All other forms of new and delete end up in these.
-[[gnu::noinline]] void* operator new(std::size_t size) {
-  void* memory = no_memory ? nullptr : std::malloc(size);
-  if (memory == nullptr) throw std::bad_alloc();
-  memory_taken += size;
-  return memory;
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-#endif
-
-namespace {
-
-TraceEvent numbered(std::uint64_t number) {
-  return {number, number + 1, -static_cast<std::int64_t>(number), 1, 0, TraceKind::kItem, 0};
-}
-
-void check_numbers(const std::vector<TraceEvent>& events, std::uint64_t first) {
-  for (std::size_t i = 0; i < events.size(); ++i) {
-    CHECK_EQ(events[i].begin, first + i);
-    CHECK_EQ(events[i].end, first + i + 1);
-    CHECK_EQ(events[i].item, -static_cast<std::int64_t>(first + i));
-  }
-}
 
 struct Counted {
   std::int64_t items = 0;
@@ -89,112 +52,6 @@ std::uint64_t total_stolen(const System& system) {
 }
 
 }  // namespace
-
-TEST(a_ring_keeps_the_last_events_and_counts_the_others) {
-  CHECK_THROWS(TraceRing(0), std::invalid_argument);
-  for (const std::size_t capacity : {1, 5, 256, 257, 1000}) {
-    for (const std::uint64_t written : {0u, 1u, 5u, 255u, 256u, 257u, 1000u, 2345u}) {
-      TraceRing ring(capacity);
-      for (std::uint64_t i = 0; i < written; ++i) ring.push(numbered(i));
-      const std::uint64_t kept = std::min<std::uint64_t>(written, capacity);
-      CHECK_EQ(ring.events().size(), kept);
-      CHECK_EQ(ring.lost(), written - kept);
-      check_numbers(ring.events(), written - kept);
-    }
-  }
-}
-
-#if defined(COUNTS_MEMORY)
-TEST(a_ring_takes_memory_as_it_is_needed) {
-  const std::size_t before = memory_taken;
-  TraceRing ring(std::size_t{1} << 24);
-  CHECK_EQ(std::size_t{memory_taken}, before);
-  ring.push(numbered(0));
-  CHECK(memory_taken - before < 10'000);
-  for (std::uint64_t i = 1; i < 2560; ++i) ring.push(numbered(i));
-  CHECK(memory_taken - before < 2 * 2560 * sizeof(TraceEvent));
-  check_numbers(ring.events(), 0);
-}
-
-TEST(events_that_there_is_no_memory_for_are_lost) {
-  TraceRing ring(600);
-  no_memory = true;
-  for (std::uint64_t i = 0; i < 3; ++i) ring.push(numbered(i));
-  no_memory = false;
-  CHECK_EQ(ring.lost(), std::uint64_t{3});
-  CHECK_EQ(ring.events().size(), std::size_t{0});
-  for (std::uint64_t i = 0; i < 10; ++i) ring.push(numbered(i));
-  no_memory = true;
-  for (std::uint64_t i = 10; i < 300; ++i) ring.push(numbered(i));
-  no_memory = false;
-  CHECK_EQ(ring.lost(), std::uint64_t{3 + 300 - 256});
-  CHECK_EQ(ring.events().size(), std::size_t{256});
-  check_numbers(ring.events(), 0);
-}
-#endif
-
-TEST(a_recorder_that_is_off_records_nothing) {
-  Recorder recorder;
-  CHECK(!recorder.on());
-  recorder.record(numbered(0));
-  TraceRing ring(4);
-  recorder.begin(ring);
-  CHECK(recorder.on());
-  recorder.record(numbered(1));
-  recorder.end();
-  recorder.record(numbered(2));
-  CHECK_EQ(ring.events().size(), std::size_t{1});
-  check_numbers(ring.events(), 1);
-}
-
-TEST(rings_are_whole_after_end_while_the_owner_goes_on) {
-  Recorder recorder;
-  std::atomic<bool> stop{false};
-  std::thread owner([&] {
-    for (std::uint64_t number = 0; !stop.load(std::memory_order_relaxed); ++number) {
-      recorder.record(numbered(number));
-    }
-  });
-  std::uint64_t seen = 0;
-  for (int i = 0; i < 3000 / kSlowdown || seen == 0; ++i) {
-    TraceRing ring(64);
-    recorder.begin(ring);
-    if (i % 3 == 0) std::this_thread::yield();
-    recorder.end();
-    const std::vector<TraceEvent> events = ring.events();
-    if (!events.empty()) check_numbers(events, events[0].begin);
-    seen += events.size();
-  }
-  stop.store(true);
-  owner.join();
-}
-
-TEST(a_change_of_state_is_recorded_or_seen_as_the_trace_begins) {
-  // On lines of their own, or the stores are too fast for the race that this is about.
-  alignas(128) StateClock clock;
-  alignas(128) Recorder recorder;
-  alignas(128) std::atomic<bool> stop{false};
-  std::thread owner([&] {
-    while (!stop.load(std::memory_order_relaxed)) {
-      change_state(clock, recorder, State::kReady);
-      change_state(clock, recorder, State::kIdle);
-    }
-  });
-  for (int i = 0, recorded = 0; i < 200'000 / kSlowdown || recorded == 0; ++i) {
-    TraceRing ring(1000);
-    recorder.begin(ring);
-    const std::uint64_t since = clock.now().second;
-    for (int j = 0; j < 200; ++j) std::atomic_signal_fence(std::memory_order_seq_cst);
-    recorder.end();
-    const std::vector<TraceEvent> events = ring.events();
-    if (events.empty()) continue;
-    ++recorded;
-    // The state that was seen is the one that the first event ended, or a later one.
-    CHECK(ring.lost() > 0 || since >= events[0].begin);
-  }
-  stop.store(true);
-  owner.join();
-}
 
 TEST(tracks_know_threads_that_begin_late_and_states_that_are_not_recorded) {
   System system(1, 1);
