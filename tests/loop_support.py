@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torch_spheres as ts
 
@@ -43,6 +46,37 @@ def soon(condition: Callable[[], bool], seconds: float = 20) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.001)
     return condition()
+
+
+class Held:
+    """What autograd keeps for a backward pass; it lives as long as the graph."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+@contextlib.contextmanager
+def no_graph_left_behind() -> Iterator[None]:
+    """A block whose graphs are freed soon after it, without the garbage collector's help."""
+    alive: weakref.WeakSet[Held] = weakref.WeakSet()
+    packed = 0
+
+    def pack(tensor: Tensor) -> Held:
+        nonlocal packed
+        packed += 1
+        held = Held(tensor)
+        alive.add(held)
+        return held
+
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            yield
+        assert packed > 0
+        assert soon(lambda: not alive)
+    finally:
+        gc.enable()
 
 
 def at_each_concurrency(run: Callable[[ts.KissingSpheres], T], *concurrencies: int) -> list[T]:

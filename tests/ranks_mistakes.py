@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from loop_support import no_graph_left_behind
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -29,9 +30,9 @@ class Fails(nn.Module):
         self.linear, self.when = nn.Linear(4, 3), ""
 
     def forward(self, x):
+        y = self.linear(x)
         if self.when == "forward":
             raise KeyError("no such thing")
-        y = self.linear(x)
         if self.when == "backward":
             y.register_hook(self.fail)
         return y
@@ -116,6 +117,9 @@ def mistakes(spheres):
                     module.when = ""
 
             expect_everywhere(model, fail, f"rank 1 of 2: {error.__name__}", error)
+            with no_graph_left_behind(), pytest.raises((error, ts.RankError)):
+                fail()
+            model.zero_grad()
     expect_everywhere(
         model, lambda: train_by_shard(3 if second else None), "targets of 3", ValueError
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -227,3 +229,31 @@ def test_many_writers_and_a_reader(tmp_path):
     assert errors == []
     assert seen >= {1, 2, 3}
     assert names(tmp_path) == ["last.pt"]
+
+
+def test_nothing_of_a_failed_call_is_kept(tmp_path):
+    seen = []
+
+    class Refuses(Stateful):
+        def state_dict(self):
+            value = torch.ones(3)
+            seen.append(weakref.ref(value))
+            return {"value": value}
+
+        def load_state_dict(self, state):
+            seen.append(weakref.ref(state["value"]))
+            raise KeyError("not this one")
+
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, thing=Refuses())
+    gc.collect()
+    gc.disable()  # an error in a variable of a frame that its traceback owns would be a cycle
+    try:
+        with pytest.raises(IsADirectoryError):
+            save_checkpoint(tmp_path, thing=Refuses())
+        with pytest.raises(KeyError, match="not this one"):
+            load_checkpoint(path, thing=Refuses())
+        assert len(seen) == 3
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from loop_support import soon
+from loop_support import no_graph_left_behind, soon
 from reference import digest
 from torch import nn
 
@@ -124,25 +123,16 @@ def test_what_is_no_error_comes_out_as_well(spheres, plan, kind):
         assert len(parallel._pool) <= spheres.concurrency
 
 
-def test_nothing_of_a_failed_call_is_kept(spheres, plan):
-    alive = weakref.WeakSet()
-
-    class Held:
-        """What a hook packs lives as long as the graph."""
-
-        def __init__(self, tensor):
-            self.tensor = tensor.detach()
-            alive.add(self)
-
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("way", ["backward", "forward_backward"])
+def test_nothing_of_a_failed_call_is_kept(spheres, plan, way, where):
     parallel = ts.SphereParallel(Fails(), spheres)
-    for where in ("forward", "backward"):
-        plan[where] = PlannedError("here")
-        with pytest.raises(PlannedError):  # noqa: SIM117
-            with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-                step(parallel, "backward")
-        plan.clear()
-        gc.collect()  # an error, its traceback and the frames in it are a cycle
-        assert soon(lambda: not alive)
+    plan[where] = PlannedError("here")
+    with no_graph_left_behind(), pytest.raises(PlannedError):
+        try:
+            step(parallel, way)
+        finally:
+            plan.clear()  # it has the error, which has the frames
 
 
 def test_a_loss_that_fails_leaves_no_graph_behind(spheres):

@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ from torch_spheres.parallel import SphereParallel
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
 
-T = TypeVar("T")
 StrPath = str | os.PathLike[str]
 _FORMAT = "torch_spheres_checkpoint"  # a key whose value is the version
 
@@ -129,12 +128,9 @@ def save_checkpoint(
     """
     name = os.fspath(path)
     company = Company(process_group, f"saving {name}")
-    state, error = _tried(lambda: checkpoint_state(step=step, **objects))
-    told = company.meet(_marks(state), error)
+    state, told = company.together(lambda: checkpoint_state(step=step, **objects), _marks)
     company.need_same([mark[:1] for mark in told], "the ranks are at different steps")
-    if company.rank == 0:
-        _, error = _tried(lambda: _write(name, state))
-    company.meet(None, error)
+    company.together(lambda: _write(name, state) if company.rank == 0 else None, lambda _: None)
     if company.rank == 0 and any(mark != told[0] for mark in told):
         text = "the ranks' random states differ: when this is loaded, all go on with rank 0's"
         warnings.warn(text, UserWarning, stacklevel=2)
@@ -155,13 +151,11 @@ def load_checkpoint(path: StrPath, /, *, process_group: Any = None, **objects: A
         RankError: another rank has failed, or does not see the same file.
     """
     company = Company(process_group, f"loading {os.fspath(path)}")
-    state, error = _tried(lambda: _read(Path(path), objects))
-    seen = company.meet(_marks(state), error)
+    state, seen = company.together(lambda: _read(Path(path), objects), _marks)
     company.need_same(seen, "the ranks see different files; is it in a folder that all share?")
     if state is None:
         return None
-    step, error = _tried(lambda: _restore(state, objects))
-    company.meet(None, error)
+    step, _ = company.together(lambda: _restore(state, objects), lambda _: None)
     return step
 
 
@@ -350,11 +344,3 @@ def _refuse_unreadable(temporary: Path, state: Mapping[str, Any]) -> None:
 
 
 # ---- processes ----
-
-
-def _tried(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """What it returns, or raises: the other ranks have to know first."""
-    try:
-        return work(), None
-    except BaseException as error:  # noqa: BLE001
-        return None, error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch_spheres.ranks import ranks_of
 
 __all__ = ["Company"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -28,25 +29,44 @@ class Company:
         if self.rank < 0:
             raise ValueError("this process is not in its process_group")
 
-    def meet(self, value: T, error: BaseException | None) -> list[T]:
-        """Every rank's value; raises if a rank has an error, once all know. All leave together."""
-        told = "" if error is None else f"{type(error).__name__}: {error}"
-        found: list[Any] = [(told, value)] * self.world
+    def together(self, work: Callable[[], S], tell: Callable[[S | None], T]) -> tuple[S, list[T]]:
+        """What `work` returns here, and what all ranks tell of theirs. All leave together.
+
+        Raises:
+            BaseException: what `work` raised, once all know.
+            RankError: another rank's `work` raised, or a rank is gone.
+        """
+        # The error is in no variable of a frame that its traceback owns: that would be a cycle,
+        # and keep the state that was saved or loaded.
         try:
-            if self.world > 1:
-                # (Not by its name, which may differ: folders are mounted anywhere.)
-                kind = f"{self._what.split()[0]} a checkpoint"
-                found = ranks_of(self._group).objects((told, value), kind)
-        except RankError as lost:
-            if error is not None:
-                raise error from lost
-            raise RankError(f"{self._what} failed: {lost}", lost.ranks) from lost
-        if error is not None:
-            raise error
-        if failed := [rank for rank, (text, _) in enumerate(found) if text]:
-            texts = "; ".join(f"rank {rank} of {self.world}: {found[rank][0]}" for rank in failed)
+            value = work()
+        except BaseException as error:
+            self._meet_with(error, tell(None))
+            raise
+        told = self._meet("", tell(value))
+        if failed := [rank for rank, (text, _) in enumerate(told) if text]:
+            texts = "; ".join(f"rank {rank} of {self.world}: {told[rank][0]}" for rank in failed)
             raise RankError(f"{self._what} failed on {texts}", tuple(failed))
-        return [value for _, value in found]
+        return value, [mark for _, mark in told]
+
+    def _meet_with(self, error: BaseException, mark: Any) -> None:
+        try:
+            self._meet(f"{type(error).__name__}: {error}", mark)
+        except RankError as lost:
+            raise error from lost
+        finally:
+            del error
+
+    def _meet(self, failure: str, mark: T) -> list[tuple[str, T]]:
+        """Every rank's failure, empty if it has none, and mark."""
+        if self.world == 1:
+            return [(failure, mark)]
+        try:
+            # (Not by its name, which may differ: folders are mounted anywhere.)
+            kind = f"{self._what.split()[0]} a checkpoint"
+            return ranks_of(self._group).objects((failure, mark), kind)
+        except RankError as lost:
+            raise RankError(f"{self._what} failed: {lost}", lost.ranks) from lost
 
     def need_same(self, values: Sequence[tuple[str, ...]], otherwise: str) -> None:
         """Raises RankError unless all ranks have told the same."""

@@ -311,7 +311,11 @@ class Exchange:
 
     def _check(self, failed: bool) -> None:
         if failed:
-            self._ranks.raise_errors(self._what, self._error)
+            error, self._error = self._error, None
+            try:
+                self._ranks.raise_errors(self._what, error)
+            finally:
+                del error  # its traceback owns this frame, and others that own this object
 
     def _add(
         self,

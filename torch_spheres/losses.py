@@ -62,7 +62,10 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
     except Exception as caught:  # noqa: BLE001
         error = caught
-    (kind,) = call.finish_forward(done, error, kinds)
+    try:
+        (kind,) = call.finish_forward(done, error, kinds)
+    finally:
+        del error  # its traceback owns this frame
     like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
     with torch.no_grad():
         grads = [

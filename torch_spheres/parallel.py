@@ -229,11 +229,14 @@ class SphereParallel(nn.Module):
                for m in self.module.modules()):  # fmt: skip
             shared = self._ranks if isinstance(call, SharedCall) else None
             error = initialise(self.module, call)
-            if shared is not None:
-                shared.meet("the initialisation of lazy modules", [], error)
-                sync_module(self.module, shared, {})
-            elif error is not None:
-                raise error
+            try:
+                if shared is not None:
+                    shared.meet("the initialisation of lazy modules", [], error)
+                    sync_module(self.module, shared, {})
+                elif error is not None:
+                    raise error
+            finally:
+                del error  # its traceback owns this frame
             call = make()
         return call
 

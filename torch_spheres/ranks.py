@@ -99,7 +99,7 @@ class Ranks:
         self._name = f"torch_spheres/{name}"
         self._meetings = itertools.count()
         self._swaps = 0
-        self._parted: RankError | None = None
+        self._parted: tuple[str, tuple[int, ...]] | None = None
         _leave_last_words()
 
     def divide(self, leaves: int) -> Division:
@@ -201,7 +201,8 @@ class Ranks:
             RankError: the ranks have done different things.
         """
         if self._parted is not None:
-            raise RankError(f"{self._parted} (said before)", self._parted.ranks)
+            text, ranks = self._parted
+            raise RankError(f"{text} (said before)", ranks)
 
     def part(self, what: str, texts: list[str]) -> NoReturn:
         """The ranks are about to do different things, each what its text says.
@@ -209,8 +210,12 @@ class Ranks:
         Raises:
             RankError: always.
         """
-        self._parted = apart(what, texts, self.rank)
-        raise self._parted
+        error = apart(what, texts, self.rank)
+        self._parted = str(error), error.ranks
+        try:
+            raise error
+        finally:
+            del error  # its traceback owns this frame
 
     @contextlib.contextmanager
     def explaining(self, what: str) -> Iterator[None]:
@@ -250,8 +255,11 @@ class Ranks:
         """
         told = torch.tensor([error is not None, *values], dtype=torch.int64)
         rows = self.gather(told, what)
-        if rows[:, 0].any():
-            self.raise_errors(what, error)
+        try:
+            if rows[:, 0].any():
+                self.raise_errors(what, error)
+        finally:
+            del error  # its traceback owns this frame
         return rows[:, 1:]
 
     def raise_errors(self, what: str, error: BaseException | None) -> NoReturn:
@@ -264,8 +272,11 @@ class Ranks:
         described = None if error is None else f"{type(error).__name__}: {error}"
         errors = dict(enumerate(self.objects(described, what)))
         failed = {r: text for r, text in errors.items() if text is not None}
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback owns this frame
         texts = "; ".join(f"rank {r} of {self.world}: {text}" for r, text in failed.items())
         raise RankError(f"{what} failed on {texts}", tuple(failed))
 

@@ -87,8 +87,11 @@ class Call:
     def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
         """Has an error raised wherever the batch is; the greatest of everybody's notes."""
         del what
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback owns this frame: a cycle would keep the call's graph
         return list(notes)
 
     def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -163,16 +166,15 @@ class Call:
                 self.pool.give_back(replica)
 
         shards: list[Shard] = []
-        outputs: list[Any] = []
-        error = None
         try:
             shards = self.crew.map(run, len(self.split.bounds))
             self.shards = list(shards)
             self.check_parameters()
             outputs = self._gather(shards)
-        except Exception as caught:  # noqa: BLE001
-            error = caught
-        self.finish_forward(shards, error)
+        except Exception as error:
+            self.finish_forward(shards, error)  # raises it, when all know
+            raise
+        self.finish_forward(shards, None)
         return self.share_structure(outputs)
 
     def finish_forward(
@@ -187,7 +189,10 @@ class Call:
         if error is None:
             error = misshapen(shards)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
-        told = self.agree("the forward", error, [*notes, self.random.drew, *mine])
+        try:
+            told = self.agree("the forward", error, [*notes, self.random.drew, *mine])
+        finally:
+            del error  # its traceback owns this frame
         notes, (drew, *changed) = told[: len(notes)], told[len(notes) :]
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these

@@ -90,7 +90,10 @@ class SharedCall(Call):
             _WHAT.index(self._what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),
             state,
         ]  # fmt: skip
-        table = self.ranks.meet(f"the start of {what}", told, error).T.tolist()
+        try:
+            table = self.ranks.meet(f"the start of {what}", told, error).T.tolist()
+        finally:
+            del error  # its traceback owns this frame
         assert split is not None
         self._check(table, split)
         self._base = table[5][0]
@@ -150,7 +153,10 @@ class SharedCall(Call):
 
     def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
         """All ranks' greatest notes, unless one of them has an error."""
-        table = self.ranks.meet(what, notes, error)
+        try:
+            table = self.ranks.meet(what, notes, error)
+        finally:
+            del error  # its traceback owns this frame
         found: list[int] = table.amax(0).tolist() if notes else []
         return found
 
@@ -278,8 +284,12 @@ class SharedCall(Call):
         """Meets the other ranks, with an error too."""
         exchange = self._exchange
         try:
-            if self._early is not None:
-                raise self._early
+            early, self._early = self._early, None
+            try:
+                if early is not None:
+                    raise early
+            finally:
+                del early  # its traceback owns this frame
             run()
         except Exception as error:
             if exchange.is_broken:
