@@ -60,7 +60,17 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace, data: MnistData) -> None:
+def save_trace(trace: ts.Trace, path: Path) -> None:
+    trace.save(path)
+    print(f"{path}: the last epoch's training, {trace.lost} events lost")
+
+
+def save_picture(spheres: ts.KissingSpheres, path: Path) -> None:
+    spheres.plot().figure.savefig(path, dpi=150)
+    print(f"{path}: what the spheres did")
+
+
+def main(args: argparse.Namespace, data: MnistData, at_end: contextlib.ExitStack) -> None:
     torch.manual_seed(args.seed)
     model: nn.Module = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -75,7 +85,10 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
     loader: DataLoader = DataLoader(dataset, batch_sampler=sampler)
     spheres = None
     if not args.plain:  # the lines that put the training on the spheres
-        spheres = ts.KissingSpheres(levels=args.levels, concurrency=args.concurrency).start()
+        spheres = ts.KissingSpheres(levels=args.levels, concurrency=args.concurrency)
+        at_end.enter_context(spheres)
+        if args.plot is not None:
+            at_end.callback(save_picture, spheres, args.plot)
         sampler = ts.SphereBatchSampler(order, args.batch_size, spheres=spheres)
         loader = ts.wrap(DataLoader(dataset, batch_sampler=sampler), spheres)
         model = ts.SphereParallel(model, spheres)
@@ -88,11 +101,13 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
     for epoch in range(args.epochs):
         model.train()
         last = epoch == args.epochs - 1
-        recording = spheres.trace() if spheres and args.trace and last else contextlib.nullcontext()
-        with recording as trace, tqdm(
+        with contextlib.ExitStack() as recording, tqdm(
             total=len(data.train_y), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" samples",
             disable=None,  # no bar in files and pipes
         ) as bar:  # fmt: skip
+            if spheres and args.trace and last:
+                trace = recording.enter_context(spheres.trace())
+                at_end.callback(save_trace, trace, args.trace)
             for x, y in loader:
                 optimizer.zero_grad()
                 loss = criterion(model(x), y)
@@ -108,15 +123,8 @@ def main(args: argparse.Namespace, data: MnistData) -> None:
         accuracy = correct / len(data.test_y)
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {accuracy:.4f}", flush=True)
 
-    if trace is not None:
-        trace.save(args.trace)
-        print(f"{args.trace}: the last epoch's training, {trace.lost} events lost")
     if spheres is not None:
         spheres.print_stats()
-        if args.plot is not None:
-            spheres.plot().figure.savefig(args.plot, dpi=150)
-            print(f"{args.plot}: what the spheres did")
-        spheres.stop()
     weights = b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
     print(f"weights digest: {hashlib.sha256(weights).hexdigest()[:16]}")
     print(f"test accuracy: {accuracy:.4f}")
@@ -129,7 +137,8 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"mnist.py: {error}")
     try:
-        main(arguments, digits)
+        with contextlib.ExitStack() as files:  # which are written after Ctrl-C too
+            main(arguments, digits, files)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

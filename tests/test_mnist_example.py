@@ -193,13 +193,16 @@ def test_bad_data_is_one_line(tmp_path):
     assert done.stderr.startswith("mnist.py: no train-images") and "Traceback" not in done.stderr
 
 
-def test_ctrl_c_is_one_line():
-    command = [sys.executable, str(EXAMPLES / "mnist.py"), "--epochs", "1000"]
+def test_ctrl_c_is_one_line_and_leaves_a_picture(tmp_path):
+    path = tmp_path / "rings.svg"
+    arguments = ["--epochs", "1000", "--plot", str(path)]
+    command = [sys.executable, str(EXAMPLES / "mnist.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("epoch 1")  # in the middle of training
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert output.splitlines()[-1] == f"{path}: what the spheres did" and path.exists()
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors

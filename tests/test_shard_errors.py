@@ -100,7 +100,7 @@ def test_the_same_object_with_notes_and_a_model_that_goes_on(spheres, plan, way,
 def test_several_shards_fail_at_once(spheres):
     class AllFail(nn.Module):
         def forward(self, x):
-            meet.wait(20)
+            meet.wait(60)
             raise PlannedError(str(x[0, 0].item()))
 
     meet = threading.Barrier(3)
