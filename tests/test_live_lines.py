@@ -12,6 +12,7 @@ from system_support import eventually
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
+from torch_spheres.live import _Plain
 from torch_spheres.watching.readings import Reading
 
 
@@ -31,6 +32,19 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         r"10 samples \([\d,]+/s\), \d+ stolen, 0 queued, \d at work, \d+% busy",
         last,
     )
+
+
+def test_the_first_line_has_rates() -> None:
+    file = io.StringIO()
+    face = _Plain(file, 1e6)
+    with ts.KissingSpheres(levels=1) as spheres:
+        face.show(spheres)
+        assert file.getvalue() == ""
+        spheres.map(abs, range(9))
+        face._lines._next = 0  # its time has come
+        face.show(spheres)
+    match = re.search(r"running 0:\d\d:\d\d: 9 items \(([\d,]+)/s\)", file.getvalue())
+    assert match and int(match[1].replace(",", "")) > 0
 
 
 def test_a_short_run_prints_no_lines(capsys: pytest.CaptureFixture[str]) -> None:

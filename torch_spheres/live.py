@@ -241,11 +241,15 @@ class _Plain:
     def __init__(self, file: TextIO, seconds: float) -> None:
         self._lines = PlainLines(file, seconds)
         self._view = View(Rates(0))
+        self._begun = False
 
     def begin(self) -> None:
         """Nothing to prepare."""
 
     def show(self, spheres: KissingSpheres) -> None:
+        if not self._begun:  # what the first line's rates are since
+            self._begun = True
+            self._view.rates.add(Reading.of(spheres))
         if self._lines.due:
             self.print(spheres)
 
