@@ -43,6 +43,17 @@ def children(parent):
     return found
 
 
+# torchrun that is ready to start when a file is there.
+HELD = """
+import pathlib, sys, time
+from torch.distributed.run import main
+gate = pathlib.Path(sys.argv.pop(1))
+while not gate.exists():
+    time.sleep(0.02)
+main()
+"""
+
+
 class Agents:
     """One for each machine.
 
@@ -59,8 +70,11 @@ class Agents:
         self.options = ["--epochs", str(epochs), "--timeout", str(timeout)]
         self.agents, self.logs = [], []
 
-    def start(self, address, interface="lo", before=()):
-        """One more, at its own address; `before` is put in front of its command."""
+    def start(self, address, interface="lo", before=(), gate=None):
+        """One more, at its own address, as soon as the file `gate` is there.
+
+        `before` is put in front of its command.
+        """
         conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5,"
         if ":" in self.endpoint:
             conf += f"is_host={not self.agents}".lower()
@@ -68,7 +82,8 @@ class Agents:
             conf += "store_type=file"
         command = [
             *before,
-            *(sys.executable, "-P", "-m", "torch.distributed.run"),
+            *(sys.executable, "-P"),
+            *(("-c", HELD, str(gate)) if gate else ("-m", "torch.distributed.run")),
             *("--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=100", "--rdzv-backend=c10d"),
             *(f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=mnist", "--monitor-interval=0.5"),
             *(f"--local-addr={address}", "--rdzv-conf", conf),

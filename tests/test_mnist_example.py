@@ -37,9 +37,9 @@ def write_mnist(folder, compress=False, train=20, test=10):
             path.write_bytes(gzip.compress(data) if compress else data)
 
 
-def run(*arguments):
+def run(*arguments, seconds=110):
     command = [sys.executable, "-W", "error", str(EXAMPLES / "mnist.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
 
 
 def digest(output):
@@ -102,7 +102,7 @@ def test_broken_files_are_named_with_what_was_found(tmp_path, name, content, mes
 
 @pytest.mark.timeout(300)
 def test_default_run_learns():
-    done = run()
+    done = run(seconds=280)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bar where it cannot be redrawn
     last = done.stdout.splitlines()[-1]

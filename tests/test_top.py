@@ -23,6 +23,8 @@ def told():
     assert sys.stdin.readline() == "go\\n"
 """
 SPHERES = HEADER + "import torch_spheres as ts\n"
+# Not one long sleep: Python does not see a signal that comes just before it until it is over.
+FOREVER = "while True: time.sleep(0.01)"
 
 
 def watched(text: str, *options: str, header: str = SPHERES, **more: Any) -> Program:
@@ -155,7 +157,7 @@ sys.exit(9)
 
 
 def test_ctrl_c_ends_a_script_and_top_of_the_same_signal() -> None:
-    with watched("ts.KissingSpheres().start()\nprint('ready')\ntime.sleep(100)") as p:
+    with watched("ts.KissingSpheres().start()\nprint('ready')\n" + FOREVER) as p:
         p.until(lambda s: "ready" in s.text and "pid" in s.text)
         p.type("\x03")
         assert p.end() == -signal.SIGINT
@@ -166,12 +168,13 @@ def test_ctrl_c_ends_a_script_and_top_of_the_same_signal() -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_signals_are_forwarded(name: str) -> None:
     text = f"""
-def note(number, frame):
-    print("got", signal.Signals(number).name, flush=True)
-    sys.exit(11)
-signal.signal(signal.{name}, note)
+got = []
+signal.signal(signal.{name}, lambda number, frame: got.append(number))
 print("ready", flush=True)
-time.sleep(100)
+while not got:
+    time.sleep(0.01)
+print("got", signal.Signals(*got).name, flush=True)
+sys.exit(11)
 """
     with watched(text, header=HEADER) as p:
         p.until(lambda s: "ready" in s.text)
