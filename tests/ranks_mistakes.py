@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +258,10 @@ def late():
 def main() -> None:
     how, rank, world, folder, timeout = sys.argv[1:]
     warnings.simplefilter("ignore", FutureWarning)
+    # The timeout is for what the ranks do, and not for how long one imports torch after another.
+    Path(folder, f"here {rank}").touch()
+    while len([*Path(folder).glob("here *")]) < int(world):
+        time.sleep(0.01)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",

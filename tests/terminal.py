@@ -89,6 +89,12 @@ class Screen:
         return "\n".join(line.rstrip() for line in self.lines)
 
 
+def _begin_session(terminal: int) -> None:
+    """As a terminal's window does: with nothing ignored, though nohup may have started us."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
 class Program:
     """A program whose standard streams, but for those that are given, are a pseudo-terminal."""
 
@@ -112,7 +118,7 @@ class Program:
             arguments,
             env={**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", **(environment or {})},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+            preexec_fn=lambda: _begin_session(slave),
             **{"stdin": slave, "stdout": slave, "stderr": slave, **streams},
         )
         os.close(slave)

@@ -1,4 +1,4 @@
-"""`python -m torch_spheres.top`: in a pseudo-terminal and without one; exit codes and signals."""
+"""`python -m torch_spheres.top`: in a pseudo-terminal and without one; exit codes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,9 @@ from typing import Any
 
 import pytest
 from terminal import LIMIT, Program, Screen, script
+from top_support import HEADER, SPHERES, TOP, watched
 
 from torch_spheres.watching.report import ADDRESS
-
-TOP = [sys.executable, "-P", "-m", "torch_spheres.top"]
-HEADER = """
-import os, signal, subprocess, sys, threading, time
-def told():
-    assert sys.stdin.readline() == "go\\n"
-"""
-SPHERES = HEADER + "import torch_spheres as ts\n"
-# Not one long sleep: Python does not see a signal that comes just before it until it is over.
-FOREVER = "while True: time.sleep(0.01)"
-
-
-def watched(text: str, *options: str, header: str = SPHERES, **more: Any) -> Program:
-    return Program([*TOP, *options, "--", *script(header + text)], **more)
 
 
 def run(*command: str, options: tuple[str, ...] = (), **more: Any) -> subprocess.CompletedProcess:
@@ -128,72 +115,6 @@ with ts.KissingSpheres() as spheres:
         p.type("go\n")
         assert p.end() == 0
         assert p.screen.cursor_shown and p.screen.wraps
-
-
-def test_ctrl_c_reaches_the_command_once_and_top_waits_for_it() -> None:
-    text = """
-count = 0
-def note(number, frame):
-    global count
-    count += 1
-signal.signal(signal.SIGINT, note)
-with ts.KissingSpheres() as spheres:
-    print("ready")
-    while count < 1:
-        time.sleep(0.01)
-    print("interrupted")
-    told()
-print("count", count)
-sys.exit(9)
-"""
-    with watched(text) as p:
-        p.until(lambda s: "ready" in s.text and "pid" in s.text)
-        p.type("\x03")
-        p.until(lambda s: "interrupted" in s.text)
-        assert p.process.poll() is None
-        p.type("go\n")
-        assert p.end() == 9
-        assert "count 1" in p.screen.text
-
-
-def test_ctrl_c_ends_a_script_and_top_of_the_same_signal() -> None:
-    with watched("ts.KissingSpheres().start()\nprint('ready')\n" + FOREVER) as p:
-        p.until(lambda s: "ready" in s.text and "pid" in s.text)
-        p.type("\x03")
-        assert p.end() == -signal.SIGINT
-        assert "KeyboardInterrupt" in p.screen.text
-        assert p.screen.cursor_shown and p.screen.wraps and p.screen.column == 0
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
-def test_signals_are_forwarded(name: str) -> None:
-    text = f"""
-got = []
-signal.signal(signal.{name}, lambda number, frame: got.append(number))
-print("ready", flush=True)
-while not got:
-    time.sleep(0.01)
-print("got", signal.Signals(*got).name, flush=True)
-sys.exit(11)
-"""
-    with watched(text, header=HEADER) as p:
-        p.until(lambda s: "ready" in s.text)
-        p.signal(getattr(signal, name))
-        assert p.end() == 11
-        assert f"got {name}" in p.screen.text
-
-
-def test_ctrl_z_stops_both_and_they_go_on() -> None:
-    with watched("ts.KissingSpheres().start()\nprint('ready')\ntold()\nprint('went on')") as p:
-        p.until(lambda s: "ready" in s.text and "pid" in s.text)
-        p.type("\x1a")
-        stopped = os.waitid(os.P_PID, p.process.pid, os.WSTOPPED)
-        assert stopped is not None and stopped.si_code == os.CLD_STOPPED
-        assert p.read()
-        os.killpg(os.getpgid(p.process.pid), signal.SIGCONT)
-        p.type("go\n")
-        assert p.end() == 0
-        assert "went on" in p.screen.text
 
 
 def test_stdout_in_a_file_is_the_commands_own(tmp_path: Path) -> None:
