@@ -251,7 +251,7 @@ void Sphere::take_turn() {
   granted.store(false, std::memory_order_relaxed);  // ours: nobody grants while busy
   insists.store(false);
   // Work that never ends must not keep it from a meeting: it looks for the call after each pass,
-  // and goes there with the turn, since others would only give it the next one.  By then it has
+  // and goes there with the turn, since others would only give it the next one. By then it has
   // made a pass since it knows of the meeting, which left nothing of its own from before the call.
   while (run_available() && !system_.stopping() && !system_.calls_together()) {
   }

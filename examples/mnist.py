@@ -137,8 +137,8 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"mnist.py: {error}")
     try:
-        with contextlib.ExitStack() as files:  # which are written after Ctrl-C too
-            main(arguments, digits, files)
+        with contextlib.ExitStack() as at_end:  # so that files are written after Ctrl-C too
+            main(arguments, digits, at_end)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 LIMIT = 90.0  # seconds, for waits that end at once unless something is broken
+# Not one long sleep: Python does not see a signal that comes just before it until it is over.
+FOREVER = "while True: time.sleep(0.01)"
 _ESCAPE = re.compile(r"\x1b(?:\[([0-9;?]*)([A-Za-z])|[78=>])")
 
 

@@ -56,7 +56,7 @@ int main() { std::thread([] {}).join(); return 0; }
 """
 
 
-def run(command: list[str], timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], timeout: float = 110) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
     )

@@ -12,7 +12,7 @@ from elastic_support import Agents, digest_alone, free_port
 EPOCHS = 6
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("rendezvous", ["address", "file"])
 def test_a_process_is_killed_and_another_joins(tmp_path, rendezvous):
     by_file = rendezvous == "file"

@@ -117,7 +117,7 @@ def test_a_failure_lets_go_of_those_who_wait():
         waiting = pool.submit(fold.begin)
         assert not waiting.done()
         fold.fail()
-        assert waiting.result(timeout=60) is None
+        assert waiting.result(timeout=20) is None
     assert fold.begin() is None
 
 

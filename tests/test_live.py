@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from system_support import eventually
-from terminal import Program, Screen, script
+from terminal import FOREVER, Program, Screen, script
 
 import torch_spheres as ts
 
@@ -202,9 +202,7 @@ with ts.KissingSpheres() as spheres, spheres.live():
 
 @pytest.mark.parametrize("ending", ["ctrl-c", "exception", "exit", "forgotten", "kill"])
 def test_the_terminal_is_restored_however_the_script_ends(ending: str) -> None:
-    # (Not one long sleep: Python does not see a signal that comes just before it until it is over.)
-    forever = "while True: time.sleep(0.01)"
-    ends = {"ctrl-c": forever, "kill": forever, "exception": "1 / 0", "exit": "sys.exit(7)"}
+    ends = {"ctrl-c": FOREVER, "kill": FOREVER, "exception": "1 / 0", "exit": "sys.exit(7)"}
     text = f"""
 spheres = ts.KissingSpheres()
 with contextlib.ExitStack() as stack:

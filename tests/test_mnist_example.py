@@ -202,7 +202,7 @@ def test_ctrl_c_is_one_line_and_leaves_a_picture(tmp_path):
     assert process.stdout.readline().startswith("epoch 1")  # in the middle of training
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert output.splitlines()[-1] == f"{path}: what the spheres did" and path.exists()
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors

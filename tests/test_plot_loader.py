@@ -105,9 +105,9 @@ def test_threads_that_share_a_loader_do_not_mix_up_their_calls():
 
     def loop(ready):
         for _ in range(200):
-            meet.wait(60)
+            meet.wait(10)
             meter.handed_out(None, 1, ready, 0)
-            meet.wait(60)  # all have been handed a batch before anybody's call is recorded
+            meet.wait(10)  # all have been handed a batch before anybody's call is recorded
             meter.waited(ready / 1000, 1.0)
 
     threads = [threading.Thread(target=loop, args=(n,)) for n in range(4)]

@@ -109,5 +109,5 @@ def test_ctrl_c_is_answered_while_ranks_are_waited_for(tmp_path):
         assert ranks[0].stdout.readline() == "alone\n"
         time.sleep(0.5)  # until it waits
         ranks[0].send_signal(signal.SIGINT)
-        out, errors = ranks[0].communicate(timeout=30)
+        out, errors = ranks[0].communicate(timeout=10)
         assert out.startswith("interrupted"), (out, errors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from reference import digest
 from torch import nn
 
 import torch_spheres as ts
+from torch_spheres.shards import Call
 
 X = torch.arange(50.0)[:, None].repeat(1, 4) / 50
 
@@ -100,7 +102,7 @@ def test_the_same_object_with_notes_and_a_model_that_goes_on(spheres, plan, way,
 def test_several_shards_fail_at_once(spheres):
     class AllFail(nn.Module):
         def forward(self, x):
-            meet.wait(60)
+            meet.wait(20)
             raise PlannedError(str(x[0, 0].item()))
 
     meet = threading.Barrier(3)
@@ -133,6 +135,40 @@ def test_nothing_of_a_failed_call_is_kept(spheres, plan, way, where):
             step(parallel, way)
         finally:
             plan.clear()  # it has the error, which has the frames
+
+
+class Writes(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.add_(0)
+        return super().forward(x)
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.LazyLinear(4)
+
+    def forward(self, x):
+        raise RuntimeError("before it is initialised")
+
+
+@pytest.mark.parametrize("module", [Writes(4, 4), Lazy()], ids=["writes", "lazy"])
+@pytest.mark.parametrize("way", ["backward", "forward_backward"])
+def test_nothing_of_a_refused_call_is_kept(spheres, way, module):
+    def calls():
+        return sum(issubclass(type(o), Call) for o in gc.get_objects())
+
+    parallel = ts.SphereParallel(module, spheres)
+    gc.collect()
+    before = calls()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match=r"wrote to its parameters|before it is initialised"):
+            step(parallel, way)
+        assert soon(lambda: calls() <= before)
+    finally:
+        gc.enable()
 
 
 def test_a_loss_that_fails_leaves_no_graph_behind(spheres):

@@ -6,11 +6,8 @@ import os
 import signal
 
 import pytest
-from terminal import Program, script
+from terminal import FOREVER, Program, script
 from top_support import HEADER, TOP, watched
-
-# Not one long sleep: Python does not see a signal that comes just before it until it is over.
-FOREVER = "while True: time.sleep(0.01)"
 
 
 def test_ctrl_c_reaches_the_command_once_and_top_waits_for_it() -> None:

@@ -341,6 +341,3 @@ def _refuse_unreadable(temporary: Path, state: Mapping[str, Any]) -> None:
             f"torch.load(weights_only=True) would refuse {', '.join(strange)} (look at {names}): "
             "have state_dict() return tensors and plain values"
         )
-
-
-# ---- processes ----

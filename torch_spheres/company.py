@@ -36,26 +36,21 @@ class Company:
             BaseException: what `work` raised, once all know.
             RankError: another rank's `work` raised, or a rank is gone.
         """
-        # The error is in no variable of a frame that its traceback owns: that would be a cycle,
-        # and keep the state that was saved or loaded.
+        # The error is in no variable of a frame that its traceback owns when it leaves: that would
+        # be a cycle, and keep the state that was saved or loaded.
         try:
             value = work()
         except BaseException as error:
-            self._meet_with(error, tell(None))
+            try:
+                self._meet(f"{type(error).__name__}: {error}", tell(None))
+            except RankError as lost:
+                raise error from lost
             raise
         told = self._meet("", tell(value))
         if failed := [rank for rank, (text, _) in enumerate(told) if text]:
             texts = "; ".join(f"rank {rank} of {self.world}: {told[rank][0]}" for rank in failed)
             raise RankError(f"{self._what} failed on {texts}", tuple(failed))
         return value, [mark for _, mark in told]
-
-    def _meet_with(self, error: BaseException, mark: Any) -> None:
-        try:
-            self._meet(f"{type(error).__name__}: {error}", mark)
-        except RankError as lost:
-            raise error from lost
-        finally:
-            del error
 
     def _meet(self, failure: str, mark: T) -> list[tuple[str, T]]:
         """Every rank's failure, empty if it has none, and mark."""
