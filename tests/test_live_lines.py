@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_short_run_prints_no_lines(capsys: pytest.CaptureFixture[str]) -> None
     with ts.KissingSpheres(levels=1) as spheres, spheres.live():
         spheres.map(abs, range(9))
     assert capsys.readouterr() == ("", "")
+
+
+def test_it_ends_though_the_spheres_ran_between_two_looks() -> None:
+    spheres = ts.KissingSpheres(levels=1)
+    with spheres.live(file=io.StringIO(), refresh_per_second=2) as live:
+        spheres.start()
+        spheres.stop()
+        eventually(lambda: not live.active)
+        live.close()
+    with spheres.live(file=io.StringIO(), refresh_per_second=1000) as live:
+        time.sleep(0.01)
+        assert live.active  # what has stopped may start again
+        spheres.start()
+        spheres.stop()
+        eventually(lambda: not live.active)
 
 
 def test_ranks_but_the_first_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_a_difference_is_what_came_between():
     def load(ready, waited):
         for _ in range(4):
             meter.handed_out([torch.zeros(10)], 5, ready)
-            meter.waited(waited, 1.0)
+            meter.waited(waited, 1.0, 0.0)
             meter.worked(0.5, 0.25)
         return meter.snapshot()
 
@@ -123,7 +123,7 @@ def test_the_news_come_once_and_only_when_another_way_is_faster():
         figures = dataclasses.replace(FIGURES, **changes)
         for _ in range(figures.batches):
             made.handed_out([], 4, 0)
-        made.waited(figures.waited, figures.elapsed)
+        made.waited(figures.waited, figures.elapsed, 0.0)
         made.worked(figures.worked, figures.computed)
         return made
 
@@ -140,7 +140,7 @@ def test_the_loop_hears_of_it(spheres):
     loader = ts.wrap(DataLoader(Numbers(40), 4, num_workers=2), spheres)
     for _ in range(20):
         loader._meter.handed_out([], 4, 0)
-    loader._meter.waited(9.0, 10.0)
+    loader._meter.waited(9.0, 10.0, 0.0)
     loader._meter.worked(18.0, 10.0)
     with pytest.warns(UserWarning, match="one thread at a time") as caught:
         for _ in loader:

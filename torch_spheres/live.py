@@ -84,6 +84,7 @@ class Live:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._pid = 0
+        self._starts = 0
 
     # ---- what the user tells ----
 
@@ -128,6 +129,8 @@ class Live:
             plain = not is_terminal(file) if self._plain is None else self._plain
             self._face = _Plain(file, self._plain_seconds) if plain else _Terminal(file)
             self._pid = os.getpid()
+            # To tell spheres that have stopped from those that are yet to start (again).
+            self._starts = self._spheres._starts - self._spheres.running
             self._thread = threading.Thread(
                 target=self._run, args=(self._face,), name="spheres live", daemon=True
             )
@@ -164,15 +167,13 @@ class Live:
     # ---- the thread ----
 
     def _run(self, face: _Terminal | _Plain) -> None:
-        ran = False
         try:
             while True:
                 face.show(self._spheres)
-                ended = self._end.wait(self._tick)
-                running = self._spheres.running
-                if ended or (ran and not running):
+                if self._end.wait(self._tick):
                     break
-                ran = running
+                if self._spheres._starts > self._starts and not self._spheres.running:
+                    break
             face.last(self._spheres)
         except (OSError, ValueError) as error:  # a terminal that is gone, a file that is closed
             self._error = error

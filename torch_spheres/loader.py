@@ -176,7 +176,8 @@ class _Counting:
             batch = self._transfer.send(batch)()
         end = time.perf_counter()
         self._meter.handed_out(batch, 0, 0)
-        self._meter.waited(end - begin, end - (begin if self._last is None else self._last))
+        since = begin if self._last is None else self._last
+        self._meter.waited(end - begin, end - since, end)
         self._last = end
         return batch
 

@@ -82,7 +82,7 @@ class KissingSpheres(Views):
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         leaves = self._topology.leaves
         self._core = _core.System(levels, min(concurrency, leaves))
-        self._started = False
+        self._starts = 0
         self._prepare_views(cores)
         _live.add(self)
 
@@ -136,7 +136,7 @@ class KissingSpheres(Views):
         keep_freed_memory(self.levels)
         self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
-        self._started = True
+        self._starts += 1
         report(self)
         return self
 
@@ -193,7 +193,7 @@ class KissingSpheres(Views):
             self._warn_of_silent_logs()
 
     def _ensure_started(self, what: str) -> None:
-        if not self._started and not self._core.forked():
+        if not self._starts and not self._core.forked():
             self.start()
         self._core.require_running(what)
 
@@ -325,7 +325,7 @@ class KissingSpheres(Views):
         return sphere
 
     def __repr__(self) -> str:
-        state = "running" if self.running else "stopped" if self._started else "not started"
+        state = "running" if self.running else "stopped" if self._starts else "not started"
         return (
             f"KissingSpheres(levels={self.levels}, concurrency={self.concurrency}): "
             f"{self.total_spheres} spheres, {self.leaves} leaves, {state}"

@@ -34,7 +34,7 @@ class Views:
     """The part of `KissingSpheres` that looks at them."""
 
     _core: _core.System
-    _started: bool
+    _starts: int
 
     def _prepare_views(self, cores: int) -> None:
         self._rows = Rows()
@@ -92,7 +92,9 @@ class Views:
         )
 
     def _repr_html_(self) -> str:
-        return picture(Reading.of(self._spheres), started=self._started, forked=self._core.forked())
+        return picture(
+            Reading.of(self._spheres), started=self._starts > 0, forked=self._core.forked()
+        )
 
     def log_to(
         self,

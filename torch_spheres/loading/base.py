@@ -154,7 +154,7 @@ class SphereIterator(_BaseDataLoaderIter):
         spheres = self._spheres
         if spheres._core.forked() or not self._outside():
             return False
-        return spheres.running or not spheres._started
+        return spheres.running or not spheres._starts
 
     def _running_core(self) -> _core.System | None:
         """For work that the caller shares with the spheres, or does alone."""
@@ -221,7 +221,7 @@ class SphereIterator(_BaseDataLoaderIter):
                 end = time.perf_counter()
                 since = begin if self._last_next is None else self._last_next
                 self._last_next = end
-                self._meter.waited(end - begin, end - since)
+                self._meter.waited(end - begin, end - since, end)
 
     @contextlib.contextmanager
     def _turn_to_load(self) -> Iterator[None]:

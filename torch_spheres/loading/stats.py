@@ -216,10 +216,9 @@ class Meter:
             self._bytes += size
             self._ready += ready
 
-    def waited(self, seconds: float, elapsed: float) -> None:
-        """The loop was in ``next()``, and so long ago came the one before."""
+    def waited(self, seconds: float, elapsed: float, ended: float) -> None:
+        """The loop was in ``next()`` until then, and so long before that came the one before."""
         ready = self._here.__dict__.pop("ready", None)  # from `handed_out`, of this same call
-        ended = time.perf_counter()
         with self._lock:
             self._waited += seconds
             self._elapsed += elapsed
