@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -63,8 +64,8 @@ def test_a_full_runtime_and_a_long_queue(monkeypatch):
     refused = []
     schedule = Team._schedule
 
-    def counting(team, queue):
-        taken = schedule(team, queue)
+    def counting(team, queue, **promised):
+        taken = schedule(team, queue, **promised)
         refused.append(not taken)
         return taken
 
@@ -94,22 +95,51 @@ def fill_up(spheres, gate, already=0):
     ]
 
 
-def test_ctrl_c_while_a_task_waits_for_room():
+def test_ctrl_c_while_a_task_waits_for_room(monkeypatch):
     """The batch that was on its way to the loop, and the task, are there when it comes again."""
+    scheduling, schedule = threading.Event(), Team._schedule
+
+    def telling(team, queue, **promised):
+        scheduling.set()
+        return schedule(team, queue, **promised)
+
+    def interrupt(thread):
+        assert scheduling.wait(60)
+        time.sleep(0.3)  # most likely it waits for room by now
+        signal.pthread_kill(thread, signal.SIGINT)
+
     with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
         gate = threading.Event()
         iterator = iter(wrapped(Numbers(12), spheres, 1, prefetch_factor=1))
         eventually(lambda: iterator._team.ready == 1)
         held = fill_up(spheres, gate)
-        main = threading.get_ident()
-        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        monkeypatch.setattr(Team, "_schedule", telling)
+        watcher = threading.Thread(target=interrupt, args=(threading.get_ident(),))
+        watcher.start()
         with pytest.raises(KeyboardInterrupt):
             next(iterator)
+        watcher.join()
         gate.set()
         for work in held:
             work.wait(60)
         rows = [int(i) for batch in iterator for i in batch[1]]
         assert rows == list(range(12))
+
+
+def test_ctrl_c_just_before_a_task_is_scheduled(spheres, monkeypatch):
+    """And once more, when the next call is about to make up for it."""
+
+    def interrupted(team, queue, **promised):
+        raise KeyboardInterrupt
+
+    iterator = iter(wrapped(Numbers(12), spheres, 1, prefetch_factor=1, timeout=60))
+    eventually(lambda: iterator._team.ready == 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Team, "_schedule", interrupted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                next(iterator)
+    assert [int(i) for batch in iterator for i in batch[1]] == list(range(12))
 
 
 def sizes(iterator, most):

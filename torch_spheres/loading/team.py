@@ -75,9 +75,6 @@ class Team:
         queue = self._queues[worker]
         with self._changed:
             queue.tasks.append((task, what))
-            if queue.scheduled or queue.busy:
-                return
-            queue.scheduled = True
         self._schedule(queue)
 
     def result(self, task: int | None, timeout: float) -> tuple[int, Result]:
@@ -142,7 +139,7 @@ class Team:
         with unset():  # what this thread has set is for what it waits in the middle of
             again = self._do_task(queue)
         if again:
-            self._schedule(queue)
+            self._schedule(queue, promised=True)
         return True
 
     def _wait_for(self, found: Callable[[], T | None], timeout: float) -> T:
@@ -169,8 +166,6 @@ class Team:
         """Tasks that no work item will come for: whoever was to hand it in was interrupted."""
         with self._changed:
             idle = [q for q in self._queues if q.tasks and not q.busy and not q.scheduled]
-            for queue in idle:
-                queue.scheduled = True
         for queue in idle:
             self._schedule(queue)
 
@@ -200,12 +195,21 @@ class Team:
 
     # ---- the spheres' side ----
 
-    def _schedule(self, queue: _Queue) -> bool:
+    def _schedule(self, queue: _Queue, *, promised: bool = False) -> bool:
         """One task per work item: shards of a model that wait for a sphere get their turn.
+
+        Args:
+            queue: whose first task is to be done; by nobody new if somebody is at it already.
+            promised: `scheduled` was set for the very work item that this hands in.
 
         False: the spheres take no more batches of work from one of their own threads.
         """
         try:
+            # In here: Ctrl-C must not leave it set with no work item on its way.
+            with self._changed:
+                if not promised and (queue.scheduled or queue.busy or not queue.tasks):
+                    return True
+                promised = queue.scheduled = True
             self._spheres._ensure_started("a wrapped loader")
             # (What is collected is none of those who wait for all work that was distributed.)
             queue.work = self._spheres._core.submit(self._do_one, (queue,), collect=True)
@@ -215,23 +219,27 @@ class Team:
                 self._changed.notify_all()
         except BaseException as error:
             # Ctrl-C too: whoever waits for the task next schedules it again.
-            with self._changed:
-                queue.scheduled = False
+            if promised:
+                with self._changed:
+                    queue.scheduled = False
             if isinstance(error, RuntimeError) and self._spheres._core.on_own_thread():
                 return False
             raise
         return True
 
     def _do_one(self, queue: _Queue) -> None:
-        with self._changed:
-            queue.scheduled = False
-        while self._do_task(queue):
-            if self._schedule(queue):
+        while self._do_task(queue, promised=True):
+            if self._schedule(queue, promised=True):
                 return
 
-    def _do_task(self, queue: _Queue) -> bool:
-        """Does a worker's first task, if nobody else is at it; whether to schedule the next."""
+    def _do_task(self, queue: _Queue, *, promised: bool = False) -> bool:
+        """Does a worker's first task, if nobody else is at it; whether to schedule the next.
+
+        `promised`: `scheduled` was set for this very call.
+        """
         with self._changed:
+            if promised:  # with the task in hand: a moment later others would schedule it again
+                queue.scheduled = False
             if self._closed or queue.busy or not queue.tasks:
                 return False
             queue.busy = True
