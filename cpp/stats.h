@@ -71,12 +71,12 @@ class StateClock {
                    state_name(to));
       std::abort();
     }
-    const std::uint64_t now = now_ns();
-    auto& spent = ns_[static_cast<std::size_t>(from)];
     // The release stores pair with the acquire loads of times(): who sees one of the two sees
     // changes_ odd as well.
     const std::uint32_t changes = changes_.load(std::memory_order_relaxed);
     changes_.store(changes + 1, std::memory_order_relaxed);
+    const std::uint64_t now = now_ns();  // here: times() waits for a thread that loses its core now
+    auto& spent = ns_[static_cast<std::size_t>(from)];
     spent.store(spent.load(std::memory_order_relaxed) + (now - (packed >> kStateBits)),
                 std::memory_order_release);
     // seq_cst: with now(), for change_state().
@@ -96,23 +96,23 @@ class StateClock {
   /// less than what was read before, by whomever; a transition under way is waited for.
   std::array<std::uint64_t, kStates> times() const {
     std::array<std::uint64_t, kStates> result{};
-    std::uint64_t packed = 0;
+    std::uint64_t packed = 0, now = 0;
     // (In the child of a fork() a sphere may be in the middle of one for ever.)
     for (int i = 0; i < kPatience; ++i) {
       const std::uint32_t changes = changes_.load(std::memory_order_acquire);
       for (std::size_t s = 0; s < kStates; ++s) result[s] = ns_[s].load(std::memory_order_acquire);
       packed = packed_.load(std::memory_order_acquire);
+      now = now_ns();  // before the second look: the state goes on until then
       if (changes % 2 == 0 && changes_.load(std::memory_order_relaxed) == changes) break;
       std::this_thread::yield();
     }
     result[static_cast<std::size_t>(State::kTerminating)] = 0;
     const std::uint64_t since = packed >> kStateBits;
-    const std::uint64_t now = now_ns();
     if (unpack_state(packed) != State::kTerminating && now > since) {
       result[static_cast<std::size_t>(unpack_state(packed))] += now - since;
     }
-    // A transition that has looked at the clock, but not begun to write, is a few nanoseconds short
-    // of what is read here.
+    // (What a transition writes first may be seen a few nanoseconds after it has looked at the
+    // clock.)
     for (std::size_t s = 0; s < kStates; ++s) result[s] = at_least_as_before(s, result[s]);
     return result;
   }
