@@ -161,7 +161,7 @@ class GradientFold:
             node.values[place] = mine
             node.makers[place] = self._traced.made() if self._traced else None
             node.pending[place] = 0
-        del mine
+            del mine  # here: others may add it, and say that there is room
         self._fold(node, place)
 
     def _fold(self, node: _Node, place: int) -> None:
@@ -191,22 +191,21 @@ class GradientFold:
                 return False
             if up and node.parent is not None and node.parent.values[node.place] is not None:
                 return False  # somebody else did it
-            taken = node.values[begin:end]
-            present = [v for v in taken if v is not None]
-            if len(present) < 2 and not up:
+            count = sum(v is not None for v in node.values[begin:end])
+            if count < 2 and not up:
                 return False
+            taken = node.values[begin:end]
             node.values[begin:end] = [None] * (end - begin)
             makers = _makers(taken, node.makers[begin:end])
             # Nobody may add around this range while it is being added.
             node.pending[begin] += 1
-        if not present:  # taken by another thread that is adding it now, or nothing there
+        if not count:  # taken by another thread that is adding it now, or nothing there
             with self._changed:
                 node.pending[begin] -= 1
             return False
         shards: list[Grads | None] = [None] * _KISSING
         shards[begin:end] = taken
-        count = len(present)
-        del taken, present
+        del taken
         if self._traced:
             self._traced.taken(makers)
         total = _sum(shards)
@@ -222,6 +221,7 @@ class GradientFold:
             else:
                 node.values[begin] = total
                 node.makers[begin] = maker
+            del total  # it is not ours any more
             self._alive -= count - 1
             self._changed.notify_all()
         return True
