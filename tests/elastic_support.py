@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -16,9 +17,13 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "elastic_mnist.py"
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """None of those that the kernel gives to whoever connects to something meanwhile."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(1024, first)
+        with socket.socket() as found, contextlib.suppress(OSError):  # it is taken
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def digest_alone(epochs):
@@ -53,6 +58,22 @@ while not gate.exists():
 main()
 """
 
+# The example, which stops after it has saved a step from N on, for as long as a file hold.N is
+# there: what should come to a training that is under way does, however long it takes.
+HOLDING = """
+import pathlib, runpy, sys, time
+import torch_spheres as ts
+example, folder = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
+save = ts.save_checkpoint
+def save_and_wait(path, *, step, **parts):
+    save(path, step=step, **parts)
+    while any(step >= int(hold.suffix[1:]) for hold in folder.glob("hold.*")):
+        time.sleep(0.02)
+ts.save_checkpoint = save_and_wait
+sys.path.insert(0, str(pathlib.Path(example).parent))
+runpy.run_path(example, run_name="__main__")
+"""
+
 
 class Agents:
     """One for each machine.
@@ -69,6 +90,8 @@ class Agents:
         self.folder, self.endpoint = folder, endpoint
         self.options = ["--epochs", str(epochs), "--timeout", str(timeout)]
         self.agents, self.logs = [], []
+        self.script = folder / "holding.py"
+        self.script.write_text(HOLDING)
 
     def start(self, address, interface="lo", before=(), gate=None):
         """One more, at its own address, as soon as the file `gate` is there.
@@ -87,7 +110,8 @@ class Agents:
             *("--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=100", "--rdzv-backend=c10d"),
             *(f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=mnist", "--monitor-interval=0.5"),
             *(f"--local-addr={address}", "--rdzv-conf", conf),
-            *(str(EXAMPLE), "--checkpoint", str(self.folder / "last.pt"), *self.options),
+            *(str(self.script), str(EXAMPLE), str(self.folder)),
+            *("--checkpoint", str(self.folder / "last.pt"), *self.options),
         ]
         environment = os.environ | {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -43,9 +43,9 @@ def assert_same_weights(parallel: nn.Module, bare: nn.Module) -> None:
 def soon(condition: Callable[[], bool], seconds: float = 20) -> bool:
     """For what a sphere lets go of after it has woken the caller."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (done := condition()) and time.monotonic() < end:
         time.sleep(0.001)
-    return condition()
+    return done
 
 
 class Held:

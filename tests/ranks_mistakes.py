@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 import torch_spheres as ts
 from torch_spheres.ranks import find_ranks
 
+LOSSES = ("killed, big", "killed", "hangs", "raises")  # of a rank
+
 
 class Fails(nn.Module):
     """Where and when it is told."""
@@ -192,7 +194,7 @@ def parts_company(how, spheres):
         print("still", error.ranks, error, flush=True)
 
 
-def loses_a_rank(how, spheres):
+def loses_a_rank(how, spheres, limit):
     """Rank 1 goes; the others say so."""
     torch.manual_seed(0)
     if how == "late":
@@ -200,10 +202,13 @@ def loses_a_rank(how, spheres):
     big = nn.Sequential(nn.Linear(4, 100_000), nn.Linear(100_000, 3))
     model = ts.SphereParallel(big if how == "killed, big" else Fails(), spheres)
     model(part()).sum().backward()
-    dist.barrier()
     if how == "killed, big":  # its sums are sent when there is nobody to send them to
         loss = model(part()).sum()
-        dist.barrier()
+    dist.barrier()
+    # The timeout is for what comes now: connecting and the first step take what they take.
+    dist.distributed_c10d._set_pg_timeout(limit)
+    ts.ranks._ROLL_CALL = 8.0  # nor is a rank lost that has no core for a while
+    if how == "killed, big":
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.5)
@@ -221,9 +226,9 @@ def loses_a_rank(how, spheres):
         elif how == "hangs":
             time.sleep(60)
     begin = time.monotonic()
-    if how == "hangs" and dist.get_world_size() == 2:
-        print("alone", flush=True)
     try:
+        if how == "hangs" and dist.get_world_size() == 2:
+            print("alone", flush=True)
         model(part()).sum().backward()
     except ts.RankError as error:
         print("ranks", error.ranks, "after", time.monotonic() - begin, str(error), flush=True)
@@ -258,7 +263,8 @@ def late():
 def main() -> None:
     how, rank, world, folder, timeout = sys.argv[1:]
     warnings.simplefilter("ignore", FutureWarning)
-    # The timeout is for what the ranks do, and not for how long one imports torch after another.
+    limit = timedelta(seconds=float(timeout))
+    # Not for how long one imports torch after another.
     Path(folder, f"here {rank}").touch()
     while len([*Path(folder).glob("here *")]) < int(world):
         time.sleep(0.01)
@@ -267,7 +273,7 @@ def main() -> None:
         init_method=f"file://{folder}/meet",
         rank=int(rank),
         world_size=int(world),
-        timeout=timedelta(seconds=float(timeout)),
+        timeout=max(limit, timedelta(seconds=60)) if how in LOSSES else limit,
     )
     with ts.KissingSpheres(concurrency=2) as spheres:
         if how == "mistakes":
@@ -275,7 +281,7 @@ def main() -> None:
         elif how.startswith("apart"):
             parts_company(how, spheres)
         else:
-            loses_a_rank(how, spheres)
+            loses_a_rank(how, spheres, limit)
     if how == "mistakes":
         dist.destroy_process_group()
     sys.stdout.flush()

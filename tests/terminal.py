@@ -97,6 +97,13 @@ def _begin_session(terminal: int) -> None:
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
+def _keep_output_at_signals(terminal: int) -> None:
+    """A key that sends a signal would throw away what the program wrote, and is not read yet."""
+    attributes = termios.tcgetattr(terminal)
+    attributes[3] |= termios.NOFLSH
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+
+
 class Program:
     """A program whose standard streams, but for those that are given, are a pseudo-terminal."""
 
@@ -114,6 +121,7 @@ class Program:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.master, slave = os.openpty()
         self._set_size(columns, rows)
+        _keep_output_at_signals(slave)
         left_out = ("TORCH_SPHERES_TOP", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "RANK")
         inherited = {k: v for k, v in os.environ.items() if k not in left_out}
         self.process = subprocess.Popen(
@@ -158,11 +166,11 @@ class Program:
         return bool(received)
 
     def until(self, condition: Callable[[Screen], Any]) -> Screen:
-        """Reads until the screen is so."""
+        """Reads until the screen is so, and nothing is in the middle of being drawn."""
         end = time.monotonic() + LIMIT
-        while not condition(self.screen):
+        while not (self.screen.cursor_shown and condition(self.screen)):
             open_yet = self.read()
-            if condition(self.screen):
+            if self.screen.cursor_shown and condition(self.screen):
                 break
             assert open_yet, f"the program ended:\n{self.screen.text}"
             assert time.monotonic() < end, f"waited in vain:\n{self.screen.text}"

@@ -146,7 +146,7 @@ else:
     batches = sampler
 weights = [p.tolist() for p in model.parameters()]
 moments = [state["exp_avg"].tolist() for state in optimizer.state.values()]
-print(json.dumps([[weights, moments, torch.rand(3).tolist()], [*batches]]))
+print(json.dumps([[weights, moments, torch.rand(3).tolist()], [*batches]]), flush=True)
 
 # One cannot write; one cannot say its state; one is elsewhere.
 torch.manual_seed(1)

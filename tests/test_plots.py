@@ -210,9 +210,16 @@ def test_spheres_that_have_not_run_anything():
 
 
 def test_what_each_sphere_does_now(spheres):
-    ax = spheres.plot(axes(), theme="dark")
+    def states():
+        return [s.state.name.lower() for s in spheres.stats().spheres]
+
+    end = time.monotonic() + 60
+    while True:  # until nobody falls asleep between the two
+        names, ax = states(), spheres.plot(axes(), theme="dark")
+        if names == states():
+            break
+        assert time.monotonic() < end
     (rims,) = found(ax, "states")
-    names = [s.state.name.lower() for s in spheres.stats().spheres]
     expected = [THEMES["dark"].states[name] for name in names]
     assert [mpl.colors.to_hex(c) for c in rims.get_facecolors()] == expected
 

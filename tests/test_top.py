@@ -103,6 +103,8 @@ def test_small_terminals_and_resizing(columns: int) -> None:
     text = """
 with ts.KissingSpheres() as spheres:
     told()
+    while os.get_terminal_size().columns != 100:  # it comes after what shows that top has it
+        time.sleep(0.01)
     print("size", *os.get_terminal_size())
     told()
 """
@@ -159,7 +161,12 @@ else:
     command = [*TOP, "--", sys.executable, "-P", "-c", body, body]
     with Program(command, rows=80, columns=100) as p:
         p.until(
-            lambda s: "100 items" in s.text and "101 items" in s.text and s.text.count("50 it") == 2
+            lambda s: (
+                re.search(r"^pid \d+: 1 sphere", s.text, re.M)
+                and "100 items" in s.text
+                and "101 items" in s.text
+                and s.text.count("50 it") == 2
+            )
         )
         names = re.findall(r"^(rank (\d), pid \d+|pid \d+): (\d+) sphere", p.screen.text, re.M)
         assert sorted((rank, spheres) for _, rank, spheres in names) == [
@@ -179,9 +186,12 @@ def test_a_killed_command_ends_top() -> None:
     text = """
 spheres = ts.KissingSpheres().start()
 spheres.map(abs, range(60))
+here, there = os.pipe()
 pid = os.fork()
-if pid == 0:
-    time.sleep(100)  # has all that its parent had, but for the connection
+if pid == 0:  # has all that its parent had, but for the connection by now
+    os.write(there, b"x")
+    time.sleep(100)
+os.read(here, 1)
 print("child", pid, flush=True)
 told()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -224,7 +234,8 @@ with ts.KissingSpheres(concurrency=2) as spheres:
     print("out", sys.stdout.isatty())
     print("error", file=sys.stderr)
 """
-    done = run("--", *script(SPHERES + text))
+    # (Not so soon that a line comes while they run.)
+    done = run("--plain-seconds", "1000", "--", *script(SPHERES + text))
     assert (done.returncode, done.stdout) == (0, "out False\n")
     error, *lines = done.stderr.splitlines()
     assert error == "error" and len(lines) == 1

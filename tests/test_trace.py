@@ -29,6 +29,7 @@ def network():
 @pytest.fixture
 def spheres():
     with ts.KissingSpheres(levels=2, concurrency=3) as made:
+        made.epoch()  # all threads are there
         yield made
 
 
@@ -39,6 +40,7 @@ def spheres():
 @pytest.mark.parametrize("concurrency", [1, 2, 5])
 def test_as_many_items_and_steals_as_the_counters_say(levels, concurrency, tmp_path):
     with ts.KissingSpheres(levels=levels, concurrency=concurrency) as spheres:
+        spheres.epoch()  # all threads are there
         with spheres.trace() as trace:
             spheres.map(lambda i: time.sleep(0.0002 * (i % 5)), range(50))
             spheres.distribute_work(range(20_000), _core.noop()).wait()
@@ -128,7 +130,6 @@ def test_a_small_ring_keeps_the_last_events_and_counts_the_lost(spheres, tmp_pat
 
 
 def test_states_last_as_long_as_the_statistics_say(spheres):
-    spheres.epoch()  # all threads are there
     with spheres.trace() as trace:
         before = spheres.stats()
         spheres.map(lambda _: time.sleep(0.002), range(30))
