@@ -64,8 +64,9 @@ class Stream(IterableDataset):
         return self.rows
 
 
-# Warnings about worker processes, and of a dataset, which in one of those nobody sees.
-_OTHER_PROCESS = ("will create", "non-tuple sequence")
+# Warnings about worker processes, and of a dataset, which in one of those nobody sees; and advice,
+# which depends on how fast the machine is.
+_NOT_COMPARED = ("will create", "non-tuple sequence", "the loop waited for data")
 
 
 def epochs(loader, count=2, take=None):
@@ -84,7 +85,7 @@ def epochs(loader, count=2, take=None):
                     out.append(type(error).__name__)
                 out.append(torch.rand(1))
         messages = [str(w.message) for w in caught]
-        out.extend(m for m in messages if not any(known in m for known in _OTHER_PROCESS))
+        out.extend(m for m in messages if not any(known in m for known in _NOT_COMPARED))
     out.append(torch.get_rng_state())
     if loader.generator is not None:
         out.append(loader.generator.get_state())

@@ -14,7 +14,7 @@ import pytest
 LIMIT = 60.0  # seconds, for waits that end at once unless something is broken
 TASKS = Path("/proc/self/task")
 
-_others: set[str] = set()  # threads of earlier tests
+_others: set[str] = set()  # threads of earlier tests that are still there
 
 
 def eventually(condition: Callable[[], Any]) -> None:
@@ -41,6 +41,7 @@ def sphere_threads() -> list[str]:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     # A library's thread that was started on a sphere has its name, and stays.
+    _others.clear()  # the kernel may give a new thread the number of one that has ended
     _others.update(task.name for task in (TASKS.iterdir() if TASKS.exists() else ()))
     yield
     gc.collect()

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from loader_support import Asking, Numbers, flat, on_spheres
+from system_support import Meeting
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils.worker import _generate_state
 
 import torch_spheres as ts
+from torch_spheres import _core
 from torch_spheres.loading.info import shown
 from torch_spheres.loading.inline import _parts
 
@@ -184,6 +186,8 @@ def test_copies_of_the_dataset(spheres, workers):
             return 48
 
         def __getitem__(self, index):
+            if workers == 0 and _core.current_sphere() >= 0:
+                meet()
             self.active += 1  # not thread-safe
             seen = self.active
             time.sleep(0.001)
@@ -192,6 +196,7 @@ def test_copies_of_the_dataset(spheres, workers):
 
         __hash__ = object.__hash__
 
+    meet = Meeting(2)  # one sphere may be fast enough to load all of a batch
     dataset = Counting()
     plain = DataLoader(dataset, 12, num_workers=workers, collate_fn=list)
     samples = [s for batch in ts.wrap(plain, spheres, copy_dataset=True) for s in batch]

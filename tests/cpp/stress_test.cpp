@@ -83,8 +83,15 @@ TEST(never_more_than_concurrency_items_at_once_over_all_batches) {
   for (const int concurrency : kConcurrencies) {
     System system(3, concurrency);
     system.start();
-    auto work = std::make_shared<CountingWork>(1, [](SphereId, std::int64_t item) {
+    std::shared_ptr<CountingWork> work;
+    work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t item) {
       if (item % 5 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+      // However few cores there are: the other batches have such an item too.
+      const auto end = std::chrono::steady_clock::now() + kPatience;
+      while (item == 0 && concurrency > 1 && work->most_running.load() < 2 &&
+             std::chrono::steady_clock::now() < end) {
+        std::this_thread::yield();
+      }
     });
     std::vector<std::shared_ptr<Batch>> batches;
     for (int i = 0; i < 40; ++i) batches.push_back(submit(system, work, 50));
