@@ -87,6 +87,24 @@ def test_a_full_runtime_and_a_long_queue(monkeypatch):
         assert rows == 4000 and any(refused)
 
 
+def test_a_task_is_handed_in_once(spheres, monkeypatch):
+    """Though others look for tasks just before a sphere takes one in hand."""
+    calls, do_one, do_task = [], Team._do_one, Team._do_task
+
+    def counting(team, queue):
+        calls.append(1)
+        do_one(team, queue)
+
+    def late(team, queue, **promised):
+        time.sleep(0.02)
+        return do_task(team, queue, **promised)
+
+    monkeypatch.setattr(Team, "_do_one", counting)
+    monkeypatch.setattr(Team, "_do_task", late)
+    batches = len([*wrapped(Numbers(12), spheres, 1, prefetch_factor=4)])
+    assert batches > 4 and len(calls) == batches
+
+
 def fill_up(spheres, gate, already=0):
     """Until there are 64 batches in flight, the most that there may be."""
     return [

@@ -20,7 +20,7 @@ from system_support import LIMIT, eventually, fail, in_thread
 from torch_spheres import KissingSpheres, _core, usable_cores
 
 HEADER = """
-import gc, os, signal, sys, threading, time, warnings
+import contextlib, gc, os, signal, sys, threading, time, warnings
 import torch_spheres as ts
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -187,13 +187,11 @@ def test_a_thousand_starts_leave_nothing_behind() -> None:
     print(
         run("""
 def name(task):
-    try:
-        return open(f"/proc/self/task/{task}/comm").read().strip()
-    except OSError:  # it has just ended
-        return ""
+    with contextlib.suppress(OSError):  # it has just ended
+        return open(f"/proc/self/task/{task}/comm").read()
+    return ""
 def spheres_listed():
-    names = map(name, os.listdir("/proc/self/task"))
-    return [name for name in names if name.startswith("sphere ")]
+    return [n for n in map(name, os.listdir("/proc/self/task")) if n.startswith("sphere ")]
 def state():
     gc.collect()
     end = time.monotonic() + 60
@@ -237,13 +235,17 @@ for _ in range(3):
         assert spheres.map(abs, range(4000)) == list(range(4000))
         assert spheres.epoch() and len(os.listdir("/proc/self/task")) >= 1885
         added = resident() - before
-        end = time.monotonic() + 60
-        while True:  # what the epoch woke goes to sleep, but not at once
-            begin = time.process_time()
-            time.sleep(1)
-            used = time.process_time() - begin
-            if used < 0.01 or time.monotonic() > end:
+        end, told = time.monotonic() + 60, -1
+        while True:  # until all that the epoch woke sleep
+            time.sleep(0.2)
+            stats, last = spheres.stats(), told
+            told = stats.messages
+            assert time.monotonic() < end
+            if told == last and {s.state for s in stats} == {ts.State.IDLE}:
                 break
+        begin = time.process_time()
+        time.sleep(1)
+        used = time.process_time() - begin
         print(f"{added:.1f} MiB, {100 * used:.2f} % CPU")
         assert added < 80 and used < 0.01
 """)

@@ -15,6 +15,7 @@ import pytest
 from terminal import LIMIT, Program, Screen, script
 from top_support import HEADER, SPHERES, TOP, watched
 
+from torch_spheres.top import _parser
 from torch_spheres.watching.report import ADDRESS
 
 
@@ -234,7 +235,8 @@ with ts.KissingSpheres(concurrency=2) as spheres:
     print("out", sys.stdout.isatty())
     print("error", file=sys.stderr)
 """
-    # (Not so soon that a line comes while they run.)
+    # (Not ten seconds, which importing may take: a line would come while they run.)
+    assert _parser().parse_args([]).plain_seconds == 10
     done = run("--plain-seconds", "1000", "--", *script(SPHERES + text))
     assert (done.returncode, done.stdout) == (0, "out False\n")
     error, *lines = done.stderr.splitlines()

@@ -97,7 +97,7 @@ def test_training_goes_on_while_ways_are_tried():
             seen |= set(model.plan_costs)
             for p, q in zip(bare.parameters(), model.module.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-            if step == 44:  # the 45th: five ways, three steps at a time, three rounds at most
+            if step == 30:
                 assert model.plan is not None, model.plan_costs
         assert model.plan in seen and seen <= set(names(all_ways))
         assert model.plan_costs[model.plan] == min(model.plan_costs.values())
