@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,18 +123,106 @@ def test_a_failure_lets_go_of_those_who_wait():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_that_somebody_else_holds_are_not_written_to(dtype):
-    held = [torch.full((4,), float(k)).to(dtype) for k in range(12)]
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+def test_gradients_that_somebody_else_holds_are_not_written_to(dtype, count):
+    held = [torch.full((4,), float(k)).to(dtype) for k in range(count)]
     views = [t.view(2, 2) for t in held]
-    fold = GradientFold(12, range(12), 1)
-    for k in range(12):
+    fold = GradientFold(12, range(count), 1)
+    for k in range(count):
         fold.begin()
         fold.add(k, [held[k], views[k]])
     sums = fold.finish()
-    assert torch.equal(sums[0], torch.full((4,), 66.0))
-    assert torch.equal(sums[1], torch.full((2, 2), 66.0))
+    total = float(sum(range(count)))
+    assert torch.equal(sums[0], torch.full((4,), total))
+    assert torch.equal(sums[1], torch.full((2, 2), total))
     for k, t in enumerate(held):
         assert torch.equal(t, torch.full((4,), float(k)).to(dtype))
+
+
+@pytest.mark.parametrize("leaves", [12, 144])
+def test_gradients_in_memory_of_somebody_else_are_not_written_to(leaves):
+    """No reference to the tensor tells of an array whose memory it uses."""
+    arrays = [np.full(4, k, dtype=np.float32) for k in range(leaves)]
+    fold = GradientFold(leaves, range(leaves), 2)
+    for _ in range(leaves):
+        k = fold.begin()
+        fold.add(k, [torch.from_numpy(arrays[k])])
+    (total,) = fold.finish()
+    assert total.tolist() == [sum(range(leaves))] * 4
+    for k, array in enumerate(arrays):
+        assert array.tolist() == [k] * 4
+
+
+class Keeps(torch.autograd.Function):
+    """x * w, whose backward keeps the gradients that it returns: by reference, or by memory."""
+
+    kept: ClassVar[list[tuple[object, object]]] = []  # what is kept, a copy of it
+
+    @staticmethod
+    def forward(ctx, x, w, way):
+        ctx.save_for_backward(x, w)
+        ctx.way = way
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        made = (g * x).sum(0)
+        if ctx.way == "tensor":
+            Keeps.kept.append((made, made.clone()))
+        elif ctx.way == "view":
+            Keeps.kept.append((made[1:], made[1:].clone()))
+        else:
+            array = made.numpy().copy()
+            Keeps.kept.append((array, array.copy()))
+            made = torch.from_numpy(array)
+        return g * w, made, None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 36])
+@pytest.mark.parametrize("loss", ["backward", "mean", "sum and count"])
+@pytest.mark.parametrize("way", ["tensor", "view", "array"])
+def test_a_function_may_keep_the_gradients_that_it_returns(way, loss, rows):
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ws = nn.ParameterList(torch.ones(8) for _ in range(3))
+
+        def forward(self, x):
+            for w in self.ws:
+                x = Keeps.apply(x, w, way)
+            return x
+
+    model = Layers()
+    with ts.KissingSpheres(2, concurrency=2) as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        x = torch.randn(rows, 8)
+        for _ in range(2):  # gradients are added to those of the first step
+            Keeps.kept.clear()
+            if loss == "backward":
+                parallel(x).sum().backward()
+            elif loss == "mean":
+                parallel.forward_backward(lambda out, y: out.mean(), x, x)
+            else:
+                parallel.forward_backward(lambda out, y: (out.sum(), 2 * len(out)), x, x)
+            assert len(Keeps.kept) == 3 * min(rows, 12)
+            for kept, copy in Keeps.kept:
+                assert kept.tolist() == copy.tolist()
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 12])
+def test_portions_of_large_gradients_have_the_bits_of_the_tree(count, monkeypatch):
+    monkeypatch.setattr("torch_spheres.folding._PORTION", 100)  # bytes; a gradient has 60 or 30
+    shards = set(range(12 - count, 12))
+    fold = GradientFold(12, sorted(shards), 3)
+    for _ in shards:
+        k = fold.begin()
+        fold.add(k, [grad_of(k, 0, torch.float32), None, grad_of(k, 2, torch.bfloat16)])
+    sums = fold.finish()
+    for i, dtype in ((0, torch.float32), (2, torch.bfloat16)):
+        expected = tree([grad_of(k, i, dtype) if k in shards else None for k in range(12)])
+        assert torch.equal(sums[i].to(dtype), expected)
+    assert sums[1] is None
 
 
 # ---- sets of gradients that are alive at once, in a model ----

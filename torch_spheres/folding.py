@@ -9,14 +9,20 @@ With shards started in the order of the tree (`tree_order`) and at most *c* of t
 node is on its way, the sum of the first two and three finished leaves wait, and on each level above
 up to three sums. (No evaluation order of this tree needs less than 4, 7, 10 in all, for one thread:
 it is the tree's Ershov number.)
+
+A shard's gradients are only read, since nothing tells whether somebody else holds them: a custom
+`autograd.Function` may keep what it returns, or return memory of an array of its own. So the sum of
+leaves goes into new tensors, and what they replace is let go in portions: each addition under way
+takes `_PORTION` bytes, or the largest parameter, beside the sets above. Sums of sums are made in
+place.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,9 +37,18 @@ __all__ = ["GradientFold", "rounded"]
 
 _KISSING = _core.KISSING
 _HALF = (torch.bfloat16, torch.float16)
+_PORTION = 4 << 20  # bytes that are added before their summands are let go
 
 Maker = tuple[int, int]  # see Handovers.made
 Grads = list[Tensor | None]  # one shard's, or a partial sum's; the same parameters in each
+
+
+@dataclass(slots=True)
+class _Set:
+    """A shard's gradients, or a partial sum, which nobody but the fold can see."""
+
+    grads: Grads
+    is_sum: bool  # made here: may be written to
 
 
 class _Node:
@@ -43,7 +58,7 @@ class _Node:
         self.parent, self.place = parent, place
         self.bottom = True  # its children are leaves
         self.range = 0, _KISSING  # of its places, those that are wanted
-        self.values: list[Grads | None] = [None] * _KISSING
+        self.values: list[_Set | None] = [None] * _KISSING
         self.makers: list[Maker | None] = [None] * _KISSING  # for a trace
         self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
         # (Not the children: parent and child would be a cycle, which lives until it is collected.)
@@ -158,7 +173,7 @@ class GradientFold:
             self._total = mine
             return
         with self._changed:
-            node.values[place] = mine
+            node.values[place] = _Set(mine, is_sum=False)
             node.makers[place] = self._traced.made() if self._traced else None
             node.pending[place] = 0
             del mine  # here: others may add it, and say that there is room
@@ -203,13 +218,13 @@ class GradientFold:
             with self._changed:
                 node.pending[begin] -= 1
             return False
-        shards: list[Grads | None] = [None] * _KISSING
-        shards[begin:end] = taken
+        sets: list[_Set | None] = [None] * _KISSING
+        sets[begin:end] = taken
         del taken
         if self._traced:
             self._traced.taken(makers)
-        total = _sum(shards)
-        del shards  # before anybody is told that there is room
+        total = _sum(sets)
+        del sets  # before anybody is told that there is room
         with self._changed:
             node.pending[begin] -= 1
             maker = self._traced.made() if self._traced else None
@@ -234,7 +249,7 @@ class GradientFold:
                 return
             self._emitted.add(part)
             values: list[Grads | None] = [None] * _KISSING
-            values[first:last] = root.values[first:last]
+            values[first:last] = [None if s is None else s.grads for s in root.values[first:last]]
             root.values[first:last] = [None] * (last - first)
             makers = _makers(values[first:last], root.makers[first:last])
         present = sum(v is not None for v in values)
@@ -257,22 +272,48 @@ class GradientFold:
             root = self._roots[0]
             if self._traced:
                 self._traced.taken(_makers(root.values, root.makers))
-            values, root.values = root.values, []
-            self._total = _sum(values, spheres)
+            sets, root.values = root.values, []
+            self._total = _sum(sets, spheres).grads
         total, self._total = self._total, None
         assert total is not None
         return total
 
 
-def _sum(values: list[Grads | None], spheres: KissingSpheres | None = None) -> Grads:
-    """The twelve's sum, in the memory of one of them where nobody else can see it."""
-    present = [v for v in values if v is not None]
+def _sum(sets: list[_Set | None], spheres: KissingSpheres | None = None) -> _Set:
+    """The twelve's sum, which takes their gradients out of them."""
+    present = [s for s in sets if s is not None]
     if len(present) == 1:
         return present[0]
-    count = len(present[0])
-    shards = [[None if v is None else v[i] for v in values] for i in range(count)]
-    outs = [_own(column) for column in shards]
-    return tree_sums(shards, outs=outs, spheres=spheres)
+    totals: Grads = []
+    for first, last in _portions(present):
+        columns = [[None if s is None else s.grads[i] for s in sets] for i in range(first, last)]
+        outs = [_writable(present, i) for i in range(first, last)]
+        totals += tree_sums(columns, outs=outs, spheres=spheres)
+        for s in present:
+            s.grads[first:last] = [None] * (last - first)
+        del columns, outs
+    return _Set(totals, is_sum=True)
+
+
+def _portions(sets: Sequence[_Set]) -> Iterator[tuple[int, int]]:
+    """Ranges of parameters that are added in one go."""
+    begin, size, count = 0, 0, len(sets[0].grads)
+    for i in range(count):
+        column = (s.grads[i] for s in sets)
+        size += max((t.nbytes for t in column if _is_dense(t)), default=0)
+        if size >= _PORTION or i + 1 == count:
+            yield begin, i + 1
+            begin, size = i + 1, 0
+
+
+def _writable(sets: Sequence[_Set], i: int) -> Tensor | None:
+    """A partial sum of parameter `i`, in whose memory the sum is made."""
+    mine = (s.grads[i] for s in sets if s.is_sum)
+    return next((t for t in mine if _is_dense(t) and t.is_contiguous()), None)
+
+
+def _is_dense(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.layout is torch.strided
 
 
 def _inside(root: _Node, begin: int, end: int) -> bool:
@@ -281,24 +322,10 @@ def _inside(root: _Node, begin: int, end: int) -> bool:
     return first <= begin and end <= last and not root.done(first, last)
 
 
-def _makers(values: Sequence[Grads | None], makers: Sequence[Maker | None]) -> list[Maker]:
+def _makers(values: Sequence[object], makers: Sequence[Maker | None]) -> list[Maker]:
     """Of those that are there."""
     found = zip(values, makers, strict=True)
     return [maker for value, maker in found if value is not None and maker is not None]
-
-
-def _own(column: list[Tensor | None]) -> Tensor | None:
-    """The first present tensor if nothing else refers to its memory, as autograd steals one."""
-    first = next((t for t in column if t is not None), None)
-    if first is None or first.layout is not torch.strided or not first.is_contiguous():
-        return None
-    # One reference by the list of gradients, one by `column`, `first`, the argument.
-    uses: int = first._use_count()  # type: ignore[attr-defined]
-    if sys.getrefcount(first) > 4 or uses > 1:
-        return None
-    storage = first.untyped_storage()
-    owners: int = torch._C._storage_Use_Count(storage._cdata)
-    return first if owners <= 2 else None  # `first` and `storage`
 
 
 def rounded(grads: Grads, like: Sequence[Any]) -> Grads:

@@ -75,6 +75,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                 for i, value in enumerate(call.inputs_with_grad)
             ),
         ]
+        del sums  # from here on each goes when its quotient has taken its place
         numbers = [
             None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in counts
         ]
@@ -82,9 +83,9 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
         assert loss is not None
         if total is not None:
             loss = loss / total.to(loss.device, loss.dtype)
-            for g in grads:
-                if g is not None:
-                    g.div_(total.to(g.device, g.dtype))
+            for i, g in enumerate(grads):
+                if g is not None:  # not in place: where one shard ran, they are that shard's own
+                    grads[i] = g / total.to(g.device, g.dtype)
     tensors = [*call.trainable, *call.inputs_with_grad]
     _Given.apply(loss, grads, *tensors).backward()  # type: ignore[no-untyped-call]
     return loss
