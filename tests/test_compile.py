@@ -16,7 +16,6 @@ import torch_spheres as ts
 # What torch.compile itself has to say about torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is not a leaf Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning"),
 ]
 
 X = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -290,7 +290,6 @@ def test_a_profiler_of_all_threads_shows_the_shards(spheres):
     assert names["aten::addmm"] == 24
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "transform",
     [

@@ -193,7 +193,6 @@ def test_tensors_without_the_memory_that_they_claim():
     assert gather(TensorDataset(packed), [0], None) is None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_transforms_of_torch_func_are_respected():
     dataset = TensorDataset(torch.randn(6, 4))
     with forward_ad.dual_level():

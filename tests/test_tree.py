@@ -7,12 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import tree
+from torch.utils._pytree import tree_map_only
 
 import torch_spheres as ts
+from torch_spheres import _compat, _core
 from torch_spheres.tree import tree_sums
 
 FAST = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OTHER = [torch.int32, torch.int64, torch.complex64, torch.complex128]
+
+
+@pytest.fixture(scope="module", params=["exchange", "methods"], autouse=True)
+def _views(request):
+    """Tensors are read through torch's C interface, where it has one, and through Python."""
+    if request.param == "exchange" and _compat.dlpack_exchange is None:
+        pytest.skip(f"torch {torch.__version__} has no such interface")
+    _core.read_tensors_by(_compat.dlpack_exchange if request.param == "exchange" else None)
+    yield
+    _core.read_tensors_by(_compat.dlpack_exchange)
 
 
 def shards_of(shape, dtype, count, seed, absent=()):
@@ -131,6 +143,35 @@ def test_tensors_that_require_grad_are_summed_as_values():
     total = ts.tree_sum([weight] * 12)
     assert not total.requires_grad
     assert torch.equal(total, torch.full((3,), 12.0))
+
+
+def test_zeros_that_torch_does_not_store():
+    zeros = torch._efficientzerotensor((3,))
+    assert ts.tree_sum([zeros] * 12).tolist() == [0, 0, 0]
+    assert ts.tree_sum([torch.ones(3), *[zeros] * 11]).tolist() == [1, 1, 1]
+
+
+class Wrapped(torch.Tensor):
+    """Has its values elsewhere, as tensors distributed over processes have."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        bare = tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, Wrapped, func(*bare[0], **bare[1]))
+
+
+def test_subclasses_go_through_torch():
+    shards = shards_of((50,), torch.float32, 12, 6, {1})
+    total = ts.tree_sum([None if t is None else Wrapped(t) for t in shards])
+    assert type(total) is Wrapped
+    assert_same_bits(total.inner, tree(shards))
 
 
 def test_sparse_goes_through_torch():

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import torch_spheres
-from torch_spheres.crew import is_compiled
-from torch_spheres.replica import HOOKS, Replica
+from torch_spheres import _compat
+from torch_spheres.replica import Replica
 
 __all__ = ["Adviser"]
 
@@ -48,7 +48,7 @@ class Adviser:
         return result
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if any(map(is_compiled, module.modules())):
+        if any(map(_compat.is_compiled, module.modules())):
             return  # it would be compiled for the whole batch, which can take minutes
         ours = min(self._seconds)
         try:
@@ -83,7 +83,7 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
     """
     replica = Replica(module)
     for part in replica.module.modules():
-        for name in HOOKS:
+        for name in _compat.FORWARD_HOOKS:
             setattr(part, name, OrderedDict())
     replica.take_buffers()
     seconds: list[float] = []

@@ -38,8 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
+from torch_spheres import _compat
 from torch_spheres.company import Company
 from torch_spheres.parallel import SphereParallel
 
@@ -80,7 +80,7 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
         "random": {
             "torch": torch.get_rng_state(),
             "python": [version, [*words], gauss],
-            "numpy": pytree.tree_map_only(np.ndarray, np.ndarray.tolist, numpy_state),
+            "numpy": _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, numpy_state),
         },
     }
 
@@ -246,7 +246,9 @@ def _unpacked(part: Any) -> Any:
 
 
 def _names_with(parts: Mapping[str, Any], is_odd: Callable[[Any], bool]) -> str:
-    return ", ".join(n for n, part in parts.items() if any(map(is_odd, pytree.tree_leaves(part))))
+    return ", ".join(
+        n for n, part in parts.items() if any(map(is_odd, _compat.pytree.tree_leaves(part)))
+    )
 
 
 def _refuse_sharded(parts: Mapping[str, Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from torch_spheres import _compat
 
 __all__ = ["CallerContext", "caller_context", "unset"]
 
@@ -28,7 +29,7 @@ def caller_context() -> CallerContext:
         NotImplementedError: inside `torch.func` transforms (vmap, grad, jvp), whose levels live in
             the caller's thread, or inside a checkpoint that is not reentrant.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _compat.functorch_level() is not None:
         raise NotImplementedError(
             "SphereParallel cannot run inside torch.func transforms (vmap, grad, jvp, ...), which "
             "live in the calling thread; apply them to the bare model.module"
@@ -39,9 +40,9 @@ def caller_context() -> CallerContext:
         for device in _AUTOCAST_DEVICES
         if torch.is_autocast_enabled(device)
     }
-    function_modes = _get_current_function_mode_stack()
-    dispatch_modes = _get_current_dispatch_mode_stack()
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
+    function_modes = _compat.function_modes()
+    dispatch_modes = _compat.dispatch_modes()
+    hooks = _compat.saved_tensors_hooks()
     if hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__:
         raise NotImplementedError(
             "SphereParallel cannot run inside torch.utils.checkpoint(..., use_reentrant=False), "
@@ -86,9 +87,9 @@ def unset() -> Iterator[None]:
         for device in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        for dispatch in reversed(_get_current_dispatch_mode_stack()):
+        for dispatch in reversed(_compat.dispatch_modes()):
             stack.enter_context(_popped_dispatch(dispatch))
-        for function in reversed(_get_current_function_mode_stack()):
+        for function in reversed(_compat.function_modes()):
             stack.enter_context(_popped_function(function))
         yield
 
@@ -97,36 +98,36 @@ def unset() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pushed_function(mode: torch.overrides.TorchFunctionMode) -> Iterator[None]:
-    torch._C._push_on_torch_function_stack(mode)
+def _pushed_function(mode: Any) -> Iterator[None]:
+    _compat.push_function_mode(mode)
     try:
         yield
     finally:
-        torch._C._pop_torch_function_stack()
+        _compat.pop_function_mode()
 
 
 @contextlib.contextmanager
-def _pushed_dispatch(mode: torch.utils._python_dispatch.TorchDispatchMode) -> Iterator[None]:
-    torch.utils._python_dispatch._push_mode(mode)
+def _pushed_dispatch(mode: Any) -> Iterator[None]:
+    _compat.push_dispatch_mode(mode)
     try:
         yield
     finally:
-        torch.utils._python_dispatch._pop_mode()
+        _compat.pop_dispatch_mode()
 
 
 @contextlib.contextmanager
-def _popped_function(mode: torch.overrides.TorchFunctionMode) -> Iterator[None]:
-    torch._C._pop_torch_function_stack()
+def _popped_function(mode: Any) -> Iterator[None]:
+    _compat.pop_function_mode()
     try:
         yield
     finally:
-        torch._C._push_on_torch_function_stack(mode)
+        _compat.push_function_mode(mode)
 
 
 @contextlib.contextmanager
-def _popped_dispatch(mode: torch.utils._python_dispatch.TorchDispatchMode) -> Iterator[None]:
-    torch.utils._python_dispatch._pop_mode()
+def _popped_dispatch(mode: Any) -> Iterator[None]:
+    _compat.pop_dispatch_mode()
     try:
         yield
     finally:
-        torch.utils._python_dispatch._push_mode(mode)
+        _compat.push_dispatch_mode(mode)

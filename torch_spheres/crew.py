@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.intra_op import rest
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan
 
-__all__ = ["Crew", "is_compiled"]
+__all__ = ["Crew"]
 
 T = TypeVar("T")
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was called on it, not on a part of it."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 @dataclass(frozen=True)

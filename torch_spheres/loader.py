@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterDataPipe, MapDataPipe
 
+from torch_spheres import _compat
 from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.inline import InlineIterator
@@ -249,6 +250,7 @@ def wrap(
         ValueError: `workers` is something else; ``"process"`` with ``num_workers=0``; a loader that
             is wrapped already; or one that makes its iterators itself.
     """
+    _compat.require(_compat.LOADER)
     _check(loader, spheres, copy_dataset, workers)
     if isinstance(loader.dataset, (IterDataPipe, MapDataPipe)) and workers == "sphere":
         raise TypeError(

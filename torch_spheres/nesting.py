@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
+
+from torch_spheres import _compat
 
 __all__ = ["Nesting", "flatten", "unflatten"]
 
@@ -19,7 +20,7 @@ __all__ = ["Nesting", "flatten", "unflatten"]
 class Nesting:
     """How leaves were nested; equal for values of the same structure."""
 
-    spec: pytree.TreeSpec
+    spec: Any  # pytree's TreeSpec
     opened: tuple[_Opened | None, ...]  # for each leaf of `spec`
 
 
@@ -33,7 +34,7 @@ class _Opened:
     inside: Nesting
 
 
-_TENSOR = Nesting(pytree.tree_flatten(0)[1], (None,))
+_TENSOR = Nesting(_compat.pytree.tree_flatten(0)[1], (None,))
 
 
 def flatten(value: Any) -> tuple[list[Any], Nesting]:
@@ -45,7 +46,7 @@ def flatten(value: Any) -> tuple[list[Any], Nesting]:
     if isinstance(value, Tensor):  # what most modules return
         return [value], _TENSOR
     # (A PackedSequence is a named tuple, but its parts mean nothing by themselves.)
-    flat, spec = pytree.tree_flatten(value, is_leaf=lambda v: isinstance(v, PackedSequence))
+    flat, spec = _compat.pytree.tree_flatten(value, is_leaf=lambda v: isinstance(v, PackedSequence))
     leaves: list[Any] = []
     opened: list[_Opened | None] = []
     for leaf in flat:
@@ -92,7 +93,7 @@ def _take(leaves: Any, nesting: Nesting) -> tuple[Any, Any]:
             continue
         values, _ = _take(leaves, opened.inside)
         flat.append(_close(opened, values))
-    return pytree.tree_unflatten(flat, nesting.spec), leaves
+    return _compat.pytree.tree_unflatten(flat, nesting.spec), leaves
 
 
 def _close(opened: _Opened, values: list[Any]) -> Any:

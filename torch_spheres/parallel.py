@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from torch_spheres import _compat
 from torch_spheres.advice import Adviser
 from torch_spheres.crew import Crew
 from torch_spheres.faces import face
@@ -105,6 +106,7 @@ class SphereParallel(nn.Module):
         process_group: ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
+        _compat.require(_compat.PARALLEL)
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         for part in module.modules():
@@ -158,7 +160,7 @@ class SphereParallel(nn.Module):
         latest = self._tuners.latest
         return {} if latest is None else latest.costs
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled code around has a gap here
+    @_compat.disable_compiler  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
         ways = reproducible_ways if self.reproducible or self._shares else all_ways

@@ -13,9 +13,9 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from torch_spheres import _compat
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.replica import Replica
 
@@ -107,8 +107,8 @@ class Sink:
                 handle.remove()
 
     def _begin(self, _grad: Tensor) -> None:
-        if self._pass is None:
-            self._pass = torch._C._current_graph_task_id()
+        if self._pass is None and _compat.backward_pass is not None:
+            self._pass = _compat.backward_pass()
 
     def check(self, grads: Sequence[Tensor | None]) -> None:
         """All gradients of the shard, to be compared with what was taken early.
@@ -128,7 +128,7 @@ class Sink:
         """The whole gradient of a parameter, by its id."""
         i = self._index.get(param)
         # (A function's own backward may run another pass over the same parameters.)
-        if i is None or torch._C._current_graph_task_id() != self._pass:
+        if i is None or _compat.backward_pass is None or _compat.backward_pass() != self._pass:
             return
         self._found[i] = self._told[i] = grad
         piece = self._piece_of[i]

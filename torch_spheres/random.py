@@ -23,14 +23,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, library
-from torch._C import DispatchKeySet, _dispatch_key_parse, _ExcludeDispatchKeyGuard
-from torch._C import _IncludeDispatchKeyGuard as _IncludeKey
+
+from torch_spheres import _compat
 
 __all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom", "next_base"]
 
 _KEY_NAME = "DeferredInit"
-_KEY = _dispatch_key_parse(_KEY_NAME)
-_KEYS = DispatchKeySet(_KEY)
+_KEY = _compat.dispatch_key(_KEY_NAME)
+_KEYS = _compat.DispatchKeySet(_KEY)
 _SEEDS = 2**63 - 1
 
 _here = threading.local()
@@ -57,7 +57,7 @@ class CallRandom:
         with self._lock:
             if self._base is None:
                 # Also where the shards' key is included: this draw is nobody's but the default's.
-                with _ExcludeDispatchKeyGuard(_KEYS):
+                with _compat.ExcludeDispatchKey(_KEYS):
                     default = torch.default_generator
                     drawn = int(torch.randint(_SEEDS, (), generator=default, device="cpu"))
                     self._base = drawn if self._given is None else self._given
@@ -100,7 +100,7 @@ class Active:
         _install()
         self._outer = getattr(_here, "shard", None)
         _here.shard = self._shard
-        self._key = _IncludeKey(_KEY)
+        self._key = _compat.IncludeDispatchKey(_KEY)
         self._key.__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -153,7 +153,7 @@ def next_base() -> int:
     """What `CallRandom` would draw now."""
     generator = torch.Generator()
     generator.set_state(torch.default_generator.get_state())
-    with _ExcludeDispatchKeyGuard(_KEYS):
+    with _compat.ExcludeDispatchKey(_KEYS):
         return int(torch.randint(_SEEDS, (), generator=generator, device="cpu"))
 
 
@@ -187,7 +187,7 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 def _draw(op: Any, position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls a random operator with the shard's generator in place of the default one."""
     shard = current_shard()
-    with _ExcludeDispatchKeyGuard(_KEYS):
+    with _compat.ExcludeDispatchKey(_KEYS):
         if shard is None:  # the key was included by somebody else
             return op(*args, **kwargs)
         in_args = position is not None and position < len(args)
@@ -248,7 +248,7 @@ def _install() -> None:
         everything = library.Library("_", "IMPL")
         everything.fallback(library.fallthrough_kernel, _KEY_NAME)
         aten = library.Library("aten", "IMPL")
-        for schema in torch._C._jit_get_all_schemas():
+        for schema in _compat.operator_schemas():
             if not schema.name.startswith("aten::"):
                 continue
             # (initial_seed and seed read a generator, they do not draw from it.)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_spheres import _compat
 from torch_spheres.division import Division, divide, way_out
 from torch_spheres.errors import RankError
 from torch_spheres.meeting import Meeting, apart
@@ -59,6 +60,7 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks 
     world = dist.get_world_size(process_group)
     if world == 1:
         return None
+    _compat.require(_compat.RANKS)
     rank = dist.get_rank(process_group)
     if rank < 0:
         raise ValueError("this process is not in the process_group that it was given")
@@ -336,13 +338,10 @@ _live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by
 
 def _backend_of(group: ProcessGroup | None) -> tuple[bool, torch.device]:
     """Whether messages go by gloo, and where they have to be: on the CPU if it has a way there."""
-    cpu = torch.device("cpu")
-    whole: Any = dist.group.WORLD if group is None else group
-    try:
-        name = str(whole._get_backend(cpu).name())
-    except RuntimeError:  # it has none for the CPU
+    backends = dict(each.split(":") for each in dist.get_backend_config(group).split(","))
+    if "cpu" not in backends:
         return False, torch.device("cuda")
-    return name.lower() == "gloo", cpu
+    return backends["cpu"] == "gloo", torch.device("cpu")
 
 
 @functools.cache
@@ -360,7 +359,7 @@ def _leave_last_words() -> None:
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    return _compat.default_store()
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,28 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["HOOKS", "Buffer", "Replica", "ReplicaPool"]
+from torch_spheres import _compat
 
-# A replica uses the original's own dicts of hooks, so that hooks are the objects that the user
-# registered, and later ones are found too.
-HOOKS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-# Which a forward does not look at.
-_OTHER_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-    "_non_persistent_buffers_set",
-)
-_FOLLOWED = {*HOOKS, *_OTHER_HOOKS, "training", "_parameters", "_buffers", "_modules"}
+__all__ = ["Buffer", "Replica", "ReplicaPool"]
+
+_FOLLOWED = {
+    *_compat.FORWARD_HOOKS,
+    *_compat.OTHER_HOOKS,
+    "training",
+    "_parameters",
+    "_buffers",
+    "_modules",
+}
 
 
 class Replica:
@@ -47,9 +37,11 @@ class Replica:
             memo[id(p)] = mine
             self.params.append((p, mine))
         for part in module.modules():
-            for name in HOOKS:
+            # The original's own dicts of hooks, so that hooks are the objects that the user
+            # registered, and later ones are found too.
+            for name in _compat.FORWARD_HOOKS:
                 memo[id(part.__dict__[name])] = part.__dict__[name]
-            compiler = part.__dict__.get("dynamo_ctx")  # of what torch.compile has returned
+            compiler = _compat.compiler_context(part)
             if compiler is not None:
                 memo[id(compiler)] = compiler
             for value in part.__dict__.values():
@@ -67,7 +59,7 @@ class Replica:
             raise
         self.modules = list(zip(module.modules(), self.module.modules(), strict=True))
         for source, copied in self.modules:
-            _compile_as(source, copied)
+            _compat.compile_as(source, copied)
         for part in filter(is_parametrized, self.module.modules()):
             _compute_at_each_use(part)
         self.warm: set[Any] = set()  # what compiled code has seen, see Call
@@ -103,15 +95,6 @@ class Replica:
                 copied._buffers[name] = value.detach().clone()
                 taken.append(Buffer(source, copied, name, value.detach()))
         return taken
-
-
-def _compile_as(source: nn.Module, copied: nn.Module) -> None:
-    """`nn.Module.compile` has compiled the source's own method; the copy compiles its own."""
-    compiled: Any = source._compiled_call_impl
-    if compiled is not None and compiled.__closure__ is not None:
-        cells = zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True)
-        context = {name: cell.cell_contents for name, cell in cells}["self"]
-        copied._compiled_call_impl = context(copied._call_impl)
 
 
 def _compute_at_each_use(part: nn.Module) -> None:

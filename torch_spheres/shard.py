@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_spheres import _compat
 from torch_spheres.checkpoints import Checkpoints
 from torch_spheres.context import CallerContext
 from torch_spheres.nesting import Nesting, unflatten
@@ -23,28 +23,6 @@ __all__ = ["InShard", "Shard"]
 
 # torch.compile traces when compiled code meets something new, and must not in two threads at once.
 _compiling = threading.RLock()
-
-
-def _gradients(
-    roots: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    root_grads: Sequence[Tensor],
-    keep: bool,
-) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of roots and gradients that fit each other: spared its checks of that.
-
-    They take as long as the engine itself needs for a small shard.
-    """
-    found: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
-        tuple(roots),
-        tuple(root_grads),
-        keep_graph=keep,
-        create_graph=False,
-        inputs=tuple(targets),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
-    return found
 
 
 @dataclass
@@ -85,10 +63,10 @@ class Shard:
             if grads is None:
                 grads = [torch.ones_like(root) for root in roots]
             if sink is None:
-                found = list(_gradients(roots, wanted, grads, keep))
+                found = list(_compat.gradients(roots, grads, wanted, keep))
             else:
                 with sink.expecting(self.params, roots):
-                    found = list(_gradients(roots, wanted, grads, keep))
+                    found = list(_compat.gradients(roots, grads, wanted, keep))
         rest = iter(found)
         all_found = [next(rest) if t.requires_grad else None for t in targets]
         if sink is not None:
@@ -133,14 +111,10 @@ class InShard:
                 stack.enter_context(_compiling)
             stack.enter_context(self._context())
             if self._compiled:
-                # Each number of rows has code of its own. With code for any number as well, which
-                # of the two a shard runs would depend on which was used last, by any thread.
-                from torch._dynamo import config  # not before: it takes a second
-
-                stack.enter_context(config.patch(automatic_dynamic_shapes=False))
+                stack.enter_context(_compat.static_shapes())
             stack.enter_context(self._shard.random.active())
             stack.enter_context(self._shard.checkpoints.noticed())
-            if torch.autograd.profiler._is_profiler_enabled:
+            if _compat.profiler_is_on():
                 stack.enter_context(torch.profiler.record_function(self._name))
             self._stack = stack.pop_all()
 

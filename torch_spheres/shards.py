@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torch_spheres import _compat
 from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
 from torch_spheres.context import CallerContext
-from torch_spheres.crew import Crew, is_compiled
+from torch_spheres.crew import Crew
 from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
@@ -48,7 +49,9 @@ class Call:
         self.nesting: Nesting | None = None  # of the outputs
         self.differentiable_outputs: list[bool] = []
         pool.follow(module)
-        self.compiled = self._signature() if any(map(is_compiled, module.modules())) else None
+        self.compiled = (
+            self._signature() if any(map(_compat.is_compiled, module.modules())) else None
+        )
         self._versions = self._parameter_versions()
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         self.differentiable = [
@@ -271,7 +274,7 @@ class Call:
 
     def run_backward(self, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """All shards' backward; gradients of `trainable`, then of `inputs_with_grad`."""
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = _compat.keeps_graph()
         context = self.crew.context()  # now: an autocast block usually ends with the forward
         shards = self.shards
         if self._freed:

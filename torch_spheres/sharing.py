@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_spheres import _compat
 from torch_spheres.crew import Crew
 from torch_spheres.division import Division, tree_order
 from torch_spheres.exchange import BUCKET, Exchange, Layout, total_over_ranks
@@ -64,7 +65,7 @@ class SharedCall(Call):
         super().__init__(module, pool, crew, args, kwargs)
         # (torch's compiler would have to know of the hooks.)
         several = sum(p.nbytes for p in self.trainable) > BUCKET
-        self._tells = several and self.compiled is None
+        self._tells = several and self.compiled is None and _compat.backward_pass is not None
         own = {*self.split.leaves}
         last = [leaf for leaf in tree_order(self.split.places) if leaf in own]
         self._last = last[-crew.concurrency :]

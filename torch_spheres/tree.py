@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["tree_sum", "tree_sums"]
+
+_core.read_tensors_by(_compat.dlpack_exchange)
 
 _KISSING = _core.KISSING
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -104,7 +106,7 @@ def _add_with_care(
         total = _sum_in_torch(shards, job.depth)
         return total if out is None else out.copy_(total)
     plain = [None if t is None else t.resolve_neg().contiguous().clone() for t in shards]
-    if not job.try_add(plain, total):  # torch without the interface that try_add reads
+    if not job.try_add(plain, total):  # a subclass of Tensor
         total.copy_(_sum_in_torch(shards, job.depth))
     keep.append(plain)
     if out is None:

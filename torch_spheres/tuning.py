@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torch_spheres import _compat
+
 __all__ = ["Plan", "Trial", "Tuner", "Tuners", "all_ways", "lean_ways", "reproducible_ways"]
 
 
@@ -172,7 +174,7 @@ class Trial:
                 begun = True
                 self._since = _now()
                 # Called when all of this backward is done, with .grad complete.
-                torch.autograd.Variable._execution_engine.queue_callback(self.done)
+                _compat.after_backward(self.done)
 
         for output in tracked:
             output.register_hook(backward_begins)

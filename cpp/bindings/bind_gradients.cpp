@@ -19,10 +19,10 @@ bool try_add(SumJob& job, py::sequence shards, py::handle out) {
   TensorView target;
   if (shards.size() != job.leaves() || !view_tensor(out, target)) return false;
   std::vector<const void*> pointers(job.leaves());
+  TensorView view;
   for (std::size_t k = 0; k < pointers.size(); ++k) {
     const py::object shard = shards[k];
     if (shard.is_none()) continue;
-    TensorView view;
     if (!view_tensor(shard, view) || !view.same_form(target)) return false;
     const bool apart =
         view.data + view.bytes() <= target.data || target.data + target.bytes() <= view.data;
@@ -85,6 +85,9 @@ void bind_gradients(py::module_& module) {
       },
       py::arg("data"), py::arg("numel"),
       "Reads float32 memory: the benchmark's bandwidth ceiling.");
+
+  module.def("read_tensors_by", &read_tensors_by, py::arg("exchange"),
+             "Once, on import: torch.Tensor.__dlpack_c_exchange_api__, or None.");
 
   py::class_<SumJob>(module, "SumJob", "Tree sums of buffers given by address; see tree_sum().")
       .def(py::init([](int depth) {

@@ -1,6 +1,9 @@
 #include "tensor_view.h"
 
 #include <algorithm>
+#include <array>
+#include <memory>
+#include <utility>
 
 namespace torch_spheres::bindings {
 
@@ -32,21 +35,26 @@ constexpr std::int32_t kCpu = 1;
 constexpr std::uint8_t kFloat = 2;
 constexpr std::uint8_t kBrainFloat = 4;
 
-/// Null where torch has no such interface, or another version of it: then Python is asked.
-const ExchangeApi* exchange_api() {
-  static const ExchangeApi* const api = []() -> const ExchangeApi* {
-    const py::object type = py::module_::import("torch").attr("Tensor");
-    if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
-    const auto capsule = type.attr("__dlpack_c_exchange_api__");
-    const auto* found =
-        static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (found == nullptr) {
-      PyErr_Clear();
-      return nullptr;
-    }
-    return found->major == 1 && found->tensor_from_object != nullptr ? found : nullptr;
-  }();
-  return api;
+/// What view_tensor() knows of torch: written once, on import, and leaked on purpose.
+struct Torch {
+  py::object tensor, parameter, strided;
+  std::array<std::pair<py::object, DType>, 4> dtypes;
+  const ExchangeApi* exchange = nullptr;
+  py::str is_neg{"is_neg"}, dtype{"dtype"}, layout{"layout"}, is_cpu{"is_cpu"}, shape{"shape"};
+  py::str is_contiguous{"is_contiguous"}, data_ptr{"data_ptr"};
+};
+const Torch* torch = nullptr;
+
+/// Null where torch has no such interface, or another version of it.
+const ExchangeApi* exchange_in(const py::object& capsule) {
+  if (capsule.is_none()) return nullptr;
+  const auto* found =
+      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (found == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  return found->major == 1 && found->tensor_from_object != nullptr ? found : nullptr;
 }
 
 bool known_type(const DlTensor& tensor, DType& dtype) {
@@ -84,22 +92,9 @@ bool contiguous(const DlTensor& tensor, std::size_t& numel) {
   return ordered || expected == 0;
 }
 
-}  // namespace
-
-bool TensorView::same_form(const TensorView& other) const {
-  return dtype == other.dtype && dimensions == other.dimensions &&
-         std::equal(shape, shape + dimensions, other.shape);
-}
-
-bool view_tensor(py::handle tensor, TensorView& view) {
-  static const auto* const is_neg = new py::str("is_neg");  // interned, and leaked on purpose
-  static const auto* const tensor_type =
-      new py::object(py::module_::import("torch").attr("Tensor"));
-  const ExchangeApi* api = exchange_api();
-  // Subclasses may mean something else by their contents; parameters do not.
-  if (api == nullptr || !py::isinstance(tensor, *tensor_type)) return false;
+bool view_by_exchange(py::handle tensor, TensorView& view) {
   DlTensor found{};
-  if (api->tensor_from_object(tensor.ptr(), &found) != 0) {
+  if (torch->exchange->tensor_from_object(tensor.ptr(), &found) != 0) {
     PyErr_Clear();  // sparse, meta, quantised, ...: not for us
     return false;
   }
@@ -107,15 +102,73 @@ bool view_tensor(py::handle tensor, TensorView& view) {
       !contiguous(found, view.numel)) {
     return false;
   }
-  // A view such as z.conj().imag has its negation still to come, which DLPack does not tell.
-  const auto negated =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg->ptr()));
-  if (!negated) throw py::error_already_set();
-  if (negated.ptr() != Py_False) return false;
-  view.data = static_cast<char*>(found.data) + found.byte_offset;
-  view.dimensions = found.dimensions;
-  view.shape = found.shape;
+  view.data = static_cast<char*>(found.data) + (found.data == nullptr ? 0 : found.byte_offset);
+  view.shape.assign(found.shape, found.shape + found.dimensions);
   return true;
+}
+
+py::object got(py::handle tensor, const py::str& name) {
+  const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name.ptr()));
+  if (!value) throw py::error_already_set();
+  return value;
+}
+
+py::object called(py::handle tensor, const py::str& method) {
+  const auto value =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr()));
+  if (!value) throw py::error_already_set();
+  return value;
+}
+
+bool view_by_methods(py::handle tensor, TensorView& view) {
+  const py::object dtype = got(tensor, torch->dtype);
+  const auto* known =
+      std::ranges::find_if(torch->dtypes, [&](const auto& pair) { return pair.first.is(dtype); });
+  if (known == torch->dtypes.end() || !got(tensor, torch->layout).is(torch->strided) ||
+      got(tensor, torch->is_cpu).ptr() != Py_True ||
+      called(tensor, torch->is_contiguous).ptr() != Py_True) {
+    return false;
+  }
+  view.dtype = known->second;
+  view.shape.clear();
+  view.numel = 1;
+  for (const py::handle size : py::tuple(got(tensor, torch->shape))) {
+    view.shape.push_back(size.cast<std::int64_t>());
+    view.numel *= static_cast<std::size_t>(view.shape.back());
+  }
+  view.data = reinterpret_cast<char*>(called(tensor, torch->data_ptr).cast<std::uintptr_t>());
+  return true;
+}
+
+}  // namespace
+
+bool TensorView::same_form(const TensorView& other) const {
+  return dtype == other.dtype && shape == other.shape;
+}
+
+void read_tensors_by(const py::object& exchange) {
+  const auto module = py::module_::import("torch");
+  auto known = std::make_unique<Torch>();
+  known->tensor = module.attr("Tensor");
+  known->parameter = module.attr("nn").attr("Parameter");
+  known->strided = module.attr("strided");
+  known->dtypes = {{{module.attr("float32"), DType::float32},
+                    {module.attr("float64"), DType::float64},
+                    {module.attr("bfloat16"), DType::bfloat16},
+                    {module.attr("float16"), DType::float16}}};
+  known->exchange = exchange_in(exchange);
+  torch = known.release();
+}
+
+bool view_tensor(py::handle tensor, TensorView& view) {
+  const py::handle type = py::type::handle_of(tensor);
+  if (torch == nullptr || (!type.is(torch->tensor) && !type.is(torch->parameter))) return false;
+  const bool viewed =
+      torch->exchange != nullptr ? view_by_exchange(tensor, view) : view_by_methods(tensor, view);
+  // Without memory: zeros that torch does not store.  With a negation still to come, as
+  // z.conj().imag, which DLPack does not tell: not what is in the memory.
+  return viewed && (view.data != nullptr || view.numel == 0) &&
+         called(tensor, torch->is_neg).ptr() == Py_False;
 }
 
 }  // namespace torch_spheres::bindings

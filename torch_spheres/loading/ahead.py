@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import _DatasetKind
 
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import gathers, prepare
@@ -74,7 +73,7 @@ class AheadIterator(SphereIterator):
         self._limit = loader.prefetch_factor * self._num_workers
         self._in_order = loader.in_order
         self._gathers = (
-            self._dataset_kind == _DatasetKind.Map
+            self._dataset_kind == _compat.DatasetKind.Map
             and loader.worker_init_fn is None
             and self._auto_collation
             and self._sender_is_plain

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler, _DatasetKind
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torch.utils.data import BatchSampler
 
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
@@ -30,10 +29,11 @@ __all__ = ["SphereIterator"]
 _LOOK = 0.02  # seconds between two looks at what a thread that waits could do
 
 
-class SphereIterator(_BaseDataLoaderIter):
+class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when it runs
     """Draws, sampler, warnings and length are torch's; how to come back to a position is ours."""
 
-    _base_seed: int  # torch's annotation says what item() may return
+    _base_seed: int
+    _collate_fn: Any
 
     def __init__(self, loader: SphereLoader[Any], resumed: Progress | None) -> None:
         install()
@@ -44,7 +44,7 @@ class SphereIterator(_BaseDataLoaderIter):
             "batch_size": loader.batch_size,
             "drop_last": loader.drop_last,
             "num_workers": loader.num_workers,
-            "iterable": loader._dataset_kind == _DatasetKind.Iterable,
+            "iterable": loader._dataset_kind == _compat.DatasetKind.Iterable,
         }
         ranks = loader._sphere_ranks
         self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
@@ -60,7 +60,7 @@ class SphereIterator(_BaseDataLoaderIter):
             super().__init__(loader)
         else:
             self._come_back(loader, resumed)
-        if self._portions is not None and self._dataset_kind == _DatasetKind.Iterable:
+        if self._portions is not None and self._dataset_kind == _compat.DatasetKind.Iterable:
             self._collate_fn = CutSamples(self._collate_fn, self._portions)
         if type(self._index_sampler) is BatchSampler:  # torch's iterator of it has not begun
             self._sampler_iter = index_lists(self._index_sampler)
@@ -133,8 +133,8 @@ class SphereIterator(_BaseDataLoaderIter):
         self._sources.restore_generators(resumed.now)
 
     def _next_index(self) -> Any:
-        index = super()._next_index()  # type: ignore[no-untyped-call]
-        if self._dataset_kind != _DatasetKind.Map:
+        index = super()._next_index()
+        if self._dataset_kind != _compat.DatasetKind.Map:
             return index
         # (Of all ranks, also where a SphereBatchSampler has cut it: states go from one to another.)
         whole = getattr(self._index_sampler, "_whole", None)
@@ -167,7 +167,7 @@ class SphereIterator(_BaseDataLoaderIter):
         return self._spheres._core
 
     def _size_of(self, index: Any) -> int:
-        if self._dataset_kind == _DatasetKind.Iterable:
+        if self._dataset_kind == _compat.DatasetKind.Iterable:
             return 0
         if not self._auto_collation:
             return 1

@@ -18,11 +18,9 @@ import numpy.typing as npt
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset, default_collate
 
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres.loading.info import collates_plainly
 
 __all__ = ["gathers", "prepare"]
@@ -124,9 +122,9 @@ def prepare(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
         indices: of a batch.
     """
     if (
-        _get_current_function_mode_stack()
-        or _get_current_dispatch_mode_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _compat.function_modes()
+        or _compat.dispatch_modes()
+        or _compat.functorch_level() is not None
     ):
         return None
     try:
@@ -189,9 +187,9 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or tensor.is_conj()
         or tensor.is_neg()
         or tensor.is_inference()
-        or tensor._is_zerotensor()
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or (fwAD._current_level >= 0 and fwAD.unpack_dual(tensor).tangent is not None)
+        or (tensor.data_ptr() == 0 and tensor.numel() > 0)  # zeros that autograd does not store
+        or _compat.is_functorch_wrapped(tensor)
+        or fwAD.unpack_dual(tensor).tangent is not None
     ):
         raise _Slow
     # Not the tensor: `.data` may give it other memory while rows are copied from this.

@@ -26,7 +26,11 @@ def index_lists(sampler: Any) -> Iterator[Any]:
         return iter(sampler)
     if type(inner) is SequentialSampler:
         return _sequential(sampler, inner)
-    if inner.replacement or inner._num_samples is not None or len(inner.data_source) == 0:
+    if (
+        inner.replacement
+        or inner.num_samples != len(inner.data_source)
+        or len(inner.data_source) == 0
+    ):
         return iter(sampler)
     return _random(sampler, inner)
 

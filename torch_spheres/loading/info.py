@@ -1,8 +1,8 @@
 """What a dataset sees of the logical worker that loads it: `get_worker_info` in every thread.
 
 `torch.utils.data.get_worker_info` reads a global of its module, which is right for processes only.
-Users have imported the function by name, so it cannot be replaced; its code can. Afterwards a
-thread that loads for a logical worker sees that one's info, and everybody else what was there.
+With `install` a thread that loads for a logical worker sees that one's info, and everybody else
+what torch's own function says.
 
 `default_collate` takes shared memory wherever there is a worker info, to hand tensors to another
 process. In threads nothing is handed over: while it stacks tensors, there is none.
@@ -14,41 +14,38 @@ import contextlib
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
-from torch.utils.data._utils import collate as torch_collate
-from torch.utils.data._utils import worker as torch_worker
+
+from torch_spheres import _compat
 
 __all__ = ["Position", "at", "hidden", "install", "sample_seed", "shown", "worker_info"]
 
 
 class _Here(threading.local):
-    info: torch_worker.WorkerInfo | None = None
+    info: Any = None
     position: Position | None = None
 
 
 _here = _Here()
 _lock = threading.Lock()
-_plain_collate_tensors = torch_collate.collate_tensor_fn
-_plain_map = dict(torch_collate.default_collate_fn_map)
+_plain_map = dict(_compat.collate_fns)
 
 
 def worker_info(
     worker: int, workers: int, base_seed: int, dataset: Any, generator: torch.Generator
-) -> torch_worker.WorkerInfo:
+) -> Any:
     """With the seeds, and random streams, that the process worker would have."""
     seed = base_seed + worker
-    numpy_seed = torch_worker._generate_state(base_seed, worker)
-    rng = torch_worker._RNG(random.Random(seed), generator, np.random.RandomState(numpy_seed))
-    return torch_worker.WorkerInfo(worker, workers, seed, dataset, rng, "thread")
+    own = np.random.RandomState(_compat.numpy_seed(base_seed, worker))
+    generators = random.Random(seed), generator, own
+    return _compat.worker_info(worker, workers, seed, dataset, generators)
 
 
 @contextlib.contextmanager
-def shown(info: torch_worker.WorkerInfo | None) -> Iterator[None]:
+def shown(info: Any) -> Iterator[None]:
     """On the calling thread `get_worker_info()` returns `info` inside the block."""
     outer, _here.info = _here.info, info
     try:
@@ -65,36 +62,26 @@ def hidden() -> contextlib.AbstractContextManager[None]:
 def _collate_tensors(batch: Any, *, collate_fn_map: Any = None) -> Any:
     """`default_collate`'s own for tensors; without shared memory on threads of this process."""
     if _here.info is None:
-        return _plain_collate_tensors(batch, collate_fn_map=collate_fn_map)
+        return _compat.collate_tensors(batch, collate_fn_map=collate_fn_map)
     with hidden():
-        return _plain_collate_tensors(batch, collate_fn_map=collate_fn_map)
+        return _compat.collate_tensors(batch, collate_fn_map=collate_fn_map)
 
 
 def install() -> None:
     """Makes both right for threads; once, by the first wrapped loader."""
     with _lock:
-        map_ = torch_collate.default_collate_fn_map
-        if map_.get(torch.Tensor) is _plain_collate_tensors:  # else it is the user's own
+        map_ = _compat.collate_fns
+        if map_.get(torch.Tensor) is _compat.collate_tensors:  # else it is the user's own
             map_[torch.Tensor] = _collate_tensors
-        if hasattr(torch_worker, "_torch_spheres_here"):
-            return
-        torch_worker._torch_spheres_here = _here  # type: ignore[attr-defined]
-        assert isinstance(get_worker_info, FunctionType)
-        get_worker_info.__code__ = _replacement.__code__
+        _compat.answer_worker_info(_here)
 
 
 def collates_plainly() -> bool:
     """Whether `default_collate` does what torch's does: nobody has registered anything."""
-    now = dict(torch_collate.default_collate_fn_map)
+    now = dict(_compat.collate_fns)
     if now.get(torch.Tensor) is _collate_tensors:
-        now[torch.Tensor] = _plain_collate_tensors
+        now[torch.Tensor] = _compat.collate_tensors
     return now == _plain_map
-
-
-def _replacement() -> Any:
-    # Runs as the code of get_worker_info: these are globals of torch.utils.data._utils.worker.
-    info = _torch_spheres_here.info  # type: ignore[name-defined] # noqa: F821
-    return _worker_info if info is None else info  # type: ignore[name-defined] # noqa: F821
 
 
 # ---- a seed for each sample ----

@@ -19,9 +19,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import _DatasetKind
-
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres._core import Work
 from torch_spheres.context import caller_context
 from torch_spheres.division import shard_bounds
@@ -77,7 +75,7 @@ class InlineIterator(SphereIterator):
         if self._timeout != 0:
             raise AssertionError("a loader without workers requires timeout == 0")
         self._tempo = loader._tempo
-        self._iterable = self._dataset_kind == _DatasetKind.Iterable
+        self._iterable = self._dataset_kind == _compat.DatasetKind.Iterable
         self._copies = Copies(self._dataset if loader._sphere_copies else None, self._dataset)
         lists = not self._iterable and self._auto_collation
         self._gathers = lists and self._sender_is_plain and gathers(self._dataset, self._collate_fn)

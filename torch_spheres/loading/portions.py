@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from torch_spheres import _compat
 from torch_spheres.ranks import Ranks
 
 __all__ = ["CutSamples", "NoRows", "Portions", "same_random_state", "without_rows"]
@@ -26,7 +26,7 @@ def without_rows(batch: Any) -> Any:
         is_column = _is_texts(value) or (isinstance(value, Tensor) and value.dim() > 0)
         return value[:0] if is_column else value
 
-    return pytree.tree_map(none_of, batch, is_leaf=_is_texts)
+    return _compat.pytree.tree_map(none_of, batch, is_leaf=_is_texts)
 
 
 def _is_texts(value: Any) -> bool:

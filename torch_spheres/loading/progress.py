@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, _DatasetKind
+from torch.utils.data import DataLoader
 
+from torch_spheres import _compat
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.sampler import _source
 
@@ -97,7 +98,7 @@ def _shape(loader: DataLoader[Any]) -> dict[str, Any]:
         "batch_size": loader.batch_size,
         "drop_last": loader.drop_last,
         "num_workers": loader.num_workers,
-        "iterable": loader._dataset_kind == _DatasetKind.Iterable,
+        "iterable": loader._dataset_kind == _compat.DatasetKind.Iterable,
         "source": Sources(loader).kind,
     }
 

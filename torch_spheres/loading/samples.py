@@ -8,9 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from torch.utils.data import _DatasetKind
-
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres._core import Topology
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.info import Position, at
@@ -90,8 +88,10 @@ class Fetcher:
         self, kind: int, dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool
     ) -> None:
         self._dataset, self._collate_fn = dataset, collate_fn
-        self._one_by_one = kind == _DatasetKind.Map and auto_collation and not has_getitems(dataset)
-        self.fetcher: Any = _DatasetKind.create_fetcher(
+        self._one_by_one = (
+            kind == _compat.DatasetKind.Map and auto_collation and not has_getitems(dataset)
+        )
+        self.fetcher: Any = _compat.DatasetKind.create_fetcher(
             kind, dataset, auto_collation, collate_fn, drop_last
         )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from torch_spheres import _compat
 
 __all__ = ["CALLS_KEPT", "Call", "LoaderStats", "Meter"]
 
@@ -204,7 +205,7 @@ class Meter:
         """The loop gets a batch, of so many bytes if that is known, while so many stood ready."""
         if size is None:
             try:
-                size = sum(_bytes(pytree.tree_leaves(batch)))
+                size = sum(_bytes(_compat.pytree.tree_leaves(batch)))
             except RecursionError:  # a batch that holds itself is nobody's business here
                 size = 0
         self._here.ready = ready

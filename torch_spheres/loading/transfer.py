@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data._utils.pin_memory import pin_memory
+
+from torch_spheres import _compat
 
 __all__ = ["Delivery", "Pinning", "Transfer", "mapped"]
 
@@ -23,7 +23,7 @@ def mapped(batch: Any, move: Callable[[Any], Any]) -> Any:
         return move(leaf) if hasattr(leaf, "to") else leaf
 
     # (A PackedSequence is a named tuple that moves as a whole.)
-    return pytree.tree_map(one, batch, is_leaf=lambda v: hasattr(v, "to"))
+    return _compat.pytree.tree_map(one, batch, is_leaf=lambda v: hasattr(v, "to"))
 
 
 class Pinning:
@@ -39,7 +39,7 @@ class Pinning:
     def send(self, batch: Any) -> Delivery:
         """On the thread that has loaded."""
         if self._device is not None:
-            batch = pin_memory(batch, self._device)
+            batch = _compat.pin_memory(batch, self._device)
         return lambda: batch
 
 
@@ -60,7 +60,7 @@ class Transfer:
             moved = mapped(batch, lambda value: value.to(self.device))
             return lambda: moved
         with torch.cuda.stream(self._stream):
-            pinned = pin_memory(batch, self.device.type)
+            pinned = _compat.pin_memory(batch, self.device.type)
             moved = mapped(pinned, lambda value: value.to(self.device, non_blocking=True))
             done = self._stream.record_event()
 
@@ -69,7 +69,7 @@ class Transfer:
             # kept by torch until the copy from it is done.)
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(done)
-            for leaf in pytree.tree_leaves(moved):
+            for leaf in _compat.pytree.tree_leaves(moved):
                 if isinstance(leaf, Tensor) and leaf.is_cuda:
                     leaf.record_stream(stream)
             return moved

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import _DatasetKind
 
+from torch_spheres import _compat
 from torch_spheres.context import CallerContext
 from torch_spheres.loading.info import Position, shown, worker_info
 from torch_spheres.loading.samples import Fetcher
@@ -50,7 +50,7 @@ def _dataset_for_worker(plan: Plan) -> Any:
     documentation of iterable datasets has it, or while it iterates. A shallow copy has attributes
     of its own, and shares what they hold; one that saves its position is copied as a whole.
     """
-    iterable = plan.kind == _DatasetKind.Iterable
+    iterable = plan.kind == _compat.DatasetKind.Iterable
     if plan.copies or (iterable and plan.workers > 1 and has_position(plan.dataset)):
         try:
             return copy.deepcopy(plan.dataset)
@@ -126,12 +126,12 @@ class Worker:
             self._prepare()
         with shown(self._info), self._streams.active():
             if self._fetcher is None:
-                iterable = plan.kind == _DatasetKind.Iterable
+                iterable = plan.kind == _compat.DatasetKind.Iterable
                 self._fetcher = self._begin(len(index) if iterable and plan.auto_collation else 1)
             try:
                 loaded = self._fetcher.fetch(index, position)
             except StopIteration:
-                if plan.kind != _DatasetKind.Iterable:
+                if plan.kind != _compat.DatasetKind.Iterable:
                     raise
                 self.ended = True
                 return Result(self.number, ended=True, snapshot=self.snapshot())
