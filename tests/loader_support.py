@@ -64,9 +64,9 @@ class Stream(IterableDataset):
         return self.rows
 
 
-# Warnings about worker processes, and of a dataset, which in one of those nobody sees; and advice,
-# which depends on how fast the machine is.
-_NOT_COMPARED = ("will create", "non-tuple sequence", "the loop waited for data")
+# Warnings about worker processes (Python's of fork() is one, from 3.12 on), and of a dataset, which
+# in one of those nobody sees; and advice, which depends on how fast the machine is.
+_NOT_COMPARED = ("will create", "use of fork()", "non-tuple sequence", "the loop waited for data")
 
 
 def epochs(loader, count=2, take=None):

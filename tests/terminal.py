@@ -191,4 +191,5 @@ class Program:
 
 def script(text: str) -> list[str]:
     """The command of a script, on the installed package."""
-    return [sys.executable, "-P", "-X", "faulthandler", "-c", text]
+    silent = "ignore:This process:DeprecationWarning"  # of fork() where there are threads
+    return [sys.executable, "-P", "-X", "faulthandler", "-W", silent, "-c", text]

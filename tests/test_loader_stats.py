@@ -95,11 +95,18 @@ FIGURES = LoaderStats(
 )
 
 
-def test_advice_says_what_to_change():
+@pytest.mark.parametrize("gil", [True, False])
+def test_advice_says_what_to_change(gil, monkeypatch):
     def advice(**changes):
         return dataclasses.replace(FIGURES, **changes).advice
 
-    assert "kept 1.0 cores busy" in advice() and 'workers="process"' in advice()
+    monkeypatch.setattr("torch_spheres.loading.stats.has_gil", lambda: gil)
+    if gil:
+        assert "kept 1.0 cores busy" in advice() and 'workers="process"' in advice()
+    else:
+        assert "more num_workers, or more spheres" in advice()
+    slower = advice(workers=0, declined="slower", way="caller")
+    assert ("GIL" in advice()) == ("GIL" in slower) == gil
     assert "more num_workers, or more spheres" in advice(computed=19.0)  # both cores at work
     assert "more num_workers, or more spheres" in advice(computed=0.5)  # they wait for a disk
     assert "give the DataLoader num_workers=" in advice(workers=0)
@@ -116,7 +123,9 @@ def test_advice_says_what_to_change():
     assert str(FIGURES).splitlines()[1] == FIGURES.advice
 
 
-def test_the_news_come_once_and_only_when_another_way_is_faster():
+def test_the_news_come_once_and_only_when_another_way_is_faster(monkeypatch):
+    monkeypatch.setattr("torch_spheres.loading.stats.has_gil", lambda: True)
+
     def meter(**changes):
         made = Meter(2)
         made.way = "spheres"
@@ -136,7 +145,8 @@ def test_the_news_come_once_and_only_when_another_way_is_faster():
     assert meter(elapsed=0.5, waited=0.4).news() is None
 
 
-def test_the_loop_hears_of_it(spheres):
+def test_the_loop_hears_of_it(spheres, monkeypatch):
+    monkeypatch.setattr("torch_spheres.loading.stats.has_gil", lambda: True)
     loader = ts.wrap(DataLoader(Numbers(40), 4, num_workers=2), spheres)
     for _ in range(20):
         loader._meter.handed_out([], 4, 0)

@@ -28,8 +28,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 def run(script: str) -> str:
     """Runs a script that must end well and silently; returns what it printed."""
-    # -P: the installed package, not the source folder that pytest was started in.
-    command = [sys.executable, "-P", "-X", "faulthandler", "-c", HEADER + script]
+    # -P: the installed package, not the source folder that pytest was started in. (From 3.12 on
+    # Python warns of fork() where there are threads, which is what some scripts are about.)
+    options = ["-P", "-X", "faulthandler", "-W", "ignore:This process:DeprecationWarning"]
+    command = [sys.executable, *options, "-c", HEADER + script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout

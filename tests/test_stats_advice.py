@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 
+import pytest
 from stats_support import made
 
 import torch_spheres as ts
@@ -51,7 +52,7 @@ def test_advice_idle_spheres() -> None:
     assert "nothing to do" not in rules(made([9, 1, 1, 1]))
 
 
-def test_advice_items_that_wait() -> None:
+def test_advice_items_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with KissingSpheres(concurrency=2) as spheres:
         spheres.map(lambda _: time.sleep(0.3), range(8))
         stats = spheres.stats()
@@ -60,8 +61,12 @@ def test_advice_items_that_wait() -> None:
     assert "larger concurrency=" in rules(stats)
     assert "levels= and concurrency=" in rules(replace(made([9.0] * 12, cores_used=0.1),
                                                        concurrency=12))  # fmt: skip
-    locked = rules(made([9.5] * 4, cores_used=1.0))
-    assert "1.0 of 4 cores busy" in locked and "Python runs one thread at a time" in locked
+    for gil in (True, False):
+        monkeypatch.setattr("torch_spheres.stats_advice.has_gil", lambda: gil)
+        locked = rules(made([9.5] * 4, cores_used=1.0))
+        assert "1.0 of 4 cores busy" in locked
+        assert ("Python runs one thread at a time" in locked) == gil
+        assert ("items wait, for a disk, a network or a lock" in locked) != gil
     for fine in (made([9.5] * 4, cores_used=3.8), made([9.5] * 4, cores=0, cores_used=1.0),
                  made([5.0] * 4, cores_used=1.0)):  # fmt: skip
         assert "cores busy" not in rules(fine)

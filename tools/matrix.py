@@ -36,10 +36,8 @@ TEST_NEEDS = (
 
 def run(*command: str | Path, log: Any = None, check: bool = True) -> subprocess.CompletedProcess:
     """Without a shell; output goes to `log`, or is returned."""
-    where = (
-        {"capture_output": True, "text": True} if log is None else {"stdout": log, "stderr": log}
-    )
-    return subprocess.run([*map(str, command)], check=check, cwd=ROOT, **where)
+    output = {"stdout": log, "stderr": log} if log else {"capture_output": True, "text": True}
+    return subprocess.run([*map(str, command)], check=check, cwd=ROOT, **output)
 
 
 def environment(python: str, torch: str, folder: Path, log: Any) -> Path:

@@ -35,6 +35,7 @@ __all__: list[str] = [
     "native_thread_id",
     "noop",
     "read_range",
+    "read_tensors_by",
     "row_numbers",
     "set_isa",
     "set_thread_hooks",
@@ -402,6 +403,11 @@ def read_range(
 ) -> float:
     """
     Reads float32 memory: the benchmark's bandwidth ceiling.
+    """
+
+def read_tensors_by(exchange: typing.Any) -> None:
+    """
+    Once, on import: torch.Tensor.__dlpack_c_exchange_api__, or None.
     """
 
 def row_numbers(indices: typing.Any) -> typing.Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import torch
 
 from torch_spheres import _core
 
-__all__ = ["install"]
+__all__ = ["has_gil", "install"]
 
 _lock = threading.Lock()
 
@@ -46,6 +47,11 @@ def _leave() -> None:
     thread = active.get(threading.get_ident())
     if thread is not None and type(thread).__name__ == "_DummyThread":
         del active[threading.get_ident()]
+
+
+def has_gil() -> bool:
+    """Whether Python runs one thread at a time: always, but in a free-threaded build of Python."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 def install() -> None:

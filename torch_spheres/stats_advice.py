@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
+from torch_spheres._threads import has_gil
 from torch_spheres.item_times import ITEM_TIME_EDGES_NS
 from torch_spheres.stats_table import duration
 
@@ -70,7 +71,7 @@ def _waiting_items(stats: Stats) -> str | None:
         f"the spheres used {stats.utilization:.0%} of their turns, but the whole program kept only "
         f"{stats.cores_used:.1f} of {stats.cores} cores busy"
     )
-    if stats.cores_used > 0.7:
+    if stats.cores_used > 0.7 and has_gil():
         return (
             f"{figures}: unless other programs have the rest, Python runs one thread at a time "
             "(the GIL); let items call what releases it (torch, numpy), or use a NativeFunction"

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_spheres import _compat
+from torch_spheres._threads import has_gil
 
 __all__ = ["CALLS_KEPT", "Call", "LoaderStats", "Meter"]
 
@@ -131,10 +132,10 @@ class LoaderStats:
         if self.way == "process":
             return f"{share}; more num_workers may help"
         if self.declined == "slower":
+            why = ": it runs in Python, one thread at a time (the GIL)" if has_gil() else ""
             return (
-                f"{share}, and the dataset is no faster on several threads: it runs in Python, one "
-                "thread at a time (the GIL). Process workers may be faster: a DataLoader with "
-                'num_workers=, and wrap(loader, workers="process")'
+                f"{share}, and the dataset is no faster on several threads{why}. Process workers "
+                'may be faster: a DataLoader with num_workers=, and wrap(loader, workers="process")'
             )
         if self.declined:
             return (
@@ -157,7 +158,7 @@ class LoaderStats:
     def python_bound(self) -> bool:
         """Whether the GIL held the workers back: several wanted to run, and one core was busy."""
         wanted = self.worked / self.elapsed if self.elapsed > 0 else 0.0
-        return self.workers > 1 and wanted > 1.5 and 0.7 < self.cores < 1.3
+        return has_gil() and self.workers > 1 and wanted > 1.5 and 0.7 < self.cores < 1.3
 
     def __str__(self) -> str:
         per_second = f", {self.samples / self.elapsed:,.0f} samples/s" if self.elapsed else ""
