@@ -1,6 +1,7 @@
 """`wrap(loader)` against the DataLoader that it was given, SPDL and torchdata.nodes.
 
 python benchmarks/bench_loader.py [--quick] [--json PATH] [--concurrency N] [--chart PATH]
+                                  [--only {tensors,jpegs,python,mnist} ...]
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from serving import kibibytes
 
 SCRIPT = "loader_contestants.py"
 MIB = 1 << 20
+PARTS = ("tensors", "jpegs", "python", "mnist")
 LOOK = 0.01  # seconds between two looks at memory
 
 
@@ -170,7 +172,7 @@ def in_python(run: Run) -> Section:
     section = Section(
         f"Pure Python: an epoch of {n:,} samples, a loop of {LOOP:,} rounds each, batches of "
         f"{batch}, {run.workers} workers",
-        f"time of the peer / time of {OURS}; no target: threads have one GIL",
+        f"time of the peer / time of {OURS}; no target: with a GIL, threads take turns",
     )
     names = [OURS, OURS_NO_WORKERS, OURS_PROCESS, NO_WORKERS, PERSISTENT, SPDL, NODES]
     answers = run.ask(PYTHON, n, names, "epoch")
@@ -297,6 +299,7 @@ def version(package: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chart", type=Path, help="draw a picture; needs matplotlib")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
 
 
 def main() -> None:
@@ -313,17 +316,20 @@ def main() -> None:
     for package in ("pillow", "spdl-core", "torchdata"):
         report.environment[package] = version(package)
         report.console.print(f"{package}: {report.environment[package]}")
-    report.add(in_memory(run))
-    report.add(first_batch(run, TENSORS, sizes.tensors))
-    if report.environment["pillow"] == "not installed":
+    if "tensors" in options.only:
+        report.add(in_memory(run))
+        report.add(first_batch(run, TENSORS, sizes.tensors))
+    if "jpegs" in options.only and report.environment["pillow"] == "not installed":
         report.console.print("[yellow]JPEGs: skipped, pillow is not installed[/]")
-    else:
+    elif "jpegs" in options.only:
         report.add(decoding(run))
         report.add(first_batch(run, JPEGS, sizes.jpegs))
         report.add(memory(run))
-    report.add(in_python(run))
-    report.add(training(run, MNIST))
-    report.add(training(run, MNIST_WHOLE))
+    if "python" in options.only:
+        report.add(in_python(run))
+    if "mnist" in options.only:
+        report.add(training(run, MNIST))
+        report.add(training(run, MNIST_WHOLE))
     report.save(options.json)
     if options.chart is not None:
         from loader_chart import draw

@@ -62,7 +62,7 @@ def test_advice_items_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "levels= and concurrency=" in rules(replace(made([9.0] * 12, cores_used=0.1),
                                                        concurrency=12))  # fmt: skip
     for gil in (True, False):
-        monkeypatch.setattr("torch_spheres.stats_advice.has_gil", lambda: gil)
+        monkeypatch.setattr("torch_spheres.stats_advice.has_gil", lambda gil=gil: gil)
         locked = rules(made([9.5] * 4, cores_used=1.0))
         assert "1.0 of 4 cores busy" in locked
         assert ("Python runs one thread at a time" in locked) == gil

@@ -29,6 +29,12 @@ PyGather::Addresses::Addresses(const py::buffer& array) : info_(array.request())
   }
 }
 
+PyGather::Turn::Turn(std::atomic<bool>& taken) : taken_(taken) {
+  if (taken_.exchange(true)) {
+    throw std::runtime_error("this Gather is in use already; one thread at a time may call it");
+  }
+}
+
 PyGather::PyGather(const py::sequence& columns, py::object keep) : keep_(std::move(keep)) {
   addresses_.reserve(columns.size());
   for (const py::handle item : columns) {
@@ -59,6 +65,11 @@ void PyGather::settle() {
 }
 
 void PyGather::start(const std::shared_ptr<PySystem>& system) {
+  const Turn turn(taken_);
+  begin(system);
+}
+
+void PyGather::begin(const std::shared_ptr<PySystem>& system) {
   if (batch_ || job_.bytes() < kWorthSharing || !system->running() ||
       system->core().on_own_thread()) {
     return;
@@ -75,10 +86,14 @@ void PyGather::start(const std::shared_ptr<PySystem>& system) {
   work_ = std::move(work);
 }
 
-bool PyGather::done() const { return batch_ && batch_->done(); }
+bool PyGather::done() const {
+  const Turn turn(taken_);
+  return batch_ && batch_->done();
+}
 
 void PyGather::finish(const std::shared_ptr<PySystem>& system) {
-  if (system) start(system);
+  const Turn turn(taken_);
+  if (system) begin(system);
   if (batch_ && !system_->core().forked() && !system_->core().on_own_thread()) {
     Helper helper(system_->core());
     const auto look = [&](Milliseconds time) { return helper.wait_for(*batch_, time); };
@@ -97,14 +112,17 @@ void PyGather::finish(const std::shared_ptr<PySystem>& system) {
 
 py::object row_numbers(py::handle list) {
   if (!PyList_CheckExact(list.ptr())) return py::none();
-  const auto size = PyList_GET_SIZE(list.ptr());
+  // Its items in a tuple of our own: without the GIL another thread may take them out of the list.
+  const auto items = py::reinterpret_steal<py::tuple>(PyList_AsTuple(list.ptr()));
+  if (!items) throw py::error_already_set();
+  const auto size = PyTuple_GET_SIZE(items.ptr());
   if (size == 0) return py::none();
   py::array_t<std::int64_t> numbers(size);
   std::int64_t* out = numbers.mutable_data();
   std::int64_t low = std::numeric_limits<std::int64_t>::max();
   std::int64_t high = std::numeric_limits<std::int64_t>::min();
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* item = PyList_GET_ITEM(list.ptr(), i);
+    PyObject* item = PyTuple_GET_ITEM(items.ptr(), i);
     if (!PyLong_CheckExact(item)) return py::none();
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(item, &overflow);

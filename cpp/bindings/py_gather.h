@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -12,6 +13,8 @@
 
 namespace torch_spheres::bindings {
 
+/// Owner: one thread at a time; a loader's iterator calls it under its lock.  A second one gets an
+/// error instead of a race.
 class PyGather {
  public:
   /// A column is (addresses of its rows, bytes of a row, address of the output). `keep` is what has
@@ -22,7 +25,7 @@ class PyGather {
   PyGather(const PyGather&) = delete;
   PyGather& operator=(const PyGather&) = delete;
 
-  std::size_t bytes() const { return job_.bytes(); }
+  std::size_t bytes() const { return job_.bytes(); }  // any thread
   /// Has the spheres begin, if it is worth their while and they can; does not wait.
   void start(const std::shared_ptr<PySystem>& system);
   /// Whether the spheres have copied all rows.
@@ -42,8 +45,21 @@ class PyGather {
    private:
     py::buffer_info info_;
   };
+  /// While it lives no other thread may be in here.
+  class Turn {
+   public:
+    explicit Turn(std::atomic<bool>& taken);
+    ~Turn() { taken_.store(false); }  // releases to the next turn's exchange
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    std::atomic<bool>& taken_;
+  };
+  void begin(const std::shared_ptr<PySystem>& system);
   void settle();
 
+  mutable std::atomic<bool> taken_{false};
   GatherJob job_;
   std::vector<Addresses> addresses_;
   py::object keep_;
@@ -52,7 +68,8 @@ class PyGather {
   std::shared_ptr<GatherWork> work_;  // of the batch
 };
 
-/// (array of int64, least, greatest) of a list of plain ints that fit; None for anything else.
+/// (array of int64, least, greatest) of a list of plain ints that fit; None for anything else.  The
+/// list may change meanwhile.
 py::object row_numbers(py::handle list);
 
 }  // namespace torch_spheres::bindings

@@ -1,0 +1,235 @@
+"""The sections of device_check.py: each yields what was looked at, what came out, and a verdict."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("MNIST CNN", "Transformer", "ResNet-18", "GPT-2, 4 layers")
+BITS = ("mlp with dropout", "cnn with batch norm", "transformer with dropout")
+
+Result = Iterator[tuple[str, str, bool | None]]
+"""What was looked at, what came out, whether that is right; None: a figure, which is not judged."""
+
+
+def check_bits(seconds: float) -> Result:
+    """Digests of training: equal for every concurrency, on the CPU and on CUDA."""
+    del seconds
+    import torch
+    from test_cuda import train
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for name in BITS:
+            found: dict[str, list[int]] = {}
+            for concurrency in range(1, 17):
+                found.setdefault(train(name, device, concurrency)[0], []).append(concurrency)
+            what = f"{name} on {device}, concurrency 1 to 16"
+            yield what, " / ".join(f"{d[:12]}: {c}" for d, c in found.items()), len(found) == 1
+    if len(devices) == 1:
+        yield "CUDA", "no device", None
+
+
+def check_cuda_tests(seconds: float) -> Result:
+    """The tests that are marked cuda."""
+    files = [str(p) for p in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in p.read_text()]
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-q", "-rfE", *sorted(files)]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", f"--timeout={int(seconds)}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            yield line.split(" - ")[0], line.partition(" - ")[2], False
+    yield "pytest -m cuda", lines[-1], done.returncode == 0
+
+
+def check_processes(seconds: float) -> Result:
+    """A process group of one rank: NCCL where there is a GPU, gloo elsewhere."""
+    del seconds
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    import torch_spheres as ts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = "nccl" if device == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = Path(folder, "meeting").as_uri()
+        dist.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
+        try:
+            x = torch.randn(96, 20, device=device)
+
+            def gradients(wrap: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
+                torch.manual_seed(0)
+                model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 3)).to(device)
+                wrapped = wrap(model)
+                for _ in range(3):
+                    wrapped(x).square().mean().backward()
+                return [p.grad.cpu() for p in model.parameters()]
+
+            bare = gradients(lambda model: model)
+            ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+                "SphereParallel": ts.SphereParallel,
+                "DistributedDataParallel(SphereParallel)": lambda model: (
+                    nn.parallel.DistributedDataParallel(
+                        ts.SphereParallel(model, process_group=False)
+                    )
+                ),
+            }
+            for name, wrap in ways.items():
+                pairs = zip(gradients(wrap), bare, strict=True)
+                ok = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+                yield f"{name}, {backend}, one rank", "gradients of the bare module", ok
+        finally:
+            dist.destroy_process_group()
+
+
+def check_loader(seconds: float) -> Result:
+    """Batches to the device: `wrap(device=)` against pinned memory and non-blocking copies."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+    import torch_spheres as ts
+
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+
+    class Photos(Dataset):
+        """Samples that take arithmetic without the GIL, 600 KB each."""
+
+        def __len__(self) -> int:
+            return 768
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.full((3, 224, 224), float(index)).sin_().mul_(0.5)
+
+    tensors = TensorDataset(torch.randn(60_000, 784), torch.randint(10, (60_000,)))
+    workers = min(4, ts.usable_cores())
+    for name, dataset, size in (
+        ("60,000 x 784 floats in memory, batches of 768", tensors, 768),
+        ("768 samples of 3 x 224 x 224 computed, batches of 64", Photos(), 64),
+    ):
+
+        def plain(n: int, dataset: Dataset = dataset, size: int = size) -> DataLoader:
+            return DataLoader(
+                dataset, size, num_workers=n, pin_memory=cuda, persistent_workers=n > 0
+            )
+
+        with ts.KissingSpheres() as spheres:
+            loaders = {f"DataLoader, {n} workers": plain(n) for n in (0, workers)}
+            loaders |= {
+                f"wrap, {n} workers": ts.wrap(plain(n), spheres, device=device)
+                for n in (0, workers)
+            }
+
+            def epoch(loader: DataLoader) -> float:
+                begin = time.perf_counter()
+                total = torch.zeros((), device=device)
+                for batch in loader:
+                    x = batch[0] if isinstance(batch, list) else batch
+                    total += x.to(device, non_blocking=True).sum()
+                total.item()  # waits for the device
+                return time.perf_counter() - begin
+
+            end = time.monotonic() + seconds / 2 - 2
+            times: dict[str, list[float]] = {key: [] for key in loaders}
+            for key in loaders:
+                epoch(loaders[key])
+            while len(times["wrap, 0 workers"]) < 7 and time.monotonic() < end:
+                for key, loader in loaders.items():
+                    times[key].append(epoch(loader))
+        median = {key: statistics.median(t) for key, t in times.items() if t}
+        best = min((v for k, v in median.items() if k.startswith("Data")), default=float("nan"))
+        for key, value in median.items():
+            ratio = f"{value * 1e3:.0f} ms an epoch, {best / value:.2f} of the best DataLoader"
+            yield f"{name}: {key} to {device}", ratio, None
+
+
+def check_runtime(seconds: float) -> Result:
+    """`bench_runtime.py --quick`: that it runs; its figures are those of a smoke test."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "runtime.json")
+        command = [sys.executable, "-P", str(ROOT / "benchmarks" / "bench_runtime.py"), "--quick"]
+        done = subprocess.run(
+            [*command, "--json", str(path)],
+            capture_output=True, text=True, check=False, timeout=seconds,
+        )  # fmt: skip
+        if done.returncode != 0:
+            yield "bench_runtime.py --quick", done.stderr.strip()[-300:], False
+            return
+        for section in json.loads(path.read_text())["sections"]:
+            for row in section["rows"]:
+                ratio = "" if row["ratio"] is None else f", ratio {row['ratio']['median']:.2f}"
+                yield f"{section['title']}: {row['name']}", f"{row['value']}{ratio}", None
+
+
+def check_training(seconds: float) -> Result:
+    """Steps of four models on 1 to 16 workers, against plain torch and DDP on as many."""
+    from contestants import DDP, PLAIN, REPRODUCIBLE, TUNED, Setup
+    from crews import Crews
+    from models import TASKS
+
+    import torch_spheres as ts
+
+    peers, ours = (PLAIN, DDP), (REPRODUCIBLE, TUNED)
+    # The ends of the scale first: they tell most, if the time runs out.
+    counts = [n for n in (1, 16, 8, 4, 12, 2) if n <= ts.usable_cores()]
+    begin = time.monotonic()
+    for i, name in enumerate(MODELS, 1):
+        end = begin + seconds * i / len(MODELS) - 5  # what one does not need is the next one's
+        task = TASKS[name]
+        setups = [Setup(way, name, task.small, n) for n in counts for way in (*peers, *ours)]
+        one: dict[str, float] = {}
+        with Crews(setups) as crews:
+            for n in counts:
+                title = f"{name}, {task.small} rows, {n} worker{'s' * (n > 1)}"
+                if time.monotonic() > end:
+                    yield title, "not measured: no time was left", None
+                    continue
+                there = {c.setup.way: c for c in crews.there if c.setup.workers == n}
+                median = seconds_of_a_step(there)
+                for way, value in median.items():
+                    one.setdefault(way, value) if n == 1 else None
+                    text = f"{value * 1e3:.1f} ms a step"
+                    if n > 1 and way in one:
+                        text += f", {one[way] / value:.2f} times as fast as on 1"
+                    if way in ours:
+                        plain, ddp = (median[peer] / value for peer in peers)
+                        text += f"; plain / ours {plain:.2f}, DDP / ours {ddp:.2f}"
+                    yield f"{title}: {way}", text, None
+
+
+def seconds_of_a_step(crews: dict[str, Any]) -> dict[str, float]:
+    """By way: the median of a few rounds in which each runs a step, in rotating order."""
+    for crew in crews.values():
+        until = time.monotonic() + 4
+        while not crew.ask("warm") and time.monotonic() < until:
+            pass
+    times: dict[str, list[float]] = {way: [] for way in crews}
+    for turn in range(3):
+        ways = [*crews]
+        for way in (*ways[turn:], *ways[:turn]):
+            times[way].append(crews[way].ask("run", 1))
+    return {way: statistics.median(t) for way, t in times.items()}
+
+
+SECTIONS: dict[str, tuple[Callable[[float], Result], float]] = {
+    "bits": (check_bits, 90),
+    "cuda-tests": (check_cuda_tests, 120),
+    "processes": (check_processes, 60),
+    "loader": (check_loader, 60),
+    "runtime": (check_runtime, 60),
+    "training": (check_training, 480),
+}
+"""What is checked, and the seconds that it may take at most."""
