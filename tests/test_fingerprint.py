@@ -95,9 +95,15 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Pickle, copy, and deepcopy support:DeprecationWarning")
 @pytest.mark.parametrize("name", sorted(CHANGES.keys() - {"method"}))
 def test_a_change_is_seen(name):
     dataset, change = CHANGES[name]
+    if name in ("count", "cycle") and sys.version_info >= (3, 14):
+        assert (
+            fingerprint(dataset) is None
+        )  # they are no longer pickled, and nobody can look inside
+        return
     before, again = fingerprint(dataset), fingerprint(dataset)
     assert before is not None and before == again
     change(dataset)

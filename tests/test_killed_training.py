@@ -12,6 +12,7 @@ from itertools import chain
 import pytest
 import torch
 from checkpoint_support import names, run
+from rank_output import printed
 
 # ---- training that is killed ----
 
@@ -224,7 +225,7 @@ def test_ranks(tmp_path):
                 rank.kill()
         codes = [rank.returncode for rank in ranks]
         assert codes == ([-signal.SIGKILL, 0, 0] if world == 3 else [0] * world), ends
-        told[world] = [json.loads(out) for out, _ in ends]
+        told[world] = [json.loads(printed(out)) for out, _ in ends]
         if world == 3:  # the file is that of the save before the one in which rank 0 was killed
             assert torch.load(tmp_path / "new" / "last.pt", weights_only=True)["step"] == 3
             assert len(names(tmp_path / "new")) == 2

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rank_output import next_line, printed
 
 HERE = Path(__file__).parent
 
@@ -54,7 +55,7 @@ def test_mistakes_are_everybodys_and_training_goes_on(tmp_path):
 def test_a_rank_that_is_late_is_not_lost(tmp_path):
     with started("late", 2, tmp_path, 60) as ranks:
         ends = [rank.communicate(timeout=110) for rank in ranks]
-    assert [out for out, _ in ends] == ["in time\n"] * 2, ends
+    assert [printed(out) for out, _ in ends] == ["in time\n"] * 2, ends
 
 
 CAUSES = {
@@ -72,7 +73,7 @@ def test_a_rank_that_is_lost_is_named(tmp_path, how):
         for number in (0, 2):
             out, errors = ranks[number].communicate(timeout=100)
             assert ranks[number].returncode == 0, errors
-            told = re.match(r"ranks \((.*),\) after ([\d.]+) (.*)", out)
+            told = re.match(r"ranks \((.*),\) after ([\d.]+) (.*)", printed(out))
             assert told is not None, (out, errors)
             assert told[1] == "1" and "rank 1 of 3 did not come to it" in told[3]
             assert re.search(CAUSES[how], told[3]), told[3]
@@ -97,7 +98,7 @@ def test_ranks_that_do_different_things_are_told_so(tmp_path, how):
         ends = [rank.communicate(timeout=100) for rank in ranks]
         for number, (out, errors) in enumerate(ends):
             assert ranks[number].returncode == 3, errors  # and no abort
-            assert re.match(rf"apart \({1 - number},\) ", out), (out, errors)
+            assert re.match(rf"apart \({1 - number},\) ", printed(out)), (out, errors)
             assert f"rank 1: {ELSEWHERE[how]}" in out
             assert "rank 0: the exchange of gradients" in out
             assert re.search(rf"^still \({1 - number},\) .*said before", out, re.MULTILINE)
@@ -106,8 +107,8 @@ def test_ranks_that_do_different_things_are_told_so(tmp_path, how):
 @pytest.mark.timeout(120)
 def test_ctrl_c_is_answered_while_ranks_are_waited_for(tmp_path):
     with started("hangs", 2, tmp_path, 60) as ranks:
-        assert ranks[0].stdout.readline() == "alone\n"
+        assert next_line(ranks[0].stdout) == "alone\n"
         time.sleep(0.5)  # until it waits
         ranks[0].send_signal(signal.SIGINT)
         out, errors = ranks[0].communicate(timeout=10)
-        assert out.startswith("interrupted"), (out, errors)
+        assert printed(out).startswith("interrupted"), (out, errors)
