@@ -53,15 +53,14 @@ LOOKED_UP: list[PrivateApi] = []
 
 def _look_up(path: str, *needed_by: str, instead: Any = None, without: str = "") -> Any:
     """The object at a path; `instead` where there is none, which is recorded."""
-    module, _, name = path.rpartition(".")
-    found: Any = None
-    with contextlib.suppress(ImportError, AttributeError):
-        found = _resolve(module)
-        found = getattr(found, name)
-        LOOKED_UP.append(PrivateApi(path, needed_by, without, found=True))
-        return found
-    LOOKED_UP.append(PrivateApi(path, needed_by, without, found=False))
-    return instead
+    holder, _, name = path.rpartition(".")
+    try:
+        found = getattr(_resolve(holder), name)
+    except (ImportError, AttributeError):
+        LOOKED_UP.append(PrivateApi(path, needed_by, without, found=False))
+        return instead
+    LOOKED_UP.append(PrivateApi(path, needed_by, without, found=True))
+    return found
 
 
 def _look_at(of: str, example: Any, needed_by: tuple[str, ...], *names: str) -> None:
@@ -116,12 +115,6 @@ def saved_tensors_hooks() -> tuple[Any, Any] | None:
 # ---- backward passes ----
 
 
-def _public_backward(
-    roots: tuple[Tensor, ...], grads: tuple[Tensor, ...], targets: tuple[Tensor, ...], keep: bool
-) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(roots, targets, grads, retain_graph=keep, allow_unused=True)
-
-
 _run_backward = _look_up(
     "torch.autograd.Variable._execution_engine.run_backward",
     without="torch.autograd.grad checks each shard's arguments, which takes as long as the "
@@ -134,7 +127,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` of roots and gradients that fit each other: spared its checks."""
     if _run_backward is None:
-        return _public_backward(tuple(roots), tuple(grads), tuple(targets), keep)
+        return torch.autograd.grad(roots, targets, grads, retain_graph=keep, allow_unused=True)
     found: tuple[Tensor | None, ...] = _run_backward(
         tuple(roots),
         tuple(grads),

@@ -34,7 +34,7 @@ class _Opened:
     inside: Nesting
 
 
-_TENSOR = Nesting(_compat.pytree.tree_flatten(0)[1], (None,))
+_TENSOR = Nesting(_compat.pytree and _compat.pytree.tree_flatten(0)[1], (None,))
 
 
 def flatten(value: Any) -> tuple[list[Any], Nesting]:
