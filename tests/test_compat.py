@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import torch_spheres as ts
 from torch_spheres import _compat, _core
+from torch_spheres.ranks import ranks_of
 
 SOURCE = Path(ts.__file__).parent
 RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -124,15 +126,15 @@ def test_private_names_would_be_found(tmp_path, monkeypatch):
 # ---- without it ----
 
 
-def compat_without(path: str):
-    """A second `_compat`, for which torch lacks one name; the warnings of its import."""
+def compat_without(*paths: str):
+    """A second `_compat`, for which torch lacks some names; the warnings of its import."""
     spec = importlib.util.spec_from_file_location("compat_without", SOURCE / "_compat.py")
     module = importlib.util.module_from_spec(spec)
-    holder, _, gone = path.rpartition(".")
-    without = _compat._resolve(holder)
+    parts = [path.rpartition(".") for path in paths]
+    without = [(_compat._resolve(holder), name) for holder, _, name in parts]
 
     def get(value, name, *default):
-        if value is without and name == gone:
+        if any(value is holder and name == gone for holder, gone in without):
             if default:
                 return default[0]
             raise AttributeError(name)
@@ -157,7 +159,7 @@ def looked_up(needed: bool):
 @pytest.mark.parametrize("api", looked_up(needed=True), ids=lambda api: api.path)
 def test_without_what_is_needed_importing_warns_and_the_feature_refuses(api):
     compat, said = compat_without(api.path)
-    for feature in (compat.PARALLEL, compat.LOADER, compat.RANKS):
+    for feature in compat._FEATURES:
         gone = compat.missing(feature)
         assert (api.path in gone) == (feature in api.needed_by)
         if not gone:
@@ -175,17 +177,30 @@ def test_without_what_is_needed_importing_warns_and_the_feature_refuses(api):
 def test_without_what_has_an_alternative_nobody_is_told(api):
     compat, said = compat_without(api.path)
     assert said == []
-    assert all(compat.missing(f) == [] for f in (compat.PARALLEL, compat.LOADER, compat.RANKS))
+    assert all(compat.missing(f) == [] for f in compat._FEATURES)
 
 
-@pytest.mark.parametrize("feature", [_compat.PARALLEL, _compat.LOADER])
-def test_features_refuse(feature, monkeypatch):
+USES = {
+    _compat.PARALLEL: [lambda _: ts.SphereParallel(nn.Linear(2, 2))],
+    _compat.LOADER: [lambda _: ts.wrap(DataLoader([1, 2]))],
+    _compat.RANKS: [lambda _: ranks_of(None)],
+    _compat.CHECKPOINT: [
+        lambda _: ts.checkpoint_state(),
+        lambda _: ts.restore_checkpoint_state({}),
+        lambda path: ts.save_checkpoint(path),
+        lambda path: ts.load_checkpoint(path),
+    ],
+}
+
+
+@pytest.mark.parametrize("feature", USES)
+def test_features_refuse(feature, monkeypatch, tmp_path):
+    if feature == _compat.CHECKPOINT:
+        ts.save_checkpoint(tmp_path / "last.pt")
     monkeypatch.setitem(_compat._MISSING, feature, ["torch._gone"])
-    with pytest.raises(RuntimeError, match=r"torch\._gone"):
-        if feature == _compat.PARALLEL:
-            ts.SphereParallel(nn.Linear(2, 2))
-        else:
-            ts.wrap(DataLoader([1, 2]))
+    for use in USES[feature]:
+        with pytest.raises(RuntimeError, match=r"torch\._gone"):
+            use(tmp_path / "last.pt")
 
 
 WITHOUT_ANY = """
@@ -205,7 +220,7 @@ with warnings.catch_warnings(record=True) as caught:
     spec.loader.exec_module(compat)
     told = [str(w.message) for w in caught]
     import torch_spheres as ts
-assert len(told) == 3 and len(caught) == 3, caught
+assert len(told) == len(caught) == 4, caught
 assert ts.tree_sum([torch.ones(2)] * 12).tolist() == [12, 12]
 model = torch.nn.Linear(1, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -231,6 +246,19 @@ def test_a_torch_without_any_of_them_is_imported_with_warnings():
     parallel, loader = done.stdout.splitlines()
     assert "torch._C._jit_get_all_schemas" in parallel and "SphereParallel needs" in parallel
     assert "DataLoader's iterator._sampler_iter" in loader and "wrap() needs" in loader
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_importing_under_another_default_device(device):
+    code = (
+        f"import torch; torch.set_default_device('{device}'); import torch_spheres as ts\n"
+        "assert all(api.found for api in ts._compat.LOOKED_UP if api.needed_by)\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- the alternatives give the same ----
@@ -315,6 +343,31 @@ def alternative(monkeypatch, request):
 @pytest.mark.parametrize("alternative", ALTERNATIVES, indirect=True, ids=lambda a: a[0])
 def test_the_alternative_has_the_same_bits(alternative):
     assert train() == alternative
+
+
+ALL_ALTERNATIVES = """
+import sys, test_compat, torch_spheres._compat as plain
+gone = {path for path, _ in test_compat.ALTERNATIVES}
+for name in [name for name in sys.modules if name.startswith("torch_spheres")]:
+    if name != "torch_spheres._core":
+        del sys.modules[name]
+sys.modules["torch_spheres._compat"] = test_compat.compat_without(*gone)[0]
+del sys.modules["test_compat"]
+import test_compat
+assert {a.path for a in test_compat._compat.LOOKED_UP if not a.found} == gone
+print(test_compat.train())
+"""
+
+
+def test_all_alternatives_at_once():
+    """From the import on: some are used there."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", ALL_ALTERNATIVES],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == train()
 
 
 def test_pinning_without_torchs_function():

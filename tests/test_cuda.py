@@ -20,10 +20,12 @@ needs_cuda = [
 ]
 
 
-def train(name: str, device: str, concurrency: int, **options: bool) -> tuple[str, nn.Module]:
+def train(
+    name: str, device: str, concurrency: int, levels: int = 2, **options: bool
+) -> tuple[str, nn.Module]:
     model = zoo.make(name).to(device)
     torch.manual_seed(3)
-    with ts.KissingSpheres(concurrency=concurrency) as spheres:
+    with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
         parallel = ts.SphereParallel(model, spheres, **options)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses = []

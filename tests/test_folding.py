@@ -211,6 +211,23 @@ def test_a_function_may_keep_the_gradients_that_it_returns(way, loss, rows):
                 assert kept.tolist() == copy.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sparse_gradients_have_the_same_bits_in_any_order(dtype):
+    """Half types too: they are rounded once, and not wherever the order makes a partial sum."""
+    found = []
+    for seed in range(4):
+        fold = GradientFold(12, range(12), 12)
+        order = [fold.begin() for _ in range(12)]
+        random.Random(seed).shuffle(order)
+        for k in order:
+            fold.add(k, [grad_of(k, 0, dtype).to_sparse()])
+        (total,) = fold.finish()
+        assert total.is_sparse
+        found.append(total.to_dense().to(dtype))
+    expected = tree([grad_of(k, 0, dtype) for k in range(12)])
+    assert all(torch.equal(total, expected) for total in found)
+
+
 @pytest.mark.parametrize("count", [2, 4, 5, 12])
 def test_portions_of_large_gradients_have_the_bits_of_the_tree(count, monkeypatch):
     monkeypatch.setattr("torch_spheres.folding._PORTION", 100)  # bytes; a gradient has 60 or 30
@@ -285,9 +302,9 @@ def test_sets_alive_at_once(levels, extra, concurrency, way, monkeypatch):
         ((limit, peak),) = folds
         assert limit == concurrency + extra
         assert 1 <= peak <= limit
-        # Without the GIL, Python itself frees what another thread has made when that one comes by:
-        # then the fold keeps to the limit, and memory follows in a moment.
-        assert Watched.peak >= 1 and (Watched.peak <= limit or not has_gil())
+        # Without the GIL, Python frees what another thread has made when that one comes by: the fold
+        # keeps to the limit, and memory follows in a moment.
+        assert 1 <= Watched.peak <= (limit if has_gil() else 2 * limit)
         expected = x.sum(0) if way == "backward" else x.mean(0)
         torch.testing.assert_close(model.w.grad, expected, rtol=1e-4, atol=1e-4)
         model.w.grad = None

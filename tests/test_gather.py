@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -302,3 +303,60 @@ def test_bad_columns_are_refused():
     ):
         with pytest.raises(ValueError, match=r"addresses must be a contiguous|a column is"):
             _core.Gather(columns, None)
+
+
+def test_an_index_list_that_changes_while_it_is_read():
+    """What is copied, and the memory for it, are of one moment."""
+
+    class Shrinks(list):
+        def __getitem__(self, i):
+            del batch[1:]
+            return super().__getitem__(i)
+
+    data = TensorDataset(torch.arange(4000.0).reshape(1000, 4))
+    batch = list(range(999, -1, -1))
+    prepared = prepare(Subset(data, Shrinks(range(1000))), batch)
+    assert prepared is not None and len(batch) == 1
+    (rows,), gather = prepared
+    gather.finish()
+    assert torch.equal(rows, data.tensors[0].flip(0))
+
+
+def test_an_index_list_that_another_thread_changes():
+    numbers, over = list(range(1000)), threading.Event()
+
+    def change():
+        while not over.is_set():
+            numbers[:] = [2**40] * 10
+            numbers[:] = range(1000)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(3000):
+            array, low, high = _core.row_numbers(numbers)
+            assert (len(array), low, high) in ((1000, 0, 999), (10, 2**40, 2**40))
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_gather_that_is_in_use_refuses_another_thread():
+    rows = torch.arange(1 << 25, dtype=torch.float32).reshape(1 << 15, 1 << 10)  # 128 MiB
+    dataset, order = TensorDataset(rows), list(range(len(rows)))
+    for _ in range(100):
+        (out,), gather = prepare(dataset, order)
+        thread = threading.Thread(target=gather.finish)
+        thread.start()
+        refused = False
+        while thread.is_alive() and not refused:
+            try:
+                gather.finish()
+            except RuntimeError as error:
+                assert "in use already" in str(error)  # noqa: PT017
+                refused = True
+        thread.join()
+        assert torch.equal(out, rows)
+        if refused:
+            return
+    pytest.fail("no thread met another one in 100 times")

@@ -174,6 +174,13 @@ def test_subclasses_go_through_torch():
     assert_same_bits(total.inner, tree(shards))
 
 
+def test_inside_a_transform():
+    shards = shards_of((5, 4), torch.float32, 12, 7)
+    stacked = torch.stack(shards)
+    total = torch.func.vmap(lambda rows: ts.tree_sum([*rows]), in_dims=1)(stacked)
+    assert_same_bits(total, tree(shards))
+
+
 def test_sparse_goes_through_torch():
     shards = [torch.eye(4).mul(0.1 * (k + 1)).to_sparse() for k in range(12)]
     total = ts.tree_sum(shards)

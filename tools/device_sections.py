@@ -1,4 +1,8 @@
-"""The sections of device_check.py: each yields what was looked at, what came out, and a verdict."""
+"""The sections of device_check.py: each yields what was looked at, what came out, and a verdict.
+
+Each is given the time, of `time.monotonic()`, at which its process is ended: it leaves out what it
+cannot do before, and says so.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,53 +19,65 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("MNIST CNN", "Transformer", "ResNet-18", "GPT-2, 4 layers")
+A_COUNT = 20  # seconds that one number of workers may take
 BITS = ("mlp with dropout", "cnn with batch norm", "transformer with dropout")
 
 Result = Iterator[tuple[str, str, bool | None]]
 """What was looked at, what came out, whether that is right; None: a figure, which is not judged."""
 
 
-def check_bits(seconds: float) -> Result:
+def check_bits(until: float) -> Result:
     """Digests of training: equal for every concurrency, on the CPU and on CUDA."""
-    del seconds
+    del until
     import torch
     from test_cuda import train
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for name in BITS:
-            found: dict[str, list[int]] = {}
-            for concurrency in range(1, 17):
-                found.setdefault(train(name, device, concurrency)[0], []).append(concurrency)
-            what = f"{name} on {device}, concurrency 1 to 16"
-            yield what, " / ".join(f"{d[:12]}: {c}" for d, c in found.items()), len(found) == 1
+            # 12 shards run on at most 12 spheres; 16 have something to do where there are 144.
+            for levels, counts in ((2, range(1, 13)), (3, (1, 16))):
+                found: dict[str, list[int]] = {}
+                for n in (1, *counts):  # 1 twice: whether the device itself repeats its bits
+                    found.setdefault(train(name, device, n, levels=levels)[0], []).append(n)
+                what = (
+                    f"{name} on {device}, levels={levels}, concurrency {counts[0]} to {counts[-1]}"
+                )
+                yield what, " / ".join(f"{d[:12]}: {c}" for d, c in found.items()), len(found) == 1
     if len(devices) == 1:
         yield "CUDA", "no device", None
 
 
-def check_cuda_tests(seconds: float) -> Result:
+def check_cuda_tests(until: float) -> Result:
     """The tests that are marked cuda."""
     files = [str(p) for p in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in p.read_text()]
-    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-q", "-rfE", *sorted(files)]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--timeout={int(seconds)}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
-    for line in lines:
-        if line.startswith(("FAILED", "ERROR")):
-            yield line.split(" - ")[0], line.partition(" - ")[2], False
-    yield "pytest -m cuda", lines[-1], done.returncode == 0
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-v", "-rfE", *sorted(files)]
+    with subprocess.Popen(
+        [*command, "-p", "no:cacheprovider", "--timeout=30"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        limit = threading.Timer(until - time.monotonic() - 5, process.kill)
+        limit.start()
+        last = ""
+        for line in process.stdout or ():
+            last = line.strip() or last
+            if line.startswith(("FAILED", "ERROR")):
+                yield line.split(" - ")[0].strip(), line.partition(" - ")[2].strip(), False
+        code = process.wait()
+        limit.cancel()
+    yield "pytest -m cuda", last, code == 0
 
 
-def check_processes(seconds: float) -> Result:
+def check_processes(until: float) -> Result:
     """A process group of one rank: NCCL where there is a GPU, gloo elsewhere."""
-    del seconds
+    del until
     import torch
     import torch.distributed as dist
     from torch import nn
 
     import torch_spheres as ts
+    from torch_spheres.exchange import total_over_ranks
+    from torch_spheres.ranks import ranks_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if device == "cuda" else "gloo"
@@ -68,6 +85,16 @@ def check_processes(seconds: float) -> Result:
         meeting = Path(folder, "meeting").as_uri()
         dist.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
         try:
+            # What ranks say to each other; a group of one has nobody else to say it to.
+            ranks = ranks_of(None)
+            told = ranks.meet("the check", [1, 2, 3], None).tolist()
+            yield f"meeting, {backend}, on {ranks.device}", str(told), told == [[1, 2, 3]]
+            objects = ranks.objects({"a": 1}, "the check")
+            yield f"objects, {backend}", str(objects), objects == [{"a": 1}]
+            columns = [[torch.full((50_000,), float(k), device=device) for k in range(12)]]
+            (total,) = total_over_ranks(columns, [columns[0][0]], ranks)
+            yield f"exchange of sums, {backend}", f"{total[0].item()}", bool((total == 66).all())
+
             x = torch.randn(96, 20, device=device)
 
             def gradients(wrap: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
@@ -78,16 +105,15 @@ def check_processes(seconds: float) -> Result:
                     wrapped(x).square().mean().backward()
                 return [p.grad.cpu() for p in model.parameters()]
 
+            def inside_ddp(model: nn.Module) -> nn.Module:
+                parallel = ts.SphereParallel(model, process_group=False)
+                return nn.parallel.DistributedDataParallel(parallel)
+
             bare = gradients(lambda model: model)
-            ways: dict[str, Callable[[nn.Module], nn.Module]] = {
-                "SphereParallel": ts.SphereParallel,
-                "DistributedDataParallel(SphereParallel)": lambda model: (
-                    nn.parallel.DistributedDataParallel(
-                        ts.SphereParallel(model, process_group=False)
-                    )
-                ),
-            }
-            for name, wrap in ways.items():
+            for name, wrap in (
+                ("SphereParallel", ts.SphereParallel),
+                ("DDP around it", inside_ddp),
+            ):
                 pairs = zip(gradients(wrap), bare, strict=True)
                 ok = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
                 yield f"{name}, {backend}, one rank", "gradients of the bare module", ok
@@ -95,33 +121,37 @@ def check_processes(seconds: float) -> Result:
             dist.destroy_process_group()
 
 
-def check_loader(seconds: float) -> Result:
+class Photos:
+    """Samples that take arithmetic without the GIL, 600 KB each."""
+
+    def __len__(self) -> int:
+        return 768
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+
+        return torch.full((3, 224, 224), float(index)).sin_().mul_(0.5)
+
+
+def check_loader(until: float) -> Result:
     """Batches to the device: `wrap(device=)` against pinned memory and non-blocking copies."""
     import torch
-    from torch.utils.data import DataLoader, Dataset, TensorDataset
+    from torch.utils.data import DataLoader, TensorDataset
 
     import torch_spheres as ts
 
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
 
-    class Photos(Dataset):
-        """Samples that take arithmetic without the GIL, 600 KB each."""
-
-        def __len__(self) -> int:
-            return 768
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return torch.full((3, 224, 224), float(index)).sin_().mul_(0.5)
-
     tensors = TensorDataset(torch.randn(60_000, 784), torch.randint(10, (60_000,)))
     workers = min(4, ts.usable_cores())
+    parts = 2
     for name, dataset, size in (
         ("60,000 x 784 floats in memory, batches of 768", tensors, 768),
         ("768 samples of 3 x 224 x 224 computed, batches of 64", Photos(), 64),
     ):
 
-        def plain(n: int, dataset: Dataset = dataset, size: int = size) -> DataLoader:
+        def plain(n: int, dataset: Any = dataset, size: int = size) -> DataLoader:
             return DataLoader(
                 dataset, size, num_workers=n, pin_memory=cuda, persistent_workers=n > 0
             )
@@ -142,7 +172,8 @@ def check_loader(seconds: float) -> Result:
                 total.item()  # waits for the device
                 return time.perf_counter() - begin
 
-            end = time.monotonic() + seconds / 2 - 2
+            now = time.monotonic()
+            end, parts = now + (until - now - 5) / parts, parts - 1
             times: dict[str, list[float]] = {key: [] for key in loaders}
             for key in loaders:
                 epoch(loaders[key])
@@ -156,15 +187,19 @@ def check_loader(seconds: float) -> Result:
             yield f"{name}: {key} to {device}", ratio, None
 
 
-def check_runtime(seconds: float) -> Result:
+def check_runtime(until: float) -> Result:
     """`bench_runtime.py --quick`: that it runs; its figures are those of a smoke test."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "runtime.json")
         command = [sys.executable, "-P", str(ROOT / "benchmarks" / "bench_runtime.py"), "--quick"]
-        done = subprocess.run(
-            [*command, "--json", str(path)],
-            capture_output=True, text=True, check=False, timeout=seconds,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*command, "--json", str(path)],
+                capture_output=True, text=True, check=False, timeout=until - time.monotonic() - 5,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            yield "bench_runtime.py --quick", "no time was left", None
+            return
         if done.returncode != 0:
             yield "bench_runtime.py --quick", done.stderr.strip()[-300:], False
             return
@@ -174,9 +209,9 @@ def check_runtime(seconds: float) -> Result:
                 yield f"{section['title']}: {row['name']}", f"{row['value']}{ratio}", None
 
 
-def check_training(seconds: float) -> Result:
+def check_training(until: float) -> Result:
     """Steps of four models on 1 to 16 workers, against plain torch and DDP on as many."""
-    from contestants import DDP, PLAIN, REPRODUCIBLE, TUNED, Setup
+    from contestants import DDP, PLAIN, REPRODUCIBLE, SHARDS, TUNED, Setup
     from crews import Crews
     from models import TASKS
 
@@ -185,15 +220,19 @@ def check_training(seconds: float) -> Result:
     peers, ours = (PLAIN, DDP), (REPRODUCIBLE, TUNED)
     # The ends of the scale first: they tell most, if the time runs out.
     counts = [n for n in (1, 16, 8, 4, 12, 2) if n <= ts.usable_cores()]
-    begin = time.monotonic()
-    for i, name in enumerate(MODELS, 1):
-        end = begin + seconds * i / len(MODELS) - 5  # what one does not need is the next one's
+    for left, name in zip(range(len(MODELS), 0, -1), MODELS, strict=True):
+        now = time.monotonic()
+        end = now + (until - now) / left - A_COUNT  # what one does not need is the next ones'
+        if now > end:
+            yield name, "not measured: no time was left", None
+            continue
         task = TASKS[name]
         setups = [Setup(way, name, task.small, n) for n in counts for way in (*peers, *ours)]
         one: dict[str, float] = {}
         with Crews(setups) as crews:
             for n in counts:
                 title = f"{name}, {task.small} rows, {n} worker{'s' * (n > 1)}"
+                title += " (12 of ours: there are 12 shards)" * (n > SHARDS)
                 if time.monotonic() > end:
                     yield title, "not measured: no time was left", None
                     continue

@@ -65,7 +65,9 @@ def test(python: Path, tests: list[str], processes: int, log: Path) -> dict[str,
     with log.open("w") as file:
         run(python, *command, *tests, log=file, check=False)
     text = log.read_text()
-    counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|error)", _last(text))}
+    summaries = [line for line in text.splitlines() if re.search(r"\d+ \w+.* in [\d.]+s", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", summaries[-1] if summaries else "")
+    counts = {what: int(number) for number, what in found}
     return {
         "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0),
@@ -73,11 +75,6 @@ def test(python: Path, tests: list[str], processes: int, log: Path) -> dict[str,
         "minutes": round((time.monotonic() - begin) / 60, 1),
         "failures": sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE))),
     }
-
-
-def _last(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
 
 
 def row_of(pair: str, options: argparse.Namespace) -> dict[str, Any]:

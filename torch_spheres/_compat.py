@@ -30,8 +30,10 @@ from torch.utils.data import DataLoader
 
 __all__ = ["LOOKED_UP", "PrivateApi", "missing", "require"]
 
-PARALLEL, LOADER, RANKS = "SphereParallel", "wrap()", "training in several processes"
-_NEWEST_TRIED = "2.15"
+PARALLEL, LOADER = "SphereParallel", "wrap()"
+RANKS, CHECKPOINT = "training in several processes", "a checkpoint"
+_FEATURES = (PARALLEL, LOADER, RANKS, CHECKPOINT)
+_NEWEST_TRIED = "2.14"
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,22 @@ def compile_as(source: nn.Module, copied: nn.Module) -> None:
 # ---- random numbers ----
 
 DispatchKeySet = _look_up("torch._C.DispatchKeySet", PARALLEL, LOADER, instead=repr)
-dispatch_key = _look_up("torch._C._dispatch_key_parse", PARALLEL, LOADER, instead=str)
+_dispatch_key_parse = _look_up("torch._C._dispatch_key_parse", PARALLEL, LOADER)
+
+
+def _dispatch_key(name: str) -> Any:
+    """The key, which `torch._C.DispatchKey` does not list, or None."""
+    with contextlib.suppress(RuntimeError, TypeError):
+        key = _dispatch_key_parse(name)
+        LOOKED_UP.append(PrivateApi(f"dispatch key {name}", (PARALLEL, LOADER), "", found=True))
+        return key
+    LOOKED_UP.append(PrivateApi(f"dispatch key {name}", (PARALLEL, LOADER), "", found=False))
+    return None
+
+
+DRAW_KEY = "DeferredInit"
+"""Declared by PyTorch, and used for nothing there; see random.py."""
+draw_key = _dispatch_key(DRAW_KEY)
 IncludeDispatchKey = _look_up("torch._C._IncludeDispatchKeyGuard", PARALLEL, LOADER)
 ExcludeDispatchKey = _look_up("torch._C._ExcludeDispatchKeyGuard", PARALLEL, LOADER)
 operator_schemas: Callable[[], list[Any]] = _look_up(
@@ -216,7 +233,7 @@ operator_schemas: Callable[[], list[Any]] = _look_up(
 
 # ---- tensors ----
 
-pytree: Any = _look_up("torch.utils._pytree", PARALLEL, LOADER)
+pytree: Any = _look_up("torch.utils._pytree", *_FEATURES)
 dlpack_exchange: Any = _look_up(
     "torch.Tensor.__dlpack_c_exchange_api__",
     without="C++ asks tensors for their memory by Python calls, half a microsecond for each",
@@ -348,16 +365,27 @@ _look_at(
     "nn.Module", nn.Module(), (PARALLEL,), "_parameters", "_buffers", "_modules",
     "_compiled_call_impl", "_call_impl", *FORWARD_HOOKS, *OTHER_HOOKS,
 )  # fmt: skip
-_look_at("Tensor", torch.empty(0), (PARALLEL, LOADER), "_version", "_backward_hooks")
+_look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version", "_backward_hooks")
 _look_at("Generator", torch.default_generator, (PARALLEL, LOADER), "_cdata")
+
+
+def _iterator(loader: Any) -> Any:
+    """One to look at; None if this torch cannot make it, so that nothing is found."""
+    try:
+        with torch.device("cpu"):  # whatever the default device is
+            return iter(loader)
+    except Exception:  # noqa: BLE001 - then wrap() refuses, and the rest works
+        return None
+
+
 # (With a generator of its own: the seed that the iterator draws is nobody's.)
-_loader: Any = DataLoader([0], generator=torch.Generator())  # type: ignore[arg-type]
+_loader: Any = DataLoader([0], generator=torch.Generator("cpu"))  # type: ignore[arg-type]
 _look_at(
     "DataLoader", _loader, (LOADER,), "_get_iterator", "_iterator", "_dataset_kind",
     "_auto_collation", "_index_sampler", "check_worker_number_rationality",
 )  # fmt: skip
 _look_at(
-    "DataLoader's iterator", iter(_loader), (LOADER,), "_auto_collation", "_base_seed",
+    "DataLoader's iterator", _iterator(_loader), (LOADER,), "_auto_collation", "_base_seed",
     "_collate_fn", "_dataset", "_dataset_kind", "_drop_last", "_index_sampler", "_next_data",
     "_next_index", "_num_workers", "_num_yielded", "_persistent_workers", "_pin_memory",
     "_pin_memory_device", "_reset", "_sampler_iter", "_timeout",
@@ -370,7 +398,7 @@ def missing(feature: str) -> list[str]:
     return [api.path for api in LOOKED_UP if not api.found and feature in api.needed_by]
 
 
-_MISSING = {feature: missing(feature) for feature in (PARALLEL, LOADER, RANKS)}
+_MISSING = {feature: missing(feature) for feature in _FEATURES}
 
 
 def require(feature: str) -> None:

@@ -68,6 +68,7 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
         TypeError: an object has no state, or a sharded one that is not a model's; or `step` is no
             integer.
     """
+    _compat.require(_compat.CHECKPOINT)
     _need_states(objects)
     parts = {name: _packed(thing) for name, thing in objects.items()}
     _refuse_sharded({name: part for name, part in parts.items() if isinstance(part, tuple)})
@@ -96,6 +97,7 @@ def restore_checkpoint_state(state: Mapping[str, Any], /, **objects: Any) -> int
         ValueError: it is no such state, it has other names, a model's parameters or an optimizer's
             groups are others. Nothing has been changed.
     """
+    _compat.require(_compat.CHECKPOINT)
     _check(state, objects)
     # Models copy into their parameters, but optimizers would train on the state's own tensors.
     saved = {
@@ -276,6 +278,7 @@ def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{path} is no whole checkpoint; was it copied in part, or written by something "
                 f"else than save_checkpoint? ({type(error).__name__})"
             ) from error
+    _compat.require(_compat.CHECKPOINT)
     _check(state, objects)
     return state
 

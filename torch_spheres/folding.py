@@ -163,10 +163,7 @@ class GradientFold:
 
     def add(self, shard: int, grads: Grads) -> None:
         """Takes the gradients of a shard that has run, out of the list, which is empty then."""
-        mine: Grads = [
-            g.float() if g is not None and g.dtype in _HALF and not g.is_sparse else g
-            for g in grads
-        ]
+        mine: Grads = [g.float() if g is not None and g.dtype in _HALF else g for g in grads]
         grads.clear()  # the caller's frame would keep them alive while they are folded
         node, place = self._leaf_nodes[shard]
         if self._depth == 0:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler, IterDataPipe, MapDataPipe
+import torch.utils.data
+from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_spheres import _compat
 from torch_spheres.loading.ahead import AheadIterator
@@ -37,6 +38,9 @@ __all__ = ["SphereLoader", "wrap"]
 
 T = TypeVar("T", covariant=True)
 _WORKERS = ("sphere", "process")
+# (torch may drop them.)
+_PIPES = [getattr(torch.utils.data, name, None) for name in ("IterDataPipe", "MapDataPipe")]
+_DATA_PIPES = tuple(kind for kind in _PIPES if kind is not None)
 
 
 class SphereLoader(DataLoader[T]):
@@ -252,7 +256,7 @@ def wrap(
     """
     _compat.require(_compat.LOADER)
     _check(loader, spheres, copy_dataset, workers)
-    if isinstance(loader.dataset, (IterDataPipe, MapDataPipe)) and workers == "sphere":
+    if isinstance(loader.dataset, _DATA_PIPES) and workers == "sphere":
         raise TypeError(
             f"{type(loader.dataset).__name__} is a DataPipe, which torch no longer develops and "
             "which is not made for threads; use a Dataset or an IterableDataset, or leave this "

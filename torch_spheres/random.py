@@ -28,9 +28,7 @@ from torch_spheres import _compat
 
 __all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom", "next_base"]
 
-_KEY_NAME = "DeferredInit"
-_KEY = _compat.dispatch_key(_KEY_NAME)
-_KEYS = _compat.DispatchKeySet(_KEY)
+_KEYS = _compat.DispatchKeySet(_compat.draw_key)
 _SEEDS = 2**63 - 1
 
 _here = threading.local()
@@ -100,7 +98,7 @@ class Active:
         _install()
         self._outer = getattr(_here, "shard", None)
         _here.shard = self._shard
-        self._key = _compat.IncludeDispatchKey(_KEY)
+        self._key = _compat.IncludeDispatchKey(_compat.draw_key)
         self._key.__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -246,7 +244,7 @@ def _install() -> None:
         if _libraries:
             return
         everything = library.Library("_", "IMPL")
-        everything.fallback(library.fallthrough_kernel, _KEY_NAME)
+        everything.fallback(library.fallthrough_kernel, _compat.DRAW_KEY)
         aten = library.Library("aten", "IMPL")
         for schema in _compat.operator_schemas():
             if not schema.name.startswith("aten::"):
@@ -263,8 +261,8 @@ def _install() -> None:
             op = getattr(packet, schema.overload_name or "default", None)
             if op is not None:
                 for where in taken:
-                    aten.impl(op, _kernel_of(op, where), _KEY_NAME)
-        aten.impl("native_dropout", _native_dropout, _KEY_NAME)
+                    aten.impl(op, _kernel_of(op, where), _compat.DRAW_KEY)
+        aten.impl("native_dropout", _native_dropout, _compat.DRAW_KEY)
         default = _DefaultGenerator(torch.default_generator)
         torch.random.default_generator = default  # type: ignore[assignment, attr-defined]
         _libraries.extend((everything, aten))

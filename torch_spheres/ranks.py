@@ -60,7 +60,6 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks 
     world = dist.get_world_size(process_group)
     if world == 1:
         return None
-    _compat.require(_compat.RANKS)
     rank = dist.get_rank(process_group)
     if rank < 0:
         raise ValueError("this process is not in the process_group that it was given")
@@ -77,6 +76,7 @@ def ranks_of(process_group: ProcessGroup | None) -> Ranks:
 
     One for all parts of a program: they talk in the same order on all ranks.
     """
+    _compat.require(_compat.RANKS)
     group = dist.group.WORLD if process_group is None else process_group
     known = _live.get(group)
     if known is None:

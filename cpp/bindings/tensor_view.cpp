@@ -136,7 +136,12 @@ bool view_by_methods(py::handle tensor, TensorView& view) {
     view.shape.push_back(size.cast<std::int64_t>());
     view.numel *= static_cast<std::size_t>(view.shape.back());
   }
-  view.data = reinterpret_cast<char*>(called(tensor, torch->data_ptr).cast<std::uintptr_t>());
+  try {
+    view.data = reinterpret_cast<char*>(called(tensor, torch->data_ptr).cast<std::uintptr_t>());
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_RuntimeError)) throw;
+    return false;  // it has no memory of its own: a transform's, for one
+  }
   return true;
 }
 

@@ -128,11 +128,12 @@ def prepare(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
     ):
         return None
     try:
-        tree = _resolve(dataset, _Index.of(indices))
+        index = _Index.of(indices)  # as they are now: the list is the caller's
+        tree = _resolve(dataset, index)
     except (_Slow, IndexError, OverflowError):
         return None
     columns: list[tuple[_Array, int, int]] = []
-    batch = _allocate(tree, len(indices), columns)
+    batch = _allocate(tree, len(index.array), columns)
     return batch, _core.Gather(columns, (tree, batch))
 
 
@@ -187,8 +188,8 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or tensor.is_conj()
         or tensor.is_neg()
         or tensor.is_inference()
-        or (tensor.data_ptr() == 0 and tensor.numel() > 0)  # zeros that autograd does not store
         or _compat.is_functorch_wrapped(tensor)
+        or (tensor.data_ptr() == 0 and tensor.numel() > 0)  # zeros that autograd does not store
         or fwAD.unpack_dual(tensor).tangent is not None
     ):
         raise _Slow
