@@ -7,6 +7,7 @@ ours, so that no peer is measured, for better or worse, with the library loaded.
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import os
 import time
@@ -106,8 +107,11 @@ def distributed(setup: Setup, model: nn.Module) -> nn.Module:
         rank=setup.rank,
         world_size=setup.workers,
     )
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options = {no_sync: False}  # by its name in this release
     return DistributedDataParallel(
-        model, gradient_as_bucket_view=True, forward_sync_buffers=False, static_graph=True
+        model, gradient_as_bucket_view=True, static_graph=True, **options
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import random
 import time
 import warnings
@@ -12,6 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 import torch_spheres as ts
+
+# The plain loaders that wrapped ones are compared with have datasets of local classes, which only
+# forked workers can have: no longer the default from Python 3.14 on.
+multiprocessing.set_start_method("fork", force=True)
 
 
 class Numbers(Dataset):

@@ -302,8 +302,8 @@ def test_sets_alive_at_once(levels, extra, concurrency, way, monkeypatch):
         ((limit, peak),) = folds
         assert limit == concurrency + extra
         assert 1 <= peak <= limit
-        # Without the GIL, Python frees what another thread has made when that one comes by: the fold
-        # keeps to the limit, and memory follows in a moment.
+        # Without the GIL, Python frees what another thread has made when that one comes by: memory
+        # follows the fold, which keeps to the limit, in a moment.
         assert 1 <= Watched.peak <= (limit if has_gil() else 2 * limit)
         expected = x.sum(0) if way == "backward" else x.mean(0)
         torch.testing.assert_close(model.w.grad, expected, rtol=1e-4, atol=1e-4)

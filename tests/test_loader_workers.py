@@ -310,6 +310,8 @@ def test_get_worker_info_that_was_imported_before():
     script = """
 from torch.utils.data import DataLoader, get_worker_info
 import torch
+import multiprocessing
+multiprocessing.set_start_method("fork")
 class Who(torch.utils.data.Dataset):
     def __len__(self): return 4
     def __getitem__(self, index): return get_worker_info().id

@@ -41,6 +41,9 @@ class Fake:
 
 
 def test_tensorboard_shows_each_n_steps_what_came_between(tmp_path: Any) -> None:
+    pytest.importorskip(
+        "tensorboard"
+    )  # of the test extra; its grpcio is not there for every Python
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 

@@ -195,12 +195,14 @@ class Team:
 
     # ---- the spheres' side ----
 
-    def _schedule(self, queue: _Queue, *, promised: bool = False) -> bool:
+    def _schedule(self, queue: _Queue, *, promised: bool = False, goes_on: bool = False) -> bool:
         """One task per work item: shards of a model that wait for a sphere get their turn.
 
         Args:
             queue: whose first task is to be done; by nobody new if somebody is at it already.
             promised: `scheduled` was set for the very work item that this hands in.
+            goes_on: the caller does the task itself if this is False; until then the promise
+                stands, or another thread would wait for room to hand the task in.
 
         False: the spheres take no more batches of work from one of their own threads.
         """
@@ -218,18 +220,19 @@ class Team:
                 self._stopped = True
                 self._changed.notify_all()
         except BaseException as error:
+            refused = isinstance(error, RuntimeError) and self._spheres._core.on_own_thread()
             # Ctrl-C too: whoever waits for the task next schedules it again.
-            if promised:
+            if promised and not (refused and goes_on):
                 with self._changed:
                     queue.scheduled = False
-            if isinstance(error, RuntimeError) and self._spheres._core.on_own_thread():
+            if refused:
                 return False
             raise
         return True
 
     def _do_one(self, queue: _Queue) -> None:
         while self._do_task(queue, promised=True):
-            if self._schedule(queue, promised=True):
+            if self._schedule(queue, promised=True, goes_on=True):
                 return
 
     def _do_task(self, queue: _Queue, *, promised: bool = False) -> bool:
