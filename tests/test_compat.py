@@ -363,7 +363,7 @@ def test_all_alternatives_at_once():
     """From the import on: some are used there."""
     done = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", ALL_ALTERNATIVES],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
