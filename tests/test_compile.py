@@ -16,6 +16,7 @@ import torch_spheres as ts
 # What torch.compile itself has to say about torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is not a leaf Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),  # on Python 3.13.0
 ]
 
 X = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
