@@ -1,9 +1,8 @@
 // Reads a torch tensor's address, type and shape without libtorch.
 //
-//     read_tensors_by(exchange);                   // once, on import
+//     read_tensors_by(exchange);          // once, on import
 //     TensorView view;
-//     if (view_tensor(object, view)) ...           // false: not a plain dense CPU tensor, ask
-//     Python
+//     if (view_tensor(object, view)) ...  // false: not a plain dense CPU tensor, ask Python
 //
 // GIL held.  From 2.10 on torch publishes a C function for this in the DLPack exchange interface
 // (torch.Tensor.__dlpack_c_exchange_api__, a capsule); the few structs of that interface's binary
