@@ -2,7 +2,9 @@
 
 import signal
 
+import effort
 import pytest
+from hypothesis import settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background, by a shell that keeps Ctrl-C away from it: the processes that tests
@@ -19,6 +21,22 @@ except ModuleNotFoundError as error:
             returncode=2,
         )
     raise
+
+
+# The same examples in every run: what fails here fails everywhere. `--long` draws others each time.
+settings.register_profile("short", deadline=None, derandomize=True)
+settings.register_profile("long", deadline=None, print_blob=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="soak: many more rounds and examples")
+
+
+def pytest_configure(config):
+    is_long = config.getoption("long")
+    settings.load_profile("long" if is_long else "short")
+    if is_long:
+        effort.take_long()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from effort import rounds
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch.utils.data import (
@@ -20,7 +21,7 @@ from torch.utils.data import (
 )
 
 WORLDS = (1, 2, 3, 4, 6, 12)
-thorough = settings(deadline=None, max_examples=60)
+thorough = settings(max_examples=rounds(60))
 
 
 class FakeSpheres:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import reference
 import torch
+from effort import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ def test_a_part_is_a_run_of_children_of_its_lowest_sphere():
     assert [parts_of(r * 4, r * 4 + 4) for r in range(3)] == [[(0, 4)], [(4, 8)], [(8, 12)]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=rounds(60))
 @given(
     case=st.sampled_from(EVERY + MORE[:4]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),

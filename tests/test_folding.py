@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from effort import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_support import soon
@@ -38,7 +39,7 @@ def test_the_tree_s_order_has_every_leaf_once_and_siblings_together(leaves):
         assert len({k % step for k in order[i : i + 12]}) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=rounds(60))
 @given(
     leaves=st.sampled_from([1, 12, 144]),
     concurrency=st.integers(1, 6),
@@ -86,7 +87,7 @@ def check(sums, leaves, shards, users, dtype):
             assert torch.equal(by_tree_sum, expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=rounds(15))
 @given(
     leaves=st.sampled_from([12, 144]),
     threads=st.integers(2, 6),

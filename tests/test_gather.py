@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from effort import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_support import epochs, flat, same
@@ -97,7 +98,7 @@ def nested(kind, parts):
     return Subset(parts[0], random.Random(1).choices(range(-ROWS, ROWS), k=ROWS))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=rounds(80))
 @given(data=st.data())
 def test_any_nesting(spheres, memmap, data):
     def leaf():

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from effort import rounds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loader_support import Batches, Numbers, Stream, epochs, on_spheres, same
@@ -88,17 +89,13 @@ SAMPLERS = {
 }
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=rounds(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_configuration_without_workers(spheres, data):
     configure(spheres, data, st.just(0))
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=rounds(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_configuration_with_two_workers(spheres, data):
     configure(spheres, data, st.just(2))

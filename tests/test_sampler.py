@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sampler_support import SAMPLERS, WORLDS, FakeSpheres, draws, every_sampler, thorough
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -100,7 +100,6 @@ def test_indices_that_are_not_integers(index: Any) -> None:
 
 
 @given(rows=st.integers(0, 4000), shards=st.sampled_from([1, 5, 12, 144, 1728]))
-@settings(deadline=None)
 def test_shard_bounds_cut_as_tensor_split(rows: int, shards: int) -> None:
     expected = [part.tolist() for part in torch.tensor_split(torch.arange(rows), shards)]
     assert [list(range(a, b)) for a, b in shard_bounds(rows, shards)] == expected
@@ -118,7 +117,6 @@ def path(item: int, levels: int) -> list[int]:
 
 
 @given(levels=st.sampled_from([1, 2, 3, 4]), rows=st.integers(0, 3000))
-@settings(deadline=None)
 def test_groups_are_the_shards_below_a_kissing_sphere(levels: int, rows: int) -> None:
     batches = SphereBatchSampler(range(1), 1, spheres=FakeSpheres(levels))
     batch = [7 * row for row in range(rows)]
@@ -219,7 +217,6 @@ def test_small_batches_leave_ranks_with_empty_lists() -> None:
     rows=st.integers(1, 60),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_item_g_is_group_g(levels: int, world: int, rows: int, data: st.DataObject) -> None:
     world = 1 if levels == 1 else world
     rank = data.draw(st.integers(0, world - 1))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from effort import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_support import SAMPLERS, WORLDS, draws, every_sampler, given_generator, saved
@@ -32,7 +33,7 @@ def run_epochs(batches: SphereBatchSampler, epochs: range) -> list[list[list[int
     return seen
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=rounds(200))
 @given(
     name=every_sampler,
     n=st.integers(1, 60),

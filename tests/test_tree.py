@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effort import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import tree
@@ -62,7 +63,7 @@ def test_bits_for_every_dtype_and_depth(dtype, count):
     assert_same_bits(ts.tree_sum(shards), tree(shards))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=rounds(200))
 @given(
     mask=st.integers(0, 4095),
     dtype=st.sampled_from(FAST),
@@ -75,7 +76,7 @@ def test_any_subset_of_absent_children(mask, dtype, numel, seed):
     assert_same_bits(ts.tree_sum(shards), tree(shards))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=rounds(30))
 @given(present=st.sets(st.integers(0, 143), min_size=1), seed=st.integers(0, 2**32))
 def test_any_subset_of_absent_leaves(present, seed):
     shards = shards_of((33,), torch.bfloat16, 144, seed, set(range(144)) - present)
