@@ -17,11 +17,11 @@ from torch_spheres.checkpoint import (
 )
 from torch_spheres.division import shard_bounds
 from torch_spheres.errors import RankError, StoppedError
-from torch_spheres.exporters import StatsLog
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
 from torch_spheres.loading.stats import LoaderStats
+from torch_spheres.log import StatsLog
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.plots import plot_loader, plot_timeline
 from torch_spheres.prepare import prepare
