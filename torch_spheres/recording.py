@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
-from types import TracebackType
+from itertools import accumulate, groupby
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -62,12 +62,7 @@ class Recording(Trace):
         spheres._recording = self
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if os.getpid() != self._process:
             return  # what is recorded, and whoever records it, is in the parent process
         spheres, self._spheres = self._spheres, None
@@ -224,23 +219,18 @@ def _queued(
     changes += [(s.begin_ns, -s.count) for s in slices if s.kind == "item" and s.begin_ns > since]
     if start is None:
         changes.sort()
-        start = least = 0
-        for _, more in changes:
-            least += more
-            start = max(start, -least)
+        start = -min(accumulate((more for _, more in changes), initial=0))
     yield from _summed("queued items", changes, since, start)
 
 
 def _summed(name: str, changes: list[tuple[int, int]], since: int, start: int) -> Iterator[Counter]:
     """One value for each moment, and only those that differ from the one before."""
-    sums = {since: start}
-    value = start
-    for when, more in sorted(changes):
-        value += more
-        sums[when] = value
-    shown = None
-    for moment, value in sums.items():
-        value = max(0, value)  # items that began while counting began are counted off twice
-        if value != shown:
-            yield Counter(name, moment, value)
-        shown = value
+    changes.sort()
+    totals = accumulate((more for _, more in changes), initial=start)
+    # (Items that began while counting began are counted off twice.)
+    values = {
+        moment: max(0, total)
+        for moment, total in zip([since, *(when for when, _ in changes)], totals, strict=True)
+    }
+    for _, same in groupby(values.items(), key=itemgetter(1)):
+        yield Counter(name, *next(same))

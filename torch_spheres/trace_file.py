@@ -72,11 +72,14 @@ class _Events:
 
     def meta(self, what: str, track: int, **args: Any) -> Event:
         """Something that is said of a track, or of the process."""
-        return {"ph": "M", "name": what, "pid": self._process, "tid": track, "ts": 0, "args": args}
+        return self._event("M", what, track, self._trace.begin_ns, args=args)
 
-    def _at(self, moment: int) -> float:
-        """Microseconds from the trace's beginning: the format's unit, exact to the nanosecond."""
-        return (moment - self._trace.begin_ns) / 1000
+    def _event(self, phase: str, name: str, track: int, moment: int, **more: Any) -> Event:
+        # Microseconds are the format's unit; these are exact to the nanosecond.
+        since = (moment - self._trace.begin_ns) / 1000
+        return {
+            "ph": phase, "name": name, "pid": self._process, "tid": track, "ts": since, **more
+        }  # fmt: skip
 
     def _slice(self, s: Slice) -> Event:
         args: dict[str, Any] = {}
@@ -94,16 +97,8 @@ class _Events:
                 "owner": Topology.path_string(s.owner),
                 "stolen": s.is_stolen,
             }
-        return {
-            "ph": "X",
-            "cat": s.kind,
-            "name": name,
-            "pid": self._process,
-            "tid": _track(s.sphere),
-            "ts": self._at(s.begin_ns),
-            "dur": s.duration_ns / 1000,
-            "args": args,
-        }
+        dur, track = s.duration_ns / 1000, _track(s.sphere)
+        return self._event("X", name, track, s.begin_ns, cat=s.kind, dur=dur, args=args)
 
     def _arrow(self, number: int, arrow: Arrow) -> list[Event]:
         """Its two ends; none where events were lost and there is nothing that one could be at."""
@@ -111,16 +106,8 @@ class _Events:
         if not all(self._has_slice_at(sphere, moment) for sphere, moment in ends):
             return []
         start, finish = (
-            {
-                "ph": end,
-                "cat": arrow.kind,
-                "name": arrow.kind,
-                "id": number,
-                "pid": self._process,
-                "tid": _track(sphere),
-                "ts": self._at(moment),
-            }
-            for end, (sphere, moment) in zip("sf", ends, strict=True)
+            self._event(phase, arrow.kind, _track(sphere), moment, cat=arrow.kind, id=number)
+            for phase, (sphere, moment) in zip("sf", ends, strict=True)
         )
         return [start, {**finish, "bp": "e"}]  # it ends at the slice around, not at the next one
 
@@ -130,13 +117,7 @@ class _Events:
         return place >= 0 and outer[place].end_ns >= moment
 
     def _counter(self, c: Counter) -> Event:
-        return {
-            "ph": "C",
-            "name": c.name,
-            "pid": self._process,
-            "ts": self._at(c.time_ns),
-            "args": {"value": c.value},
-        }
+        return self._event("C", c.name, 0, c.time_ns, args={"value": c.value})
 
 
 def _track(sphere: int) -> int:
