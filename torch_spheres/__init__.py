@@ -21,12 +21,12 @@ from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
 from torch_spheres.loading.stats import LoaderStats
-from torch_spheres.log import StatsLog
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.plots import plot_loader, plot_timeline
 from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler
 from torch_spheres.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
+from torch_spheres.stats_log import StatsLog
 from torch_spheres.system import KissingSpheres, usable_cores
 from torch_spheres.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.tree import tree_sum

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from torch_spheres import _core
 from torch_spheres.live import Live
-from torch_spheres.log import ScalarWriter, StatsLog, Steps
 from torch_spheres.plots import plot_rings
 from torch_spheres.recording import Recording
 from torch_spheres.snapshot import Began, snapshot
 from torch_spheres.stats import Stats
+from torch_spheres.stats_log import ScalarWriter, StatsLog, Steps
 from torch_spheres.stats_table import format_stats
 from torch_spheres.watching.readings import Reading, Rows
 from torch_spheres.watching.svg import picture
