@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,11 @@ def test_snippet(index, tmp_path):
     # (Without the GIL Python says so when a package, such as fontTools, turns it on.)
     options = ["-W", "error", "-W", "ignore:The global interpreter lock:RuntimeWarning"]
     done = subprocess.run(
-        [sys.executable, *options, str(script)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, *options, str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"KINETO_LOG_LEVEL": "9"},  # torch's profiler tells when it begins
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
