@@ -61,7 +61,8 @@ class Live:
         plain_seconds: float = 10.0,
     ) -> None:
         self._spheres = spheres
-        self._seconds = 1 / _positive("refresh_per_second", refresh_per_second)
+        seconds = 1 / _positive("refresh_per_second", refresh_per_second)
+        self._seconds = min(seconds, threading.TIMEOUT_MAX)
         self._plain_seconds = _positive("plain_seconds", plain_seconds)
         if file is not None and not _takes_text(file):
             raise TypeError(f"file must be a text file, such as sys.stderr, or None, got {file!r}")
@@ -155,7 +156,8 @@ class Live:
         starts = spheres._starts - spheres.running
         first = Reading.of(spheres)
         # Rates are of about a second, or of the time from line to line.
-        readings = deque([first], maxlen=1 + math.ceil(1 / self._seconds) if draws else 2)
+        looks = 1 + math.ceil(min(1 / self._seconds, 1000.0))
+        readings = deque([first], maxlen=looks if draws else 2)
         pause = 0.0 if draws else self._plain_seconds
         try:
             with display as show:
