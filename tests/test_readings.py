@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import signal
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 
 import pytest
-from terminal import script
 
 import torch_spheres as ts
 from torch_spheres.watching.readings import Rates, Reading, Rows, Totals
@@ -95,68 +96,42 @@ def test_rows_are_counted_from_any_thread() -> None:
     assert counted.value == 40_000
 
 
-SLOW = """
-import os, signal, sys, threading
-import torch_spheres as ts
-
 class Slow(int):
-    # Takes a moment to add, and that is while nobody else can.
-    def __radd__(self, other):
-        meanwhile()
-        return int(other) + int(self)
+    """Does something else while it is added, when nobody else can add."""
 
-spheres = ts.KissingSpheres(levels=1)
-live = spheres.live()
-"""
+    meanwhile: Callable[[], object]
+
+    def __radd__(self, other: int) -> int:
+        self.meanwhile()
+        return other + int(self)
 
 
-@pytest.mark.parametrize("call", ["live.advance(5)", "spheres._rows.loaded(5)"])
-def test_a_signals_handler_may_count_while_its_thread_does(call: str) -> None:
-    text = f"""
-def handler(*_):
-    {call}
-    print("handled")
-def meanwhile():
-    signal.raise_signal(signal.SIGTERM)
-signal.signal(signal.SIGTERM, handler)
-spheres._rows.{"advance" if "live" in call else "loaded"}(Slow(4))
-live.update(samples=3)
-live.advance(2)
-print(spheres._rows.value)
-"""
-    done = subprocess.run(
-        script(SLOW + text), capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "handled\n5\n"), done.stderr
+def test_a_signals_handler_may_count_while_its_thread_does() -> None:
+    counted, rows = Rows(), Slow(4)
+    rows.meanwhile = lambda: signal.raise_signal(signal.SIGUSR1)
+    before = signal.signal(signal.SIGUSR1, lambda *_: counted.tell(7))
+    try:
+        counted.loaded(rows)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert counted.value == 7
 
 
 def test_a_forked_child_counts_though_a_thread_of_its_parent_was_counting() -> None:
-    text = """
-begun, gate = threading.Event(), threading.Event()
-def meanwhile():
-    begun.set()
-    gate.wait(60)
-thread = threading.Thread(target=spheres._rows.loaded, args=[Slow(4)])
-thread.start()
-begun.wait(60)
-pid = os.fork()
-if pid == 0:
-    signal.alarm(20)  # ends a child that hangs
-    spheres._rows.loaded(1)
-    assert spheres._rows.value == 1
-    live.advance(2)
-    assert spheres._rows.value == 2
-    os._exit(3)
-code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-gate.set()
-thread.join()
-assert spheres._rows.value == 4
-sys.exit(code)
-"""
-    done = subprocess.run(
-        script(SLOW + text), capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    assert done.returncode == 3, done.stderr
+    counted, rows = Rows(), Slow(4)
+    begun, gate = threading.Event(), threading.Event()
+    rows.meanwhile = lambda: (begun.set(), gate.wait(LIMIT))
+    thread = threading.Thread(target=counted.loaded, args=[rows])
+    thread.start()
+    assert begun.wait(LIMIT)
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)  # ends a child that hangs
+        counted.loaded(1)
+        os._exit(counted.value or 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    gate.set()
+    thread.join()
+    assert (code, counted.value) == (1, 4)
 
 
 # ---- notebooks ----
