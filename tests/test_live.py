@@ -19,13 +19,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from system_support import eventually
 from terminal import Program, Screen, script
-from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.watching.readings import Reading
 
 SUBTREES = ["root", *map(str, range(12)), "all"]
 HEADER = """
@@ -380,23 +377,3 @@ def test_files_that_are_none(file: Any) -> None:
         spheres.live(file=file)
     with pytest.raises(TypeError, match="plain must be True, False or None, got 'no'"):
         spheres.live(plain="no")  # type: ignore[arg-type]
-
-
-def test_samples_are_counted_or_told() -> None:
-    with ts.KissingSpheres() as spheres:
-        assert Reading.of(spheres).samples is None
-        data = TensorDataset(torch.randn(50, 3))
-        for _ in ts.wrap(DataLoader(data, batch_size=8), spheres):
-            pass
-        for _ in ts.wrap(DataLoader(data, batch_size=8, num_workers=2), spheres):
-            pass
-        assert Reading.of(spheres).samples == 100
-        live = spheres.live()
-        live.advance(3)
-        live.advance()
-        assert Reading.of(spheres).samples == 4
-        live.update(samples=2)
-        assert Reading.of(spheres).samples == 2
-        for bad, error in ((-1, ValueError), (1.5, TypeError), ("3", TypeError)):
-            with pytest.raises(error, match="samples must be"):
-                live.advance(bad)  # type: ignore[arg-type]

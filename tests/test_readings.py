@@ -10,6 +10,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
 from torch_spheres.watching.readings import Rates, Reading, Rows, Totals
@@ -132,6 +134,26 @@ def test_a_forked_child_counts_though_a_thread_of_its_parent_was_counting() -> N
     gate.set()
     thread.join()
     assert (code, counted.value) == (1, 4)
+
+
+def test_samples_are_counted_or_told() -> None:
+    with ts.KissingSpheres() as spheres:
+        assert Reading.of(spheres).samples is None
+        data = TensorDataset(torch.randn(50, 3))
+        for _ in ts.wrap(DataLoader(data, batch_size=8), spheres):
+            pass
+        for _ in ts.wrap(DataLoader(data, batch_size=8, num_workers=2), spheres):
+            pass
+        assert Reading.of(spheres).samples == 100
+        live = spheres.live()
+        live.advance(3)
+        live.advance()
+        assert Reading.of(spheres).samples == 4
+        live.update(samples=2)
+        assert Reading.of(spheres).samples == 2
+        for bad, error in ((-1, ValueError), (1.5, TypeError), ("3", TypeError)):
+            with pytest.raises(error, match="samples must be"):
+                live.advance(bad)  # type: ignore[arg-type]
 
 
 # ---- notebooks ----

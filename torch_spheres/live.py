@@ -154,12 +154,12 @@ class Live:
         spheres = self._spheres
         # To tell spheres that have stopped from those that are yet to start (again).
         starts = spheres._starts - spheres.running
-        first = Reading.of(spheres)
         # Rates are of about a second, or of the time from line to line.
-        looks = 1 + math.ceil(min(1 / self._seconds, 1000.0))
-        readings = deque([first], maxlen=looks if draws else 2)
+        looks = 1 + math.ceil(min(1 / self._seconds, 1000.0)) if draws else 2
         pause = 0.0 if draws else self._plain_seconds
         try:
+            first = Reading.of(spheres)
+            readings = deque([first], maxlen=looks)
             with display as show:
                 if draws:
                     show(Rates(first, first))

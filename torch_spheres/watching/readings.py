@@ -25,7 +25,6 @@ STATE_STYLES = {
     State.TERMINATING: "dim",
 }
 """rich's style of each state; of several spheres the first that one of them is in is shown."""
-_STATES = tuple(State)
 
 _lock = threading.RLock()  # a signal's handler may count while its thread does
 
@@ -88,7 +87,7 @@ class Totals(NamedTuple):
     @property
     def state(self) -> State:
         """The state to show for all of them."""
-        return next(s for s in STATE_STYLES if self.states[_STATES.index(s)])
+        return next(s for s in STATE_STYLES if self.states[s.value])
 
     @property
     def state_words(self) -> str:
@@ -96,14 +95,12 @@ class Totals(NamedTuple):
         if self.state is State.TERMINATING:
             return "stopped"
         word = self.state.name.lower()
-        return (
-            f"{word} {self.states[_STATES.index(self.state)]:,}" if sum(self.states) > 1 else word
-        )
+        return f"{word} {self.states[self.state.value]:,}" if sum(self.states) > 1 else word
 
     @property
     def working(self) -> int:
         """How many process or accumulate."""
-        return sum(self.states[_STATES.index(s)] for s in (State.PROCESSING, State.ACCUMULATING))
+        return sum(self.states[s.value] for s in (State.PROCESSING, State.ACCUMULATING))
 
 
 @dataclass(frozen=True, slots=True)
