@@ -15,8 +15,8 @@ from torch_spheres.snapshot import Began, snapshot
 from torch_spheres.stats import Stats
 from torch_spheres.stats_log import ScalarWriter, StatsLog, Steps
 from torch_spheres.stats_table import format_stats
-from torch_spheres.watching.readings import Reading, Rows
-from torch_spheres.watching.svg import picture
+from torch_spheres.watching.displays import as_html
+from torch_spheres.watching.readings import Rates, Reading, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -75,16 +75,17 @@ class Views:
         plain: bool | None = None,
         plain_seconds: float = 10.0,
     ) -> Live:
-        """A display of what the spheres do, in the terminal, for a ``with`` block: see `Live`.
+        """A display of what the spheres do while a ``with`` block runs: see `Live`.
 
         Args:
             refresh_per_second: how often it is drawn.
-            file: a terminal; default: stderr. Where it is none, lines are printed.
-            plain: whether to print lines; None: where there is no terminal.
+            file: a terminal; default: a notebook's cell, or stderr. Where it is none, lines are
+                printed.
+            plain: whether to print lines; None: where there is neither a terminal nor a notebook.
             plain_seconds: seconds from line to line. A last one comes at the end if there was one.
 
         Raises:
-            ImportError: rich is missing (on ``with``; not for plain lines).
+            ImportError: rich is missing (on ``with``, in a terminal; not for plain lines).
             RuntimeError: another display is shown (on ``with``).
             TypeError, ValueError: a number is none, or not more than 0; `file` is no text file.
         """
@@ -93,9 +94,8 @@ class Views:
         )
 
     def _repr_html_(self) -> str:
-        return picture(
-            Reading.of(self._spheres), started=self._starts > 0, forked=self._core.forked()
-        )
+        now = Reading.of(self._spheres)
+        return as_html(Rates(now, now))
 
     def log_to(
         self,
