@@ -27,7 +27,6 @@ from torch_spheres.loading.inline import InlineIterator
 from torch_spheres.loading.portions import same_random_state
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.stats import LoaderStats, Meter
-from torch_spheres.loading.tempo import Tempo
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
@@ -56,7 +55,6 @@ class SphereLoader(DataLoader[T]):
     _sphere_workers: str
     _sphere_ranks: Ranks | None
     _meter: Meter
-    _tempo: Tempo
     _pending: Progress | None
     _newest: weakref.ref[SphereIterator] | None
 
@@ -220,10 +218,8 @@ def wrap(
     drawn from torch's default generator or from ``get_worker_info().rng``, are those that *n*
     worker processes would have, on any number of threads, and batches are loaded ahead
     (``prefetch_factor``). Python's and numpy's process-wide generators are shared by threads: a
-    warning tells of it. With ``num_workers=0`` nothing is loaded ahead, and the kissing spheres
-    share each batch; a dataset that draws random numbers, is seen to change when it is asked, or is
-    no faster in threads, is left to the calling thread. Datasets that are tensors in memory are
-    gathered in C++ either way.
+    warning tells of it. With ``num_workers=0`` the loop's own thread loads, as in plain torch.
+    Datasets that are tensors in memory are gathered in C++ either way.
 
     Args:
         loader: any `DataLoader`; it stays as it is, and shares its sampler and dataset.
@@ -232,9 +228,9 @@ def wrap(
         device: batches are pinned, copied there by a stream of their own (with workers, ahead of
             the loop), and ready when handed over. None or the CPU: they stay where they are.
         copy_dataset: each logical worker has its own deep copy of the dataset, made with the
-            iterator (without workers each sphere, when it first loads); for datasets that are not
-            thread-safe. They share one otherwise; but with a ``worker_init_fn``, and of an iterable
-            dataset, each has a shallow copy, so that attributes that it sets are its own.
+            iterator; for datasets that are not thread-safe. They share one otherwise; but with a
+            ``worker_init_fn``, and of an iterable dataset, each has a shallow copy, so that
+            attributes that it sets are its own. (Without workers there is nobody to share with.)
         workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
             faster for datasets that run in Python and keep the GIL; without ``state_dict`` and
             `sample_seed`.
@@ -327,7 +323,7 @@ def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ra
 def _new_parts(workers: int, spheres: KissingSpheres) -> dict[str, Any]:
     """What no two loaders share."""
     meter = Meter(workers, spheres._rows.loaded)
-    return {"_iterator": None, "_newest": None, "_meter": meter, "_tempo": Tempo()}
+    return {"_iterator": None, "_newest": None, "_meter": meter}
 
 
 def _rebuild(

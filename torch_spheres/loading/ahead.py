@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_spheres import _compat, _core
+from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
-from torch_spheres.loading.gather import gathers, prepare
+from torch_spheres.loading.gather import prepare
 from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
-from torch_spheres.loading.streams import GlobalStates
+from torch_spheres.loading.streams import shared_states
 from torch_spheres.loading.team import Team
 from torch_spheres.loading.worker import Plan, Result
 
@@ -72,13 +72,7 @@ class AheadIterator(SphereIterator):
         assert loader.prefetch_factor is not None
         self._limit = loader.prefetch_factor * self._num_workers
         self._in_order = loader.in_order
-        self._gathers = (
-            self._dataset_kind == _compat.DatasetKind.Map
-            and loader.worker_init_fn is None
-            and self._auto_collation
-            and self._sender_is_plain
-            and gathers(self._dataset, self._collate_fn)
-        )
+        self._gathers &= loader.worker_init_fn is None
         self._plan = Plan(
             kind=self._dataset_kind,
             dataset=self._dataset,
@@ -145,7 +139,7 @@ class AheadIterator(SphereIterator):
         else:
             return  # all have come to the end of their datasets
         task, self._sent = self._sent, self._sent + 1
-        opened = self._open[task] = _Task(worker, index, self._pulled.value)
+        opened = self._open[task] = _Task(worker, index, self._pulled)
         self._load[worker] += 1
         if self._gathers and self._begin_to_gather(opened):
             return
@@ -160,7 +154,7 @@ class AheadIterator(SphereIterator):
                 self._team.drop(self._received)
                 self._received += 1
             if self._received == self._sent:
-                self._finished = True
+                self.finished = True
                 if not self._persistent_workers:
                     self._shutdown_workers()
                 raise StopIteration
@@ -184,7 +178,7 @@ class AheadIterator(SphereIterator):
     def _result(self) -> tuple[int, Result]:
         """Of the task whose turn it is, or of the first that is done."""
         wanted = self._received if self._in_order else None
-        before = GlobalStates.now() if self._looks > 0 else None
+        before = shared_states() if self._looks > 0 else None
         try:
             found = self._team.result(wanted, self._timeout)
         except TimeoutError:
@@ -192,7 +186,7 @@ class AheadIterator(SphereIterator):
         # The loop itself, which may draw from them as well, was in here all the time.
         if before is not None:
             self._looks -= 1
-            if before != GlobalStates.now():
+            if before != shared_states():
                 self._meter.tell(_SHARED_RANDOM)
                 self._looks = 0
         return found
@@ -236,10 +230,7 @@ class AheadIterator(SphereIterator):
     def _begin_to_gather(self, task: _Task) -> bool:
         """False: it has to be loaded sample by sample."""
         with self._meter.copying():
-            if torch.is_inference_mode_enabled():  # see `_context`
-                with torch.inference_mode(mode=False):
-                    prepared = prepare(self._dataset, task.index)
-            else:
+            with torch.inference_mode(mode=False):  # see `_context`
                 prepared = prepare(self._dataset, task.index)
             if prepared is None:
                 return False

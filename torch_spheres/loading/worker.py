@@ -166,14 +166,14 @@ class Worker:
                 raise
 
     def _begin(self, samples: int) -> Fetcher:
-        plan, restored = self._plan, self._restored
-        self._restored = None
-        dataset = self._info.dataset
-        if restored is not None:
-            restored.restore_dataset(dataset)
-        fetcher = Fetcher(plan.kind, dataset, plan.auto_collation, plan.collate_fn, plan.drop_last)
-        if restored is not None:
-            self.fetched = restored.fetched
-            restored.restore_iterator(fetcher, samples)
-            restored.restore_streams(self._info.rng)
+        plan, restored, dataset = self._plan, self._restored, self._info.dataset
+
+        def begin() -> Fetcher:
+            return Fetcher(plan.kind, dataset, plan.auto_collation, plan.collate_fn, plan.drop_last)
+
+        if restored is None:
+            return begin()
+        self._restored, self.fetched = None, restored.fetched
+        fetcher = restored.restore(dataset, begin, samples)
+        restored.restore_streams(self._info.rng)
         return fetcher
