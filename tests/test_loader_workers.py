@@ -255,13 +255,6 @@ def test_attributes_that_a_worker_sets_are_its_own(spheres):
 # ---- processes ----
 
 
-def test_a_multiprocessing_context_is_accepted_and_said_to_have_no_effect(spheres):
-    loader = DataLoader(torch.arange(4), 2, num_workers=1, multiprocessing_context="spawn")
-    with pytest.warns(UserWarning, match="multiprocessing_context has no effect"):
-        wrapped = ts.wrap(loader, spheres)
-    assert [batch.tolist() for batch in wrapped] == [[0, 1], [2, 3]]
-
-
 def test_processes_can_go_on_loading(spheres):
     loader = DataLoader(Numbers(20, draws=("torch", "random")), 4, num_workers=2)
     torch.manual_seed(2)

@@ -222,10 +222,10 @@ def test_states_that_do_not_fit() -> None:
         ValueError, match="saved with batch_size=2, not 3; drop_last=False, not True"
     ):
         SphereBatchSampler(range(10), 3, True).load_state_dict(state)
-    with pytest.raises(ValueError, match="saved with kind='global', not 'generator'"):
+    with pytest.raises(ValueError, match="was saved with kind='global', not 'generator'"):
         SphereBatchSampler(SAMPLERS["subset, generator"](9), 2).load_state_dict(state)
     del state["position"]
-    with pytest.raises(ValueError, match=r"no \{'position'\} in"):
+    with pytest.raises(ValueError, match=r"no \['position'\] in"):
         SphereBatchSampler(range(10), 2).load_state_dict(state)
 
 

@@ -218,10 +218,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         """
         (kind, _, restore), names = source_of(self.sampler), [f.name for f in fields(_Epoch)]
         here = {"batch_size": self.batch_size, "drop_last": self.drop_last, "kind": kind}
-        if missing := {*here, *names} - {*state}:
-            raise ValueError(f"not a SphereBatchSampler state: no {missing} in {list(state)}")
-        if differ := [f"{k}={state[k]!r}, not {v!r}" for k, v in here.items() if state[k] != v]:
-            raise ValueError(f"the state was saved with {'; '.join(differ)}")
+        check_state(state, "a SphereBatchSampler", names, here)
         epoch = _Epoch(**copy.deepcopy({name: state[name] for name in names}))
         self._newest = self._rng_at_iter = None
         self._pending = None if kind == "generator" and epoch.position == 0 else epoch
@@ -276,6 +273,16 @@ class _Epoch:  # what is saved of one pass over the sampler
     def count(self, batch: list[Any]) -> None:
         self.position += 1
         self.digest = digest(self.digest, batch)
+
+
+def check_state(
+    state: Mapping[str, Any], owner: str, names: Iterable[str], here: Mapping[str, Any]
+) -> None:
+    """ValueError unless it has all these names, and what is `here`, as its owner saved it."""
+    if missing := {*names, *here} - {*state}:
+        raise ValueError(f"not a state of {owner}: no {sorted(missing)} in {sorted(state)}")
+    if differ := [f"{k}={state[k]!r}, not {v!r}" for k, v in here.items() if state[k] != v]:
+        raise ValueError(f"the state of {owner} was saved with {'; '.join(differ)}")
 
 
 def digest(before: int, index: Any) -> int:

@@ -16,7 +16,6 @@ from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
-from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.loading.streams import shared_states
@@ -74,11 +73,10 @@ class AheadIterator(SphereIterator):
         self._in_order = loader.in_order
         self._gathers &= loader.worker_init_fn is None
         self._plan = Plan(
-            kind=self._dataset_kind,
             dataset=self._dataset,
+            iterable=self._iterable,
             auto_collation=self._auto_collation,
-            collate_fn=self._collate_fn,
-            drop_last=self._drop_last,
+            make_fetcher=self._make_fetcher,
             init_fn=loader.worker_init_fn,
             workers=self._num_workers,
             base_seed=self._base_seed,
@@ -92,7 +90,7 @@ class AheadIterator(SphereIterator):
         # For what worker processes have for themselves, and threads share.
         self._looks = _LOOKS
         # As torch does, which begins the first epoch of its workers like any other.
-        self._sampler_iter = index_lists(self._index_sampler)
+        self._sampler_iter = iter(self._index_sampler)
         self._begin_epoch(resumed)
 
     def _begin_epoch(self, resumed: Progress | None) -> None:
@@ -198,7 +196,7 @@ class AheadIterator(SphereIterator):
     def _end(self, worker: int) -> None:
         """A worker's iterable dataset is at its end: what else it was given is nobody's."""
         self._active[worker] = False
-        self._ended.add(worker)
+        self._at.ended = sorted({*self._at.ended, worker})
         self._open = {n: task for n, task in self._open.items() if task.worker != worker}
         self._put()
 
@@ -211,8 +209,7 @@ class AheadIterator(SphereIterator):
         self._put()
         del self._open[number]
         self._team.drop(number)
-        self._last_worker = task.worker
-        self._handed_out(number, task.digest)
+        self._handed_out(number, task.digest, (task.worker + 1) % self._num_workers)
 
     def _hand_out(self, number: int, task: _Task, result: Result, ready: int) -> Any:
         batch = None if result.deliver is None else result.deliver()

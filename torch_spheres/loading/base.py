@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler
 
 from torch_spheres import _compat, _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.gather import gathers
-from torch_spheres.loading.index_lists import index_lists
 from torch_spheres.loading.info import install
 from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
 from torch_spheres.loading.progress import Progress, Sources, shape_of
+from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.snapshots import FAILED, Snapshot
 from torch_spheres.loading.transfer import Pinning, Transfer
 from torch_spheres.sampler import digest
@@ -59,7 +60,13 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             self._come_back(loader, resumed)
         if self._portions is not None and self._iterable:
             self._collate_fn = CutSamples(self._collate_fn, self._portions)
-        self._begin_sampler()
+        self._make_fetcher = functools.partial(
+            Fetcher,
+            self._dataset_kind,
+            self._auto_collation,
+            self._collate_fn,
+            self._drop_last,
+        )
         self._sender: Pinning | Transfer = (
             Pinning(self._pin_memory_device if self._pin_memory else None)
             if loader._sphere_device is None or loader._sphere_device.type == "cpu"
@@ -73,38 +80,29 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             and gathers(self._dataset, self._collate_fn)
         )
 
-    def _begin_sampler(self) -> None:
-        if type(self._index_sampler) is BatchSampler:  # torch's iterator of it has not begun
-            self._sampler_iter = index_lists(self._index_sampler)
-
     # ---- positions ----
 
     def _begin_counting(self, fresh: bool) -> None:
-        self._start = self._sources.capture()
-        self._fresh = fresh
-        self._tasks = 0
         self._pulled = 0  # digest of all index lists so far, also those asked for ahead
-        self._digest = 0  # of those that were handed out
-        self._yielded = 0
-        self._last_worker = -1
-        self._ended: set[int] = set()
+        start = self._sources.capture()
+        # After the batch that was handed out last.
+        self._at = Progress(**self._shape, start=start, now=start, begun=True, fresh=fresh)
 
     def _come_back(self, loader: SphereLoader[Any], resumed: Progress) -> None:
         """Torch's own __init__, with the draws of the epoch that is resumed."""
-        self._fresh = resumed.fresh
         if resumed.begun and resumed.fresh:
             self._sources.restore(resumed.start)
         saved = resumed.start["global"] if resumed.begun and resumed.fresh else None
         if resumed.base_seed is None:  # of an epoch to come: it draws one as any other
             self._sources.restore(resumed.start)
-            self._start = self._sources.capture()
+            self._begin_counting(fresh=True)
             super().__init__(loader)
             return
         with self._sources.repeating(saved):
             super().__init__(loader)
             self._after_base_seed = torch.get_rng_state()
         self._base_seed = resumed.base_seed
-        self._start = resumed.start
+        self._at = replace(resumed, begun=True)
 
     @contextlib.contextmanager
     def _skipping(self, resumed: Progress | None) -> Iterator[None]:
@@ -114,7 +112,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             return
         if not resumed.fresh:
             self._sources.restore(resumed.start)
-            self._sampler_iter = index_lists(self._index_sampler)
+            self._sampler_iter = iter(self._index_sampler)
         if not resumed.begun:
             yield
             return
@@ -130,11 +128,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                     "with the same data and epoch; a sampler with randomness of its own needs "
                     "state_dict and load_state_dict"
                 )
-            self._tasks = resumed.tasks
-            self._num_yielded = self._yielded = resumed.yielded
-            self._digest = resumed.digest
-            self._last_worker = resumed.next_worker - 1
-            self._ended = set(resumed.ended)
+            self._num_yielded = resumed.yielded
             yield
         self._sources.restore_generators(resumed.now)
 
@@ -172,11 +166,10 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             return 1
         return len(index) if hasattr(index, "__len__") else 0
 
-    def _handed_out(self, task: int, digest: int) -> None:
+    def _handed_out(self, task: int, digest: int, next_worker: int = 0) -> None:
         """The batch of an index list is about to be the loop's."""
-        self._tasks = task + 1
-        self._yielded += 1
-        self._digest = digest
+        self._at.tasks, self._at.yielded = task + 1, self._at.yielded + 1
+        self._at.digest, self._at.next_worker = digest, next_worker
 
     def progress(self) -> Progress:
         """After the batch that was handed out last.
@@ -187,19 +180,11 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         for snapshot in self._snapshots.values():
             if snapshot.holder == FAILED:
                 raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")
-        return Progress(
-            **self._shape,
-            start=self._start,
+        return replace(
+            self._at,
             now=self._sources.capture(),
-            begun=True,
             base_seed=self._base_seed,
-            fresh=self._fresh,
-            tasks=self._tasks,
-            yielded=self._yielded,
-            digest=self._digest,
-            next_worker=(self._last_worker + 1) % max(1, self._num_workers),
-            ended=sorted(self._ended),
-            workers={w: snapshot.as_dict() for w, snapshot in self._snapshots.items()},
+            workers={w: dict(vars(snapshot)) for w, snapshot in self._snapshots.items()},
         )
 
     # ---- torch's interface ----
@@ -246,6 +231,5 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         if not first_iter and loader._sphere_ranks is not None:
             same_random_state(loader._sphere_ranks, loader.generator)
         super()._reset(loader, first_iter)
-        self._begin_sampler()
         self.finished = False
         self._last_next = None

@@ -12,7 +12,6 @@ from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
 from torch_spheres.loading.info import Position
 from torch_spheres.loading.progress import Progress
-from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.snapshots import Snapshot
 from torch_spheres.phases import phase
 
@@ -32,7 +31,7 @@ class InlineIterator(SphereIterator):
         with self._skipping(resumed):
             pass
         if resumed is None or not (resumed.iterable and resumed.begun):
-            self._fetcher = self._make_fetcher()
+            self._fetcher = self._make_fetcher(self._dataset)
             return
         with self._sources.repeating(self._after_base_seed):
             if resumed.workers:
@@ -40,19 +39,10 @@ class InlineIterator(SphereIterator):
                 snapshot = resumed.snapshots()[0]
                 self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
             else:
-                self._fetcher = self._make_fetcher()
-
-    def _make_fetcher(self) -> Fetcher:
-        return Fetcher(
-            self._dataset_kind,
-            self._dataset,
-            self._auto_collation,
-            self._collate_fn,
-            self._drop_last,
-        )
+                self._fetcher = self._make_fetcher(self._dataset)
 
     def _next_data(self) -> Any:
-        number = self._tasks
+        number = self._at.tasks
         try:
             index = self._next_index()
         except StopIteration:
@@ -84,10 +74,11 @@ class InlineIterator(SphereIterator):
 
     def progress(self) -> Progress:
         """After the batch that was handed out last; nothing was loaded ahead of it."""
-        with self._turn_to_load():
-            if self._iterable and self._tasks > 0:
-                self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._tasks)}
-            return super().progress()
+        if self._iterable and self._at.tasks > 0:
+            with self._turn_to_load():  # while no other thread is in the middle of a batch
+                self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._at.tasks)}
+                return super().progress()
+        return super().progress()
 
     def _shutdown_workers(self) -> None:
         """Nothing is under way between two batches; the name is torch's."""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
 from torch_spheres.loading.snapshots import Snapshot
-from torch_spheres.sampler import source_of
+from torch_spheres.sampler import check_state, source_of
 
 __all__ = ["Progress", "Sources", "shape_of"]
 
@@ -57,7 +57,7 @@ class Progress:
 
     def snapshots(self) -> dict[int, Snapshot]:
         """Of the workers, as they were when the last batch was handed out."""
-        return {w: Snapshot(**copy.deepcopy(saved)) for w, saved in self.workers.items()}
+        return {w: Snapshot(**saved) for w, saved in self.workers.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """A copy; nothing in it changes when the loader goes on."""
@@ -71,20 +71,8 @@ class Progress:
             ValueError: it is no such state, or was saved by another kind of loader.
         """
         names = [f.name for f in fields(Progress)]
-        if missing := {*names} - {*state}:
-            raise ValueError(
-                f"not a state of a wrapped loader: no {sorted(missing)} in {sorted(state)}"
-            )
-        progress = Progress(**copy.deepcopy({name: state[name] for name in names}))
-        here = shape_of(loader)
-        differ = [
-            f"{name}={getattr(progress, name)!r}, not {value!r}"
-            for name, value in here.items()
-            if getattr(progress, name) != value
-        ]
-        if differ:
-            raise ValueError(f"the loader's state was saved with {'; '.join(differ)}")
-        return progress
+        check_state(state, "a wrapped loader", names, shape_of(loader))
+        return Progress(**copy.deepcopy({name: state[name] for name in names}))
 
     @staticmethod
     def to_come(loader: DataLoader[Any]) -> Progress:

@@ -24,7 +24,7 @@ class Fetcher:
     """torch's fetchers, with notes on errors, and positions for `sample_seed`."""
 
     def __init__(
-        self, kind: int, dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool
+        self, kind: int, auto_collation: bool, collate_fn: Any, drop_last: bool, dataset: Any
     ) -> None:
         self._dataset, self._collate_fn = dataset, collate_fn
         self._lists = kind == _compat.DatasetKind.Map and auto_collation

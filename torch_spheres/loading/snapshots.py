@@ -37,12 +37,13 @@ class Snapshot:
     @staticmethod
     def of(rng: Any, fetcher: Any, fetched: int) -> Snapshot:
         """On the worker's thread."""
-        streams = rng and {
-            "torch": rng.torch_generator.get_state(),
-            "random": rng.random_generator.getstate(),
-            "numpy": numpy_state(rng.numpy_generator),
-        }
-        snapshot = Snapshot(fetched, streams, "")
+        snapshot = Snapshot(fetched, None, "")
+        if rng is not None:
+            snapshot.streams = {
+                "torch": rng.torch_generator.get_state(),
+                "random": rng.random_generator.getstate(),
+                "numpy": numpy_state(rng.numpy_generator),
+            }
         iterator = getattr(fetcher, "dataset_iter", None)
         if iterator is None:  # map-style: the sampler's position is all there is
             return snapshot
@@ -59,14 +60,14 @@ class Snapshot:
                 break
         return snapshot
 
-    def restore(self, dataset: Any, begin: Callable[[], Fetcher], samples: int) -> Fetcher:
-        """What `begin` makes of the dataset, where it was after the last task.
+    def restore(self, dataset: Any, make: Callable[[Any], Fetcher], samples: int) -> Fetcher:
+        """What `make` makes of the dataset, where it was after the last task.
 
         By its own state, or else by dropping what each task took: so many samples.
         """
         if self.holder == "dataset":
             dataset.load_state_dict(copy.deepcopy(self.progress))
-        fetcher = begin()
+        fetcher = make(dataset)
         iterator: Any = getattr(fetcher.fetcher, "dataset_iter", None)
         if self.holder == "iterator":
             iterator.load_state_dict(copy.deepcopy(self.progress))
@@ -86,7 +87,3 @@ class Snapshot:
     def streams_only(self) -> Snapshot:
         """For a worker that has not gone on with its epoch when the next one begins."""
         return Snapshot(0, self.streams, "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return dict(vars(self))

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,8 +22,7 @@ CALLS_KEPT = 10_000
 """Calls of ``next()`` that a `Meter` remembers one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One ``next()`` of the loop. Times are in seconds."""
 
     ended: float
@@ -94,19 +93,10 @@ class LoaderStats:
                 f"the figures to take away, after {before.batches} batches, are later than the "
                 f"others, after {self.batches}: write later - earlier"
             )
-        batches = self.batches - before.batches
+        between = {name: getattr(self, name) - getattr(before, name) for name in _ADDED_UP}
         ready = self.queue_depth * self.batches - before.queue_depth * before.batches
-        return replace(
-            self,
-            batches=batches,
-            samples=self.samples - before.samples,
-            bytes=self.bytes - before.bytes,
-            waited=self.waited - before.waited,
-            worked=self.worked - before.worked,
-            computed=self.computed - before.computed,
-            elapsed=self.elapsed - before.elapsed,
-            queue_depth=max(0.0, ready / batches) if batches else 0.0,
-        )
+        depth = max(0.0, ready / between["batches"]) if between["batches"] else 0.0
+        return replace(self, **between, queue_depth=depth)
 
     @property
     def waiting(self) -> float:
@@ -153,6 +143,7 @@ class LoaderStats:
         return line if self.advice is None else f"{line}\n{self.advice}"
 
 
+_ADDED_UP = ("batches", "samples", "bytes", "waited", "worked", "computed", "elapsed")
 _origins = itertools.count(1)
 _ENOUGH_BATCHES = 8
 _ENOUGH_SECONDS = 1.0
@@ -174,8 +165,7 @@ class Meter:
         self._known: set[str] = set()
         self._batches = self._samples = self._bytes = self._ready = 0
         self._waited = self._worked = self._computed = self._elapsed = 0.0
-        # Plain tuples: a Call for each would cost as much as all the rest.
-        self._calls: deque[tuple[float, float, float, int | None]] = deque(maxlen=CALLS_KEPT)
+        self._calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self._here = threading.local()  # threads may share a loader
 
     def handed_out(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
@@ -200,13 +190,12 @@ class Meter:
         with self._lock:
             self._waited += seconds
             self._elapsed += elapsed
-            self._calls.append((ended, seconds, elapsed, ready))
+            self._calls.append(Call(ended, seconds, elapsed, ready))
 
     def calls(self) -> tuple[Call, ...]:
         """The last `CALLS_KEPT` of the loop, oldest first."""
         with self._lock:
-            kept = tuple(self._calls)
-        return tuple(Call(*figures) for figures in kept)
+            return tuple(self._calls)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -19,12 +19,11 @@ class WorkerStreams:
 
     Args:
         seed: of this worker.
-        cpu: its generator for the CPU, seeded.
     """
 
-    def __init__(self, seed: int, cpu: torch.Generator) -> None:
+    def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._generators = {torch.device("cpu"): cpu}
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def active(self) -> Active:
         """On the calling thread: default random numbers are this worker's inside the block."""
