@@ -71,11 +71,11 @@ def test_a_soak_of_epochs_with_early_breaks_leaves_nothing(spheres):
                 if n == k % 31:
                     break
 
-    for k in range(20):
+    for k in range(10):
         epoch(k)
     gc.collect()
     before = threading.active_count(), open_files(), resident()
-    for k in range(rounds(60)):
+    for k in range(rounds(30)):
         epoch(k)
     gc.collect()
     after = threading.active_count(), open_files(), resident()
