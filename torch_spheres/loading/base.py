@@ -191,7 +191,9 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
     def __next__(self) -> Any:
         with self._turn_to_load():
-            self._look()  # first: as an error, a warning must not lose a batch
+            # First: as an error, a warning must not lose a batch.
+            if (news := self._meter.news()) is not None:
+                warnings.warn(news, UserWarning, stacklevel=2)
             begin = time.perf_counter()
             try:
                 return super().__next__()
@@ -220,12 +222,6 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
     def _help(self) -> None:
         """Does what the thread whose turn it is may wait for."""
-
-    def _look(self) -> None:
-        """Says once what is worth saying, see `LoaderStats.advice`."""
-        text = self._meter.news()
-        if text is not None:
-            warnings.warn(text, UserWarning, stacklevel=3)
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter and loader._sphere_ranks is not None:
