@@ -11,28 +11,22 @@ import torch_spheres as ts
 
 def axes(inches=7.0, height=None):
     """Axes of a figure that pyplot does not know."""
-    return Figure(figsize=(inches, height or inches)).add_axes((0, 0, 1, 1))
+    return Figure(figsize=(inches, height or inches), layout="constrained").add_subplot()
 
 
 def found(ax, gid):
-    """The artists of a picture that have this id, or one that begins with it and a space."""
-    return [
-        artist
-        for artist in ax.findobj(include_self=False)
-        if artist.get_gid() == gid or (artist.get_gid() or "").startswith(f"{gid} ")
-    ]
+    """The artists of a picture that have this id."""
+    return [artist for artist in ax.findobj(include_self=False) if artist.get_gid() == gid]
 
 
 def shapes(ax, gid):
-    """The outlines of a collection; none if it is not there."""
-    collections = found(ax, gid)
-    assert len(collections) <= 1
-    return [path.vertices for path in collections[0].get_paths()] if collections else []
+    """The outlines of collections."""
+    return [path.vertices for made in found(ax, gid) for path in made.get_paths()]
 
 
-def words(ax, gid):
-    (text,) = found(ax, gid)
-    return text.get_text()
+def title(ax):
+    """Its lines."""
+    return ax.get_title().split("\n")
 
 
 def legend(ax):
@@ -40,11 +34,13 @@ def legend(ax):
 
 
 def drawn(ax):
-    """Has it drawn for good, and returns the PNG."""
-    png = io.BytesIO()
-    ax.get_figure(root=True).savefig(png, format="png")
+    """Has it drawn for good: as PNG, with all that belongs to it within the figure."""
+    figure, png = ax.get_figure(root=True), io.BytesIO()
+    figure.savefig(png, format="png")
     assert png.getvalue().startswith(b"\x89PNG")
-    return png.getvalue()
+    box = ax.get_tightbbox()
+    assert box.x0 > -1 and box.y0 > -1
+    assert box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1
 
 
 def ms(*times):
