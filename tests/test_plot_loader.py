@@ -34,15 +34,13 @@ def spheres():
         yield made
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("workers", "theme"), [(0, "light"), (2, "dark")])
 def test_what_is_drawn_is_what_was_counted(spheres, workers, theme):
     loader = ts.wrap(DataLoader(Slow(), 4, num_workers=workers), spheres)
     for _ in range(2):
         for _ in loader:
             time.sleep(0.002)
-    ax = ts.plot_loader(loader, axes(9, 3), theme=theme)
-    drawn(ax)
+    ax = drawn(ts.plot_loader(loader, axes(9, 3), theme=theme))
     stats, calls = loader.stats(), loader._meter.calls()
     assert len(calls) == 22  # of which two found the epoch's end
     assert sum(call.waited for call in calls) == pytest.approx(stats.waited)
@@ -89,8 +87,7 @@ def test_the_last_calls_are_kept(spheres):
         loader._meter.waited(1e-6, 2e-6, n * 2e-6)
     calls = loader._meter.calls()
     assert [call.ready for call in calls] == list(range(5, CALLS_KEPT + 5))
-    ax = ts.plot_loader(loader, axes())
-    drawn(ax)
+    ax = drawn(ts.plot_loader(loader, axes()))
     assert title(ax)[2] == "shown: the last 10,000 calls"
 
 
