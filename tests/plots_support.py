@@ -68,3 +68,26 @@ def trace(slices=(), arrows=(), *, levels=2, end=10.0, lost=0):
         levels=levels, concurrency=2, begin_ns=begin_ns, end_ns=end_ns, slices=slices,
         arrows=arrows, lost=lost, threads={-1: "MainThread"},
     )  # fmt: skip
+
+
+SLICES = [
+    state(0, 0, 8, "idle"),
+    state(1, 0, 4),
+    item(1, 0, 2, 0, 1),
+    state(12, 0, 10, "idle"),
+    phase(1, 0.1, 0.8, "forward", 0),
+    phase(1, 0.8, 1.9, "backward", 0),
+    state(5, 1, 3),
+    item(5, 1, 3, 16, 5),
+    item(1, 2, 4, 4, 5),
+    state(5, 3, 6, "waiting"),
+    state(0, 8, 9, "accumulating"),
+    phase(0, 8, 8.5, "sum", None),
+]
+ARROWS = [
+    arrow("work", 0, 1, 0, 0),
+    arrow("steal", 5, 1, 2, 2),
+    arrow("gradient", 1, 0, 4, 4.5),
+]
+STEP = trace(SLICES, ARROWS)
+"""Of a step of training: sphere 0 adds what spheres 1 and 5 did; 1 stole an item from 5."""

@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from plots_support import axes, drawn, legend, title
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -117,10 +116,3 @@ def test_mistakes_are_named(spheres):
         ts.plot_loader(plain)
     with pytest.raises(ValueError, match="nothing to draw yet: nobody has iterated"):
         ts.plot_loader(loader)
-    for _ in loader:
-        pass
-    with pytest.raises(ValueError, match="theme must be one of"):
-        ts.plot_loader(loader, theme="")
-    with pytest.raises(TypeError, match=r"plot_loader\(\): ax must be .* got Figure"):
-        ts.plot_loader(loader, Figure())
-    drawn(ts.plot_loader(loader))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from plots_support import arrow, axes, drawn, found, item, legend, shapes, state, title, trace
+from plots_support import ARROWS, SLICES, arrow, axes, drawn, found, legend, shapes, title, trace
 
 import torch_spheres as ts
 
@@ -105,27 +105,15 @@ def test_spheres_that_have_not_run_anything():
 
 
 def test_a_trace_in_place_of_statistics(spheres):
-    slices = [
-        state(1, 0, 5),
-        item(1, 0, 5, 2, 3, count=4),
-        state(3, 2, 4, "accumulating"),
-        state(3, 4, 10, "waiting"),
-        state(1, 5, 10, "idle"),
-        item(-1, 5, 6, 1, 2),
-    ]
-    arrows = [
-        arrow("steal", 3, 1, 0, 0, count=4),
-        arrow("steal", 2, -1, 5, 5),
-        arrow("work", 0, 1, 0, 1),
-    ]
-    ax = drawn(spheres.plot(axes(), trace=trace(slices, arrows, lost=7)))
+    helped = arrow("steal", 2, -1, 5, 5)
+    ax = drawn(spheres.plot(axes(), trace=trace(SLICES, [*ARROWS, helped], lost=7)))
     (wedges,) = found(ax, "spheres")
     busy = wedges.get_array().filled(0)
-    assert busy.tolist() == [{1: 0.5, 3: 0.2}.get(s, 0.0) for s in range(13)]
-    assert len(shapes(ax, "states")) == 2 and len(shapes(ax, "steals")) == 1
-    assert legend(ax)[:3] == ["at a barrier: 1", "idle: 1", "never busy: 11"]
+    assert busy == pytest.approx([{0: 0.1, 1: 0.4, 5: 0.2}.get(s, 0.0) for s in range(13)])
+    assert len(shapes(ax, "states")) == 4 and len(shapes(ax, "steals")) == 1
+    assert legend(ax)[:2] == ["running items: 1", "summing gradients: 1"]
     assert title(ax)[1:] == [
-        "5 items, 5 of them stolen",
+        "3 items, 2 of them stolen",
         "1 stolen by threads that waited, without a chord",
         "7 events were lost: the oldest are missing",
     ]
@@ -143,16 +131,11 @@ def test_the_picture_fits_into_axes_of_other_peoples_figures(spheres):
     assert mpl.colors.to_rgb(ax.title.get_color()) == (1, 1, 1)
     children = len(figure.axes), len(ax.child_axes)
     ax.clear()
-    spheres.plot(ax)  # as for a film
-    assert (len(figure.axes), len(ax.child_axes)) == children
-
-
-def test_the_theme_is_the_pictures_whatever_matplotlib_is_set_to():
-    with mpl.style.context("dark_background"):
-        ax = drawn(ts.plot_timeline(trace([state(1, 0, 5)]), axes(), theme="light"))
-        (label,) = ax.get_yticklabels()
-    assert ax.get_facecolor() == ax.figure.get_facecolor() == (1, 1, 1, 1)
-    assert mpl.colors.to_rgb(label.get_color()) == (0, 0, 0)
+    with mpl.style.context("dark_background"):  # the theme is the picture's all the same
+        spheres.plot(ax)
+    assert ax.get_facecolor() == left.get_facecolor() == (1, 1, 1, 1)
+    assert mpl.colors.to_rgb(ax.title.get_color()) == (0, 0, 0)
+    assert (len(figure.axes), len(ax.child_axes)) == children  # as for a film
 
 
 SCRIPT = """
@@ -191,23 +174,19 @@ def test_matplotlib_is_imported_when_it_is_needed_and_pyplot_never(tmp_path):
     assert all('pip install "torch_spheres[plots]"' in line for line in lines)
 
 
-OTHER = ts.KissingSpheres(levels=3).stats()
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "ax", "options"),
-    [
-        (ValueError, "theme must be one of 'light', 'dark', got 'blue'", None, {"theme": "blue"}),
-        (TypeError, "ax must be None or matplotlib Axes .*, got str", "here", {}),
-        (TypeError, r"as figure.add_subplot\(\) makes, got Figure", Figure(), {}),
-        (TypeError, "got PolarAxes", Figure().add_subplot(projection="polar"), {}),
-        (TypeError, r"stats must be None or from stats\(\), got Trace", None, {"stats": trace()}),
-        (TypeError, "trace must be what .* gives, got dict", None, {"trace": {}}),
-        (ValueError, "one of the two", None, {"stats": OTHER, "trace": trace()}),
-        (ValueError, "of 157 spheres, and these are 13", None, {"stats": OTHER}),
-        (ValueError, "of 157 spheres, and these are 13", None, {"trace": trace(levels=3)}),
-    ],
-)
-def test_mistakes_are_named(spheres, error, message, ax, options):
-    with pytest.raises(error, match=message):
-        spheres.plot(ax, **options)
+def test_mistakes_are_named(spheres):
+    other = ts.KissingSpheres(levels=3).stats()
+    mistakes = [
+        ({"theme": "blue"}, "theme must be one of 'light', 'dark', got 'blue'"),
+        ({"ax": "here"}, "ax must be None or matplotlib Axes .*, got str"),
+        ({"ax": Figure()}, r"as figure.add_subplot\(\) makes, got Figure"),
+        ({"ax": Figure().add_subplot(projection="polar")}, "got PolarAxes"),
+        ({"stats": trace()}, r"stats must be None or from stats\(\), got Trace"),
+        ({"trace": {}}, "trace must be what .* gives, got dict"),
+        ({"stats": other, "trace": trace()}, "one of the two"),
+        ({"stats": other}, "of 157 spheres, and these are 13"),
+        ({"trace": trace(levels=3)}, "of 157 spheres, and these are 13"),
+    ]
+    for arguments, message in mistakes:
+        with pytest.raises((TypeError, ValueError), match=message):
+            spheres.plot(**arguments)
