@@ -53,11 +53,8 @@ def test_a_wedge_for_each_sphere_and_a_chord_for_each_pair_that_stole(levels, to
     assert len(shapes(ax, "steals")) == pairs
     assert title(ax)[0].startswith("1 sphere" if levels == 1 else f"{total:,} spheres, at most 3")
     assert title(ax)[1] == f"400 items, {stats.items_stolen} of them stolen"
-    counts = {
-        name: int(n.replace(",", "")) for name, n in (t.split(": ") for t in legend(ax) if ":" in t)
-    }
-    assert counts.pop("never busy", 0) == (shares == 0).sum()
-    assert sum(counts.values()) == total
+    idle = (shares == 0).sum()
+    assert (f"never busy: {idle:,}" in legend(ax)) == (idle > 0)
     labels = [text.get_text().split("\n")[0] for text in found(ax, "label")]
     assert labels == [ts.Topology.path_string(s) for s in range(min(13, total))]
 
