@@ -88,8 +88,7 @@ def _new_axes(size: tuple[float, float]) -> Axes:
 
 def points(ax: Axes) -> tuple[float, float]:
     """Width and height of axes, in 1/72 inch; before a layout has moved them, about."""
-    box = ax.get_window_extent()
-    dpi = ax.figure.dpi
+    box, dpi = ax.get_window_extent(), ax.figure.dpi
     return box.width * 72 / dpi, box.height * 72 / dpi
 
 

@@ -101,8 +101,7 @@ def draw_timeline(ax: Axes, shown: Timeline) -> None:
     from matplotlib import rcParams
     from matplotlib.patches import Patch
 
-    rows, ink = shown.rows, rcParams["text.color"]
-    threads = shown.trace.threads
+    rows, ink, threads = shown.rows, rcParams["text.color"], shown.trace.threads
     names = [Topology.path_string(s) if s >= 0 else threads.get(s, "a thread") for s in rows]
     ax.set(xlim=(shown.begin, shown.end), xlabel="ms since the trace began")
     ax.set(ylim=(max(1, len(rows)) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=names)
@@ -121,7 +120,7 @@ def draw_timeline(ax: Axes, shown: Timeline) -> None:
     if any(arrow.kind == "gradient" for arrow in shown.arrows):
         handles.append(Patch(facecolor=ink, label="gradients, to who adds them"))
     total = Topology(shown.trace.levels).total
-    spheres = f"{total:,} {'sphere' if total == 1 else 'spheres'}"
+    spheres = "1 sphere" if total == 1 else f"{total:,} spheres"
     title = f"{duration((shown.end - shown.begin) / 1e3)} of {spheres}"
     describe(ax, [title, *shown.notes], handles, below=4.5)
     if not rows:
