@@ -171,7 +171,7 @@ def _labels(ax: Axes, shown: Activity, levels: int) -> None:
         x, y = _at(radius, _degrees(sphere, 0.5))
         ax.text(
             x, y, Topology.path_string(sphere) + (f"\n{busy:.0%}" if busy else ""),
-            fontsize=size, ha="center", va="center", gid="label", zorder=4,
+            fontsize=size, ha="center", va="center", gid=f"label {sphere}", zorder=4,
             color=rcParams["figure.facecolor" if far else "text.color"],
         )  # fmt: skip
 
