@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -322,8 +320,7 @@ class Call:
                 return
             try:
                 with torch.no_grad():
-                    with self.telling(fold, leaf):
-                        grads, rest[place[leaf]] = work(place[leaf])
+                    grads, rest[place[leaf]] = work(place[leaf])
                     with phase(self.crew.spheres, "sum", leaf):
                         fold.add(leaf, grads)
             except BaseException:
@@ -333,18 +330,13 @@ class Call:
         sums = self.finish_fold(fold, lambda: self.crew.map(item, len(rest)))
         return sums, rest
 
-    def new_fold(self) -> Any:
+    def new_fold(self) -> GradientFold:
         """For this call's gradients."""
         traced = handovers(self.crew.spheres)
         places, leaves = self.split.places, self.split.leaves
         return GradientFold(places, leaves, self.crew.concurrency, traced=traced)
 
-    def telling(self, fold: Any, leaf: int) -> AbstractContextManager[None]:
-        """A block in which a shard runs, and its gradients may be told before it has."""
-        del fold, leaf
-        return contextlib.nullcontext()
-
-    def finish_fold(self, fold: Any, run: Callable[[], object]) -> Grads:
+    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Has the shards run, and returns the sums."""
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
