@@ -83,18 +83,13 @@ class Layout:
 
     def buffers(self, part: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
         """For what is sent and received of a part, by bucket: made once, and used in every step."""
-        known = self._buffers.get(part)
-        if known is None:
-            known = [
-                (
-                    torch.empty(length, dtype=bucket.dtype, device=ranks.device),
-                    torch.empty(length, dtype=bucket.dtype, device=ranks.device),
-                )
-                for bucket in self.buckets
-                for length in [bucket.slice_length(ranks.world) * ranks.world]
-            ]
-            self._buffers[part] = known
-        return known
+        if part not in self._buffers:
+            self._buffers[part] = []
+            for bucket in self.buckets:
+                length = bucket.slice_length(ranks.world) * ranks.world
+                sent = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
+                self._buffers[part].append((sent, torch.empty_like(sent)))
+        return self._buffers[part]
 
     def shaped(self, i: int, flat: Tensor) -> Tensor:
         """What a bucket holds of tensor `i`, as that tensor."""

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.utils.data
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -338,8 +337,7 @@ def _rebuild(
     made = kind.__new__(kind)
     made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
     vars(made).update(attributes, **_new_parts(attributes["num_workers"], made.spheres))
-    shares = shared and dist.is_initialized()
-    made._sphere_ranks = find_ranks(None, made.spheres.leaves) if shares else None
+    made._sphere_ranks = find_ranks(None if shared else False, made.spheres.leaves)
     return made
 
 

@@ -15,10 +15,10 @@ from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from torch_spheres.division import GROUPS, divide, shard_bounds, way_out
+from torch_spheres.ranks import this_rank
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         if rank is None and world_size is None:
-            rank, world_size = _here(process_group)
+            rank, world_size = this_rank(process_group)
         world_size = 1 if world_size is None else world_size
         rank = 0 if rank is None and world_size == 1 else rank
         self.spheres = spheres
@@ -305,13 +305,6 @@ def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
             epoch.start = state
         torch.empty((), dtype=torch.int64).random_(generator=generator)
     return epoch
-
-
-def _here(process_group: Any) -> tuple[int, int]:
-    """The rank of this process, and how many there are; of False: one alone."""
-    if process_group is False or not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
 def _is_int(value: Any) -> bool:

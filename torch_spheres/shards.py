@@ -19,6 +19,7 @@ from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
 from torch_spheres.phases import handovers, phase
 from torch_spheres.random import CallRandom, ShardRandom
+from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
 from torch_spheres.shard import InShard, Shard
 from torch_spheres.splitting import Split, aligned
@@ -30,6 +31,8 @@ __all__ = ["Call"]
 class Call:
     """One call's split, its shards, and what has to be put together from them."""
 
+    ranks: Ranks | None = None  # who shares the batch
+
     def __init__(
         self,
         module: nn.Module,
@@ -40,7 +43,7 @@ class Call:
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
         self.context = crew.context()
-        self.split = self._split((args, kwargs), "forward")
+        self.split = self._split((args, kwargs))
         self.random = self._random()
         self.shards: list[Shard | None] = []
         self._freed = False
@@ -60,17 +63,16 @@ class Call:
 
     # What SharedCall does in another way.
 
-    def _split(self, value: Any, what: str) -> Split:
-        """Cut by rows; `what` is about to be done with the rows."""
-        del what
-        return Split(value, self.crew.plan.shards)
+    def _split(self, value: Any) -> Split:
+        """The arguments, cut by rows."""
+        return Split(value, self.crew.plan.shards, self.ranks)
 
     def _random(self) -> CallRandom:
         return CallRandom()
 
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""
-        goal = Split(value, self.split.shards)
+        goal = Split(value, self.split.shards, self.ranks)
         if goal.rows != self.split.rows:
             raise ValueError(
                 f"forward_backward() got inputs of {self.split.rows} rows and targets of "

@@ -42,6 +42,8 @@ class SharedCall(Call):
         what: ``"forward"`` or ``"forward_backward"``.
     """
 
+    ranks: Ranks
+
     def __init__(
         self,
         module: nn.Module,
@@ -60,11 +62,11 @@ class SharedCall(Call):
 
     # ---- before the forward ----
 
-    def _split(self, value: Any, what: str) -> Split:
+    def _split(self, value: Any) -> Split:
         error: Exception | None = None
         split, rows, form = None, 0, 0
         try:
-            split = Split(value, self.crew.plan.shards, self.ranks)
+            split = super()._split(value)
             rows = split.rows
             tensors = [v for v in split.flat if isinstance(v, Tensor)]
             shapes = [(v.dim(), v.shape[1:], v.dtype, v.requires_grad) for v in tensors]
@@ -80,7 +82,7 @@ class SharedCall(Call):
             state,
         ]  # fmt: skip
         try:
-            table = self.ranks.meet(f"the start of {what}", told, error).T.tolist()
+            table = self.ranks.meet("the start of forward", told, error).T.tolist()
         finally:
             del error  # its traceback owns this frame
         assert split is not None
@@ -193,25 +195,26 @@ class SharedCall(Call):
     def _from_others(self, outputs: list[Any]) -> list[Any]:
         mine = None
         if self.split.bounds:
-            mine = self.nesting, self.differentiable_outputs, [_form(o) for o in outputs]
+            empty = [_without_rows(o) for o in outputs]
+            mine = self.nesting, self.differentiable_outputs, empty
         first = self.ranks.objects(mine, "the exchange of outputs' shapes")[0]
         if self.split.bounds:
             return outputs
-        self.nesting, self.differentiable_outputs, forms = first
+        self.nesting, self.differentiable_outputs, outputs = first
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        return [form.empty(device) if isinstance(form, _Form) else form for form in forms]
+        return [o.to(device) if isinstance(o, Tensor) else o for o in outputs]
 
     # ---- gradients ----
 
     def new_fold(self) -> GradientFold:
         """One whose parts are given to the exchange as they are completed."""
-        layouts = self.pool.layouts
-        key = tuple((p.shape, p.dtype) for p in self.trainable)
-        self._sparse = _sparse_parameters(self.module, self.trainable)
-        self._dense = [i for i, p in enumerate(self.trainable) if id(p) not in self._sparse]
-        if layouts.get("key") != (key, self._sparse):
-            dense = [self.trainable[i] for i in self._dense]
-            layouts.update(key=(key, self._sparse), layout=Layout(dense))
+        layouts, sparse = self.pool.layouts, _sparse_parameters(self.module)
+        self._sparse = [i for i, p in enumerate(self.trainable) if id(p) in sparse]
+        self._dense = [i for i, p in enumerate(self.trainable) if id(p) not in sparse]
+        dense = [self.trainable[i] for i in self._dense]
+        key = [(p.shape, p.dtype) for p in dense]
+        if layouts.get("key") != key:
+            layouts.update(key=key, layout=Layout(dense))
         self._division = self.ranks.divide(self.split.shards)
         own_parts = self._division.parts[self.ranks.rank]
         self._sparse_sums: list[dict[int, Tensor]] = [{} for _ in own_parts]
@@ -243,29 +246,28 @@ class SharedCall(Call):
                     "agree on how to send it"
                 )
         self._exchange.give(part, [columns[i] for i in self._dense])
-        rest = [i for i in range(len(columns)) if id(self.trainable[i]) in self._sparse]
-        for i, total in zip(rest, tree_sums([columns[i] for i in rest]), strict=True):
+        sums = tree_sums([columns[i] for i in self._sparse])
+        for i, total in zip(self._sparse, sums, strict=True):
             if total is not None:
                 self._sparse_sums[part][i] = total
 
     def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Meets the other ranks, with an error too."""
         del fold  # it has given all it has to the exchange
+        error, self._early = self._early, None
         try:
-            early, self._early = self._early, None
-            try:
-                if early is not None:
-                    raise early
-            finally:
-                del early  # its traceback owns this frame
-            run()
-        except Exception as error:
+            if error is None:
+                run()
+        except Exception as caught:
             if self._exchange.is_broken:
                 raise
-            self._exchange.finish(error)  # raises it, when the others know
-        with phase(self.crew.spheres, "sum"):
-            found = dict(zip(self._dense, self._exchange.finish(), strict=True))
-            found.update(self._total_of_sparse())
+            error = caught
+        try:
+            with phase(self.crew.spheres, "sum"):
+                found = dict(zip(self._dense, self._exchange.finish(error), strict=True))
+                found.update(self._total_of_sparse())
+        finally:
+            del error  # its traceback owns this frame
         totals = [found.get(i) for i in range(len(self.trainable))]
         return [
             None if t is None else t.to(p.device)
@@ -292,12 +294,7 @@ class SharedCall(Call):
     def targets(self, value: Any) -> Split:
         """Cut as the inputs; an error in them is everybody's."""
         try:
-            goal = Split(value, self.split.shards, self.ranks)
-            if goal.rows != self.split.rows:
-                raise ValueError(
-                    f"forward_backward() got inputs of {self.split.rows} rows and targets of "
-                    f"{goal.rows}"
-                )
+            goal = super().targets(value)
         except Exception as error:  # noqa: BLE001
             self._early = error
             return self.split
@@ -306,31 +303,19 @@ class SharedCall(Call):
         return goal
 
 
-class _Form:
-    """A tensor without its rows."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.shape, self.dtype = value.shape, value.dtype
-
-    def empty(self, device: torch.device) -> Tensor:
-        """Like it, with none."""
-        shape = (0, *self.shape[1:]) if self.shape else ()
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+def _without_rows(output: Any) -> Any:
+    if not isinstance(output, Tensor):
+        return output
+    return torch.zeros((0, *output.shape[1:]) if output.dim() else (), dtype=output.dtype)
 
 
-def _form(output: Any) -> Any:
-    return _Form(output) if isinstance(output, Tensor) else output
-
-
-def _sparse_parameters(module: nn.Module, trainable: Sequence[Tensor]) -> set[int]:
-    """Those whose gradients are sparse: the same on all ranks, before there is any gradient."""
-    own = {id(p) for p in trainable}
+def _sparse_parameters(module: nn.Module) -> set[int]:
+    """Ids of those whose gradients are sparse: known to all ranks before there is any gradient."""
     return {
         id(p)
         for part in module.modules()
         if getattr(part, "sparse", False) is True
         for p in part.parameters(recurse=False)
-        if id(p) in own
     }
 
 
