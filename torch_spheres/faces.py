@@ -45,7 +45,7 @@ def own_rows_only(value: Any, total: int) -> Any:
     node: Any = value.grad_fn
     if _is_face(node):
         return node.raw
-    if len(value) == 0 or not _has_face(node):
+    if len(value) == 0 or not torch.is_grad_enabled() or not _has_face(node):
         return value
     # What comes back is the gradient of the whole batch, on its way to a `_Face`.
     made_up, times = value.view_as(value), total / len(value)

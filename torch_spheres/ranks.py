@@ -222,7 +222,7 @@ class Ranks:
         """Every rank's value, pickled; for what is said seldom."""
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         rows = Meeting(self, what, mine).finish()
-        return [pickle.loads(row.numpy()) for row in rows]  # from our own ranks
+        return [pickle.loads(row.numpy().data) for row in rows]  # from our own ranks
 
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
         """Rank 0's values, into everybody's tensors."""

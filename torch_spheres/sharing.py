@@ -136,11 +136,8 @@ class SharedCall(Call):
         self, columns: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """In the tree over all ranks' shards."""
-        if not columns:
-            return []
         placed = [self.padded(column) for column in columns]
-        what = f"the sums after {self._what}"
-        return total_over_ranks(placed, like, self.ranks, what=what)
+        return total_over_ranks(placed, like, self.ranks, what=f"the sums after {self._what}")
 
     def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
         """All ranks' greatest notes, unless one of them has an error."""
