@@ -114,15 +114,13 @@ class Division:
             raise ValueError(f"a hierarchy has 1, 12, 144 or 1728 leaves, got {leaves}")
         if leaves % world:
             raise ValueError(f"{world} processes cannot share {leaves} leaves evenly")
-        self.world, self.leaves = world, leaves
-        self._order = tree_order(leaves)
+        self.leaves, self._order = leaves, tree_order(leaves)
         block = leaves // world
         self.parts = [parts_of(r * block, (r + 1) * block) for r in range(world)]
         self.places = min(GROUPS, leaves)
         begins = [first for parts in self.parts for first, _ in parts]
         while any(first % (leaves // self.places) for first in begins):
             self.places *= GROUPS
-        self._where = tree_order(self.places)
         self._owned = [
             sorted(self._order[r * block : (r + 1) * block], key=lambda leaf: (leaf % GROUPS, leaf))
             for r in range(world)
@@ -153,7 +151,7 @@ class Division:
         It stands for all of the part's leaves, of which the others are absent: what is absent is
         left out of the tree, and so what is added is the tree over all leaves.
         """
-        return self._where[part[0] // (self.leaves // self.places)]
+        return tree_order(self.places)[part[0] // (self.leaves // self.places)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -167,7 +167,7 @@ class Ranks:
             while self._is_gloo and not _ends_soon(work):
                 if not told:  # so that a rank whose wait fails knows who waits as it does
                     told = True
-                    self._say_waiting(number)
+                    self.say("waits", str(number))
             try:
                 work.wait()
             except RuntimeError as error:
@@ -272,27 +272,26 @@ class Ranks:
 
     # ---- when it goes wrong ----
 
-    def _key(self, what: str, rank: int) -> str:
-        return f"{self._name}/{what}/{rank}"
-
-    def _say_waiting(self, number: int) -> None:
+    def say(self, what: str, text: str) -> None:
+        """Leaves a text for those who wait for this rank: "waits" for which meeting, or "ends"."""
         with contextlib.suppress(RuntimeError):  # a store that is gone: the wait will fail too
-            _store().set(self._key("waits", self.rank), str(number))
+            _compat.default_store().set(f"{self._name}/{what}/{self.rank}", text)
 
-    def say_last_words(self, error: BaseException) -> None:
-        """What this process ends with, for those who wait for it."""
-        with contextlib.suppress(RuntimeError):
-            _store().set(self._key("ends", self.rank), f"{type(error).__name__}: {error}")
+    def _said(self, what: str, rank: int) -> str:
+        store, key = _compat.default_store(), f"{self._name}/{what}/{rank}"
+        return str(store.get(key), "utf-8") if store.check([key]) else ""
 
     def _explain(self, error: RuntimeError, what: str, number: int) -> NoReturn:
         """Raises RankError with who is missing."""
-        self._say_waiting(number)
+        self.say("waits", str(number))
         others = [r for r in range(self.world) if r != self.rank]
         missing = [r for r in others if not self._waits(number, r)]
         who = "rank" if len(missing) == 1 else "ranks"
         names = ", ".join(map(str, missing))
         absent = f": {who} {names} of {self.world} did not come to it" if missing else ""
-        causes = [f"rank {r}: {text}" for r in missing if (text := self._last_words(r))]
+        causes = []
+        with contextlib.suppress(RuntimeError):
+            causes = [f"rank {r}: {text}" for r in missing if (text := self._said("ends", r))]
         because = f" ({'; '.join(causes)})" if causes else ", having died, hung or gone elsewhere"
         raise RankError(
             f"{what} failed on rank {self.rank}{absent}{because if missing else ''}; "
@@ -304,20 +303,12 @@ class Ranks:
         end = time.monotonic() + _ROLL_CALL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < end:
-                key = self._key("waits", rank)
-                if _store().check([key]) and int(_store().get(key)) >= number:
+                if int(self._said("waits", rank) or -1) >= number:
                     return True
-                if self._last_words(rank):
+                if self._said("ends", rank):
                     return False
                 time.sleep(0.05)
         return False
-
-    def _last_words(self, rank: int) -> str:
-        with contextlib.suppress(RuntimeError):
-            key = self._key("ends", rank)
-            if _store().check([key]):
-                return str(_store().get(key), "utf-8")
-        return ""
 
 
 def _ends_soon(work: Any) -> bool:
@@ -348,11 +339,7 @@ def _leave_last_words() -> None:
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:
         if dist.is_initialized():
             for ranks in list(_live.values()):
-                ranks.say_last_words(error)
+                ranks.say("ends", f"{type(error).__name__}: {error}")
         before(kind, error, traceback)
 
     sys.excepthook = hook
-
-
-def _store() -> Any:
-    return _compat.default_store()

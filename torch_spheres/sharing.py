@@ -145,8 +145,7 @@ class SharedCall(Call):
             table = self.ranks.meet(what, notes, error)
         finally:
             del error  # its traceback owns this frame
-        found: list[int] = table.amax(0).tolist() if notes else []
-        return found
+        return [int(greatest) for greatest in table.amax(0)] if notes else []
 
     def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
         """Rank 0's: it has shard 0, which has rows if there are any."""
