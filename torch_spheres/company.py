@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from torch_spheres.errors import RankError
-from torch_spheres.ranks import ranks_of
+from torch_spheres.ranks import ranks_of, this_rank
 
 __all__ = ["Company"]
 
@@ -21,13 +19,7 @@ class Company:
 
     def __init__(self, process_group: Any, what: str) -> None:
         self._group, self._what = process_group, what
-        self.rank, self.world = 0, 1
-        if process_group is not False and dist.is_available() and dist.is_initialized():
-            self.rank, self.world = dist.get_rank(process_group), dist.get_world_size(process_group)
-        elif process_group:
-            raise ValueError(f"process_group={process_group!r} without torch.distributed")
-        if self.rank < 0:
-            raise ValueError("this process is not in its process_group")
+        self.rank, self.world = this_rank(process_group)
 
     def together(self, work: Callable[[], S], tell: Callable[[S | None], T]) -> tuple[S, list[T]]:
         """What `work` returns here, and what all ranks tell of theirs. All leave together.

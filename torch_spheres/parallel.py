@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -342,8 +341,7 @@ class SphereParallel(nn.Module):
         levels, concurrency = state["_spheres"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take(KissingSpheres(levels, concurrency=concurrency))
-        shared = state["_ranks"] and dist.is_initialized()
-        self._ranks = find_ranks(None, self._spheres.leaves) if shared else None
+        self._ranks = find_ranks(None if state["_ranks"] else False, self._spheres.leaves)
 
     def _own(self) -> dict[str, Any]:
         """Everything but what belongs to the threads."""

@@ -63,7 +63,6 @@ class Replica:
         for part in filter(is_parametrized, self.module.modules()):
             _compute_at_each_use(part)
         self.warm: set[Any] = set()  # what compiled code has seen, see Call
-        self.heard: set[int] = set()  # parameters whose gradients are told, see pieces.py
         self.grads = threading.Lock()  # held by who uses `.grad` of the copy's parameters
 
     def follow(self) -> bool:

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 from torch_spheres.arguments import as_index
 from torch_spheres.division import GROUPS, divide, shard_bounds, way_out
-from torch_spheres.ranks import find_ranks
+from torch_spheres.ranks import this_rank
 
 T = TypeVar("T")
 
@@ -69,8 +69,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         if rank is None and world_size is None:
-            ranks = find_ranks(process_group, self._leaves)
-            rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+            rank, world_size = this_rank(process_group)
         world_size = 1 if world_size is None else world_size
         rank = 0 if rank is None and world_size == 1 else rank
         self.spheres = spheres

@@ -15,7 +15,6 @@ from torch_spheres import _compat
 from torch_spheres.checkpoints import Checkpoints
 from torch_spheres.context import CallerContext
 from torch_spheres.nesting import Nesting, unflatten
-from torch_spheres.pieces import sink_of_this_thread
 from torch_spheres.random import ShardRandom
 from torch_spheres.replica import Buffer, Replica
 
@@ -48,7 +47,6 @@ class Shard:
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients of the roots with respect to `params`, and to `inputs`."""
         targets = [*self.params, *self.inputs]
-        sink = sink_of_this_thread()
         # (Some may have been frozen since the forward.)
         wanted = [t for t in targets if t.requires_grad]
         if not wanted:
@@ -62,15 +60,9 @@ class Shard:
         else:
             if grads is None:
                 grads = [torch.ones_like(root) for root in roots]
-            if sink is None:
-                found = list(_compat.gradients(roots, grads, wanted, keep))
-            else:
-                with sink.expecting(self.params, roots):
-                    found = list(_compat.gradients(roots, grads, wanted, keep))
+            found = list(_compat.gradients(roots, grads, wanted, keep))
         rest = iter(found)
         all_found = [next(rest) if t.requires_grad else None for t in targets]
-        if sink is not None:
-            sink.check(all_found[: len(self.params)])
         return all_found[: len(self.params)], all_found[len(self.params) :]
 
 
