@@ -32,12 +32,12 @@ _TAGS = 1 << 20  # of messages that may be under way at once
 _ROLL_CALL = 3.0  # seconds in which a rank that waits as we do says so
 
 
-def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks | None:
+def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ranks | None:
     """The ranks that a batch is divided over; None if this process has it alone.
 
     Args:
         process_group: None: torch's default group, if there is one. False: no other process.
-        leaves: of the hierarchy, among which they are divided.
+        leaves: of the hierarchy, among which they are divided; 0: any number of ranks will do.
 
     Raises:
         TypeError: it is no process group.
