@@ -52,7 +52,8 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ra
                 "torch.distributed.init_process_group() first"
             )
         return None
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+    outside = process_group == dist.GroupMember.NON_GROUP_MEMBER  # what torch gives non-members
+    if not (process_group is None or outside or isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup, None for the default one, or "
             f"False for none, got {process_group!r}"
