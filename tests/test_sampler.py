@@ -91,9 +91,8 @@ def test_integers_of_other_types_become_ints() -> None:
 def test_indices_that_are_not_integers(index: Any) -> None:
     batches = iter(SphereBatchSampler([0, 1, 2, index], 2))
     assert next(batches) == [0, 1]
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(TypeError, match="an index must be an integer, got "):
         next(batches)
-    assert f"{index!r} ({type(index).__name__})" in str(error.value)
 
 
 # ---- the split -----------------------------------------------------------------------------

@@ -211,7 +211,8 @@ class SphereParallel(nn.Module):
             if isinstance(call, SharedCall):
                 share = call.split.rows / call.split.total
                 outputs = [face(o, share) for o in outputs]
-        return _rebuild(call, outputs)
+        assert call.nesting is not None
+        return unflatten(outputs, call.nesting)
 
     @property
     def _shares(self) -> bool:
@@ -380,11 +381,6 @@ class _OnSpheres(torch.autograd.Function):
                 "model.module"
             )
         return (None, *ctx.call.run_backward(grads))
-
-
-def _rebuild(call: Call, outputs: list[Any]) -> Any:
-    assert call.nesting is not None
-    return unflatten(outputs, call.nesting)
 
 
 def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

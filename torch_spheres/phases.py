@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch_spheres import _core
@@ -28,12 +27,7 @@ class _Phase:
     def __enter__(self) -> None:
         self._begin = time.monotonic_ns()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._recording.name_thread()
         self._core.trace_phase(self._label, self._number, self._begin)
 

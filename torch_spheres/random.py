@@ -65,11 +65,8 @@ class CallRandom:
         """Drawn when the first shard needs it; whichever asks first, they all get the same."""
         with self._lock:
             if self._base is None:
-                # Also where the shards' key is included: this draw is nobody's but the default's.
-                with _compat.ExcludeDispatchKey(_KEYS):
-                    default = torch.default_generator
-                    drawn = int(torch.randint(_SEEDS, (), generator=default, device="cpu"))
-                    self._base = drawn if self._given is None else self._given
+                drawn = _draw_base(torch.default_generator)
+                self._base = drawn if self._given is None else self._given
                 self._expected[0] = torch.default_generator.get_state()
             return self._base
 
@@ -162,6 +159,11 @@ def next_base() -> int:
     """What `CallRandom` would draw now."""
     generator = torch.Generator()
     generator.set_state(torch.default_generator.get_state())
+    return _draw_base(generator)
+
+
+def _draw_base(generator: torch.Generator) -> int:
+    # Also where the shards' key is included: this draw is nobody's but the generator's.
     with _compat.ExcludeDispatchKey(_KEYS):
         return int(torch.randint(_SEEDS, (), generator=generator, device="cpu"))
 

@@ -52,8 +52,9 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ra
                 "torch.distributed.init_process_group() first"
             )
         return None
-    outside = process_group == dist.GroupMember.NON_GROUP_MEMBER  # what torch gives non-members
-    if not (process_group is None or outside or isinstance(process_group, dist.ProcessGroup)):
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not in the process_group that it was given")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup, None for the default one, or "
             f"False for none, got {process_group!r}"
@@ -61,9 +62,6 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ra
     world = dist.get_world_size(process_group)
     if world == 1:
         return None
-    rank = dist.get_rank(process_group)
-    if rank < 0:
-        raise ValueError("this process is not in the process_group that it was given")
     if leaves % world:
         raise ValueError(
             f"{world} processes cannot share the leaves ({leaves}) evenly: "

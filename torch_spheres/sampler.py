@@ -8,17 +8,17 @@ parts = batches.map(lambda rows: [dataset[i] for i in rows], batch)         # or
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import Sampler
 
+from torch_spheres.arguments import as_index
 from torch_spheres.division import GROUPS, divide, shard_bounds, way_out
+from torch_spheres.ranks import find_ranks
 
 T = TypeVar("T")
 
@@ -71,7 +71,8 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         if rank is None and world_size is None:
-            rank, world_size = _here(process_group)
+            ranks = find_ranks(process_group)
+            rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world)
         world_size = 1 if world_size is None else world_size
         rank = 0 if rank is None and world_size == 1 else rank
         self.spheres = spheres
@@ -187,7 +188,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         """Forwarded to ``sampler.set_epoch`` if there is one, and remembered in the state. After a
         load in mid-epoch, another epoch than the loaded one gives up what was left of that.
         """
-        epoch = _as_int(epoch)
+        epoch = as_index("epoch", epoch)
         pending, self.epoch = self._pending, epoch
         if pending is not None and pending.position == 0:
             pending.epoch = epoch
@@ -307,22 +308,9 @@ def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
     return epoch
 
 
-def _here(process_group: Any) -> tuple[int, int]:
-    """The rank of this process, and how many there are; of False: one alone."""
-    if process_group is False or not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_int(value: Any) -> int:
-    try:
-        number: Any = value.tolist() if isinstance(value, torch.Tensor) else value
-        if isinstance(number, bool):
-            raise TypeError
-        return operator.index(number)
-    except TypeError:
-        raise TypeError(f"need an integer, but got {value!r} ({type(value).__name__})") from None
+    return as_index("an index", value.tolist() if isinstance(value, torch.Tensor) else value)
