@@ -28,7 +28,6 @@ from torch_spheres.replica import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
-from torch_spheres.splitting import rows_of, tensors_of
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 from torch_spheres.whole_batch import gather_rows
@@ -184,8 +183,8 @@ class SphereParallel(nn.Module):
         kwargs: dict[str, Any],
     ) -> tuple[Crew, Trial | None]:
         spheres = self._spheres
-        tensors = tensors_of(args, kwargs)
-        rows = rows_of(tensors)
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        rows = max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
