@@ -289,10 +289,6 @@ def open_log(
         )
     if not isinstance(tag, str) or not tag:
         raise TypeError(f"tag must be a string that is not empty, got {tag!r}")
-    if every < 1:
-        raise ValueError(f"every must be at least 1 step, got {every}")
-    if first_step < 0:
-        raise ValueError(f"first_step, of steps done before, must be at least 0, got {first_step}")
     return StatsLog(spheres, writer, every, optimizer, tag, first_step)
 
 

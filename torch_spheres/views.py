@@ -132,7 +132,7 @@ class Views:
             TypeError: an argument is of another kind.
             ValueError: `every` is less than 1, or `first_step` less than 0.
         """
-        every, first_step = as_index("every", every), as_index("first_step", first_step)
+        every, first_step = as_index("every", every, 1), as_index("first_step", first_step, 0)
         return open_log(self._spheres, writer, every, optimizer, tag, first_step)
 
     def plot(
