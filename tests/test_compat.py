@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import torch_spheres as ts
 from torch_spheres import _compat, _core
-from torch_spheres.ranks import ranks_of
+from torch_spheres.ranks import Ranks
 
 SOURCE = Path(ts.__file__).parent
 RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -183,7 +183,7 @@ def test_without_what_has_an_alternative_nobody_is_told(api):
 USES = {
     _compat.PARALLEL: [lambda _: ts.SphereParallel(nn.Linear(2, 2))],
     _compat.LOADER: [lambda _: ts.wrap(DataLoader([1, 2]))],
-    _compat.RANKS: [lambda _: ranks_of(None)],
+    _compat.RANKS: [lambda _: Ranks(None)],
     _compat.CHECKPOINT: [
         lambda _: ts.checkpoint_state(),
         lambda _: ts.restore_checkpoint_state({}),

@@ -23,7 +23,7 @@ from torch_spheres.errors import RankError
 from torch_spheres.meeting import Meeting
 from torch_spheres.swap import Swap
 
-__all__ = ["ProcessGroup", "Ranks", "find_ranks", "ranks_of", "this_rank"]
+__all__ = ["ProcessGroup", "Ranks", "find_ranks", "this_rank"]
 
 ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
 _LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
@@ -61,12 +61,12 @@ def this_rank(process_group: ProcessGroup | bool | None) -> tuple[int, int]:
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
-def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks | None:
+def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ranks | None:
     """The ranks that a batch is divided over; None if this process has it alone.
 
     Args:
         process_group: as of `this_rank`.
-        leaves: of the hierarchy, among which they are divided.
+        leaves: of the hierarchy, among which they are divided; 0: any number of ranks will do.
 
     Raises:
         TypeError: it is no process group.
@@ -75,20 +75,12 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks 
     _, world = this_rank(process_group)
     if world == 1:
         return None
-    if leaves % world:
+    if leaves % world:  # (nothing divides 0 unevenly)
         raise ValueError(
             f"{world} processes cannot share the leaves ({leaves}) evenly: "
             f"{way_out(world, leaves)}, or choose so many by process_group="
         )
-    return ranks_of(process_group)
-
-
-def ranks_of(process_group: ProcessGroup | None) -> Ranks:
-    """Those of a group that this process is in, also where they could not share a batch.
-
-    One for all parts of a program: they talk in the same order on all ranks.
-    """
-    _compat.require(_compat.RANKS)
+    # One for all parts of a program: they talk in the same order on all ranks.
     group = dist.group.WORLD if process_group is None else process_group
     known = _live.get(group)
     if known is None:
@@ -105,6 +97,7 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
+        _compat.require(_compat.RANKS)
         self.rank, self.world = this_rank(group)
         self._is_gloo, self.device = _backend_of(group)
         self.told = False  # a warning, once

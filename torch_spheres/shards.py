@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch_spheres.phases import handovers, phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
-from torch_spheres.shard import InShard, Shard
+from torch_spheres.shard import Shard, in_shard
 from torch_spheres.splitting import Split, aligned
 from torch_spheres.tree import tree_sums
 
@@ -126,7 +127,7 @@ class Call:
 
     def in_shard(
         self, k: int, what: str, shard: Shard, context: CallerContext | None = None
-    ) -> InShard:
+    ) -> AbstractContextManager[None]:
         """On a sphere's thread: the caller's settings and the shard's random numbers.
 
         The settings are those of the call, unless others are given.
@@ -137,7 +138,7 @@ class Call:
         place = f"the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch"
         gate = self.compiled and (what, self.compiled, end - begin)
         traced = phase(self.crew.spheres, what, leaf)
-        return InShard(shard, name, place, context or self.context, gate, traced)
+        return in_shard(shard, name, place, context or self.context, gate, traced)
 
     # ---- forward ----
 
