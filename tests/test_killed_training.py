@@ -188,7 +188,7 @@ if world == 3:
         save_checkpoint(f"{folder}/pair.pt", step=4, process_group=pair, **parts)
         assert load_checkpoint(f"{folder}/pair.pt", process_group=pair, **parts) == 4
     else:
-        expect(ValueError, "not in the process_group",
+        expect(ValueError, "not in its process_group",
                lambda: save_checkpoint(path, process_group=pair, **parts))
     dist.barrier()
     if rank == 0:
