@@ -40,15 +40,9 @@ class Mailbox {
     }
   }
 
-  std::size_t capacity() const { return mask_ + 1; }
   /// True only for the moment in which it was asked.
   bool was_empty() const {
     return head_.load(std::memory_order_acquire) == tail_.load(std::memory_order_acquire);
-  }
-  std::size_t was_size() const {
-    const auto tail = tail_.load(std::memory_order_relaxed);
-    const auto head = head_.load(std::memory_order_relaxed);
-    return tail > head ? tail - head : 0;
   }
 
   /// False when full; `value` is moved from only on success.

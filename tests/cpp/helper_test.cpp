@@ -115,8 +115,6 @@ TEST(an_error_in_the_helpers_hands_is_the_batchs) {
   const auto batch = submit(system, work, 100);
   CHECK(helper.wait_for(*batch, kPatience));
   CHECK(batch->failed());
-  CHECK_EQ(batch->failed_item(), 77);
-  CHECK_EQ(batch->failed_sphere(), 0);
   CHECK_EQ(work->count.load() + batch->cancelled(), 100);
 }
 

@@ -90,12 +90,11 @@ TEST(many_wakers_and_one_sleeper) {
 TEST(messages_keep_their_order_and_wrap_around) {
   for (const std::size_t capacity : {2, 4, 64}) {
     Mailbox<int> box(capacity);
-    CHECK_EQ(box.capacity(), capacity);
     int pushed = 0, popped = 0, value = -1;
     for (std::size_t lap = 0; lap < 1000; ++lap) {
       const std::size_t fill = lap % (capacity + 1);
       for (std::size_t i = 0; i < fill; ++i) CHECK(box.try_push(pushed++));
-      CHECK_EQ(box.was_size(), fill);
+      if (fill == capacity) CHECK(!box.try_push(-1));
       CHECK_EQ(box.was_empty(), fill == 0);
       for (std::size_t i = 0; i < fill; ++i) {
         CHECK(box.try_pop(value));

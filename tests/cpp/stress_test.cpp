@@ -117,7 +117,6 @@ TEST(stop_during_work_accounts_for_every_item) {
         }
         if (round % 2) std::this_thread::sleep_for(std::chrono::microseconds(300 * round));
         stop(system);
-        CHECK_EQ(system.in_flight(), 0);
         for (std::size_t i = 0; i < batches.size(); ++i) {
           CHECK(batches[i]->done());
           CHECK_EQ(works[i]->count.load() + batches[i]->cancelled(), 300);
@@ -293,13 +292,14 @@ TEST(work_handed_out_by_work) {
   System system(2, 4);
   system.start();
   auto inner = std::make_shared<CountingWork>();
-  auto outer = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
-    const auto batch = std::make_shared<Batch>(inner, 10);
+  std::vector<std::shared_ptr<Batch>> batches(20);
+  auto outer = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t item) {
+    auto& batch = batches[static_cast<std::size_t>(item)] = std::make_shared<Batch>(inner, 10);
     while (system.try_submit(batch) == Submitted::kFull) std::this_thread::yield();
   });
   for (int round = 0; round < 50 / kSlowdown; ++round) {
     finish(submit(system, outer, 20));
-    CHECK(system.wait_idle_for(kPatience));
+    for (const auto& batch : batches) finish(batch);
     CHECK_EQ(inner->count.load(), 200 * (round + 1));
   }
 }

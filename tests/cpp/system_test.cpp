@@ -67,7 +67,6 @@ TEST(the_65th_batch_waits_and_is_not_lost) {
   finish(extra);
   for (const auto& batch : batches) finish(batch);
   for (const auto& work : works) check_all_once(*work, 5);
-  CHECK(system.wait_idle_for(kPatience));
 }
 
 TEST(an_error_ends_its_batch_exactly_and_nothing_else) {
@@ -85,8 +84,6 @@ TEST(an_error_ends_its_batch_exactly_and_nothing_else) {
     finish(failing);
     finish(fine);
     CHECK(failing->failed());
-    CHECK_EQ(failing->failed_item(), bad);
-    CHECK(failing->failed_sphere() >= 13);
     CHECK_THROWS(std::rethrow_exception(failing->error()), std::runtime_error);
     CHECK_EQ(work->count.load() + failing->cancelled(), 500);  // the failed item is not run
     CHECK(!fine->failed());
@@ -157,21 +154,18 @@ TEST(meetings_one_after_another_with_work_from_elsewhere) {
   System system(2, 3);
   system.start();
   std::atomic<bool> over{false};
-  std::atomic<std::int64_t> expected{0};
+  std::vector<std::shared_ptr<Batch>> batches;
   auto work = std::make_shared<CountingWork>();
   std::thread submitter([&] {
-    while (!over.load()) {
-      submit(system, work, 7);
-      expected += 7;
-    }
+    while (!over.load()) batches.push_back(submit(system, work, 7));
   });
   for (int round = 0; round < 300 / kSlowdown; ++round) {
     CHECK(meet(system, round % 3 - 1) == Meeting::kReleased);
   }
   over.store(true);
   submitter.join();
-  CHECK(system.wait_idle_for(kPatience));
-  CHECK_EQ(work->count.load(), expected.load());
+  for (const auto& batch : batches) finish(batch);
+  CHECK_EQ(work->count.load(), static_cast<std::int64_t>(7 * batches.size()));
 }
 
 TEST(a_meeting_comes_among_work_that_never_ends) {
@@ -181,16 +175,14 @@ TEST(a_meeting_comes_among_work_that_never_ends) {
       System system(levels, concurrency);
       system.start();
       std::atomic<bool> over{false};
-      std::atomic<std::int64_t> expected{0};
+      std::vector<std::shared_ptr<Batch>> batches;
       auto flood = std::make_shared<CountingWork>(1, [](SphereId, std::int64_t) {
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       });
       std::thread submitter([&] {
-        for (; !over.load(); expected += 12) submit(system, flood, 12);
+        while (!over.load()) batches.push_back(submit(system, flood, 12));
       });
-      while (system.in_flight() < static_cast<std::int64_t>(kBatchesInFlight)) {
-        std::this_thread::yield();
-      }
+      while (system.wait_for_room(Milliseconds(0))) std::this_thread::yield();
       for (int level = -1; level < levels; ++level) {
         CHECK(meet(system, level) == Meeting::kReleased);
         auto before = std::make_shared<CountingWork>();
@@ -203,8 +195,8 @@ TEST(a_meeting_comes_among_work_that_never_ends) {
       }
       over.store(true);
       submitter.join();
-      CHECK(system.wait_idle_for(kPatience));
-      CHECK_EQ(flood->count.load(), expected.load());
+      for (const auto& batch : batches) finish(batch);
+      CHECK_EQ(flood->count.load(), static_cast<std::int64_t>(12 * batches.size()));
     }
   }
 }
