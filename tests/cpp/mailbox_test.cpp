@@ -13,17 +13,8 @@
 #include "start_line.h"
 
 using namespace torch_spheres;
+using torch_spheres::testing::rounds;
 using torch_spheres::testing::StartLine;
-
-namespace {
-
-#if defined(__SANITIZE_THREAD__)
-constexpr int kSize = 1;
-#else
-constexpr int kSize = 5;
-#endif
-
-}  // namespace
 
 TEST(a_wake_before_the_park_is_kept) {
   Parker parker;
@@ -47,29 +38,29 @@ TEST(a_wake_before_the_park_is_kept) {
 TEST(two_parkers_hammering_each_other) {
   Parker ping, pong;
   int value = 0;
-  const int rounds = 20'000 * kSize;
+  const int turns = rounds(8'000);
   std::thread other([&] {
-    for (int i = 0; i < rounds; ++i) {
+    for (int i = 0; i < turns; ++i) {
       ping.park();
       ++value;
       pong.wake();
     }
   });
   int wrong = 0;
-  for (int i = 0; i < rounds; ++i) {
+  for (int i = 0; i < turns; ++i) {
     ping.wake();
     pong.park();
     wrong += value != i + 1;
   }
   other.join();
   CHECK_EQ(wrong, 0);
-  CHECK_EQ(value, rounds);
+  CHECK_EQ(value, turns);
 }
 
 TEST(many_wakers_and_one_sleeper) {
   Parker parker;
   std::atomic<std::int64_t> count{0}, sum{0};
-  const int wakers = 3, each = 10'000 * kSize;
+  const int wakers = 3, each = rounds(5'000);
   std::vector<std::thread> threads;
   for (int w = 0; w < wakers; ++w) {
     threads.emplace_back([&, w] {
@@ -181,14 +172,14 @@ void run_traffic(const Traffic& t) {
 }  // namespace
 
 TEST(many_producers_and_consumers_lose_and_repeat_nothing) {
-  run_traffic({1, 1, 2, 20'000 * kSize});
-  run_traffic({3, 1, 32, 10'000 * kSize});  // as spheres use it
-  run_traffic({1, 3, 2, 10'000 * kSize});
-  run_traffic({3, 3, 4, 7'000 * kSize});
+  run_traffic({1, 1, 2, rounds(6'000)});
+  run_traffic({3, 1, 32, rounds(3'000)});  // as spheres use it
+  run_traffic({1, 3, 2, rounds(3'000)});
+  run_traffic({3, 3, 4, rounds(3'000)});
 }
 
 TEST(the_last_message_goes_to_one_of_two_consumers) {
-  const int rounds = 3'000 * kSize;
+  const int turns = rounds(2'000);
   Mailbox<std::unique_ptr<int>> box(2);
   StartLine start(3), finish(3);
   std::atomic<int> taken{0};
@@ -196,7 +187,7 @@ TEST(the_last_message_goes_to_one_of_two_consumers) {
   std::vector<std::thread> consumers;
   for (int c = 0; c < 2; ++c) {
     consumers.emplace_back([&] {
-      for (int round = 0; round < rounds; ++round) {
+      for (int round = 0; round < turns; ++round) {
         start.wait();
         std::unique_ptr<int> message;
         if (box.try_pop(message)) {
@@ -208,7 +199,7 @@ TEST(the_last_message_goes_to_one_of_two_consumers) {
     });
   }
   int wrong = 0;
-  for (int round = 0; round < rounds; ++round) {
+  for (int round = 0; round < turns; ++round) {
     wrong += !box.try_push(std::make_unique<int>(round));
     start.wait();
     finish.wait();
@@ -216,12 +207,12 @@ TEST(the_last_message_goes_to_one_of_two_consumers) {
   }
   for (auto& consumer : consumers) consumer.join();
   CHECK_EQ(wrong, 0);
-  CHECK_EQ(sum.load(), std::int64_t{rounds} * (rounds - 1) / 2);
+  CHECK_EQ(sum.load(), std::int64_t{turns} * (turns - 1) / 2);
 }
 
 // The race of marker and releaser: whoever comes second must find the other's half.
 TEST(no_ready_leaf_is_left_while_a_permit_is_free) {
-  const int rounds = 4'000 * kSize;
+  const int turns = rounds(3'000);
   Permits permits(144, 1);
   std::atomic<int> granted{0}, holders{0}, most{0};
   const auto dispatch = [&] {
@@ -235,7 +226,7 @@ TEST(no_ready_leaf_is_left_while_a_permit_is_free) {
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
     threads.emplace_back([&, t] {
-      for (int i = 0; i < rounds; ++i) {
+      for (int i = 0; i < turns; ++i) {
         permits.mark_ready((t * 50 + i) % 144);
         dispatch();
       }
@@ -243,21 +234,21 @@ TEST(no_ready_leaf_is_left_while_a_permit_is_free) {
   }
   for (std::thread& t : threads) t.join();
   CHECK(!permits.any_ready());
-  CHECK(granted.load() > 0 && granted.load() <= 3 * rounds);
+  CHECK(granted.load() > 0 && granted.load() <= 3 * turns);
   CHECK_EQ(most.load(), 1);
   CHECK(permits.try_acquire());
   CHECK(!permits.try_acquire());
 }
 
 TEST(a_ready_leaf_is_popped_by_one_of_two) {
-  const int rounds = 2'000 * kSize;
+  const int turns = rounds(2'000);
   Permits permits(200, 1);
   StartLine start(3), finish(3);
   std::atomic<int> popped{0}, wrong{0};
   std::vector<std::thread> threads;
   for (int t = 0; t < 2; ++t) {
     threads.emplace_back([&] {
-      for (int round = 0; round < rounds; ++round) {
+      for (int round = 0; round < turns; ++round) {
         start.wait();
         const std::int32_t leaf = permits.pop_ready();
         popped += leaf >= 0;
@@ -267,7 +258,7 @@ TEST(a_ready_leaf_is_popped_by_one_of_two) {
     });
   }
   int lost = 0;
-  for (int round = 0; round < rounds; ++round) {
+  for (int round = 0; round < turns; ++round) {
     permits.mark_ready(round % 200);
     start.wait();
     finish.wait();
@@ -309,7 +300,7 @@ TEST(who_asks_late_is_told_of_its_own_meeting) {
 }
 
 TEST(arrivals_and_an_abort_race_for_one_outcome) {
-  const int rounds = 1'500 * kSize;
+  const int turns = rounds(1'000);
   Barrier barrier;
   StartLine start(4), finish(4);
   std::uint32_t id = 0;
@@ -317,7 +308,7 @@ TEST(arrivals_and_an_abort_race_for_one_outcome) {
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
     threads.emplace_back([&, t] {
-      for (int round = 0; round < rounds; ++round) {
+      for (int round = 0; round < turns; ++round) {
         start.wait();
         if (t == 2) {
           aborted += barrier.abort(id);
@@ -329,7 +320,7 @@ TEST(arrivals_and_an_abort_race_for_one_outcome) {
     });
   }
   int wrong = 0;
-  for (int round = 0; round < rounds; ++round) {
+  for (int round = 0; round < turns; ++round) {
     const int before = aborted.load();
     id = barrier.open(2);
     start.wait();

@@ -163,7 +163,7 @@ TEST(traces_begin_and_end_while_threads_submit) {
     });
   }
   std::int64_t items = 0;
-  for (int i = 0; i < 60 || items == 0; ++i) {
+  for (int i = 0; i < rounds(40) || items == 0; ++i) {
     CHECK(system.begin_trace(1 + static_cast<std::size_t>(i) * 7));
     std::this_thread::sleep_for(std::chrono::microseconds(100 * (i % 10)));
     items += count(system.end_trace(), system).items;
