@@ -26,7 +26,8 @@
 
 namespace torch_spheres {
 
-template <typename T>
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <typename T, template <typename> class Atomic = std::atomic>
 class Mailbox {
  public:
   explicit Mailbox(std::size_t capacity)
@@ -87,13 +88,13 @@ class Mailbox {
 
  private:
   struct Cell {
-    std::atomic<std::size_t> sequence{0};
+    Atomic<std::size_t> sequence{0};
     T value{};
   };
   const std::size_t mask_;
   const std::unique_ptr<Cell[]> cells_;
-  alignas(64) std::atomic<std::size_t> tail_{0};  // next push
-  alignas(64) std::atomic<std::size_t> head_{0};  // next pop
+  alignas(64) Atomic<std::size_t> tail_{0};  // next push
+  alignas(64) Atomic<std::size_t> head_{0};  // next pop
 };
 
 }  // namespace torch_spheres

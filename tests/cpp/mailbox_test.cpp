@@ -10,11 +10,14 @@
 #include "check.h"
 #include "park.h"
 #include "permits.h"
+#include "shaky_atomic.h"
 #include "start_line.h"
 
 using namespace torch_spheres;
 using torch_spheres::testing::rounds;
+using torch_spheres::testing::ShakyAtomic;
 using torch_spheres::testing::StartLine;
+using ShakyParker = BasicParker<ShakyAtomic>;
 
 TEST(a_wake_before_the_park_is_kept) {
   Parker parker;
@@ -36,9 +39,9 @@ TEST(a_wake_before_the_park_is_kept) {
 // Plain ints: that each side sees the other's write rests on park and wake alone, which is for
 // ThreadSanitizer to judge.  A lost wake-up would hang.
 TEST(two_parkers_hammering_each_other) {
-  Parker ping, pong;
+  ShakyParker ping, pong;
   int value = 0;
-  const int turns = rounds(8'000);
+  const int turns = rounds(4'000);
   std::thread other([&] {
     for (int i = 0; i < turns; ++i) {
       ping.park();
@@ -58,7 +61,7 @@ TEST(two_parkers_hammering_each_other) {
 }
 
 TEST(many_wakers_and_one_sleeper) {
-  Parker parker;
+  ShakyParker parker;
   std::atomic<std::int64_t> count{0}, sum{0};
   const int wakers = 3, each = rounds(5'000);
   std::vector<std::thread> threads;
@@ -131,7 +134,7 @@ struct Traffic {
 
 /// Each consumer must see each producer's messages in the order in which they were sent.
 void run_traffic(const Traffic& t) {
-  Mailbox<std::uint32_t> box(t.capacity);
+  Mailbox<std::uint32_t, ShakyAtomic> box(t.capacity);
   const std::uint32_t total = static_cast<std::uint32_t>(t.producers * t.each);
   std::atomic<std::uint32_t> taken{0};
   std::atomic<std::uint64_t> sum{0};
@@ -172,15 +175,15 @@ void run_traffic(const Traffic& t) {
 }  // namespace
 
 TEST(many_producers_and_consumers_lose_and_repeat_nothing) {
-  run_traffic({1, 1, 2, rounds(6'000)});
-  run_traffic({3, 1, 32, rounds(3'000)});  // as spheres use it
-  run_traffic({1, 3, 2, rounds(3'000)});
-  run_traffic({3, 3, 4, rounds(3'000)});
+  run_traffic({1, 1, 2, rounds(3'000)});
+  run_traffic({3, 1, 32, rounds(2'000)});  // as spheres use it
+  run_traffic({1, 3, 2, rounds(2'000)});
+  run_traffic({3, 3, 4, rounds(2'000)});
 }
 
 TEST(the_last_message_goes_to_one_of_two_consumers) {
   const int turns = rounds(2'000);
-  Mailbox<std::unique_ptr<int>> box(2);
+  Mailbox<std::unique_ptr<int>, ShakyAtomic> box(2);
   StartLine start(3), finish(3);
   std::atomic<int> taken{0};
   std::atomic<std::int64_t> sum{0};
@@ -212,8 +215,8 @@ TEST(the_last_message_goes_to_one_of_two_consumers) {
 
 // The race of marker and releaser: whoever comes second must find the other's half.
 TEST(no_ready_leaf_is_left_while_a_permit_is_free) {
-  const int turns = rounds(3'000);
-  Permits permits(144, 1);
+  const int turns = rounds(1'000);
+  BasicPermits<ShakyAtomic> permits(144, 1);
   std::atomic<int> granted{0}, holders{0}, most{0};
   const auto dispatch = [&] {
     while (permits.any_ready() && permits.try_acquire()) {
@@ -241,8 +244,8 @@ TEST(no_ready_leaf_is_left_while_a_permit_is_free) {
 }
 
 TEST(a_ready_leaf_is_popped_by_one_of_two) {
-  const int turns = rounds(2'000);
-  Permits permits(200, 1);
+  const int turns = rounds(1'000);
+  BasicPermits<ShakyAtomic> permits(200, 1);
   StartLine start(3), finish(3);
   std::atomic<int> popped{0}, wrong{0};
   std::vector<std::thread> threads;
@@ -300,8 +303,8 @@ TEST(who_asks_late_is_told_of_its_own_meeting) {
 }
 
 TEST(arrivals_and_an_abort_race_for_one_outcome) {
-  const int turns = rounds(1'000);
-  Barrier barrier;
+  const int turns = rounds(500);
+  BasicBarrier<ShakyAtomic> barrier;
   StartLine start(4), finish(4);
   std::uint32_t id = 0;
   std::atomic<int> released{0}, aborted{0};
