@@ -129,7 +129,7 @@ TEST(a_change_of_state_is_recorded_or_seen_as_the_trace_begins) {
       change_state(clock, recorder, State::kIdle);
     }
   });
-  for (int i = 0, recorded = 0; i < rounds(60'000) || recorded == 0; ++i) {
+  for (int i = 0, recorded = 0; i < rounds(250'000) || recorded == 0; ++i) {
     TraceRing ring(1000);
     recorder.begin(ring);
     const std::uint64_t since = clock.now().second;

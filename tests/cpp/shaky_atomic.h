@@ -8,17 +8,20 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 
 namespace torch_spheres::testing {
 
-/// Yields about every second time.
+/// Yields about every second time, and sleeps now and then, for longer than a waiting thread spins.
 inline void shake() {
   thread_local std::uint32_t state =
       static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(&state) >> 4) | 1;
   state = state * 1664525 + 1013904223;
-  if (state >> 31) std::this_thread::yield();
+  const std::uint32_t chance = state >> 27;  // 0 to 31
+  if (chance == 0) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  if (chance < 16) std::this_thread::yield();
 }
 
 template <typename T>

@@ -129,7 +129,7 @@ TEST(slices_share_out_every_item_once) {
 
 // Owner and thief, both already inside the batch, are released together on one item.
 TEST(the_last_item_goes_to_owner_or_thief) {
-  const int turns = rounds(2'000);
+  const int turns = rounds(4'000);
   Ring r(12);
   StartLine start(3), finish(3);
   std::atomic<int> completed{0};
@@ -164,7 +164,7 @@ TEST(the_last_item_goes_to_owner_or_thief) {
 // shorter than a chunk: the fetch_adds overshoot.
 TEST(the_last_items_of_a_slice_are_not_taken_twice) {
   for (const std::int64_t chunk : {1, 64}) {
-    const int turns = rounds(400);
+    const int turns = rounds(700);
     const std::int64_t n = 30;  // slices of 3 and 2
     Ring r(12);
     StartLine start(4), finish(4);
@@ -275,6 +275,7 @@ TEST(the_65th_batch_is_refused_until_one_is_done) {
   for (const auto& each : works) CHECK(each->least() == 1 && each->most() == 1);
 }
 
+// Nothing forces what may happen between two instructions here: that is for `pytest --long`.
 TEST(a_cancelled_rest_and_the_items_run_make_up_the_batch) {
   const std::int64_t n = 200;
   for (int round = 0; round < rounds(120); ++round) {
