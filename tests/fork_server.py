@@ -152,6 +152,15 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def interrupt(self) -> None:
+        """Ctrl-C, as soon as its main thread sleeps, waiting for whatever the test has it wait for."""
+        end = time.monotonic() + LIMIT
+        stat = Path(f"/proc/{self.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "it never waits"
+            time.sleep(0.005)
+        self.send_signal(signal.SIGINT)
+
     def kill(self) -> None:
         """SIGKILL, which its worker processes do not survive either."""
         self.send_signal(signal.SIGKILL)

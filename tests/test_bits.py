@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import fork_server
 import pytest
 import reference
 import torch
@@ -156,11 +156,8 @@ print(zoo.fingerprint(model, optimizers, losses))
 
 def test_a_checkpoint_in_the_middle_resumes_in_a_new_process_bit_for_bit(tmp_path) -> None:
     def run(path: str, *numbers: int) -> str:
-        command = [sys.executable, "-P", "-c", RESUME, str(tmp_path / path), *map(str, numbers)]
-        environment = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=100, check=False
-        )
+        environment = {"PYTHONPATH": str(Path(__file__).parent)}
+        done = fork_server.run(RESUME, tmp_path / path, *numbers, env=environment)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 

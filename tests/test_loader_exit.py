@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import textwrap
-import time
 
+import fork_server
 import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
-def run(script, **options):
-    return subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", "-c", textwrap.dedent(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def start(script):
+    return fork_server.start(textwrap.dedent(script), warn=(("ignore",),))
 
 
 SLOW = """
@@ -60,24 +51,21 @@ def test_ctrl_c_is_answered_while_batches_load(workers):
     loader._tempo._probes.clear()
     """
     )
-    process = run(SLOW.format(workers=workers) + on_threads + loop)
-    for _ in range(2):
-        assert process.stdout.readline() == "batch\n"
-    time.sleep(0.2)  # until it waits for the third
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    with start(SLOW.format(workers=workers) + on_threads + loop) as process:
+        assert [process.readline() for _ in range(2)] == ["batch\n"] * 2
+        process.interrupt()  # while it waits for the third
+        assert process.wait() == 0, process.stderr
+    out = process.stdout.removeprefix("batch\nbatch\n")
     # (Without workers the index list is lost whose batch was being loaded, as it always was.)
-    assert out == "interrupted\nTrue\n" if workers else out.startswith("interrupted\n"), errors
+    assert out == "interrupted\nTrue\n" if workers else out.startswith("interrupted\n"), out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_program_may_end_with_a_loader_half_used(workers):
     end = "\n    gate.set(); iterator = iter(loader); next(iterator)\n"
-    process = run(SLOW.format(workers=workers) + end)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "Exception" not in errors and "Error" not in errors
+    with start(SLOW.format(workers=workers) + end) as process:
+        assert process.wait() == 0, process.stderr
+    assert "Exception" not in process.stderr and "Error" not in process.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -106,6 +94,6 @@ def test_after_a_fork_the_child_is_told(workers):
     print(os.waitstatus_to_exitcode(status))
     """
     )
-    process = run(script)
-    out, errors = process.communicate(timeout=60)
-    assert out.strip() == "0", errors
+    with start(script) as process:
+        process.wait()
+    assert process.stdout.strip() == "0", process.stderr

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 
+import fork_server
 import pytest
 import torch
 from loader_support import Numbers, Plain, flat, on_spheres, resumed
@@ -308,16 +307,7 @@ for epoch in range(2):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_a_new_process(tmp_path, workers):
     def run(what):
-        command = [
-            sys.executable,
-            "-P",
-            "-c",
-            SCRIPT,
-            str(tmp_path / "state.pt"),
-            str(workers),
-            what,
-        ]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        ran = fork_server.run(SCRIPT, tmp_path / "state.pt", workers, what)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.splitlines()
 

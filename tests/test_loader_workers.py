@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import random
-import subprocess
-import sys
 import time
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -319,10 +318,5 @@ import torch_spheres as ts
 loader = DataLoader(Who(), 1, num_workers=2)
 print([int(b) for b in ts.wrap(loader)], [int(b) for b in loader], get_worker_info())
 """
-    ran = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    ran = fork_server.run(script, warn=(("ignore",),))
     assert ran.stdout == "[0, 1, 0, 1] [0, 1, 0, 1] None\n", ran.stderr

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -139,28 +138,22 @@ def test_state_of_a_resumed_iterator_is_that_of_the_first(name: str) -> None:
         assert list(resumed) == list(other)
 
 
-def test_resumes_in_a_new_process() -> None:
+def test_resumes_in_a_new_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     batches = SphereBatchSampler(RandomSampler(range(50)), 4)
     iterator = iter(batches)
     [*islice(iterator, 5)]
-    file = io.BytesIO()
-    torch.save(batches.state_dict(), file)
+    torch.save(batches.state_dict(), tmp_path / "state.pt")
     program = (
-        "import io, sys, torch; from torch.utils.data import RandomSampler\n"
+        "import sys, torch; from torch.utils.data import RandomSampler\n"
         "from torch_spheres.sampler import SphereBatchSampler\n"
         "batches = SphereBatchSampler(RandomSampler(range(50)), 4)\n"
-        "batches.load_state_dict(torch.load(io.BytesIO(sys.stdin.buffer.read())))\n"
+        "batches.load_state_dict(torch.load(sys.argv[1]))\n"
         "print(list(batches))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        input=file.getvalue(),
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().strip() == str(list(iterator))
+    done = fork_server.run(program, tmp_path / "state.pt")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(list(iterator))
 
 
 def test_loading_waits_for_the_iterator_that_begins_next() -> None:
