@@ -6,8 +6,8 @@
     ends = fork_server.run_ranks(4, Path("train.py"))                        # as torchrun has it
 
 The server starts with the first of them. It has one thread, and leaves its main loop in each child,
-whose program therefore runs, and ends, as that of any interpreter does. What an import does, or
-what is read from the environment by one, has to be shown by a real new process: there is none here.
+whose program therefore runs, and ends, as that of any interpreter does. What the import of torch
+does, or reads from the environment, needs a new interpreter instead.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 100.0  # seconds, for what ends long before that unless it hangs
+
+# In front of a program that is about what the import of the package does.
+IMPORT_ANEW = """
+import sys
+for name in [name for name in sys.modules if name.startswith("torch_spheres")]:
+    if name != "torch_spheres._core":
+        del sys.modules[name]
+"""
 
 # ---- the side of the tests ----
 
@@ -153,7 +161,7 @@ class Process:
             os.kill(self.pid, number)
 
     def interrupt(self) -> None:
-        """Ctrl-C, as soon as its main thread sleeps, waiting for whatever the test has it wait for."""
+        """Ctrl-C, as soon as its main thread sleeps, waiting for what the test has it wait for."""
         end = time.monotonic() + LIMIT
         stat = Path(f"/proc/{self.pid}/stat")
         while stat.read_text().rpartition(")")[2].split()[0] != "S":

@@ -56,7 +56,7 @@ SUITE = [
     *([name, "adamw", "count", 2, 50, 3] for name in list(zoo.ZOO)[:2]),
     *(["mlp with dropout", "adamw", way, 2, 5, 1] for way in WAYS),
     *([name, "sgd", "loop", 2, 5, 1] for name in ("residual net", "sparse embedding")),
-    *(["transformer with dropout", "sgd", way, 3, 150, 2] for way in ("loop", "mean")),
+    *(["mlp with dropout", "sgd", way, 3, 150, 2] for way in ("loop", "mean")),
     *(["cnn with batch norm", "sgd", way, 3, 20, 1] for way in ("loop", "mean")),
 ]
 

@@ -6,14 +6,13 @@ What would take this process along runs in one of its own.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from system_support import LIMIT, eventually, fail, in_thread
 
@@ -28,11 +27,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 def run(script: str) -> str:
     """Runs a script that must end well and silently; returns what it printed."""
-    # -P: the installed package, not the source folder that pytest was started in. (From 3.12 on
-    # Python warns of fork() where there are threads, which is what some scripts are about.)
-    options = ["-P", "-X", "faulthandler", "-W", "ignore:This process:DeprecationWarning"]
-    command = [sys.executable, *options, "-c", HEADER + script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    # (From 3.12 on Python warns of fork() with threads, which is what some scripts are about.)
+    done = fork_server.run(HEADER + script, warn=(("ignore", "This process"),))
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
 
@@ -84,8 +80,9 @@ for name, call in calls.items():
 
 
 def test_interpreter_exit_is_clean_whatever_the_spheres_do() -> None:
-    # Each case ends in a fork of its own: importing torch is most of the time.
+    # Each case ends in a fork of its own, as a program that has imported it all by itself would.
     run(r"""
+gc.unfreeze()
 busy = '''
 def item(_):
     begun.set()
