@@ -197,8 +197,8 @@ def start(
     Args:
         env: what its environment has in addition. PYTHONPATH and OMP_NUM_THREADS are heeded.
         cwd: the folder it runs in, other than this process's.
-        warn: arguments of `warnings.filterwarnings`, the last before the others, such as
-            ``("error",)`` for the option ``-W error``.
+        warn: arguments of `warnings.filterwarnings`, of which a later one has precedence; for the
+            option ``-W error``, ``("error",)``.
     """
     environment = {**os.environ, **(env or {})}
     return Process(program, arguments, env=environment, cwd=str(cwd or Path.cwd()), warn=warn)
@@ -283,8 +283,7 @@ def serve(requests: socket.socket) -> dict[str, Any]:
         for ended in [fd for fd in ready if fd is not requests]:
             pid, channel = children.pop(ended)
             os.close(ended)
-            with contextlib.suppress(ProcessLookupError):  # none of its own is left
-                os.killpg(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)  # those that it has started
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             with channel, contextlib.suppress(BrokenPipeError):
                 channel.sendall(b"%d\n" % status)
@@ -299,8 +298,9 @@ def serve(requests: socket.socket) -> dict[str, Any]:
         threads = [*Path("/proc/self/task").iterdir()]
         assert len(threads) == 1, f"a fork would have one of these: {threads}"
         pid = os.fork()
+        with contextlib.suppress(PermissionError):  # both do so: neither knows who comes first
+            os.setpgid(pid, pid)
         if pid == 0:
-            os.setpgid(0, 0)
             for number, file in enumerate(files):
                 os.dup2(file, number)
         for file in files:
