@@ -1,4 +1,4 @@
-"""What a live display costs: its thread's time on a core, torch_spheres.top's, a loop's beside it.
+"""What a live display costs: its thread's time on a core, and a loop's beside it.
 
 The target is 1 % of a core at four drawings per second, with 13 and with 1885 spheres. The display
 is drawn into a pseudo-terminal of 120 × 40 that somebody reads, while items of a millisecond run.
@@ -6,19 +6,14 @@ is drawn into a pseudo-terminal of 120 × 40 that somebody reads, while items of
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import struct
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fcntl import ioctl
-from pathlib import Path
 from termios import TIOCSWINSZ
 from typing import TextIO
 
@@ -94,40 +89,6 @@ def per_second(spheres: ts.KissingSpheres, seconds: float, *, live: bool) -> flo
     return spent / steps
 
 
-# Runs under torch_spheres.top: says what its own thread, which reports, and top itself take.
-WATCHED = """
-import json, os, sys, threading, time
-from pathlib import Path
-import torch_spheres as ts
-path, levels, concurrency, seconds, samples = sys.argv[1], *map(float, sys.argv[2:])
-def on_core():
-    (reporter,) = [t for t in threading.enumerate() if t.name == "spheres report"]
-    top = int(Path(f"/proc/{os.getppid()}/schedstat").read_text().split()[0]) / 1e9
-    return time.clock_gettime(time.pthread_getcpuclockid(reporter.ident)), top
-found = []
-with ts.KissingSpheres(int(levels), concurrency=int(concurrency)) as spheres:
-    time.sleep(1)
-    for _ in range(int(samples)):
-        before, begin = on_core(), time.perf_counter()
-        while time.perf_counter() - begin < seconds:
-            spheres.map(lambda _: time.sleep(0.001), range(spheres.concurrency * 20))
-        took = time.perf_counter() - begin
-        found.append([(a - b) / took for a, b in zip(on_core(), before)])
-Path(path).write_text(json.dumps(found))
-"""
-
-
-def under_top(levels: int, concurrency: int, seconds: float, samples: int) -> list[list[float]]:
-    """Shares of a core: of the reporting thread, and of torch_spheres.top."""
-    with terminal() as file, tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        script = [sys.executable, "-c", WATCHED, path, levels, concurrency, seconds, samples]
-        command = [sys.executable, "-m", "torch_spheres.top", "--", *map(str, script)]
-        subprocess.run(command, stdout=file, stderr=file, check=True)
-        found: list[list[float]] = json.loads(path.read_text())
-    return found
-
-
 def share_row(name: str, found: list[float], note: str, section: Section) -> None:
     section.samples[name] = found
     median = statistics.median(found)
@@ -166,9 +127,6 @@ def main() -> None:
             readings = Section(f"What is read of {name}", "time on a core, over that of a reading")
             reading_costs(spheres, readings, 5 if options.quick else 50)
             report.add(readings)
-        watched = under_top(levels, options.concurrency, seconds, samples)
-        for column, note in enumerate(("thread that reports to top", "top, its own process")):
-            share_row(f"{name}: {note}", [row[column] for row in watched], "", cost)
     report.add(cost)
     report.add(pace)
     report.save(options.json)

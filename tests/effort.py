@@ -1,4 +1,4 @@
-"""How often tests repeat things: to find faults in minutes, or, with `--long`, in hours."""
+"""How often tests repeat things: enough to find faults in minutes, or, with `--long`, in hours."""
 
 from __future__ import annotations
 

@@ -1,18 +1,20 @@
-"""What displays consist of: totals of subtrees, rates, lines on a screen; notebooks' picture."""
+"""What displays consist of: totals of subtrees, rates, counts of samples; notebooks' table."""
 
 from __future__ import annotations
 
-import subprocess
+import os
+import signal
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 
 import pytest
-from terminal import script
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.watching.frame import View, full_frame, plain_line, screen
-from torch_spheres.watching.readings import Rates, Reading, Rows, SubtreeTotals
+from torch_spheres.watching.readings import Rates, Reading, Rows, Totals
 
 LIMIT = 60.0
 SUBTREES = ["root", *map(str, range(12)), "all"]
@@ -37,104 +39,50 @@ def test_totals_of_subtrees_are_the_sums_of_stats(levels: int) -> None:
         end = time.monotonic() + LIMIT
         while True:  # until nobody falls asleep between the two
             reading, stats, after = Reading.of(spheres), spheres.stats(), Reading.of(spheres)
-            if [t.states for t in reading.subtrees] == [t.states for t in after.subtrees]:
+            if [t.states for t in reading.subtrees.values()] == [
+                t.states for t in after.subtrees.values()
+            ]:
                 break
             assert time.monotonic() < end
         gate.set()
         work.wait()
-    for totals in reading.subtrees:
-        path = totals.path
+    for path, totals in [*reading.subtrees.items(), ("", reading.total)]:
         below = [
             s
             for s in stats.spheres
-            if s.path == path or (path != "root" and s.path.startswith(path + "."))
+            if not path or s.path == path or (path != "root" and s.path.startswith(path + "."))
         ]
-        assert totals.spheres == len(below)
+        assert sum(totals.states) == len(below)
         assert totals.items == sum(s.items_run for s in below)
         assert totals.stolen == sum(s.items_stolen for s in below)
-        leaves = [s for s in below if s.level == levels - 1]
-        assert totals.queued == sum(s.queued for s in leaves)
+        assert totals.queued == sum(s.queued for s in below if s.level == levels - 1)
         for state, count in zip(ts.State, totals.states, strict=True):
             assert count == sum(s.state is state for s in below)
-    assert reading.items == stats.items_run
-    assert reading.working == min(2, spheres.leaves) and reading.queued == 500 - reading.working
-    assert sum(s.spheres for s in reading.subtrees) == len(stats) == reading.spheres
-    assert Reading.from_json(reading.to_json()) == reading
+    busy = min(2, spheres.leaves)
+    assert reading.total.working == busy and reading.total.queued == 500 - busy
+    assert reading.spheres == len(stats) and reading.leaves == len(stats.leaves)
 
 
-def made(time_s: float, busy_s: float, items: int = 0, concurrency: int = 2) -> Reading:
+def made(time_s: float, busy_s: float, items: int = 0) -> Reading:
     """13 spheres of which sphere 0 alone works."""
-    idle, busy = (0, 0, 1, 0, 0, 0), (0, 1, 0, 0, 0, 0)
-    subtrees = [SubtreeTotals(i, idle, 0, 0, 0, 0) for i in range(13)]
-    subtrees[1] = SubtreeTotals(1, busy, items, 2, 3, int(busy_s * 1e9))
+    idle = Totals((0, 0, 1, 0, 0, 0), 0, 0, 0, 0)
+    busy = Totals((0, 1, 0, 0, 0, 0), items, 2, 3, int(busy_s * 1e9))
+    subtrees = {"root": idle, "0": busy, **{str(i): idle for i in range(1, 12)}}
+    total = busy._replace(states=(0, 1, 12, 0, 0, 0))
     now = int(time_s * 1e9)
-    return Reading(2, concurrency, True, now, now, tuple(subtrees), items * 10)
+    return Reading(13, 12, 2, "running", now, now, subtrees, total, items * 10)
 
 
-def test_rates_are_of_the_last_second() -> None:
-    rates = Rates(1.0)
-    rates.add(made(10, 4))
-    assert (rates.items, rates.samples) == (0, 0)
-    assert rates.busy(1) == 0.4 and rates.busy() == 0.2 and rates.busy(2) == 0
-    for step in range(1, 9):
-        rates.add(made(10 + step / 4, 4 + step / 8, items=step))
-    assert (rates.items, rates.samples) == (4, 40)
-    assert rates.busy(1) == 0.5 and rates.busy() == 0.25
-    rates.settle()  # over all of the two seconds
-    assert (rates.items, rates.samples) == (4, 40) and rates.busy(1) == 0.5
-    rates.add(made(12.5, 5, items=8))
-    rates.settle()
-    assert rates.items == 3.2 and rates.busy(1) == 0.4
-    rates.add(made(1, 0.25))  # started anew
-    assert rates.items == 0 and rates.busy(1) == 0.25
-
-
-def test_several_systems_share_a_screen() -> None:
-    views = []
-    for number in range(5):
-        rates = Rates()
-        rates.add(made(10, 4, items=7))
-        views.append(View(rates, name=f"pid {number}", ended=number == 0))
-    assert len(full_frame(views[0], 80)) == 17
-
-    def text(height: int) -> list[str]:
-        return ["".join(span for span, _ in line) for line in screen(views, 80, height)]
-
-    for height in range(1, 100):
-        assert 1 <= len(text(height)) <= height
-    headings = [line[:5] for line in text(100) if line.startswith("pid")]
-    assert headings == ["pid 1", "pid 2", "pid 3", "pid 4", "pid 0"]  # that has ended comes last
-    assert sum(line.startswith("all") for line in text(100)) == 4
-    assert sum(line.startswith("all") for line in text(30)) == 1
-    assert text(6)[-1] == "and 3 more"
-    assert "ended" in plain_line(views[0]) and "7 items" in plain_line(views[0])
-
-
-class CountedRates(Rates):
-    """Counts how often shares are worked out, which is most of what a line costs."""
-
-    asked = 0
-
-    def busy(self, index: int | None = None) -> float:
-        CountedRates.asked += 1
-        return super().busy(index)
-
-
-def test_a_screen_costs_what_is_shown_and_not_what_there_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rates = CountedRates()
-    rates.add(made(10, 4, items=7))
-    views = [View(rates, name=f"pid {number}", ended=number > 0) for number in range(3000)]
-    for shown, height in ((1, 24), (11, 24), (3000, 24), (3000, 7)):
-        monkeypatch.setattr(CountedRates, "asked", 0)
-        lines = screen(views[:shown], 80, height)
-        assert 1 <= len(lines) <= height and 1 <= CountedRates.asked <= height
-    assert lines[-1][0][0] == "and 2,997 more"
-
-
-def test_an_empty_screen_fits_any_terminal() -> None:
-    assert [screen([], 80, height) for height in (-1, 0, 1)] == [[], [], []]
+def test_rates_are_of_the_time_between_two_readings() -> None:
+    first = made(10, 4)
+    since_start = Rates(first, first)
+    assert (since_start.items, since_start.samples) == (0, 0)
+    assert since_start.busy("0") == 0.4 and since_start.busy() == 0.2 and since_start.busy("1") == 0
+    between = Rates(first, made(12, 5, items=8))
+    assert (between.items, between.samples) == (4, 40)
+    assert between.busy("0") == 0.5 and between.busy() == 0.25
+    anew = Rates(first, made(1, 0.25))  # stopped and started
+    assert anew.items == 0 and anew.busy("0") == 0.25
 
 
 def test_rows_are_counted_from_any_thread() -> None:
@@ -150,101 +98,81 @@ def test_rows_are_counted_from_any_thread() -> None:
     assert counted.value == 40_000
 
 
-SLOW = """
-import os, signal, sys, threading
-import torch_spheres as ts
-
 class Slow(int):
-    # Takes a moment to add, and that is while nobody else can.
-    def __radd__(self, other):
-        meanwhile()
-        return int(other) + int(self)
+    """Does something else while it is added, when nobody else can add."""
 
-spheres = ts.KissingSpheres(levels=1)
-live = spheres.live()
-"""
+    meanwhile: Callable[[], object]
+
+    def __radd__(self, other: int) -> int:
+        self.meanwhile()
+        return other + int(self)
 
 
-@pytest.mark.parametrize("call", ["live.advance(5)", "spheres._rows.loaded(5)"])
-def test_a_signals_handler_may_count_while_its_thread_does(call: str) -> None:
-    text = f"""
-def handler(*_):
-    {call}
-    print("handled")
-def meanwhile():
-    signal.raise_signal(signal.SIGTERM)
-signal.signal(signal.SIGTERM, handler)
-spheres._rows.{"advance" if "live" in call else "loaded"}(Slow(4))
-live.update(samples=3)
-live.advance(2)
-print(spheres._rows.value)
-"""
-    done = subprocess.run(
-        script(SLOW + text), capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "handled\n5\n"), done.stderr
+def test_a_signals_handler_may_count_while_its_thread_does() -> None:
+    counted, rows = Rows(), Slow(4)
+    rows.meanwhile = lambda: signal.raise_signal(signal.SIGUSR1)
+    before = signal.signal(signal.SIGUSR1, lambda *_: counted.tell(7))
+    try:
+        counted.loaded(rows)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert counted.value == 7
 
 
 def test_a_forked_child_counts_though_a_thread_of_its_parent_was_counting() -> None:
-    text = """
-begun, gate = threading.Event(), threading.Event()
-def meanwhile():
-    begun.set()
-    gate.wait(60)
-thread = threading.Thread(target=spheres._rows.loaded, args=[Slow(4)])
-thread.start()
-begun.wait(60)
-pid = os.fork()
-if pid == 0:
-    signal.alarm(20)  # ends a child that hangs
-    spheres._rows.loaded(1)
-    assert spheres._rows.value == 1
-    live.advance(2)
-    assert spheres._rows.value == 2
-    os._exit(3)
-code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-gate.set()
-thread.join()
-assert spheres._rows.value == 4
-sys.exit(code)
-"""
-    done = subprocess.run(
-        script(SLOW + text), capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    assert done.returncode == 3, done.stderr
+    counted, rows = Rows(), Slow(4)
+    begun, gate = threading.Event(), threading.Event()
+    rows.meanwhile = lambda: (begun.set(), gate.wait(LIMIT))
+    thread = threading.Thread(target=counted.loaded, args=[rows])
+    thread.start()
+    assert begun.wait(LIMIT)
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)  # ends a child that hangs
+        counted.loaded(1)
+        os._exit(counted.value or 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    gate.set()
+    thread.join()
+    assert (code, counted.value) == (1, 4)
+
+
+def test_samples_are_counted_or_told() -> None:
+    with ts.KissingSpheres() as spheres:
+        assert Reading.of(spheres).samples is None
+        data = TensorDataset(torch.randn(50, 3))
+        for _ in ts.wrap(DataLoader(data, batch_size=8), spheres):
+            pass
+        for _ in ts.wrap(DataLoader(data, batch_size=8, num_workers=2), spheres):
+            pass
+        assert Reading.of(spheres).samples == 100
+        live = spheres.live()
+        live.advance(3)
+        live.advance()
+        assert Reading.of(spheres).samples == 4
+        live.update(samples=2)
+        assert Reading.of(spheres).samples == 2
+        for bad, error in ((-1, ValueError), (1.5, TypeError), ("3", TypeError)):
+            with pytest.raises(error, match="samples must be"):
+                live.advance(bad)  # type: ignore[arg-type]
 
 
 # ---- notebooks ----
 
 
-def texts(svg: str) -> list[str]:
-    return [node.text or "" for node in ET.fromstring(svg).iter() if node.tag.endswith("}text")]
-
-
-@pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_the_picture_for_notebooks(levels: int) -> None:
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_the_table_for_notebooks(levels: int) -> None:
     spheres = ts.KissingSpheres(levels=levels, concurrency=2)
-    assert "not started" in texts(spheres._repr_html_())[0]
+    assert "not started" in spheres._repr_html_()
     with spheres:
         spheres.map(abs, range(4321))
-        svg = spheres._repr_html_()
-        assert "running" in texts(svg)[0] and f"{spheres.total_spheres:,} sphere" in texts(svg)[0]
-    assert "4,321" in texts(svg)
-    names = [text for text in texts(svg) if text in SUBTREES and text != "0"]
-    assert [n for n in SUBTREES if n in texts(svg)] == (
-        ["root", "0", "all"] if levels == 1 else SUBTREES
-    ) and names[0] == "root"
-    assert "stopped" in texts(spheres._repr_html_())[0]
-    assert len(svg) < 10_000
-    root = ET.fromstring(svg)
-    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("fill") == "currentColor"
-    width = float(root.get("width", 0))
-    for bar in root.iter("{http://www.w3.org/2000/svg}rect"):
-        assert float(bar.get("x", -1)) >= 0 and float(bar.get("width", -1)) >= 0
-        assert float(bar.get("x", 0)) + float(bar.get("width", 0)) <= width
-
-
-def test_samples_are_in_the_picture() -> None:
-    with ts.KissingSpheres() as spheres:
         spheres.live().advance(99)
-        assert any("99 samples" in text for text in texts(spheres._repr_html_()))
+        html = spheres._repr_html_()
+    assert "running" in html and f"{spheres.total_spheres:,} sphere" in html
+    assert "stopped" in spheres._repr_html_() and "99 samples" in html and len(html) < 10_000
+    titles, *table = ET.fromstring(html).iter("tr")  # well-formed, whatever is in it
+    assert [cell.text for cell in titles][:3] == ["sphere", "state", "items"]
+    names = [row[0].text for row in table]
+    assert names == (["root", "all"] if levels == 1 else SUBTREES)
+    assert table[-1][2].text == "4,321"
+    for row in table:
+        assert f"{row[-1].text}, transparent {row[-1].text}" in row[-1].get("style", "")

@@ -27,7 +27,8 @@ def test_snippet(index, tmp_path):
         pytest.importorskip("tensorboard")  # of the test extra; not there for every Python
     # (Without the GIL Python says so when a package, such as fontTools, turns it on.)
     warn = (("error",), ("ignore", "The global interpreter lock"))
-    done = fork_server.run(script, cwd=tmp_path, warn=warn)
+    quiet = {"KINETO_LOG_LEVEL": "9"}  # torch's profiler tells when it begins
+    done = fork_server.run(script, cwd=tmp_path, env=quiet, warn=warn)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import threading
-import time
+from bisect import bisect_right
 from dataclasses import replace
 
 import pytest
 from stats_support import made
 
 import torch_spheres as ts
-from torch_spheres import KissingSpheres
-
-LIMIT = 60.0  # seconds, for a wait that ends at once unless something is broken
+from torch_spheres import ITEM_TIME_EDGES_NS
 
 
 def rules(stats: ts.Stats) -> str:
@@ -28,47 +25,38 @@ def test_nothing_to_say_is_not_said() -> None:
 
 
 def test_advice_few_items_at_a_time() -> None:
-    def run(items: int) -> str:
-        with KissingSpheres(concurrency=4) as spheres:
-            for _ in range(2):
-                spheres.map(lambda _: time.sleep(0.6), range(items))
-            return rules(spheres.stats())
-
-    assert "never more than 2 items waited at once, but 4 leaves may run" in run(2)
-    assert "waited at once, but" not in run(8)
+    assert "never more than 2 items waited at once, but 4 leaves may run" in rules(
+        made([5, 5], waiting=2)
+    )
+    assert "never more than 1 item waited at once" in rules(made([5], waiting=1))
+    assert "waited at once, but" not in rules(made([5, 5], waiting=8))
 
 
 def test_advice_idle_spheres() -> None:
-    with KissingSpheres(concurrency=2) as spheres:
-        start = spheres.stats()
-        spheres.map(abs, range(50))
-        time.sleep(1.2)
-        idle = spheres.stats()
-        spheres.map(lambda _: time.sleep(0.3), range(8))
-        busy = spheres.stats()
-    assert "% of the time, the busiest one too" in rules(idle - start)
-    assert "nothing to do" not in rules(busy - idle)
+    assert "had nothing to do 70% of the time, the busiest one too" in rules(made([3, 3, 3, 3]))
     # One long item keeps its sphere busy: that the others are idle is not for want of work.
-    assert "nothing to do" not in rules(made([9, 1, 1, 1]))
+    for fine in (made([8, 8, 8, 8]), made([9, 1, 1, 1])):
+        assert "nothing to do" not in rules(fine)
 
 
 def test_advice_items_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    with KissingSpheres(concurrency=2) as spheres:
-        spheres.map(lambda _: time.sleep(0.3), range(8))
-        stats = spheres.stats()
-    stats = replace(stats, cores=2)
-    assert re.search(r"only 0\.\d of 2 cores busy: .* items wait, for a disk", rules(stats))
-    assert "larger concurrency=" in rules(stats)
-    assert "levels= and concurrency=" in rules(replace(made([9.0] * 12, cores_used=0.1),
-                                                       concurrency=12))  # fmt: skip
+    asleep = rules(made([9.5] * 4, cores_used=0.1))
+    assert "only 0.1 of 4 cores busy: " in asleep and "items wait, for a disk" in asleep
+    assert "larger concurrency=" in asleep
+    assert "levels= and concurrency=" in rules(
+        made([9.5] * 12, concurrency=12, cores_used=0.1, waiting=12)
+    )
     for gil in (True, False):
         monkeypatch.setattr("torch_spheres.stats_advice.has_gil", lambda gil=gil: gil)
         locked = rules(made([9.5] * 4, cores_used=1.0))
         assert "1.0 of 4 cores busy" in locked
         assert ("Python runs one thread at a time" in locked) == gil
         assert ("items wait, for a disk, a network or a lock" in locked) != gil
-    for fine in (made([9.5] * 4, cores_used=3.8), made([9.5] * 4, cores=0, cores_used=1.0),
-                 made([5.0] * 4, cores_used=1.0)):  # fmt: skip
+    for fine in (
+        made([9.5] * 4, cores_used=3.8),
+        made([9.5] * 4, cores=0, cores_used=1.0),
+        made([5.0] * 4, cores_used=1.0),
+    ):
         assert "cores busy" not in rules(fine)
 
 
@@ -86,32 +74,26 @@ def test_advice_more_threads_than_cores() -> None:
 
 
 def test_advice_one_sphere_has_the_long_items() -> None:
-    with KissingSpheres(concurrency=4) as spheres:
-        spheres.map(lambda i: time.sleep(1.2 if i == 0 else 0), range(24))
-        uneven = spheres.stats()
-        meeting = threading.Barrier(4)
-        spheres.map(lambda i: (meeting.wait(LIMIT), time.sleep(1.2)), range(4))
-        even = spheres.stats() - uneven
+    # One item of nine seconds beside a hundred of ten milliseconds, on three other spheres.
+    uneven = made([9, 1 / 3, 1 / 3, 1 / 3], waiting=40)
+    counts = [0] * (len(ITEM_TIME_EDGES_NS) + 1)
+    counts[bisect_right(ITEM_TIME_EDGES_NS, 9e9)] = 1
+    long = replace(uneven[1], items_run=1, item_time_counts=tuple(counts))
+    uneven = replace(uneven, spheres=(uneven[0], long, *uneven.spheres[2:]))
     assert re.search(
-        r"worked [\d.]+ s, \d\.\d times the mean of the 4 busiest, and items of more than .* "
-        r"made up \d+% of the work: cut the longest",
+        r"sphere 0 worked 9 s, 3\.6 times the mean of the 4 busiest, and items of more than "
+        r"[\d.]+ ms, four times the median, made up \d\d% of the work: cut the longest",
         rules(uneven),
     )
-    assert "the mean of" not in rules(even)
     assert "the mean of" not in rules(made([9, 8, 8, 8]))
 
 
 def test_advice_one_item_at_a_time() -> None:
-    with KissingSpheres(concurrency=4) as spheres:
-        spheres.map(abs, range(100))  # many once, but not since
-        before = spheres.stats()
-        # (One item: several would run anywhere, and no sphere might be busy half of the time.)
-        spheres.map(lambda _: time.sleep(1.5), [0])
-        stats = spheres.stats() - before
-    assert re.search(r"[01]\.\d of the 4 leaves that may run were at work on average", rules(stats))
+    alone = rules(made([9, 1, 1, 1], waiting=40))
+    assert "1.2 of the 4 leaves that may run were at work on average" in alone
+    assert "hand out more items at a time" in alone
     # The same work, by turns: what the figures tell is that each had little to do.
     assert "50% of the time, the busiest one too" in rules(made([5, 2.5, 2.5], waiting=40))
-    assert "hand out more items at a time" in rules(made([9, 1, 1, 1], waiting=40))
     for fine in (
         made([9, 9, 9, 9], waiting=40),
         made([3, 0.5, 0.5, 0.5], waiting=40),  # nobody had much

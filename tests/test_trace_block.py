@@ -97,25 +97,7 @@ def test_spheres_are_started_and_may_be_stopped_in_the_block(tmp_path):
     assert items_in(trace) == 90
     assert "terminating" not in {s.name for s in trace.slices}
     trace.save(tmp_path / "run.json")
-    data = load(tmp_path / "run.json")
-    check_file(data)
-    roots = {
-        e["tid"]
-        for e in data["traceEvents"]
-        if e["name"] == "thread_name" and e["args"]["name"] == "sphere root"
-    }
-    assert len(roots) >= 2  # each start makes new threads
-
-
-def test_threads_are_known_that_start_as_the_trace_begins():
-    for _ in range(30):
-        spheres = ts.KissingSpheres(levels=2, concurrency=2)
-        with spheres.trace() as trace:
-            spheres.epoch()  # all threads are there
-        spheres.stop()
-        native_ids = trace._parts().native_ids
-        assert {s.sphere for s in trace.slices} == set(range(13))
-        assert all(native_ids[sphere] for sphere in range(13))
+    assert len(check_file(load(tmp_path / "run.json"))) == 13  # tracks, whichever threads
 
 
 def test_a_large_capacity_takes_no_memory_yet():

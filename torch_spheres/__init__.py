@@ -17,7 +17,6 @@ from torch_spheres.checkpoint import (
 )
 from torch_spheres.division import shard_bounds
 from torch_spheres.errors import RankError, StoppedError
-from torch_spheres.exporters import StatsLog
 from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
@@ -27,6 +26,7 @@ from torch_spheres.plots import plot_loader, plot_timeline
 from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler
 from torch_spheres.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
+from torch_spheres.stats_log import StatsLog
 from torch_spheres.system import KissingSpheres, usable_cores
 from torch_spheres.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.tree import tree_sum

@@ -1,4 +1,4 @@
-"""`KissingSpheres.live`: a display that stays at the bottom of the terminal while a script runs.
+"""`KissingSpheres.live`: a display of what the spheres do while a script runs.
 
 ::
 
@@ -13,52 +13,42 @@ A thread of its own reads the spheres' counters and draws; the loop is not asked
 from __future__ import annotations
 
 import atexit
-import contextlib
 import io
 import math
-import operator
 import os
-import sys
 import threading
+import time
 import warnings
+from collections import deque
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from torch_spheres.watching.frame import View, screen
-from torch_spheres.watching.painter import painter
-from torch_spheres.watching.plain import PlainLines
+from torch_spheres.arguments import as_index
+from torch_spheres.watching.displays import Show, give_streams_back, open_display
 from torch_spheres.watching.readings import Rates, Reading
-from torch_spheres.watching.region import (
-    Above,
-    Region,
-    is_terminal,
-    same_terminal,
-    size,
-    speaks_unicode,
-)
-from torch_spheres.watching.report import watched_from_outside
 
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["Live", "positive"]
+__all__ = ["Live"]
 
 _lock = threading.Lock()
-_shown: Live | None = None  # the one that is on the terminal
+_shown: Live | None = None  # there is room for one
 
 
 class Live:
     """A live display of one `KissingSpheres`; made by `KissingSpheres.live`, used in a ``with``.
 
-    A line for each kissing sphere (from three levels on, with all spheres below it): state, items
-    run, those of them stolen, items that wait, and the share of the time in which there was work,
-    of what `concurrency` lets run at once; then the totals, items and samples per second. Rates are
-    of the last second, at the end of the whole time.
+    A line for each kissing sphere (from three levels on, with all spheres below it): the share of
+    the time in which there was work, of what `concurrency` lets run at once, items run, items that
+    wait, items stolen, and the state; then the totals, items and samples per second. Rates are of
+    the last second, at the end of the whole time.
 
-    What is printed meanwhile comes above it. It ends with the block, when the spheres stop, or with
-    the program, whichever is first, and leaves its last figures on the terminal. Under
-    `torch_spheres.top`, which shows the spheres itself, and on ranks other than 0 it shows nothing.
-    Notebooks have no terminal: they get lines here, and a picture of the spheres themselves.
+    In a terminal what is printed meanwhile comes above it; in a notebook it is a picture below the
+    cell; elsewhere it is a line now and then. It ends with the block, when the spheres stop, or
+    with the program, whichever is first, and leaves its last figures. On ranks other than 0 it
+    shows nothing.
     """
 
     def __init__(
@@ -71,20 +61,18 @@ class Live:
         plain_seconds: float = 10.0,
     ) -> None:
         self._spheres = spheres
-        self._tick = 1 / positive("refresh_per_second", refresh_per_second)
-        self._plain_seconds = positive("plain_seconds", plain_seconds)
+        seconds = 1 / _positive("refresh_per_second", refresh_per_second)
+        self._seconds = min(seconds, threading.TIMEOUT_MAX)
+        self._plain_seconds = _positive("plain_seconds", plain_seconds)
         if file is not None and not _takes_text(file):
             raise TypeError(f"file must be a text file, such as sys.stderr, or None, got {file!r}")
         if plain is not None and not isinstance(plain, bool):
             raise TypeError(f"plain must be True, False or None, got {plain!r}")
         self._file = file
         self._plain = plain
-        self._face: _Terminal | _Plain | None = None
-        self._end = threading.Event()
         self._thread: threading.Thread | None = None
+        self._begun, self._end = threading.Event(), threading.Event()
         self._error: Exception | None = None
-        self._pid = 0
-        self._starts = 0
 
     # ---- what the user tells ----
 
@@ -109,38 +97,33 @@ class Live:
     @property
     def active(self) -> bool:
         """Whether the figures are refreshed, in this process."""
-        thread = self._thread
-        return thread is not None and thread.is_alive() and self._pid == os.getpid()
+        return self._thread is not None and self._thread.is_alive()
 
     def __enter__(self) -> Self:
         global _shown
-        if watched_from_outside() or os.environ.get("RANK", "0") != "0":
-            return self  # torch_spheres.top, or the process of rank 0, has the terminal
+        if os.environ.get("RANK", "0") != "0":
+            return self  # the process of rank 0 has the terminal
         with _lock:
-            if _shown is not None and _shown.active:
+            if _shown is not None:
                 raise RuntimeError(
                     f"a live display of {_shown._spheres!r} is shown already, and there is room "
-                    "for one: end that one first, or watch all spheres of a script with "
-                    "python -m torch_spheres.top -- python SCRIPT"
+                    "for one: end that one first"
                 )
-            if self._thread is not None:
+            if self._begun.is_set():
                 raise RuntimeError("this live display has ended; call live() for a new one")
-            file = sys.stderr if self._file is None else self._file
-            plain = not is_terminal(file) if self._plain is None else self._plain
-            self._face = _Plain(file, self._plain_seconds) if plain else _Terminal(file)
-            self._pid = os.getpid()
-            # To tell spheres that have stopped from those that are yet to start (again).
-            self._starts = self._spheres._starts - self._spheres.running
             self._thread = threading.Thread(
-                target=self._run, args=(self._face,), name="spheres live", daemon=True
+                target=self._run,
+                args=open_display(self._file, self._plain),
+                name="spheres live",
+                daemon=True,
             )
+            self._thread.start()
             _shown = self
-            try:
-                self._face.begin()
-                self._thread.start()
-            except BaseException:
-                self._face.leave()
-                raise
+        try:
+            self._begun.wait()  # what is printed from here on comes above it
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -152,11 +135,11 @@ class Live:
         self.close()
 
     def close(self) -> None:
-        """Ends the display, whose last figures stay on the terminal; once it has ended, nothing.
+        """Ends the display, which leaves its last figures; once it has ended, nothing.
 
         If the terminal or the file was gone before, a RuntimeWarning says so.
         """
-        if self._thread is None or self._pid != os.getpid():
+        if self._thread is None:
             return  # it never began, or this is a forked child
         self._end.set()
         self._thread.join()
@@ -166,110 +149,40 @@ class Live:
 
     # ---- the thread ----
 
-    def _run(self, face: _Terminal | _Plain) -> None:
+    def _run(self, display: AbstractContextManager[Show], draws: bool) -> None:
+        global _shown
+        spheres = self._spheres
+        # To tell spheres that have stopped from those that are yet to start (again).
+        starts = spheres._starts - spheres.running
+        # Rates are of about a second, or of the time from line to line.
+        looks = 1 + math.ceil(min(1 / self._seconds, 1000.0)) if draws else 2
+        pause = 0.0 if draws else self._plain_seconds
         try:
-            while True:
-                face.show(self._spheres)
-                if self._end.wait(self._tick):
-                    break
-                if self._spheres._starts > self._starts and not self._spheres.running:
-                    break
-            face.last(self._spheres)
+            first = Reading.of(spheres)
+            readings = deque([first], maxlen=looks)
+            with display as show:
+                if draws:
+                    show(Rates(first, first))
+                self._begun.set()
+                begun = shown = time.monotonic()
+                while not self._end.wait(self._seconds):
+                    if spheres._starts > starts and not spheres.running:
+                        break
+                    if time.monotonic() - shown >= pause:
+                        shown = time.monotonic()
+                        readings.append(Reading.of(spheres))
+                        show(Rates(readings[0], readings[-1]))
+                if draws or shown > begun:  # a short run prints no line
+                    show(Rates(first, Reading.of(spheres)))
         except (OSError, ValueError) as error:  # a terminal that is gone, a file that is closed
             self._error = error
         finally:
-            face.leave()
-            self._forget()
-
-    def _forget(self) -> None:
-        global _shown
-        with _lock:
-            if _shown is self:
+            self._begun.set()
+            with _lock:
                 _shown = None  # or the spheres would live as long as the module
 
-    def _after_fork(self) -> None:
-        if self._face is not None:
-            self._face.leave(forked=True)
 
-
-class _Terminal:
-    """Lines at the bottom of the terminal; what is printed goes above them."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._view = View(Rates())
-        self._region = Region(file, painter(file, "live(plain=True)"))
-        self._unicode = speaks_unicode(file)
-        self._proxies: dict[str, tuple[TextIO, Above]] = {}
-
-    def begin(self) -> None:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if same_terminal(stream, self._file):
-                self._proxies[name] = stream, Above(stream, self._region)
-                setattr(sys, name, self._proxies[name][1])
-
-    def show(self, spheres: KissingSpheres) -> None:
-        self._view.rates.add(Reading.of(spheres))
-        self._draw()
-
-    def _draw(self) -> None:
-        columns, rows = size(self._file)
-        self._region.show(screen([self._view], columns, rows - 2, self._unicode))
-
-    def last(self, spheres: KissingSpheres) -> None:
-        self._view.rates.add(Reading.of(spheres))
-        self._view.rates.settle()
-        self._draw()
-
-    def leave(self, *, forked: bool = False) -> None:
-        # Somebody else's stand-in (contextlib.redirect_stdout) is not ours to take away; ours
-        # passes everything on from here.
-        for name, (stream, proxy) in self._proxies.items():
-            if getattr(sys, name) is proxy:
-                setattr(sys, name, stream)
-        if forked:
-            self._region.leave()
-            return
-        # The terminal may be what failed.
-        with contextlib.suppress(OSError, ValueError):
-            self._region.close()
-
-
-class _Plain:
-    """A line now and then; the last one only if there was one before."""
-
-    def __init__(self, file: TextIO, seconds: float) -> None:
-        self._lines = PlainLines(file, seconds)
-        self._view = View(Rates(0))
-        self._begun = False
-
-    def begin(self) -> None:
-        """Nothing to prepare."""
-
-    def show(self, spheres: KissingSpheres) -> None:
-        if not self._begun:  # what the first line's rates are since
-            self._begun = True
-            self._view.rates.add(Reading.of(spheres))
-        if self._lines.due:
-            self.print(spheres)
-
-    def last(self, spheres: KissingSpheres) -> None:
-        if self._lines.printed:
-            self._view.rates.add(Reading.of(spheres))
-            self._view.rates.settle()
-            self._lines.print([self._view])
-
-    def print(self, spheres: KissingSpheres) -> None:
-        self._view.rates.add(Reading.of(spheres))
-        self._lines.print([self._view])
-
-    def leave(self, *, forked: bool = False) -> None:
-        """Nothing to give back."""
-
-
-def positive(name: str, value: Any) -> float:
-    """A number of times or seconds that a user has given; TypeError or ValueError if it is none."""
+def _positive(name: str, value: Any) -> float:
     try:
         number = float(+value)  # float() alone would take strings
     except (TypeError, ValueError, OverflowError):
@@ -285,17 +198,14 @@ def _takes_text(file: Any) -> bool:
 
 
 def _count(value: Any) -> int:
-    try:
-        samples = operator.index(value)
-    except TypeError:
-        raise TypeError(f"samples must be an integer, got {value!r}") from None
+    samples = as_index("samples", value)
     if samples < 0:
         raise ValueError(f"samples must be at least 0, got {samples}")
     return samples
 
 
 @atexit.register
-def _close_all() -> None:
+def _close_shown() -> None:
     if _shown is not None:
         _shown.close()
 
@@ -304,7 +214,8 @@ def _after_fork() -> None:
     global _lock, _shown
     _lock = threading.Lock()
     if _shown is not None:
-        _shown._after_fork()
+        _shown._thread = None  # it is the parent's, and so is the display
+        give_streams_back()
         _shown = None
 
 

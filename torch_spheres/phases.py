@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from torch_spheres import _core
 
 if TYPE_CHECKING:
-    from torch_spheres.recording import Recording
     from torch_spheres.system import KissingSpheres
 
 __all__ = ["Handovers", "handovers", "phase", "phase_since"]
 
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
-
-
-class _Phase:
-    __slots__ = ("_begin", "_core", "_label", "_number", "_recording")
-
-    def __init__(self, core: _core.System, recording: Recording, label: int, number: int) -> None:
-        self._core, self._recording, self._label, self._number = core, recording, label, number
-
-    def __enter__(self) -> None:
-        self._begin = time.monotonic_ns()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._recording.name_thread()
-        self._core.trace_phase(self._label, self._number, self._begin)
 
 
 _NOTHING = nullcontext()
@@ -51,18 +30,24 @@ def phase(
         name: what is done; one of `_core.TRACE_LABELS`.
         number: of the shard, or of the batch that is loaded.
     """
-    recording = spheres._recording
-    if recording is None:
-        return _NOTHING
-    return _Phase(spheres._core, recording, _LABELS[name], -1 if number is None else number)
+    return _NOTHING if spheres._recording is None else _traced(spheres, name, number)
 
 
-def phase_since(spheres: KissingSpheres, name: str, number: int, begin_ns: int) -> None:
+@contextmanager
+def _traced(spheres: KissingSpheres, name: str, number: int | None) -> Iterator[None]:
+    begin = time.monotonic_ns()
+    try:
+        yield
+    finally:
+        phase_since(spheres, name, number, begin)
+
+
+def phase_since(spheres: KissingSpheres, name: str, number: int | None, begin_ns: int) -> None:
     """As `phase`, for a block that began at a ``time.monotonic_ns()`` and ends now."""
     recording = spheres._recording
     if recording is not None:
         recording.name_thread()
-        spheres._core.trace_phase(_LABELS[name], number, begin_ns)
+        spheres._core.trace_phase(_LABELS[name], -1 if number is None else number, begin_ns)
 
 
 class Handovers:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
+from itertools import accumulate, groupby
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from torch_spheres import _core
 from torch_spheres._core import State, Topology
 from torch_spheres.arguments import as_index
-from torch_spheres.trace import Arrow, Counter, Parts, Slice, Trace
+from torch_spheres.trace import Arrow, Counter, Slice, Trace
 
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
@@ -29,7 +29,8 @@ _EVENT = np.dtype(
         "formats": ["u8", "u8", "i8", "u4", "i2", "u1", "u1"],
     }
 )
-_STATE, _ITEM, _PHASE, _WORK, _GRADIENT, _QUEUED, _THREAD = range(7)
+_STATE, _ITEM, _PHASE, _WORK, _GRADIENT, _QUEUED = range(6)
+_ARROWS = {_WORK: "work", _GRADIENT: "gradient"}
 _STATES = [state.name.lower() for state in State]
 _GONE = _STATES.index("terminating")  # between stop() and start() there is no thread
 _RUNNING = ("processing", "accumulating")
@@ -43,13 +44,11 @@ class Recording(Trace):
         capacity = as_index("capacity", capacity)
         if not 1 <= capacity <= MAX_CAPACITY:
             raise ValueError(f"capacity must be 1 to 2**24 events, got {capacity}")
-        self._made = None
         self._spheres: KissingSpheres | None = spheres  # until it has ended
         self._topology, self._concurrency = spheres.topology, spheres.concurrency
         self._capacity = capacity
         self._process = 0  # that records
-        self._clock: list[tuple[int, int]] = []
-        self._record: _core.TraceRecord | None = None
+        self._record: _core.TraceRecord | None = None  # from its end until it is read
         self._names: dict[int, str] = {}
 
     def __enter__(self) -> Self:
@@ -58,25 +57,18 @@ class Recording(Trace):
             raise RuntimeError("this trace was used already; call trace() again for a new one")
         if not spheres.running:
             spheres.start()
-        clock = _clock()
         spheres._core.begin_trace(self._capacity)
-        self._clock, self._process = [clock], os.getpid()
+        self._process = os.getpid()
         spheres._recording = self
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if os.getpid() != self._process:
             return  # what is recorded, and whoever records it, is in the parent process
         spheres, self._spheres = self._spheres, None
         assert spheres is not None
         spheres._recording = None
         self._record = spheres._core.end_trace()
-        self._clock.append(_clock())
         self._names |= {t.native_id: t.name for t in threading.enumerate() if t.native_id}
 
     def name_thread(self) -> None:
@@ -85,14 +77,18 @@ class Recording(Trace):
 
     def __repr__(self) -> str:
         # For debuggers and reports of failures too: never an error.
-        if self._made is None and self._record is None:
+        if self._record is None and "slices" not in self.__dict__:
             return f"Trace, {'being recorded' if self._process else 'not begun'}"
         return super().__repr__()
 
-    def _parts(self) -> Parts:
-        if self._made is not None:
-            return self._made
-        if self._record is None:
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there yet: the trace is read when it is first asked for.
+        if name not in Trace.__annotations__:
+            raise AttributeError(f"a Trace has no attribute {name!r}")
+        record = self._record
+        if record is not None:
+            self._read(record)
+        elif name not in self.__dict__:  # or another thread has read it in the meantime
             if self._process not in (0, os.getpid()):
                 raise RuntimeError(
                     "this trace is recorded by the process that this one was forked from: only "
@@ -102,50 +98,30 @@ class Recording(Trace):
                 "the trace can be read and saved when its 'with' block has ended: "
                 "'with spheres.trace() as trace: ...', then trace.save(path)"
             )
-        reader = _Reader(self._topology, self._record, self._names)
+        return self.__dict__[name]
+
+    def _read(self, record: _core.TraceRecord) -> None:
+        reader = _Reader(self._topology, record, self._names)
         slices = sorted(reader.slices(), key=_outer_first)
-        record, since = self._record, reader.complete_since
-        counters = [
-            *_running(slices, since),
-            *_queued(reader.handed_out, slices, since, None if reader.lost else record.queued),
-        ]
+        since = reader.complete_since
+        waited = None if reader.lost else record.queued
         used = {s.sphere for s in slices}
-        self._made = Parts(
+        super().__init__(
             levels=self._topology.levels,
             concurrency=self._concurrency,
             begin_ns=record.begin,
             end_ns=record.end,
-            slices=tuple(slices),
-            arrows=tuple(sorted([*reader.messages, *_steals(slices)], key=_received)),
-            counters=tuple(counters),
+            slices=slices,
+            arrows=sorted([*reader.messages, *_steals(slices)], key=attrgetter("received_ns")),
+            counters=[*_running(slices, since), *_queued(reader.handed_out, slices, since, waited)],
             lost=reader.lost,
             threads={k: name for k, name in reader.names.items() if k in used},
-            native_ids=reader.native_ids,
-            clock=tuple(self._clock),
-            process=self._process,
         )
         self._record = None
-        return self._made
-
-
-def _clock() -> tuple[int, int]:
-    """Now, and how much more the wall clock says: as close to each other as they can be asked."""
-
-    def once() -> tuple[int, int, int]:
-        before = time.monotonic_ns()
-        wall = time.time_ns()
-        after = time.monotonic_ns()
-        return after - before, before, wall - (before + after) // 2
-
-    return min(once() for _ in range(10))[1:]
 
 
 def _outer_first(s: Slice) -> tuple[int, int, int]:
     return s.begin_ns, -s.end_ns, _NESTING[s.kind]
-
-
-def _received(arrow: Arrow) -> int:
-    return arrow.received_ns
 
 
 class _Reader:
@@ -162,7 +138,6 @@ class _Reader:
         self.messages: list[Arrow] = []
         self.handed_out: list[tuple[int, int]] = []  # when, how many
         self.names: dict[int, str] = {}
-        self.native_ids: dict[int, list[tuple[int, int]]] = {}
         self._python_names = names
 
     def slices(self) -> Iterator[Slice]:
@@ -174,7 +149,6 @@ class _Reader:
                 guests += 1
                 sphere = -guests
                 self.names[sphere] = self._python_names.get(track.native_id, track.name)
-            self.native_ids[sphere] = [(0, track.native_id)] if track.native_id else []
             events = np.frombuffer(track.events, _EVENT)
             if track.lost:
                 oldest = int(events["end"][0]) if len(events) else self._end
@@ -183,9 +157,7 @@ class _Reader:
                 yield from self._states(track, events[events["kind"] == _STATE])
             others = events[(events["kind"] != _STATE) & (events["end"] >= self._begin)]
             for event in others.tolist():
-                slice_ = self._other(sphere, *event)
-                if slice_ is not None:
-                    yield slice_
+                yield from self._other(sphere, *event)
 
     def _states(self, track: _core.TraceTrack, changes: Any) -> Iterator[Slice]:
         shown = changes[(changes["end"] > self._begin) & (changes["label"] != _GONE)]
@@ -211,29 +183,23 @@ class _Reader:
     def _other(
         self, sphere: int, begin: int, end: int, item: int, count: int, other: int, kind: int,
         label: int,
-    ) -> Slice | None:  # fmt: skip
+    ) -> Iterator[Slice]:  # fmt: skip
+        shown = max(begin, self._begin)
         if kind == _ITEM:
-            owner = self._topology.leaf_of_item(other)
-            name = _core.TRACE_LABELS[label]
-            return Slice(sphere, max(begin, self._begin), end, "item", name, item, owner, count)
-        if kind == _PHASE:
-            shard = item if item >= 0 else None
-            name = _core.TRACE_LABELS[label]
-            return Slice(sphere, max(begin, self._begin), end, "phase", name, shard)
-        if kind == _QUEUED:
+            owner, name = self._topology.leaf_of_item(other), _core.TRACE_LABELS[label]
+            yield Slice(sphere, shown, end, "item", name, item, owner, count)
+        elif kind == _PHASE:
+            number = item if item >= 0 else None
+            yield Slice(sphere, shown, end, "phase", _core.TRACE_LABELS[label], number)
+        elif kind == _QUEUED:
             self.handed_out.append((begin, item))
-        elif kind == _THREAD:
-            self.native_ids[sphere].append((begin, item))
-        elif begin >= self._begin:  # or it was sent before
-            what = "work" if kind == _WORK else "gradient"
-            self.messages.append(Arrow(what, other, sphere, begin, end))
-        return None
+        elif kind in _ARROWS and begin >= self._begin:  # or it was sent before
+            self.messages.append(Arrow(_ARROWS[kind], other, sphere, begin, end))
 
 
 def _steals(slices: Sequence[Slice]) -> Iterator[Arrow]:
-    """Items that ran elsewhere; what other threads help with counts for the root."""
     for s in slices:
-        if s.kind == "item" and s.owner is not None and s.owner != max(0, s.sphere):
+        if s.is_stolen and s.owner is not None:
             yield Arrow("steal", s.owner, s.sphere, s.begin_ns, s.begin_ns, s.count)
 
 
@@ -253,23 +219,18 @@ def _queued(
     changes += [(s.begin_ns, -s.count) for s in slices if s.kind == "item" and s.begin_ns > since]
     if start is None:
         changes.sort()
-        start = least = 0
-        for _, more in changes:
-            least += more
-            start = max(start, -least)
+        start = -min(accumulate((more for _, more in changes), initial=0))
     yield from _summed("queued items", changes, since, start)
 
 
 def _summed(name: str, changes: list[tuple[int, int]], since: int, start: int) -> Iterator[Counter]:
     """One value for each moment, and only those that differ from the one before."""
-    sums = {since: start}
-    value = start
-    for when, more in sorted(changes):
-        value += more
-        sums[when] = value
-    shown = None
-    for moment, value in sums.items():
-        value = max(0, value)  # items that began while counting began are counted off twice
-        if value != shown:
-            yield Counter(name, moment, value)
-        shown = value
+    changes.sort()
+    totals = accumulate((more for _, more in changes), initial=start)
+    # (Items that began while counting began are counted off twice.)
+    values = {
+        moment: max(0, total)
+        for moment, total in zip([since, *(when for when, _ in changes)], totals, strict=True)
+    }
+    for _, same in groupby(values.items(), key=itemgetter(1)):
+        yield Counter(name, *next(same))

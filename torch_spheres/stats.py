@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch_spheres._core import State
-from torch_spheres.exporters import prometheus_text
 from torch_spheres.item_times import ITEM_TIME_EDGES_NS, add_counts, quantile_ns
 from torch_spheres.stats_advice import advice_on
 from torch_spheres.stats_table import duration, format_stats
@@ -337,22 +336,32 @@ class Stats:
     def to_prometheus(
         self, *, per_sphere: bool | None = None, labels: Mapping[str, str] | None = None
     ) -> str:
-        """The figures in Prometheus' text format (version 0.0.4), with HELP and TYPE.
+        """The figures as a page for Prometheus, as `prometheus_client` writes it.
+
+        For a program that is scraped while it runs see `KissingSpheres.prometheus_collector`.
 
         Args:
             per_sphere: a line for each sphere, with labels ``level``, ``sphere`` and ``path``;
                 otherwise one for each level. Default: for up to 13 spheres. Item times are one
                 histogram either way.
-            labels: more labels for every line, to tell several `KissingSpheres` of a process apart.
+            labels: more labels for every line, to tell several `KissingSpheres` apart.
 
         Serve it as ``text/plain; version=0.0.4``.
 
         Raises:
+            ImportError: there is no prometheus_client: ``pip install "torch_spheres[prometheus]"``.
             TypeError: `per_sphere` is not True, False or None; `labels` is no mapping from names.
             ValueError: this is a difference, and Prometheus makes differences itself; or a label's
                 name is not a name, or one of ours.
         """
-        return prometheus_text(self, per_sphere, {} if labels is None else labels)
+        from torch_spheres.prometheus import page
+
+        if self.is_difference:
+            raise ValueError(
+                "to_prometheus() wants a snapshot, spheres.stats(), whose counters only grow; "
+                "Prometheus makes the differences (rate(...))"
+            )
+        return page(self, per_sphere, labels)
 
     def __str__(self) -> str:
         return format_stats(self)

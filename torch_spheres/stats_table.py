@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,32 +55,22 @@ def _summary(stats: Stats, leaves: int) -> list[str]:
 
 def format_stats(stats: Stats, extremes: int = 3) -> str:
     """A row per level, then the `extremes` busiest and idlest of the leaves: plain text."""
-    levels = max(s.level for s in stats.spheres) + 1
-    rows: list[tuple[str, ...] | None] = [
-        _row(f"level {level}" + (" (root)" if level == 0 else ""), stats.level(level))
-        for level in range(levels)
-    ]
-    leaves = sorted(stats.level(levels - 1), key=lambda s: s.busy_ns, reverse=True)
+    leaves = sorted(stats.leaves, key=lambda s: s.busy_ns, reverse=True)
+    levels = range(leaves[0].level + 1)
     shown = min(extremes, len(leaves) // 2)
-    if shown:
-        rows.append(None)
-        rows += [_row(f"busiest: {s.path}", [s]) for s in leaves[:shown]]
-        rows.append(None)
-        rows += [_row(f"idlest: {s.path}", [s]) for s in leaves[-shown:]]
-    rows.append(None)
-    rows.append(_row("all", stats.spheres))
-
-    filled = [_HEADER, *(row for row in rows if row is not None)]
-    widths = [max(len(row[i]) for row in filled) for i in range(len(_HEADER))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
-
-    rule = "-" * len(line(filled[0]))
-    lines = [line(_HEADER), rule]
-    lines += [rule if row is None else line(row) for row in rows]
-    return "\n".join([*lines, *_summary(stats, len(leaves))])
+    blocks: list[list[tuple[str, ...]]] = [
+        [_HEADER],
+        [_row(f"level {n}" + (" (root)" if n == 0 else ""), stats.level(n)) for n in levels],
+        [_row(f"busiest: {s.path}", [s]) for s in leaves[:shown]],
+        [_row(f"idlest: {s.path}", [s]) for s in leaves[len(leaves) - shown :]],
+        [_row("all", stats.spheres)],
+    ]
+    widths = [max(map(len, column)) for column in zip(*chain(*blocks), strict=True)]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = []
+    for block in filter(None, blocks):
+        for name, *cells in block:
+            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+        lines.append(rule)
+    return "\n".join([*lines[:-1], *_summary(stats, len(leaves))])

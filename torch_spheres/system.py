@@ -19,7 +19,6 @@ from torch_spheres._core import NativeFunction, Topology, Work
 from torch_spheres.arguments import as_index, as_timeout, native_items, python_items
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.views import Views
-from torch_spheres.watching.report import report
 
 __all__ = ["KissingSpheres", "usable_cores"]
 
@@ -137,7 +136,6 @@ class KissingSpheres(Views):
         self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
         self._starts += 1
-        report(self)
         return self
 
     def stop(self, timeout: float | None = None) -> None:
@@ -156,7 +154,6 @@ class KissingSpheres(Views):
             RuntimeError: called from inside a work item, or in a forked child.
         """
         lost, error = self._core.stop(as_timeout(timeout))
-        report(self)
         if lost:
             warnings.warn(
                 f"stop(): {lost} work items had not begun and were not run; "
@@ -188,7 +185,6 @@ class KissingSpheres(Views):
         finally:
             # With an exception under way the items that are dropped are not worth a warning.
             self._core.stop(None)
-            report(self)
         if kind is None:
             self._warn_of_silent_logs()
 

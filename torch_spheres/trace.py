@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 __all__ = ["Arrow", "Counter", "Slice", "Trace"]
 
@@ -35,7 +34,7 @@ class Slice:
     loaded, in the order in which they are asked for in an epoch. None for states, and for the sum
     over all shards."""
     owner: int | None = None
-    """Of an item: id of the sphere it belonged to. Another one than `sphere`: it was stolen."""
+    """Of an item: id of the sphere it belonged to."""
     count: int = 1
     """Items in this slice. More than 1 for native items that took next to no time, which are taken
     together: `item`, and those that follow at distances of the number of leaves."""
@@ -44,6 +43,11 @@ class Slice:
     def duration_ns(self) -> int:
         """Nanoseconds from begin to end."""
         return self.end_ns - self.begin_ns
+
+    @property
+    def is_stolen(self) -> bool:
+        """Whether it is an item of another sphere; what other threads run counts for the root."""
+        return self.owner is not None and self.owner != max(0, self.sphere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +80,29 @@ class Counter:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a trace is made of; the fields are `Trace`'s."""
+class Trace:
+    """What the spheres did in a ``with spheres.trace()`` block; or made by hand, from its parts."""
 
     levels: int
+    """Levels of the hierarchy, the root's included."""
     concurrency: int
+    """Leaves that ran at once, at most."""
     begin_ns: int
+    """When recording began. What had begun before is cut here."""
     end_ns: int
+    """When recording ended. States are cut here; items that still ran are not in the trace."""
     slices: tuple[Slice, ...]
+    """States, items and phases of all threads, by the time at which they began; of two that began
+    together the outer one first."""
     arrows: tuple[Arrow, ...]
+    """What went from sphere to sphere, by the time at which it was received."""
     counters: tuple[Counter, ...]
+    """Figures that changed, each by time. They begin where nothing is lost any more."""
     lost: int
+    """Events that newer ones have overwritten: 0 means that everything is here. Otherwise ask for a
+    larger `capacity`, or trace less."""
     threads: dict[int, str]
-    native_ids: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    """By sphere or thread: the operating system's numbers of its thread, each with the time from
-    which it held (`start` makes new threads)."""
-    clock: tuple[tuple[int, int], ...] = ()
-    """Moments, and what ``time.time_ns()`` was then more than ``time.monotonic_ns()``."""
-    process: int = 0
-
-
-class Trace:
-    """What the spheres did in a ``with spheres.trace()`` block; or made by hand, from its parts.
-
-    Args:
-        levels, concurrency: as of the `KissingSpheres`.
-        begin_ns, end_ns: when recording began and ended.
-        slices, arrows, counters: what was recorded, ordered by time.
-        lost: events that were overwritten by newer ones.
-        threads: names of the threads that are no spheres, by their negative ids.
-    """
+    """Names of the threads that are no spheres, by the negative ids that slices have."""
 
     def __init__(
         self,
@@ -121,99 +117,27 @@ class Trace:
         lost: int = 0,
         threads: Mapping[int, str] | None = None,
     ) -> None:
-        self._made: Parts | None = Parts(
-            levels,
-            concurrency,
-            begin_ns,
-            end_ns,
-            tuple(slices),
-            tuple(arrows),
-            tuple(counters),
-            lost,
-            dict(threads or {}),
-        )
+        self.levels, self.concurrency = levels, concurrency
+        self.begin_ns, self.end_ns, self.lost = begin_ns, end_ns, lost
+        self.slices, self.arrows, self.counters = tuple(slices), tuple(arrows), tuple(counters)
+        self.threads = dict(threads or {})
 
-    def _parts(self) -> Parts:
-        """All of it; a recording has it after its block."""
-        assert self._made is not None
-        return self._made
-
-    @property
-    def levels(self) -> int:
-        """Levels of the hierarchy, the root's included."""
-        return self._parts().levels
-
-    @property
-    def concurrency(self) -> int:
-        """Leaves that ran at once, at most."""
-        return self._parts().concurrency
-
-    @property
-    def begin_ns(self) -> int:
-        """When recording began. What had begun before is cut here."""
-        return self._parts().begin_ns
-
-    @property
-    def end_ns(self) -> int:
-        """When recording ended. States are cut here; items that still ran are not in the trace."""
-        return self._parts().end_ns
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """States, items and phases of all threads, by the time at which they began; of two that
-        began together the outer one first.
-        """
-        return self._parts().slices
-
-    @property
-    def arrows(self) -> tuple[Arrow, ...]:
-        """What went from sphere to sphere, by the time at which it was received."""
-        return self._parts().arrows
-
-    @property
-    def counters(self) -> tuple[Counter, ...]:
-        """Figures that changed, each by time. They begin where nothing is lost any more."""
-        return self._parts().counters
-
-    @property
-    def lost(self) -> int:
-        """Events that newer ones have overwritten: 0 means that everything is here. Otherwise ask
-        for a larger `capacity`, or trace less.
-        """
-        return self._parts().lost
-
-    @property
-    def threads(self) -> dict[int, str]:
-        """Names of the threads that are no spheres, by the negative ids that slices have."""
-        return self._parts().threads
-
-    def save(self, path: str | os.PathLike[str], profiler: Any = None) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes Chrome's trace-event format, which Perfetto and ``chrome://tracing`` open.
 
         Args:
             path: of the file; compressed if its name ends in ``.gz``.
-            profiler: a `torch.profiler.profile` whose block has ended, or the path of what its
-                ``export_chrome_trace`` wrote, to be in the same file: each operator stands under
-                the sphere that ran it. The profiler has to look at all threads, see the README.
-                torch writes a profiler once, and this uses it up; a path can be used again.
-
-        Warns:
-            UserWarning: the profiler saw no operator on a sphere that ran items or shards: it did
-                not look at all threads, or is of another time. The file is written all the same.
 
         Raises:
-            RuntimeError: the trace, or the profiler, has not ended yet, or the profiler was written
-                before.
-            ValueError: the profiler's file is no trace, or one of another process.
-            OSError: a file cannot be read or written.
+            RuntimeError: the trace has not ended yet.
+            OSError: the file cannot be written.
         """
         from torch_spheres.trace_file import save
 
-        save(self._parts(), path, profiler)
+        save(self, path)
 
     def __repr__(self) -> str:
-        parts = self._parts()
         return (
-            f"Trace of {(parts.end_ns - parts.begin_ns) / 1e9:.3f} s: {len(parts.slices)} slices, "
-            f"{len(parts.arrows)} arrows, {parts.lost} events lost"
+            f"Trace of {(self.end_ns - self.begin_ns) / 1e9:.3f} s: {len(self.slices)} slices, "
+            f"{len(self.arrows)} arrows, {self.lost} events lost"
         )

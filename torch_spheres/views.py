@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO, cast
 
 from torch_spheres import _core
-from torch_spheres.arguments import as_index
-from torch_spheres.exporters import ScalarWriter, StatsLog, Steps, open_log
 from torch_spheres.live import Live
 from torch_spheres.plots import plot_rings
 from torch_spheres.recording import Recording
 from torch_spheres.snapshot import Began, snapshot
 from torch_spheres.stats import Stats
+from torch_spheres.stats_log import ScalarWriter, StatsLog, Steps
 from torch_spheres.stats_table import format_stats
-from torch_spheres.watching.readings import Reading, Rows
-from torch_spheres.watching.svg import picture
+from torch_spheres.watching.displays import as_html
+from torch_spheres.watching.readings import Rates, Reading, Rows
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
+    from torch_spheres.prometheus import SphereCollector
     from torch_spheres.system import KissingSpheres
     from torch_spheres.trace import Trace
 
@@ -50,7 +51,7 @@ class Views:
 
     def _warn_of_silent_logs(self) -> None:
         for log in tuple(self._logs):
-            log.warn_if_silent(stacklevel=4)  # of who calls stop()
+            log.warn_if_silent()
 
     def stats(self) -> Stats:
         """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
@@ -74,16 +75,17 @@ class Views:
         plain: bool | None = None,
         plain_seconds: float = 10.0,
     ) -> Live:
-        """A display of what the spheres do, in the terminal, for a ``with`` block: see `Live`.
+        """A display of what the spheres do while a ``with`` block runs: see `Live`.
 
         Args:
             refresh_per_second: how often it is drawn.
-            file: a terminal; default: stderr. Where it is none, lines are printed.
-            plain: whether to print lines; None: where there is no terminal.
+            file: a terminal; default: a notebook's cell, or stderr. Where it is none, lines are
+                printed.
+            plain: whether to print lines; None: where there is neither a terminal nor a notebook.
             plain_seconds: seconds from line to line. A last one comes at the end if there was one.
 
         Raises:
-            ImportError: rich is missing (on ``with``; not for plain lines).
+            ImportError: rich is missing (on ``with``, in a terminal; not for plain lines).
             RuntimeError: another display is shown (on ``with``).
             TypeError, ValueError: a number is none, or not more than 0; `file` is no text file.
         """
@@ -92,9 +94,8 @@ class Views:
         )
 
     def _repr_html_(self) -> str:
-        return picture(
-            Reading.of(self._spheres), started=self._starts > 0, forked=self._core.forked()
-        )
+        now = Reading.of(self._spheres)
+        return as_html(Rates(now, now))
 
     def log_to(
         self,
@@ -132,8 +133,35 @@ class Views:
             TypeError: an argument is of another kind.
             ValueError: `every` is less than 1, or `first_step` less than 0.
         """
-        every, first_step = as_index("every", every), as_index("first_step", first_step)
-        return open_log(self._spheres, writer, every, optimizer, tag, first_step)
+        return StatsLog(self._spheres, writer, every, optimizer, tag, first_step)
+
+    def prometheus_collector(
+        self, *, per_sphere: bool | None = None, labels: Mapping[str, str] | None = None
+    ) -> SphereCollector:
+        """For a registry of `prometheus_client`, which asks it for the figures at each scrape.
+
+        ::
+
+            from prometheus_client import REGISTRY, start_http_server
+
+            REGISTRY.register(spheres.prometheus_collector())
+            start_http_server(8000)
+
+        It may be asked from any thread. The registry keeps the spheres until
+        ``registry.unregister(collector)``. A registry takes one collector: several `KissingSpheres`
+        of a process need a ``CollectorRegistry()`` each.
+
+        Args:
+            per_sphere: as of `Stats.to_prometheus`.
+            labels: as of `Stats.to_prometheus`.
+
+        Raises:
+            ImportError: there is no prometheus_client: ``pip install "torch_spheres[prometheus]"``.
+            TypeError, ValueError: as by `Stats.to_prometheus`.
+        """
+        from torch_spheres.prometheus import SphereCollector
+
+        return SphereCollector(self.stats, per_sphere, labels)
 
     def plot(
         self,

@@ -1,1 +1,1 @@
-"""What `KissingSpheres.live`, `torch_spheres.top` and notebooks show, and how."""
+"""What `KissingSpheres.live` and notebooks show of the spheres."""

@@ -1,42 +1,39 @@
-"""What a display is made of: the totals of each kissing sphere at one moment, and their rates."""
+"""The figures of a display: totals of each kissing sphere at one moment, and their rates."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch_spheres._core import State, Topology
 
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["Rates", "Reading", "Rows", "SubtreeTotals"]
+__all__ = ["STATE_STYLES", "Rates", "Reading", "Rows", "Totals"]
 
-_STATES = tuple(State)
-# What a subtree is said to do: the first of these that one of its spheres does.
-_TELLING = (
-    State.PROCESSING,
-    State.ACCUMULATING,
-    State.WAITING,
-    State.READY,
-    State.IDLE,
-    State.TERMINATING,
-)
-
+STATE_STYLES = {
+    State.PROCESSING: "green",
+    State.ACCUMULATING: "cyan",
+    State.WAITING: "yellow",
+    State.READY: "",
+    State.IDLE: "dim",
+    State.TERMINATING: "dim",
+}
+"""rich's style of each state; of several spheres the first that one of them is in is shown."""
 
 _lock = threading.RLock()  # a signal's handler may count while its thread does
 
 
 class Rows:
-    """How many samples the spheres have had to do with; counted from any thread.
+    """Counts samples, from any thread.
 
     Wrapped loaders count the rows that they hand out. Once the user has told a number (`tell`,
-    `advance`), it is the user's that counts.
+    `advance`), the user's number is shown instead.
     """
 
     def __init__(self) -> None:
@@ -73,197 +70,154 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-@dataclass(frozen=True, slots=True)
-class SubtreeTotals:
-    """A kissing sphere and all spheres below it, added up; the root's is of the root alone."""
+class Totals(NamedTuple):
+    """Figures of some spheres, added up."""
 
-    sphere: int
-    """Id of the subtree's first sphere."""
     states: tuple[int, ...]
-    """How many of its spheres are in each state, in the order of `State`."""
+    """How many of the spheres are in each state, in the order of `State`."""
     items: int
     """Work items run, stolen ones included."""
     stolen: int
     """Of those, items that belonged to another sphere."""
     queued: int
-    """Items that wait in the queues of its leaves."""
+    """Items that wait in the queues of the leaves."""
     busy_ns: int
-    """Nanoseconds of work since `start()`, added up over its spheres."""
+    """Nanoseconds of work since `start()`."""
 
     @property
-    def path(self) -> str:
-        """``"root"``, ``"0"`` to ``"11"``."""
-        return Topology.path_string(self.sphere)
+    def state(self) -> State:
+        """The state to show for all of them."""
+        return next(s for s in STATE_STYLES if self.states[s.value])
 
     @property
-    def spheres(self) -> int:
-        """How many they are."""
-        return sum(self.states)
+    def state_words(self) -> str:
+        """The state, and how many are in it where they are several."""
+        if self.state is State.TERMINATING:
+            return "stopped"
+        word = self.state.name.lower()
+        return f"{word} {self.states[self.state.value]:,}" if sum(self.states) > 1 else word
 
     @property
-    def state(self) -> tuple[State, int]:
-        """The most telling state that one of its spheres is in, and how many are."""
-        for state in _TELLING:
-            if count := self.states[_STATES.index(state)]:
-                return state, count
-        return State.TERMINATING, 0
+    def working(self) -> int:
+        """How many process or accumulate."""
+        return sum(self.states[s.value] for s in (State.PROCESSING, State.ACCUMULATING))
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """All of a `KissingSpheres` at one moment, small enough to be taken four times a second."""
 
-    levels: int
+    spheres: int
+    leaves: int
     concurrency: int
-    running: bool
+    condition: str
+    """``"running"``, ``"stopped"``, ``"not started"`` or ``"of another process"``."""
     time_ns: int
     """When it was taken, by ``time.monotonic_ns()``."""
     elapsed_ns: int
     """Nanoseconds since `start()`, or between `start()` and `stop()`."""
-    subtrees: tuple[SubtreeTotals, ...]
-    """The root, then the kissing spheres if there are any."""
+    subtrees: dict[str, Totals]
+    """By path: of the root alone, then of each kissing sphere with all spheres below it."""
+    total: Totals
+    """Of all spheres."""
     samples: int | None
     """Rows so far; None where nobody knows."""
-
-    @property
-    def spheres(self) -> int:
-        """1, 13, 157 or 1885."""
-        return Topology(self.levels).total
-
-    @property
-    def leaves(self) -> int:
-        """1, 12, 144 or 1728."""
-        return Topology(self.levels).leaves
-
-    @property
-    def items(self) -> int:
-        """Work items run by all spheres."""
-        return sum(s.items for s in self.subtrees)
-
-    @property
-    def stolen(self) -> int:
-        """Items that another sphere ran than the one they belonged to."""
-        return sum(s.stolen for s in self.subtrees)
-
-    @property
-    def queued(self) -> int:
-        """Items that wait."""
-        return sum(s.queued for s in self.subtrees)
-
-    @property
-    def working(self) -> int:
-        """Spheres that process or accumulate."""
-        process, accumulate = map(_STATES.index, (State.PROCESSING, State.ACCUMULATING))
-        return sum(s.states[process] + s.states[accumulate] for s in self.subtrees)
 
     @classmethod
     def of(cls, spheres: KissingSpheres) -> Reading:
         """Reads the counters now, from any thread, in a forked child too."""
         elapsed, subtrees = spheres._core.subtrees()
+        totals = {Topology.path_string(first): Totals(*figures) for first, *figures in subtrees}
+        states, *figures = zip(*totals.values(), strict=True)
+        state = "running" if spheres.running else "stopped" if spheres._starts else "not started"
         return cls(
-            levels=spheres.levels,
+            spheres=spheres.total_spheres,
+            leaves=spheres.leaves,
             concurrency=spheres.concurrency,
-            running=spheres.running,
+            condition="of another process" if spheres._core.forked() else state,
             time_ns=time.monotonic_ns(),
             elapsed_ns=elapsed,
-            subtrees=tuple(SubtreeTotals(*subtree) for subtree in subtrees),
+            subtrees=totals,
+            total=Totals(tuple(map(sum, zip(*states, strict=True))), *map(sum, figures)),
             samples=spheres._rows.value,
         )
 
-    def to_json(self) -> list[Any]:
-        """For `from_json`, in another process."""
-        subtrees = [
-            [s.sphere, s.states, s.items, s.stolen, s.queued, s.busy_ns] for s in self.subtrees
-        ]
-        return [
-            self.levels,
-            self.concurrency,
-            self.running,
-            self.time_ns,
-            self.elapsed_ns,
-            subtrees,
-            self.samples,
-        ]
-
-    @classmethod
-    def from_json(cls, values: Sequence[Any]) -> Reading:
-        """What `to_json` gave.
-
-        Raises:
-            TypeError, ValueError: it did not come from there.
-        """
-        levels, concurrency, running, time_ns, elapsed_ns, subtrees, samples = values
-        return cls(
-            levels=int(levels),
-            concurrency=int(concurrency),
-            running=bool(running),
-            time_ns=int(time_ns),
-            elapsed_ns=int(elapsed_ns),
-            subtrees=tuple(
-                SubtreeTotals(int(sphere), tuple(map(int, states)), *map(int, figures))
-                for sphere, states, *figures in subtrees
-            ),
-            samples=None if samples is None else int(samples),
+    @property
+    def heading(self) -> str:
+        """How many spheres there are, and for how long they have run."""
+        time = f" {timedelta(seconds=self.elapsed_ns // 10**9)}" if self.elapsed_ns else ""
+        leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves:,} leaves"
+        return (
+            f"{_count(self.spheres, 'sphere')}, {self.concurrency:,} of {leaves} at once, "
+            f"{self.condition}{time}"
         )
 
 
+@dataclass(frozen=True, slots=True)
 class Rates:
-    """What has happened per second of late: between the newest reading and one a while before."""
+    """What has happened per second between two readings of the same spheres, which may be one."""
 
-    def __init__(self, seconds: float = 1.0) -> None:
-        self._span_ns = seconds * 1e9
-        self._readings: deque[Reading] = deque()
-        self._first: Reading | None = None
-
-    def add(self, reading: Reading) -> None:
-        """A newer reading of the same spheres."""
-        readings = self._readings
-        readings.append(reading)
-        self._first = self._first or reading
-        while len(readings) > 2 and reading.time_ns - readings[1].time_ns >= self._span_ns:
-            readings.popleft()
-
-    def settle(self) -> None:
-        """It is over: what is shown from here on is of the whole time since the first reading."""
-        if self._first is not None and len(self._readings) > 1:
-            self._readings = deque([self._first, self.latest])
-
-    @property
-    def latest(self) -> Reading:
-        """The newest reading; there must have been one."""
-        return self._readings[-1]
+    before: Reading
+    now: Reading
 
     @property
     def items(self) -> float:
-        """Items per second; 0 before the second reading."""
-        return self._per_second(self.latest.items - self._readings[0].items)
+        """Items per second."""
+        return self._per_second(self.now.total.items - self.before.total.items)
 
     @property
-    def samples(self) -> float | None:
-        """Samples per second; None where nobody knows."""
-        now, before = self.latest.samples, self._readings[0].samples
-        return None if now is None else self._per_second(now - (before or 0))
+    def samples(self) -> float:
+        """Samples per second."""
+        return self._per_second((self.now.samples or 0) - (self.before.samples or 0))
 
-    def busy(self, index: int | None = None) -> float:
-        """The share, 0 to 1, of what could have run that did: of a subtree by its index, or all.
+    def busy(self, path: str | None = None) -> float:
+        """The share, 0 to 1, of what could have run that did, of one subtree or of all spheres.
 
-        No more leaves run at once than `concurrency`, however many a subtree has. Before the second
-        reading it is the share since `start()`.
+        No more leaves run at once than `concurrency`, however many a subtree has. With one reading
+        it is the share since `start()`.
         """
-        now, before = self.latest, self._readings[0]
-        span = now.time_ns - before.time_ns
-        which = range(len(now.subtrees)) if index is None else [index]
-        busy = sum(now.subtrees[i].busy_ns for i in which)
-        if span <= 0 or before.elapsed_ns > now.elapsed_ns:  # no other one, or started anew
-            span = now.elapsed_ns
-        else:
-            busy -= sum(before.subtrees[i].busy_ns for i in which)
+        now, before = self.now, self.before
+        ran, ran_before = (r.total if path is None else r.subtrees[path] for r in (now, before))
+        span, busy_ns = now.time_ns - before.time_ns, ran.busy_ns - ran_before.busy_ns
+        if span <= 0 or before.elapsed_ns > now.elapsed_ns:  # one reading, or started anew
+            span, busy_ns = now.elapsed_ns, ran.busy_ns
         leaves = now.leaves
-        if index is not None and len(now.subtrees) > 1:
-            leaves = leaves // (len(now.subtrees) - 1) if index else 1
+        if path is not None:
+            leaves = 1 if path == "root" else leaves // (len(now.subtrees) - 1)
         could = span * min(now.concurrency, leaves)
-        return min(1.0, max(0.0, busy / could)) if could > 0 else 0.0
+        return min(1.0, max(0.0, busy_ns / could)) if could > 0 else 0.0
 
     def _per_second(self, count: int) -> float:
-        span = self.latest.time_ns - self._readings[0].time_ns
+        span = self.now.time_ns - self.before.time_ns
         return max(0.0, count / span * 1e9) if span > 0 else 0.0
+
+    # ---- in words ----
+
+    @property
+    def throughput(self) -> str:
+        """Items and samples, and how many per second."""
+        now = self.now
+        items = f"{_count(now.total.items, 'item')} ({self.items:,.0f}/s)"
+        if now.samples is None:
+            return items
+        return f"{items}, {_count(now.samples, 'sample')} ({self.samples:,.0f}/s)"
+
+    @property
+    def line(self) -> str:
+        """Everything that matters in one line, for a log."""
+        total = self.now.total
+        return (
+            f"{self.now.heading}: {self.throughput}, {total.stolen:,} stolen, "
+            f"{total.queued:,} queued, {total.working:,} at work, {self.busy():.0%} busy"
+        )
+
+    @property
+    def table(self) -> list[tuple[str, str, Totals, float]]:
+        """Path, state, totals and busy share of each subtree, and of all spheres at the end."""
+        now = self.now
+        rows = [(path, t.state_words, t, self.busy(path)) for path, t in now.subtrees.items()]
+        return [*rows, ("all", f"{now.total.working:,} at work", now.total, self.busy())]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,198 @@
+"""The figures of every few steps, for TensorBoard or what looks like it."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+
+from torch_spheres.arguments import as_index
+
+if TYPE_CHECKING:
+    from torch_spheres.stats import Stats
+    from torch_spheres.system import KissingSpheres
+
+__all__ = ["ScalarWriter", "StatsLog", "Steps"]
+
+
+class ScalarWriter(Protocol):
+    """What `KissingSpheres.log_to` writes to, as ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any:
+        """Keeps a figure of a step."""
+
+
+def _figures(stats: Stats) -> dict[str, float]:
+    """What `StatsLog` writes of a difference; item times only if items were run."""
+    values = {
+        "utilization": stats.utilization,
+        "imbalance": stats.imbalance,
+        "steal_rate": stats.steal_rate,
+        "items_per_second": stats.items_per_second,
+        "cores_used": stats.cores_used,
+        "queued": float(stats.queued),
+        "queue_high_water": float(max(s.queue_high_water for s in stats.spheres)),
+        "messages_per_second": stats.messages / stats.elapsed if stats.elapsed > 0 else 0.0,
+    }
+    if sum(stats.item_time_counts):
+        values["item_time_p50_seconds"] = stats.item_time(0.5)
+        values["item_time_p95_seconds"] = stats.item_time(0.95)
+    return values
+
+
+class StatsLog:
+    """What `KissingSpheres.log_to` returns: counts steps, and writes each n of them.
+
+    Use it from one thread at a time. As a context manager it is closed at the end of the block.
+    """
+
+    def __init__(
+        self,
+        spheres: KissingSpheres,
+        writer: ScalarWriter,
+        every: int,
+        optimizer: torch.optim.Optimizer | None,
+        tag: str,
+        first_step: int,
+    ) -> None:
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                "writer must have add_scalar(tag, value, global_step), as torch.utils.tensorboard's"
+                f" SummaryWriter, got {writer!r} of type {type(writer).__name__}"
+            )
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be None or a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if not isinstance(tag, str) or not tag:
+            raise TypeError(f"tag must be a string that is not empty, got {tag!r}")
+        every, first_step = as_index("every", every), as_index("first_step", first_step)
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        if first_step < 0:
+            raise ValueError(
+                f"first_step, of steps done before, must be at least 0, got {first_step}"
+            )
+        self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
+        self._steps = self._written = self._first = first_step
+        self._due = first_step + every
+        self._wrote = self._warned = self._closed = False
+        self._last = spheres.stats()
+        self._handle: Any = None
+        if optimizer is None:
+            spheres._logs.append(self)
+        else:
+            self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self.step()
+
+    @property
+    def steps(self) -> int:
+        """Steps counted so far, on top of ``first_step``."""
+        return self._steps
+
+    def step(self) -> None:
+        """Counts a step; for loops without an optimizer's. Writes if it is the n-th.
+
+        Raises:
+            What the writer raised. The step is counted all the same, and its figures are part of
+            those that are written after the next n.
+            RuntimeError: the log is closed.
+        """
+        if self._closed:
+            raise RuntimeError("step() of a log that is closed; call spheres.log_to() again")
+        self._steps += 1
+        if self._steps >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the figures since the last time, now. Raises what the writer raised."""
+        now, steps = self._spheres.stats(), self._steps
+        self._due = steps + self._every
+        for name, value in _figures(now - self._last).items():
+            self._writer.add_scalar(f"{self._tag}/{name}", value, steps)
+        self._last, self._written, self._wrote = now, steps, True  # not if the writer raised
+
+    def close(self) -> None:
+        """Counts no more steps, and writes what came since the last time. The writer stays open.
+
+        May be called more than once. Raises what the writer raised; the log is closed even so.
+        Warns if no step was counted.
+        """
+        self._close()
+
+    def _close(self) -> None:
+        if self._detach():
+            self.warn_if_silent()
+            if self._steps > self._written:
+                self.write()
+
+    def warn_if_silent(self) -> None:
+        """Says once that nothing was written for lack of steps, if spheres have run items."""
+        spoke = self._steps > self._first or self._wrote
+        if spoke or self._warned or (self._spheres.stats() - self._last).items_run == 0:
+            return
+        self._warned = True
+        warnings.warn(
+            "log_to() has written nothing so far, because it has counted no steps: no optimizer "
+            "with a GradientHook on these spheres has stepped; give it optimizer=..., or call "
+            "log.step() in the loop"
+            if self._handle is None
+            else "log_to() has written nothing, because its optimizer has not stepped",
+            UserWarning,
+            stacklevel=4,  # who calls close(), ends the block or calls stop()
+        )
+
+    def _detach(self) -> bool:
+        if self._closed:
+            return False
+        self._closed = True
+        if self._handle is None:
+            self._spheres._logs.remove(self)
+        else:
+            self._handle.remove()
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._close()
+        else:  # what broke the loop is not to be covered by an error of the writer
+            self._detach()
+
+
+class Steps:
+    """What the `GradientHook`s of some spheres tell: each step counts once, for every log."""
+
+    def __init__(self, logs: Iterable[StatsLog]) -> None:
+        self._logs = logs
+        self._under_way: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """It is about to step."""
+        self._under_way.add(optimizer)
+
+    def count(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has stepped; another of its hooks may have said so already.
+
+        Raises what the first writer to fail raised, with the other errors as notes.
+        """
+        if optimizer not in self._under_way:
+            return
+        self._under_way.discard(optimizer)
+        errors: list[Exception] = []
+        for log in tuple(self._logs):
+            try:
+                log.step()
+            except Exception as error:  # noqa: BLE001  (raised below, once all have counted)
+                errors.append(error)
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"the writer of another log raised too: {other!r}")
+            raise errors[0]
