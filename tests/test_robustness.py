@@ -91,7 +91,8 @@ spheres.distribute_work(range(10_000), item)
 begun.wait(60)
 '''
 cases = [
-    ("gc.unfreeze()", 0, ""), ("sys.exit(3)", 3, ""), ("raise SystemError('mine')", 1, "SystemError: mine\n"),
+    ("gc.unfreeze()", 0, ""), ("sys.exit(3)", 3, ""),
+    ("raise SystemError('mine')", 1, "SystemError: mine\n"),
     ("spheres.stop()", 0, ""), ("gc.collect(); spheres = 0; gc.collect()", 0, ""),
     ("threading.excepthook = lambda _: None;"  # StoppedError
      "threading.Thread(target=spheres.wait, daemon=True).start()", 0, ""),
