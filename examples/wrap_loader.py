@@ -32,16 +32,16 @@ class Drawings(Dataset):
 
 
 def main() -> None:
-    loader = DataLoader(Drawings(512), batch_size=32, shuffle=True, num_workers=2)
+    loader = DataLoader(Drawings(256), batch_size=32, shuffle=True, num_workers=2)
     with ts.KissingSpheres(levels=2) as spheres:
         wrapped = ts.wrap(loader, spheres)  # the one line
 
         torch.manual_seed(0)
         begin = time.perf_counter()
-        before = [batch for epoch in range(3) for batch in loader]
+        before = [batch for epoch in range(2) for batch in loader]
         middle = time.perf_counter()
         torch.manual_seed(0)
-        after = [batch for epoch in range(3) for batch in wrapped]
+        after = [batch for epoch in range(2) for batch in wrapped]
         end = time.perf_counter()
 
         same = all(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import fork_server
 from torch import nn
 
 SMALL = nn.Linear(4, 2)
@@ -14,9 +12,8 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def run(script, *arguments, timeout=100):
-    command = [sys.executable, "-P", "-c", script, *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+def run(script, *arguments):
+    ran = fork_server.run(script, *arguments)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

@@ -3,6 +3,7 @@
 import signal
 
 import effort
+import fork_server
 import pytest
 from hypothesis import settings
 
@@ -46,3 +47,11 @@ def spheres():
 
     with KissingSpheres(levels=2, concurrency=3) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Every process that a test has started has ended with it, or is ended and the test failed."""
+    yield
+    left = fork_server.left_behind()
+    assert not left, f"still running: {left}"

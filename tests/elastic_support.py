@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import fork_server
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "elastic_mnist.py"
 
 
@@ -28,12 +30,7 @@ def free_port():
 
 def digest_alone(epochs):
     """The line that one process prints which nobody disturbs."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--epochs", str(epochs)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = fork_server.run(EXAMPLE, "--epochs", epochs)
     assert done.returncode == 0, done.stderr
     return re.search(r"weights digest: \w+", done.stdout)[0]
 

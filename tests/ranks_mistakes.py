@@ -204,19 +204,20 @@ def loses_a_rank(how, spheres, limit):
     model(part()).sum().backward()
     if how == "killed, big":  # its sums are sent when there is nobody to send them to
         loss = model(part()).sum()
-    dist.barrier()
+    lost = torch.tensor(os.getpid())
+    dist.broadcast(lost, 1)
     # The timeout is for what comes now: connecting and the first step take what they take.
     dist.distributed_c10d._set_pg_timeout(limit)
     ts.ranks._ROLL_CALL = 8.0  # nor is a rank lost that has no core for a while
     if how == "killed, big":
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.5)
-        begin = time.monotonic()
+        while Path(f"/proc/{lost.item()}").exists():
+            time.sleep(0.01)
         try:
             loss.backward()
         except ts.RankError as error:
-            print("ranks", error.ranks, "after", time.monotonic() - begin, error, flush=True)
+            print("ranks", error.ranks, error, flush=True)
         return None
     if dist.get_rank() == 1:
         if how == "killed":
@@ -224,16 +225,15 @@ def loses_a_rank(how, spheres, limit):
         elif how == "raises":
             raise KeyError("the user's own mistake")
         elif how == "hangs":
-            time.sleep(60)
-    begin = time.monotonic()
+            signal.pause()  # until the test has ended
     try:
         if how == "hangs" and dist.get_world_size() == 2:
             print("alone", flush=True)
         model(part()).sum().backward()
     except ts.RankError as error:
-        print("ranks", error.ranks, "after", time.monotonic() - begin, str(error), flush=True)
+        print("ranks", error.ranks, error, flush=True)
     except KeyboardInterrupt:
-        print("interrupted", time.monotonic() - begin, flush=True)
+        print("interrupted", flush=True)
     return None
 
 
@@ -248,9 +248,9 @@ def late():
     thread = threading.Thread(target=busy)
     thread.start()
     try:
-        for step in range(30):
+        for step in range(12):
             if dist.get_rank() == 1:
-                time.sleep(0.09 + 0.001 * step)
+                time.sleep(0.09 + 0.0025 * step)
             for size in (3, 100_000):
                 table = ranks.gather(torch.full((size,), float(dist.get_rank())), "late")
                 assert table[:, -1].tolist() == [0.0, 1.0]
@@ -261,23 +261,13 @@ def late():
 
 
 def main() -> None:
-    how, rank, world, folder, timeout = sys.argv[1:]
+    how, timeout = sys.argv[1:]
     warnings.simplefilter("ignore", FutureWarning)
     limit = timedelta(seconds=float(timeout))
-    # Not for how long one imports torch after another.
-    Path(folder, f"here {rank}").touch()
-    while len([*Path(folder).glob("here *")]) < int(world):
-        time.sleep(0.01)
     # (gloo of releases before 2.11 keeps the limit that it was made with.)
     can_change = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
     longer = max(limit, timedelta(seconds=60)) if how in LOSSES and can_change else limit
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=int(rank),
-        world_size=int(world),
-        timeout=longer,
-    )
+    dist.init_process_group("gloo", timeout=longer)
     with ts.KissingSpheres(concurrency=2) as spheres:
         if how == "mistakes":
             mistakes(spheres)

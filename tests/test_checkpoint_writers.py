@@ -20,10 +20,12 @@ from torch_spheres.checkpoint import load_checkpoint, save_checkpoint
 path, limit = sys.argv[1], int(sys.argv[2])
 model = torch.nn.Linear(300, 300)
 save_checkpoint(path, step=1, model=model)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # stands for a disk that is full
+kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, kept[1]))  # stands for a disk that is full
 try:
     save_checkpoint(path, step=2, model=model)
 except OSError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, kept)  # what is printed goes to a file, too
     print(error.strerror)
 print(load_checkpoint(path, model=model))
 """

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
-import os
-import subprocess
 import sys
 import threading
 import types
@@ -14,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from reference import digest
@@ -238,10 +237,7 @@ for feature in (ts.SphereParallel, lambda _: ts.wrap(torch.utils.data.DataLoader
 
 
 def test_a_torch_without_any_of_them_is_imported_with_warnings():
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", WITHOUT_ANY],
-        capture_output=True, text=True, timeout=110, check=False,
-    )  # fmt: skip
+    done = fork_server.run(fork_server.IMPORT_ANEW + WITHOUT_ANY)
     assert (done.returncode, done.stderr) == (0, "")
     parallel, loader = done.stdout.splitlines()
     assert "torch._C._jit_get_all_schemas" in parallel and "SphereParallel needs" in parallel
@@ -255,9 +251,7 @@ def test_importing_under_another_default_device(device):
         "assert all(api.found for api in ts._compat.LOOKED_UP if api.needed_by)\n"
         "assert not torch.cuda.is_initialized()"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=110, check=False
-    )
+    done = fork_server.run(fork_server.IMPORT_ANEW + code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -345,26 +339,21 @@ def test_the_alternative_has_the_same_bits(alternative):
 
 
 ALL_ALTERNATIVES = """
-import sys, test_compat, torch_spheres._compat as plain
+import test_compat
 gone = {path for path, _ in test_compat.ALTERNATIVES}
-for name in [name for name in sys.modules if name.startswith("torch_spheres")]:
-    if name != "torch_spheres._core":
-        del sys.modules[name]
+IMPORT_ANEW
 sys.modules["torch_spheres._compat"] = test_compat.compat_without(*gone)[0]
 del sys.modules["test_compat"]
 import test_compat
 assert {a.path for a in test_compat._compat.LOOKED_UP if not a.found} == gone
 print(test_compat.train())
-"""
+""".replace("IMPORT_ANEW", fork_server.IMPORT_ANEW)
 
 
 def test_all_alternatives_at_once():
     """From the import on: some are used there."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", ALL_ALTERNATIVES],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        capture_output=True, text=True, timeout=110, check=False,
-    )  # fmt: skip
+    tests = {"PYTHONPATH": str(Path(__file__).parent)}
+    done = fork_server.run(ALL_ALTERNATIVES, env=tests, warn=(("ignore",),))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == train()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 import torch_spheres as ts
 
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
 bare = zoo.make("tied, unused, frozen").double()
 plain = DDP(copy.deepcopy(bare), find_unused_parameters=True)
 with ts.KissingSpheres(concurrency=2) as spheres:
@@ -47,25 +48,6 @@ os._exit(0)  # with a DDP model about, gloo's thread can abort a process that en
 
 @pytest.mark.timeout(110)
 def test_gradients_and_weights_are_those_of_ddp(tmp_path):
-    environment = {
-        "PYTHONPATH": ":".join(p for p in sys.path if p),
-        "PATH": "/usr/bin:/bin",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", RANK, str(rank), "2", str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    fork_server.run_ranks(2, RANK, tmp_path, env={"PYTHONPATH": str(Path(__file__).parent)})
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import trace_support
 
@@ -15,8 +13,7 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "hierarchy_demo.py"
 
 
 def run(*arguments, folder):
-    command = [sys.executable, "-W", "error", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110)
+    return fork_server.run(SCRIPT, *arguments, cwd=folder, warn=(("error",),))
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
@@ -67,9 +64,6 @@ def test_bad_arguments(arguments, message, tmp_path):
 
 
 def test_without_a_compiler_it_is_said(tmp_path):
-    python = shutil.which(sys.executable)
-    done = subprocess.run(
-        [python, str(SCRIPT)], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True
-    )
+    done = fork_server.run(SCRIPT, cwd=tmp_path, env={"PATH": ""})
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("hierarchy_demo.py: the native work needs a C compiler")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import textwrap
-import time
+
+import fork_server
 
 SCRIPT = """
     import os, signal, threading, time, torch
@@ -54,16 +52,9 @@ SCRIPT = """
 
 
 def test_ctrl_c_a_fork_and_an_end_with_loaders_half_used():
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", "-c", textwrap.dedent(SCRIPT)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for _ in range(2):
-        assert process.stdout.readline() == "batch\n"
-    time.sleep(0.2)  # most likely it waits for the third by now
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert out == "interrupted\nforked\n" and not errors
+    with fork_server.start(textwrap.dedent(SCRIPT), warn=(("ignore",),)) as process:
+        for _ in range(2):
+            assert process.readline() == "batch\n"
+        process.interrupt()
+        assert process.wait() == 0, process.stderr
+    assert process.stdout == "batch\nbatch\ninterrupted\nforked\n" and not process.stderr

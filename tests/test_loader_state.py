@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from loader_support import Numbers, Plain, flat, resumed
@@ -278,12 +276,11 @@ def test_in_a_new_process(spheres, tmp_path):
         expected.append(batches_and_draws(iterator, loader))
         assert len(expected[-1]) == 8 + 13
     torch.save(states, tmp_path / "states.pt")
-    ran = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", SCRIPT, str(tmp_path / "states.pt")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    ran = fork_server.run(
+        SCRIPT,
+        tmp_path / "states.pt",
+        env={"PYTHONPATH": str(Path(__file__).parent)},
+        warn=(("ignore",),),
     )
     assert ran.stdout.splitlines() == [*map(str, expected)], ran.stderr
 

