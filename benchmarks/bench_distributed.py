@@ -103,7 +103,7 @@ def exchanges(count: int) -> tuple[dict[str, Callable[[], object]], Callable[[],
     def exact() -> None:
         exchange = Exchange(ranks, division, layout, "benchmark")
         for p, sums in enumerate(parts):
-            exchange.give(p, [*sums])
+            exchange.give(p, [[total] for total in sums])
         exchange.finish()
 
     def sent() -> int:

@@ -18,10 +18,22 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import tbb
-from common import Ratio, Report, Row, Section, arguments, compare, duration, race, timed
+from common import (
+    Ratio,
+    Report,
+    Row,
+    Section,
+    Tally,
+    arguments,
+    compare,
+    duration,
+    nothing,
+    race,
+    timed,
+)
 
 import torch_spheres as ts
-from torch_spheres import KissingSpheres, _core
+from torch_spheres import KissingSpheres
 
 # What a thief may take while the rest of the batch runs, for each of the ways to call oneTBB.
 TBB_GRANULARITY = {
@@ -88,11 +100,11 @@ def native_items(spheres: KissingSpheres, peer: tbb.Peer | None, sizes: Sizes) -
         f"{n:,} empty native items, each a call through a pointer, {spheres.concurrency} threads",
         "throughput of spheres / throughput of oneTBB",
     )
-    tally = _core.Tally()
+    tally = Tally()
     spheres.distribute_work(range(n), tally.function()).wait()
     assert (tally.count, tally.sum) == (n, n * (n - 1) // 2)
 
-    noop, items = _core.noop(), range(n)
+    noop, items = nothing(), range(n)
     contestants: dict[str, Callable[[], float]] = {
         "spheres": lambda: timed(lambda: spheres.distribute_work(items, noop).wait())
     }
@@ -125,7 +137,7 @@ def fork_join(
             times.append(timed(call))
         return times
 
-    noop, items = _core.noop(), range(12)
+    noop, items = nothing(), range(12)
     with ThreadPoolExecutor(spheres.concurrency) as executor:
         contestants: dict[str, Callable[[], list[float]]] = {
             "spheres, native": lambda: repeat(lambda: spheres.distribute_work(items, noop).wait()),
@@ -199,7 +211,7 @@ def footprint(levels: int, seconds: float) -> tuple[float, float, float]:
     with KissingSpheres(levels) as spheres:
         started = resident_mib() - before
         spheres.map(identity, range(10_000))
-        spheres.distribute_work(range(10_000), _core.noop())
+        spheres.distribute_work(range(10_000), nothing())
         spheres.epoch()
         used = resident_mib() - before
         time.sleep(1)  # for the last sphere to fall asleep

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import Ratio, Report, Row, Section, arguments, duration, race, timed
+from common import Ratio, Report, Row, Section, arguments, duration, nothing, race, timed
 from torch import nn
 
 import torch_spheres as ts
-from torch_spheres import KissingSpheres, _core
+from torch_spheres import KissingSpheres
 
 OFF, ON = "nobody traces", "traced"
 NOTE_OFF = "one relaxed load and a branch for each chunk of items, message and change of state"
@@ -104,7 +104,7 @@ def short_items(spheres: KissingSpheres, sizes: Sizes) -> Section:
         "time with a trace / time without, in each round",
     )
     python, native = range(sizes.tiny_items), range(sizes.native_items)
-    noop = _core.noop()
+    noop = nothing()
     calls = {
         "Python items": (lambda: spheres.map(abs, python), len(python)),
         "native items": (lambda: spheres.distribute_work(native, noop).wait(), len(native)),

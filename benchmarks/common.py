@@ -29,6 +29,10 @@ from rich.table import Table
 import torch_spheres as ts
 from torch_spheres import _core
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from native_items import Tally as Tally
+from native_items import nothing as nothing
+
 T = TypeVar("T")
 
 CXX = os.environ.get("CXX", "g++")
@@ -190,7 +194,7 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "torch_spheres": ts.__version__,
         "compiler": compiler(),
-        "isa": _core.active_isa().name,
+        "isa": _core.active_isa(),
         "load_before": os.getloadavg(),
     }
 

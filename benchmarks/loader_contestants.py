@@ -230,10 +230,7 @@ class Contestant:
         """How a wrapped loader has loaded."""
         if not hasattr(self._loader, "stats"):
             return ""
-        stats = self._loader.stats()
-        return f"way: {stats.way}" + (
-            f", threads declined: {stats.declined}" * bool(stats.declined)
-        )
+        return f"way: {self._loader.stats().way}"
 
     def _timed(self, *, train: bool) -> Epoch:
         gc.collect()

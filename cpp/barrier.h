@@ -20,7 +20,9 @@ namespace torch_spheres {
 
 enum class Meeting : std::uint8_t { kPending, kReleased, kAborted };
 
-class Barrier {
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <template <typename> class Atomic>
+class BasicBarrier {
  public:
   /// Starts a meeting of `expected` spheres and returns its number, 1, 2, ...
   std::uint32_t open(std::uint32_t expected) {
@@ -76,9 +78,10 @@ class Barrier {
     return false;
   }
 
-  std::atomic<std::uint64_t> word_{0};    // meeting << 32 | arrivals
-  std::atomic<std::uint64_t> closed_{0};  // last meeting that ended << 32 | a bit per aborted one
-  std::atomic<std::uint32_t> expected_{0};
+  Atomic<std::uint64_t> word_{0};    // meeting << 32 | arrivals
+  Atomic<std::uint64_t> closed_{0};  // last meeting that ended << 32 | a bit per aborted one
+  Atomic<std::uint32_t> expected_{0};
 };
+using Barrier = BasicBarrier<std::atomic>;
 
 }  // namespace torch_spheres

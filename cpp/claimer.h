@@ -57,8 +57,6 @@ class Claimer {
   void record_with(Recorder* recorder) { recorder_ = recorder; }
 
   SphereId sphere() const { return sphere_; }
-  /// The item about to run, for the error message should it throw.
-  void at(std::int64_t item) { item_ = item; }
   /// Items of the current chunk that were run, when it is left by an exception.
   void ran_of_chunk(std::int64_t count) { ran_ = count; }
   /// What passed since next() is not to count for the first item.
@@ -92,7 +90,6 @@ class Claimer {
     }
     for (std::int32_t i = 0; i < siblings_.count; ++i) {
       if (take_from(victim_, chunk)) {
-        item_ = chunk.first;
         ran_ = 0;
         return true;
       }
@@ -119,11 +116,7 @@ class Claimer {
     finish_chunk(ran_, ticks());
     tell_victim();
     finished_ += lost;
-    if (!batch.erred_.exchange(true, std::memory_order_relaxed)) {
-      batch.error_ = std::move(error);
-      batch.failed_sphere_ = sphere_;
-      batch.failed_item_ = item_;
-    }
+    if (!batch.erred_.exchange(true, std::memory_order_relaxed)) batch.error_ = std::move(error);
     const std::int64_t rest = ring_.cancel_rest(slot_);
     finished_ += rest;
     if (records()) {
@@ -261,7 +254,6 @@ class Claimer {
   std::uint64_t short_mean_ = 0;  // ticks that an item took when they were short
   std::int64_t chunk_first_ = 0;
   std::int64_t ran_ = 0;
-  std::int64_t item_ = -1;
   std::int64_t finished_ = 0;
   std::uint64_t taken_at_ = 0;  // ticks(), as is:
   std::uint64_t begun_ = 0;     // when the items began whose times are not counted yet

@@ -136,11 +136,6 @@ SUM_INLINE V canonical(V value) {
   return value == value ? value : V{} + __builtin_nanf("");
 }
 
-SUM_INLINE F32 broadcast(Wide, float value) { return value - F32{}; }
-SUM_INLINE F64 broadcast(Wide, double value) { return value - F64{}; }
-SUM_INLINE float broadcast(Single, float value) { return value; }
-SUM_INLINE double broadcast(Single, double value) { return value; }
-
 /// A store that does not read the line into the cache first.
 template <class V>
 SUM_INLINE void stream(void* to, V value) {
@@ -170,15 +165,10 @@ SUM_INLINE auto quad(Lanes lanes, const Src* const* child, std::size_t i) {
          (load(lanes, child[2] + i) + load(lanes, child[3] + i));
 }
 
-/// One vector, or one element, at i: the scale, the rounding, the store.
-template <Store kStore, class Lanes, class Dst, class V>
-SUM_INLINE void finish(Lanes lanes, Dst* out, std::size_t i, V sum, V scale) {
-  // Multiplying by 1 changes nothing, so there is no second loop without a scale.
-  auto value = rounded(out, canonical(sum * scale));
-  if constexpr (kStore == Store::accumulate) {
-    const V addend = load(lanes, reinterpret_cast<const Dst*>(&value));
-    value = rounded(out, canonical(load(lanes, out + i) + addend));
-  }
+/// One vector, or one element, at i: the rounding, the store.
+template <Store kStore, class Dst, class V>
+SUM_INLINE void finish(Dst* out, std::size_t i, V sum) {
+  const auto value = rounded(out, canonical(sum));
   if constexpr (kStore == Store::stream && sizeof value != sizeof(Dst)) {
     stream(out + i, value);
   } else {
@@ -186,18 +176,17 @@ SUM_INLINE void finish(Lanes lanes, Dst* out, std::size_t i, V sum, V scale) {
   }
 }
 
-template <Store kStore, class Lanes, class Src, class Dst, class V>
-SUM_INLINE void step(Lanes lanes, const Src* const* child, Dst* out, std::size_t i, V scale) {
-  const V front = quad(lanes, child, i) + quad(lanes, child + 4, i);
-  finish<kStore>(lanes, out, i, front + quad(lanes, child + 8, i), scale);
+template <Store kStore, class Lanes, class Src, class Dst>
+SUM_INLINE void step(Lanes lanes, const Src* const* child, Dst* out, std::size_t i) {
+  const auto front = quad(lanes, child, i) + quad(lanes, child + 4, i);
+  finish<kStore>(out, i, front + quad(lanes, child + 8, i));
 }
 
 template <Store kStore, class Src, class Dst, class Acc>
-SUM_INLINE void sum_block(const Src* const* children, Dst* out, std::size_t n, Acc scale) {
+SUM_INLINE void sum_block(const Src* const* children, Dst* out, std::size_t n) {
   constexpr std::size_t kLanes = SUM_BYTES / sizeof(Acc);
   const Src* child[kKissing];  // a copy that no store can change: stays in registers
   for (int k = 0; k < kKissing; ++k) child[k] = children[k];
-  const auto wide = broadcast(Wide{}, scale);
   std::size_t i = 0;
   if constexpr (kStore != Store::stream) {
     // Large tensors often start at the same offset in a page.  Twelve lines of such streams do not
@@ -206,7 +195,7 @@ SUM_INLINE void sum_block(const Src* const* children, Dst* out, std::size_t n, A
     constexpr std::size_t kRunVectors = 512 / SUM_BYTES;
     constexpr std::size_t kRun = kRunVectors * kLanes;
     for (; i + kRun <= n; i += kRun) {
-      decltype(broadcast(Wide{}, scale)) first[kRunVectors], second[kRunVectors];
+      decltype(load(Wide{}, child[0])) first[kRunVectors], second[kRunVectors];
       SUM_NO_UNROLL
       for (std::size_t v = 0; v < kRunVectors; ++v) {
         first[v] = quad(Wide{}, child, i + v * kLanes);
@@ -218,19 +207,19 @@ SUM_INLINE void sum_block(const Src* const* children, Dst* out, std::size_t n, A
       SUM_NO_UNROLL
       for (std::size_t v = 0; v < kRunVectors; ++v) {
         const auto third = quad(Wide{}, child + 8, i + v * kLanes);
-        finish<kStore>(Wide{}, out, i + v * kLanes, (first[v] + second[v]) + third, wide);
+        finish<kStore>(out, i + v * kLanes, (first[v] + second[v]) + third);
       }
     }
   }
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    step<kStore>(Wide{}, child, out, i, wide);
-    step<kStore>(Wide{}, child, out, i + kLanes, wide);
+    step<kStore>(Wide{}, child, out, i);
+    step<kStore>(Wide{}, child, out, i + kLanes);
   }
   if (i + kLanes <= n) {
-    step<kStore>(Wide{}, child, out, i, wide);
+    step<kStore>(Wide{}, child, out, i);
     i += kLanes;
   }
-  for (; i < n; ++i) step<kStore>(Single{}, child, out, i, scale);
+  for (; i < n; ++i) step<kStore>(Single{}, child, out, i);
 }
 
 template <Store kStore, class Src, class Dst, class Acc>
@@ -246,7 +235,6 @@ SUM_TARGET void sum_node(const Node& node) {
     if (!present) limit = kAbsentElements;
   }
   auto* out = static_cast<Dst*>(node.out);
-  const auto scale = static_cast<Acc>(node.scale);
   std::size_t n = node.n;
   if constexpr (kStore == Store::stream) {  // the first part ends where out is aligned
     const std::size_t past = reinterpret_cast<std::uintptr_t>(out) % kVector;
@@ -255,21 +243,9 @@ SUM_TARGET void sum_node(const Node& node) {
   for (std::size_t left = node.n; left != 0; left -= n, n = left) {
     if (n > limit) n = limit;
     if (n > left) n = left;
-    sum_block<kStore>(child, out, n, scale);
+    sum_block<kStore, Src, Dst, Acc>(child, out, n);
     for (int k = 0; k < kKissing; ++k) child[k] += n & advances[k];
     out += n;
-  }
-}
-
-template <class Src, class Dst, class Acc>
-SUM_TARGET void sum_node_any(const Node& node) {
-  switch (node.store) {
-    case Store::plain:
-      return sum_node<Store::plain, Src, Dst, Acc>(node);
-    case Store::stream:
-      return sum_node<Store::stream, Src, Dst, Acc>(node);
-    case Store::accumulate:
-      return sum_node<Store::accumulate, Src, Dst, Acc>(node);
   }
 }
 
@@ -291,15 +267,22 @@ SUM_TARGET static double read(const float* data, std::size_t n) {
 
 inline constexpr Kernels kKernels = {
     // In the order of DType.
-    .leaves_to_out = {sum_node_any<float, float, float>, sum_node_any<double, double, double>,
-                      sum_node_any<BFloat16, BFloat16, float>,
-                      sum_node_any<Float16, Float16, float>},
+    .leaves_to_out = {sum_node<Store::plain, float, float, float>,
+                      sum_node<Store::plain, double, double, double>,
+                      sum_node<Store::plain, BFloat16, BFloat16, float>,
+                      sum_node<Store::plain, Float16, Float16, float>},
+    .leaves_streamed_out = {sum_node<Store::stream, float, float, float>,
+                            sum_node<Store::stream, double, double, double>,
+                            sum_node<Store::stream, BFloat16, BFloat16, float>,
+                            sum_node<Store::stream, Float16, Float16, float>},
     .leaves_to_sums = {sum_node<Store::plain, float, float, float>,
                        sum_node<Store::plain, double, double, double>,
                        sum_node<Store::plain, BFloat16, float, float>,
                        sum_node<Store::plain, Float16, float, float>},
-    .sums_to_out = {sum_node_any<float, float, float>, sum_node_any<double, double, double>,
-                    sum_node_any<float, BFloat16, float>, sum_node_any<float, Float16, float>},
+    .sums_to_out = {sum_node<Store::plain, float, float, float>,
+                    sum_node<Store::plain, double, double, double>,
+                    sum_node<Store::plain, float, BFloat16, float>,
+                    sum_node<Store::plain, float, Float16, float>},
     .sums_to_sums = {sum_node<Store::plain, float, float, float>,
                      sum_node<Store::plain, double, double, double>,
                      sum_node<Store::plain, float, float, float>,

@@ -30,8 +30,7 @@ struct BFloat16 {
 /// What a kernel does with the sum.
 enum class Store {
   plain,
-  stream,      // past the cache, for an output that nobody will read soon
-  accumulate,  // adds it to what is there
+  stream,  // past the cache, for an output that nobody will read soon
 };
 
 /// One node's sum over n consecutive elements.
@@ -39,8 +38,6 @@ struct Node {
   const void* children[kKissing];  // where the elements start; null is absent
   void* out;
   std::size_t n;
-  double scale = 1.0;
-  Store store = Store::plain;
 };
 
 using Kernel = void (*)(const Node&);
@@ -48,6 +45,7 @@ using Kernel = void (*)(const Node&);
 /// The loops for one ISA, by DType.  "Sums" are what inner nodes pass up: float or double.
 struct Kernels {
   Kernel leaves_to_out[4];
+  Kernel leaves_streamed_out[4];
   Kernel leaves_to_sums[4];
   Kernel sums_to_out[4];
   Kernel sums_to_sums[4];
@@ -175,10 +173,9 @@ bool sum_inner(const Part& part, const Subtree& subtree, Kernel kernel, Node& no
 /// Finds the children of a node of leaves.  Whether there are any.
 bool find_leaves(const Part& part, const Subtree& subtree, Node& node) {
   const std::size_t offset = part.begin * element_size(part.segment.dtype);
-  const std::size_t count = count_shards(subtree.depth);
   bool any = false;
   for (std::size_t c = 0; c < kKissing; ++c) {
-    const void* shard = c < count ? part.segment.shards[subtree.child(c).first] : nullptr;
+    const void* shard = part.segment.shards[subtree.child(c).first];
     node.children[c] = shard ? static_cast<const char*>(shard) + offset : nullptr;
     any |= shard != nullptr;
   }
@@ -214,14 +211,14 @@ bool sum_inner(const Part& part, const Subtree& subtree, Kernel kernel, Node& no
 
 /// Sums a range block by block, up all of more than one level.
 template <int kDepth>
-void sum_blocks(const SumSegment& segment, std::size_t begin, std::size_t end, Node& node) {
+void sum_blocks(const SumSegment& segment, std::size_t begin, std::size_t end) {
   constexpr std::size_t kBlockBytes = block_bytes(kDepth);
   const std::size_t sum_size = segment.dtype == DType::float64 ? sizeof(double) : sizeof(float);
   Part part{segment, kernels(), begin, 0};
   for (; part.begin < end; part.begin += part.n) {
     part.n = std::min(end - part.begin, kBlockBytes / sum_size);
-    node.n = part.n;
-    node.out = static_cast<char*>(segment.out) + part.begin * element_size(segment.dtype);
+    auto* out = static_cast<char*>(segment.out) + part.begin * element_size(segment.dtype);
+    Node node{{}, out, part.n};
     const Kernel kernel = part.kernels.sums_to_out[static_cast<std::size_t>(segment.dtype)];
     sum_inner<kBlockBytes>(part, {0, 1, kDepth}, kernel, node);
   }
@@ -231,14 +228,14 @@ void sum_blocks(const SumSegment& segment, std::size_t begin, std::size_t end, N
 /// traffic; a smaller one is better left in the cache for whoever reads it next.
 inline constexpr std::size_t kStreamBytes = std::size_t{4} << 20;
 
-Store choose_store(const SumSegment& segment, int depth) {
-  if (segment.accumulate) return Store::accumulate;
-  // Deeper trees read so much for each element written that it makes no difference.
-  if (depth > 1 || segment.numel * element_size(segment.dtype) < kStreamBytes) return Store::plain;
-  for (std::size_t k = 0; k < count_shards(depth); ++k) {
-    if (segment.shards[k] == segment.out) return Store::plain;  // in the cache already
+/// Of twelve leaves.  Deeper trees read so much for each element written that it makes no
+/// difference.
+bool is_streamed(const SumSegment& segment) {
+  if (segment.numel * element_size(segment.dtype) < kStreamBytes) return false;
+  for (std::size_t k = 0; k < kKissing; ++k) {
+    if (segment.shards[k] == segment.out) return false;  // in the cache already
   }
-  return Store::stream;
+  return true;
 }
 
 /// The only present shard, or null when there are more or none; `any` tells those apart.
@@ -251,11 +248,6 @@ const void* only_shard(const SumSegment& segment, int depth, bool& any) {
     found = segment.shards[k];
   }
   return found;
-}
-
-bool scales(const SumSegment& segment) {
-  if (segment.dtype == DType::float64) return segment.scale != 1.0;
-  return static_cast<float>(segment.scale) != 1.0f;
 }
 
 }  // namespace
@@ -271,12 +263,6 @@ std::size_t element_size(DType dtype) {
   }
 }
 
-bool any_present(const SumSegment& segment, int depth) {
-  bool any = false;
-  only_shard(segment, depth, any);
-  return any;
-}
-
 void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::size_t end) {
   assert(depth >= 0 && depth <= kMaxSumDepth && begin <= end && end <= segment.numel);
   assert(reinterpret_cast<std::uintptr_t>(segment.out) % element_size(segment.dtype) == 0);
@@ -286,22 +272,23 @@ void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::siz
 
   const std::size_t element = element_size(segment.dtype);
   auto* out = static_cast<char*>(segment.out) + begin * element;
-  if (only != nullptr && !segment.accumulate && !scales(segment)) {
+  if (only != nullptr) {
     const char* from = static_cast<const char*>(only) + begin * element;
     if (from != out) std::memcpy(out, from, (end - begin) * element);
     return;
   }
 
-  const auto dtype = static_cast<std::size_t>(segment.dtype);
-  Node node{{}, out, end - begin, segment.scale, choose_store(segment, depth)};
-  if (depth == 2) return sum_blocks<2>(segment, begin, end, node);
-  if (depth == 3) return sum_blocks<3>(segment, begin, end, node);
+  if (depth == 2) return sum_blocks<2>(segment, begin, end);
+  if (depth == 3) return sum_blocks<3>(segment, begin, end);
   const Part part{segment, kernels(), begin, end - begin};
-  find_leaves(part, {0, 1, depth}, node);
-  part.kernels.leaves_to_out[dtype](node);
+  Node node{{}, out, part.n};
+  find_leaves(part, {0, 1, 1}, node);
+  const bool streamed = is_streamed(segment);
+  const auto& to_out = streamed ? part.kernels.leaves_streamed_out : part.kernels.leaves_to_out;
+  to_out[static_cast<std::size_t>(segment.dtype)](node);
 #if defined(__x86_64__)
   // Streamed stores are weakly ordered; whoever is told that the sum is ready must see them.
-  if (node.store == Store::stream) _mm_sfence();
+  if (streamed) _mm_sfence();
 #endif
 }
 

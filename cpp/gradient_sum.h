@@ -20,7 +20,7 @@
 //    levels, then rounded once (to nearest, ties to even; too large is infinite).
 //  - A result that is not a number is always the same one (positive, quiet, no payload): which
 //    operand's payload survives an addition is the compiler's choice, and so the ISA's.
-//  - One present shard in the whole tree, neither scaled nor accumulated, is copied byte for byte.
+//  - One present shard in the whole tree is copied byte for byte.
 //  - Like torch's own kernels, the sums obey the calling thread's floating-point mode: with
 //    torch.set_flush_denormal(True) on some threads only, bits depend on who computes.
 // This needs -ffp-contract=off and no -ffast-math.
@@ -51,17 +51,11 @@ struct SumSegment {
   /// 12^depth pointers to numel elements each; null is absent.
   const void* const* shards;
   std::size_t numel;
-  /// Multiplies the sum before it is rounded; as a float32 unless dtype is float64.
-  double scale = 1.0;
-  /// out += sum, as torch adds two tensors of dtype: a half type's sum is rounded, then added.
-  bool accumulate = false;
 };
 
 /// Sums the elements [begin, end) up all `depth` levels (0 to 3).  Leaves out as it is when no
 /// shard is present.
 void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::size_t end);
-
-bool any_present(const SumSegment& segment, int depth);
 
 /// The instruction sets that the loops are compiled for.  `baseline` is what the compiler was told
 /// to assume of every machine; it is the only one away from x86-64.

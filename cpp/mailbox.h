@@ -26,7 +26,8 @@
 
 namespace torch_spheres {
 
-template <typename T>
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <typename T, template <typename> class Atomic = std::atomic>
 class Mailbox {
  public:
   explicit Mailbox(std::size_t capacity)
@@ -40,15 +41,9 @@ class Mailbox {
     }
   }
 
-  std::size_t capacity() const { return mask_ + 1; }
   /// True only for the moment in which it was asked.
   bool was_empty() const {
     return head_.load(std::memory_order_acquire) == tail_.load(std::memory_order_acquire);
-  }
-  std::size_t was_size() const {
-    const auto tail = tail_.load(std::memory_order_relaxed);
-    const auto head = head_.load(std::memory_order_relaxed);
-    return tail > head ? tail - head : 0;
   }
 
   /// False when full; `value` is moved from only on success.
@@ -93,13 +88,13 @@ class Mailbox {
 
  private:
   struct Cell {
-    std::atomic<std::size_t> sequence{0};
+    Atomic<std::size_t> sequence{0};
     T value{};
   };
   const std::size_t mask_;
   const std::unique_ptr<Cell[]> cells_;
-  alignas(64) std::atomic<std::size_t> tail_{0};  // next push
-  alignas(64) std::atomic<std::size_t> head_{0};  // next pop
+  alignas(64) Atomic<std::size_t> tail_{0};  // next push
+  alignas(64) Atomic<std::size_t> head_{0};  // next pop
 };
 
 }  // namespace torch_spheres

@@ -16,7 +16,9 @@
 
 namespace torch_spheres {
 
-class Parker {
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <template <typename> class Atomic>
+class BasicParker {
  public:
   void park() {
     std::uint32_t seen = kEmpty;
@@ -37,7 +39,8 @@ class Parker {
   static constexpr std::uint32_t kEmpty = 0;
   static constexpr std::uint32_t kToken = 1;
   static constexpr std::uint32_t kParked = 2;
-  std::atomic<std::uint32_t> word_{kEmpty};
+  Atomic<std::uint32_t> word_{kEmpty};
 };
+using Parker = BasicParker<std::atomic>;
 
 }  // namespace torch_spheres

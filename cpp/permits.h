@@ -18,11 +18,13 @@
 
 namespace torch_spheres {
 
-class Permits {
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <template <typename> class Atomic>
+class BasicPermits {
  public:
-  Permits(std::int32_t leaves, std::int32_t permits)
+  BasicPermits(std::int32_t leaves, std::int32_t permits)
       : words_((leaves + 63) / 64),
-        ready_(std::make_unique<std::atomic<std::uint64_t>[]>(static_cast<std::size_t>(words_))),
+        ready_(std::make_unique<Atomic<std::uint64_t>[]>(static_cast<std::size_t>(words_))),
         free_(permits) {}
 
   void mark_ready(std::int32_t leaf) {
@@ -66,8 +68,9 @@ class Permits {
 
  private:
   const std::int32_t words_;
-  const std::unique_ptr<std::atomic<std::uint64_t>[]> ready_;
-  alignas(64) std::atomic<std::int32_t> free_;
+  const std::unique_ptr<Atomic<std::uint64_t>[]> ready_;
+  alignas(64) Atomic<std::int32_t> free_;
 };
+using Permits = BasicPermits<std::atomic>;
 
 }  // namespace torch_spheres

@@ -287,7 +287,7 @@ bool Sphere::run_available() {
       system_.run_work(*slot, claimer);
     }
     any = any || claimer.took_any();
-    if (ring.leave(*slot, claimer.finished())) system_.completed();
+    if (ring.leave(*slot, claimer.finished())) system_.tell_news();
   }
   return any;
 }

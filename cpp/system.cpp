@@ -130,7 +130,7 @@ void System::request_stop() {
     const std::lock_guard lock(submit_mutex_);  // after this nothing new is published
     stopping_.store(true);
   }
-  trace_queued(-ring_.cancel(nullptr, [this] { completed(); }));
+  trace_queued(-ring_.cancel(nullptr, [this] { tell_news(); }));
   {
     const std::lock_guard lock(meeting_mutex_);  // after this no new meeting is opened
     abort_meeting();
@@ -175,7 +175,6 @@ Submitted System::try_submit(const std::shared_ptr<Batch>& batch) {
       return Submitted::kAccepted;
     }
     if (ring_.was_full()) return Submitted::kFull;
-    in_flight_.fetch_add(1);
     trace_queued(batch->items());  // before anybody can take one
     ring_.publish(batch);
     if (topology_.levels() == 1) {  // the root is the leaf and has no parent to hand work down
@@ -195,17 +194,8 @@ bool System::wait_for_room(Milliseconds timeout) {
   return wait_news(timeout, [this] { return stopping() || !ring_.was_full(); });
 }
 
-bool System::wait_idle_for(Milliseconds timeout) {
-  return wait_news(timeout, [this] { return in_flight() == 0; });
-}
-
 void System::cancel(const std::shared_ptr<Batch>& batch) {
-  trace_queued(-ring_.cancel(batch.get(), [this] { completed(); }));
-}
-
-void System::completed() {
-  in_flight_.fetch_sub(1);
-  tell_news();
+  trace_queued(-ring_.cancel(batch.get(), [this] { tell_news(); }));
 }
 
 void System::ring_doorbell(SphereId source, SphereId target) {
@@ -315,7 +305,7 @@ bool System::help(const Batch& batch, Milliseconds time) {
     finished = claimer.finished();
     more = claimer.had_work();
   }
-  if (ring_.leave(*slot, finished)) completed();
+  if (ring_.leave(*slot, finished)) tell_news();
   return !more;
 }
 

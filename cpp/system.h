@@ -77,9 +77,6 @@ class System {
   bool wait_for_room(Milliseconds timeout);
   /// Items of the batch that have not begun never will; those that run finish.
   void cancel(const std::shared_ptr<Batch>& batch);
-  /// True when no batch is in flight.
-  bool wait_idle_for(Milliseconds timeout);
-  std::int64_t in_flight() const { return in_flight_.load(std::memory_order_acquire); }
 
   // ---- a hand from the thread that waits (use Helper) ----
   /// Makes the calling thread one of the `concurrency` that run work; what it runs counts for the
@@ -139,7 +136,6 @@ class System {
   void post(SphereId target, const Message& message);
   void ring_doorbell(SphereId source, SphereId target);
   void dispatch();
-  void completed();
   Sphere* candidate(std::int32_t leaf);
   void open_barrier(std::uint32_t meeting, int level);
   void abort_meeting();
@@ -171,7 +167,6 @@ class System {
 
   std::atomic<bool> running_{false};
   std::atomic<bool> stopping_{false};
-  std::atomic<std::int64_t> in_flight_{0};
   std::atomic<std::uint64_t> epochs_{0};
   std::atomic<std::uint64_t> gradient_rounds_{0};
   std::atomic<std::int64_t> meeting_messages_{0};  // of the last meeting, not handled yet

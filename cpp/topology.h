@@ -87,15 +87,12 @@ class Topology {
     for (; id != 0; id = parent(id)) offset = offset * kKissing + group(id);
     return offset;
   }
-  /// The sphere of `level` whose subtree holds work item `item` (>= 0).
-  static SphereId sphere_of_item(std::int64_t item, int level) {
+  /// The leaf that owns work item `item` (>= 0).
+  SphereId leaf_of_item(std::int64_t item) const {
     SphereId id = 0;
-    for (int l = 0; l < level; ++l, item /= kKissing) {
-      id = child(id, static_cast<int>(item % kKissing));
-    }
+    for (; !is_leaf(id); item /= kKissing) id = child(id, static_cast<int>(item % kKissing));
     return id;
   }
-  SphereId leaf_of_item(std::int64_t item) const { return sphere_of_item(item, leaf_level()); }
 
   /// Whether two spheres touch: parent and child, or siblings.  A sphere does not touch itself.
   static bool has_edge(SphereId a, SphereId b) {

@@ -56,7 +56,7 @@ class Work {
  public:
   virtual ~Work() = default;
   /// Runs on a sphere's thread: `while (claimer.next(chunk)) ...` until it says false.  An
-  /// exception ends the hand-out of the batch; call claimer.at(item) before an item that may throw.
+  /// exception ends the hand-out of the batch; see Claimer::ran_of_chunk.
   virtual void run(Claimer& claimer) = 0;
   /// Items that may be taken at once when they are fast; 1 makes every item stealable.
   virtual std::int64_t max_chunk() const { return 1; }
@@ -86,8 +86,6 @@ class Batch {
   // Meaningful once done():
   bool failed() const { return error_ != nullptr; }
   std::exception_ptr error() const { return error_; }
-  SphereId failed_sphere() const { return failed_sphere_; }
-  std::int64_t failed_item() const { return failed_item_; }
   /// Items that were not run, because of an error or of stop().
   std::int64_t cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
@@ -103,8 +101,6 @@ class Batch {
   std::atomic<bool> stopped_{false};
   std::atomic<std::int64_t> cancelled_{0};
   std::exception_ptr error_;  // written by the thread that set erred_, read after done_
-  SphereId failed_sphere_ = kNoSphere;
-  std::int64_t failed_item_ = -1;
   std::atomic<bool> done_{false};
   std::mutex mutex_;
   std::condition_variable finished_;

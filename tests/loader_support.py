@@ -118,13 +118,6 @@ def same(mine, other):
     assert len(mine) == len(other)
 
 
-def on_spheres(loader):
-    """Has a wrapped loader without workers use the spheres, however long that takes."""
-    loader._tempo._seconds.update(caller=2.0, spheres=1.0)
-    loader._tempo._probes.clear()
-    return loader
-
-
 def resumed(make, state, rng):
     """A new loader that goes on from a state, with the process's random numbers as they were."""
     loader = make()
@@ -134,8 +127,7 @@ def resumed(make, state, rng):
 
 
 def wrapped(dataset, spheres, workers, **options):
-    loader = ts.wrap(DataLoader(dataset, 2, num_workers=workers, **options), spheres)
-    return loader if workers else on_spheres(loader)
+    return ts.wrap(DataLoader(dataset, 2, num_workers=workers, **options), spheres)
 
 
 def eventually(condition):

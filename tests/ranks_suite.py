@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import torch_spheres as ts
-from torch_spheres import exchange, pieces, sharing
+from torch_spheres import exchange
+from torch_spheres.ranks import Ranks
 
 
 def rows_of(rows: int, spheres: ts.KissingSpheres) -> list[int]:
@@ -59,25 +60,23 @@ def trained(name, kind, way, rows, spheres):
 
 
 def in_small_buckets() -> list[int]:
-    """Has all models sent in many buckets, as large ones are; counts those that are early."""
-    exchange.BUCKET = sharing.BUCKET = 1 << 10
-    exchange._SMALL = 0
-    early = [0]
-    add_piece = pieces.FoldInPieces.add_piece
+    """Has all models sent in many buckets, as large ones are; counts them."""
+    exchange._BUCKET, exchange._SMALL = 1 << 10, 0
+    sent, scatter = [0], Ranks.scatter_async
 
     def counting(*args):
-        early[0] += 1
-        add_piece(*args)
+        sent[0] += 1
+        return scatter(*args)
 
-    pieces.FoldInPieces.add_piece = counting
-    return early
+    Ranks.scatter_async = counting
+    return sent
 
 
 def main() -> None:
     cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-    early, backend = [0], ["gloo"]
+    sent, backend = [0], ["gloo"]
     if "small buckets" in sys.argv[3:]:
-        early, backend = in_small_buckets(), []  # torch chooses: gloo for what is on the CPU
+        sent, backend = in_small_buckets(), []  # torch chooses: gloo for what is on the CPU
     warnings.simplefilter("ignore", FutureWarning)
     dist.init_process_group(*backend)
     torch.set_num_threads(1)
@@ -86,7 +85,7 @@ def main() -> None:
         name, kind, way, levels, rows, concurrency = case
         with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
             found[json.dumps(case)] = trained(name, kind, way, rows, spheres)
-    found["early buckets"] = early[0]
+    found["buckets"] = sent[0]
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

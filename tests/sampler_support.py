@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 WORLDS = (1, 2, 3, 4, 6, 12)
-thorough = settings(max_examples=rounds(60))
+thorough = settings(max_examples=rounds(40))
 
 
 class FakeSpheres:

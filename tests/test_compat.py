@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import torch_spheres as ts
 from torch_spheres import _compat, _core
-from torch_spheres.ranks import ranks_of
+from torch_spheres.ranks import Ranks
 
 SOURCE = Path(ts.__file__).parent
 RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -182,7 +182,7 @@ def test_without_what_has_an_alternative_nobody_is_told(api):
 USES = {
     _compat.PARALLEL: [lambda _: ts.SphereParallel(nn.Linear(2, 2))],
     _compat.LOADER: [lambda _: ts.wrap(DataLoader([1, 2]))],
-    _compat.RANKS: [lambda _: ranks_of(None)],
+    _compat.RANKS: [lambda _: Ranks(None)],
     _compat.CHECKPOINT: [
         lambda _: ts.checkpoint_state(),
         lambda _: ts.restore_checkpoint_state({}),
@@ -260,7 +260,6 @@ def test_importing_under_another_default_device(device):
 ALTERNATIVES = [
     ("torch.autograd.Variable._execution_engine.run_backward", "_run_backward"),
     ("torch._C._autograd._get_current_graph_task_keep_graph", "keeps_graph"),
-    ("torch._C._current_graph_task_id", "backward_pass"),
     ("torch._disable_dynamo", "disable_compiler"),
     ("torch._C._functorch.is_functorch_wrapped_tensor", "is_functorch_wrapped"),
     ("torch.utils.data._utils.pin_memory.pin_memory", "pin_memory"),

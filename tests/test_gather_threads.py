@@ -62,13 +62,13 @@ def test_a_half_used_loader_of_tensors_may_be_dropped_or_forked(spheres):
 
 def test_memory_that_a_tensor_has_given_up_is_read_to_the_end():
     """`.data` gives it other memory while rows are on their way."""
-    dataset = TensorDataset(torch.ones(4000, 5000))
+    dataset = TensorDataset(torch.ones(4000, 1000))
     with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
         gate = threading.Event()
         held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
         iterator = iter(ts.wrap(DataLoader(dataset, 500, num_workers=2), spheres))
-        dataset.tensors[0].data = torch.full((4000, 5000), 2.0)
-        junk = torch.full((4000, 5000), 3.0)  # where the old memory would be
+        dataset.tensors[0].data = torch.full((4000, 1000), 2.0)
+        junk = torch.full((4000, 1000), 3.0)  # where the old memory would be
         gate.set()
         held.wait(60)
         values = [batch.unique().tolist() for (batch,) in iterator]

@@ -150,9 +150,9 @@ expect(mine(FileExistsError, ts.errors.RankError), mine("File exists", "rank 0 o
 if world == 3:
     expect(mine(ts.errors.RankError, TypeError), mine("rank 1 of 3: TypeError: x is a", "x is a"),
            lambda: save_checkpoint(path, x=mine(optimizer, None)))
-    expect(ts.errors.RankError, "at different steps (rank 0: step 7; rank 1: step 8; rank 2:",
+    expect(ts.errors.RankError, "at different steps (by rank: 7, 8, 9)",
            lambda: save(7 + rank))
-    expect(ts.errors.RankError, "different files; is it in a folder that all share? (rank 0: step",
+    expect(ts.errors.RankError, "a folder that all share? (by rank: [2, ",
            lambda: load_checkpoint(mine(path, two + "none"), **parts))
     torch.manual_seed(2)
     other = f"{folder}/other{rank}.pt"
@@ -204,8 +204,7 @@ def test_ranks(tmp_path):
         told[world] = [json.loads(printed(rank.stdout)) for rank in ranks]
         if world == 3:  # the file is that of the save before the one in which rank 0 was killed
             assert torch.load(tmp_path / "new" / "last.pt", weights_only=True)["step"] == 3
-            assert len(names(tmp_path / "new")) == 2
-    assert names(tmp_path / "new") == ["last.pt"]
+            assert len(names(tmp_path / "new")) == 2  # and what it had not finished
     ((state, batches),) = told[1]
     assert [len(batch) for batch in batches] == [24, 24]
     for ranks in told.values():

@@ -11,11 +11,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from loader_support import Asking, on_spheres
+from loader_support import Asking
 from torch.utils.data import DataLoader
 
 import torch_spheres as ts
-from torch_spheres.loading.streams import GlobalStates
+from torch_spheres.loading import ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -43,29 +43,6 @@ def test_the_original_exception_comes_with_its_place(spheres, workers):
     assert [*iterator] == [[16, 17, 18, 19], [20, 21, 22, 23]]
 
 
-def test_of_several_errors_in_a_batch_the_first_is_raised(spheres):
-    tried = set()
-
-    def fail(index):
-        tried.add((index, threading.get_ident() == main))
-        if index >= 10:
-            raise ValueError(index)
-        return index
-
-    main = threading.get_ident()
-    loader = DataLoader(Asking(fail, 30), 10, collate_fn=list)
-    wrapped = on_spheres(ts.wrap(loader, spheres))
-    iterator = iter(wrapped)
-    next(iterator)
-    assert wrapped.stats().way == "spheres"
-    for first in (10, 20):
-        with pytest.raises(ValueError) as caught:
-            next(iterator)
-        assert caught.value.args == (first,)
-        assert (first, True) in tried  # once more in the loop's own thread
-    assert wrapped.stats().declined == ""  # it failed there too: it is no matter of threads
-
-
 def test_errors_of_collate_fn_and_worker_init_fn(spheres):
     def collate(samples):
         raise OSError(f"cannot put {samples} together")
@@ -90,7 +67,7 @@ def test_errors_of_collate_fn_and_worker_init_fn(spheres):
 
 
 def test_random_numbers_that_threads_share_are_told_of_once(spheres, monkeypatch):
-    looked, now = threading.Event(), GlobalStates.now
+    looked, now = threading.Event(), ahead.shared_states
 
     def looking():
         states = now()
@@ -105,7 +82,7 @@ def test_random_numbers_that_threads_share_are_told_of_once(spheres, monkeypatch
         assert looked.wait(60)
         np.random.seed(worker)
 
-    monkeypatch.setattr(GlobalStates, "now", looking)
+    monkeypatch.setattr(ahead, "shared_states", looking)
     for plain in (
         DataLoader(Asking(meanwhile(random.random), 8), 1, num_workers=2),
         DataLoader(Asking(meanwhile(np.random.rand), 8), 1, num_workers=2),

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from loader_support import Numbers, eventually, on_spheres, wrapped
+from loader_support import Numbers, eventually, wrapped
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import torch_spheres as ts
@@ -25,16 +25,11 @@ def test_inside_a_work_item_of_the_same_spheres(workers, concurrency):
     plain = DataLoader(Numbers(20), 4, num_workers=workers)
 
     def count(_):
-        loader = wrapped_again(plain, spheres)
+        loader = ts.wrap(plain, spheres)
         return sum(len(batch[1]) for batch in loader)
 
     with ts.KissingSpheres(levels=2, concurrency=concurrency) as spheres:
         assert spheres.map(count, range(12)) == [20] * 12
-
-
-def wrapped_again(plain, spheres):
-    loader = ts.wrap(plain, spheres)
-    return loader if plain.num_workers else on_spheres(loader)
 
 
 class Outer(Dataset):
@@ -47,7 +42,7 @@ class Outer(Dataset):
         return 6
 
     def __getitem__(self, index):
-        return sum(int(b[1].sum()) for b in wrapped_again(self.inner, self.spheres)) + index
+        return sum(int(b[1].sum()) for b in ts.wrap(self.inner, self.spheres)) + index
 
 
 @pytest.mark.parametrize("outer", [0, 2, 3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 import warnings
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from effort import rounds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loader_support import Batches, Numbers, Stream, epochs, on_spheres, same
+from loader_support import Batches, Numbers, Stream, epochs, same
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -95,7 +94,7 @@ def test_any_configuration_without_workers(spheres, data):
     configure(spheres, data, st.just(0))
 
 
-@settings(max_examples=rounds(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=rounds(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_configuration_with_two_workers(spheres, data):
     configure(spheres, data, st.just(2))
@@ -132,19 +131,14 @@ def configure(spheres, data, workers):
         return DataLoader(dataset, generator=generator, **chosen, **options)
 
     compare(make, spheres, seed, count, take)
-    if num_workers == 0:  # once more on the spheres, which may not be faster here
-        torch.manual_seed(seed)
-        plain = epochs(make(), count, take)
-        torch.manual_seed(seed)
-        same(epochs(on_spheres(ts.wrap(make(), spheres)), count, take), plain)
 
 
 def tagged(alone, samples):
     return ["mine", samples if alone else default_collate(samples)]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("uneven", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("uneven", [0, 3])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_iterable_datasets(spheres, workers, uneven, drop_last):
     dataset = Stream(25, draws=("torch",), uneven=uneven)
@@ -202,84 +196,27 @@ def test_two_iterators_at_once(spheres, workers):
     same(interleaved(ts.wrap(make(), spheres)), interleaved(make()))
 
 
-def test_the_processs_random_numbers_come_in_the_plain_loaders_order(spheres):
-    """Without workers, also those that nobody can keep apart by thread."""
-    for draws in (("random",), ("numpy",), ("torch",)):
-
-        def passes(loader):
-            random.seed(1)
-            np.random.seed(1)
-            torch.manual_seed(1)
-            out = epochs(loader)
-            return [*out, random.random(), np.random.rand()]
-
-        dataset = Numbers(40, draws=draws)
-        make = functools.partial(DataLoader, dataset, 5, shuffle=True)
-        wrapped = ts.wrap(make(), spheres)
-        same(passes(wrapped), passes(make()))
-        assert wrapped.stats().declined == "random" and wrapped.stats().way == "caller"
-
-
-def test_draws_that_come_late_are_taken_back(spheres):
-    """The first batches draw nothing, so threads are tried; then one does."""
-
-    class Late(Dataset):
-        generator = torch.Generator()
-
-        def __len__(self):
-            return 60
-
-        def __getitem__(self, index):
-            if index % 20 == 19:
-                return index + torch.rand(()), torch.rand((), generator=self.generator)
-            return torch.tensor(float(index)), torch.zeros(())
-
-    def passes(loader):
-        torch.manual_seed(3)
-        Late.generator.manual_seed(9)
-        return [*epochs(loader), Late.generator.get_state()]
-
-    loader = on_spheres(ts.wrap(DataLoader(Late(), 4), spheres))
-    same(passes(loader), passes(DataLoader(Late(), 4)))
-    assert loader.stats().declined == "random"
-
-
-def test_on_the_spheres_a_given_generator_is_where_the_plain_loader_has_it(spheres):
-    class Slow(Dataset):
-        def __len__(self):
-            return 70
-
-        def __getitem__(self, index):
-            return index
-
+def test_a_given_generator_is_where_the_plain_loader_has_it(spheres):
     def states(loader):
         return [(batch, loader.generator.get_state()) for _ in range(2) for batch in loader]
 
     def make():
-        return DataLoader(Slow(), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
+        return DataLoader(Numbers(70), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
 
-    same(states(on_spheres(ts.wrap(make(), spheres))), states(make()))
+    same(states(ts.wrap(make(), spheres)), states(make()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dataset", [TENSORS, Numbers(30)], ids=["tensors", "samples"])
 def test_index_batches_of_any_kind(spheres, workers, dataset):
-    for batches in (
-        [np.array([1, 2]), np.array([3, 4]), np.array([5])],
-        [torch.tensor([1, 2]), torch.tensor([3, 4])],
-        [(1, 2), (3, 4)],
-        [{1, 2}, {3}],
-        [{1: "a"}, {2: "b"}],
-        [range(3), range(3, 9)],
-        [[1, 2], [], [3, 4], []],
-        [[np.int64(1), True], [torch.tensor(3)]],
-        [["1"], [2]],
-    ):
-
-        def make(batches=batches):
-            return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)
-
-        compare(make, spheres, count=2)
+    batches = [
+        *(np.array([1, 2]), torch.tensor([3, 4]), (1, 2), {1, 2}, {1: "a"}, range(3, 9)),
+        *([], [1], [np.int64(1), True], [torch.tensor(3)], ["1"], [2]),
+    ]
+    make = functools.partial(
+        DataLoader, dataset, batch_sampler=batches, num_workers=workers, collate_fn=list
+    )
+    compare(make, spheres)
     if workers == 0:  # a process could not be sent one
 
         class Generators(Sampler):

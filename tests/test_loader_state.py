@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import fork_server
 import pytest
 import torch
-from loader_support import Numbers, Plain, flat, on_spheres, resumed
+from loader_support import Numbers, Plain, flat, resumed
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -117,28 +118,6 @@ def test_samplers_and_batch_samplers(spheres, workers):
             )
 
 
-def test_a_later_epoch_of_persistent_workers(spheres):
-    def make():
-        return DataLoader(Drawing(), 5, shuffle=True, num_workers=2, persistent_workers=True)
-
-    torch.manual_seed(3)
-    loader = ts.wrap(make(), spheres)
-    assert len([*loader]) == 9
-    iterator = iter(loader)
-    for _ in range(4):
-        next(iterator)
-    state, rng = loader.state_dict(), torch.get_rng_state()
-    left = [*iterator]
-    third = [*loader]
-
-    torch.manual_seed(99)
-    again = ts.wrap(make(), spheres)
-    again.load_state_dict(state)
-    torch.set_rng_state(rng)
-    assert flat([*again]) == flat(left)
-    assert flat([*again]) == flat(third)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -196,10 +175,10 @@ def test_the_second_epoch_of_persistent_workers(spheres, kind, first_epoch, take
     for _ in range(taken):
         next(iterator)
     state, rng = loader.state_dict(), torch.get_rng_state()
-    left = [*iterator]
+    left, third = [*iterator], [*loader]
     torch.manual_seed(99)
     again = resumed(make, state, rng)
-    assert flat([*again]) == flat(left)
+    assert flat([*again]) == flat(left) and flat([*again]) == flat(third)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -227,21 +206,6 @@ def test_a_generator_that_the_loop_draws_from_as_well(spheres, workers):
     again = make()
     again.load_state_dict(state)
     assert flat(go_on(again, iter(again))) == flat(left)
-
-
-def test_on_the_spheres_batches_that_were_loaded_ahead_are_not_lost(spheres):
-    loader = on_spheres(ts.wrap(DataLoader(Numbers(40), 4, shuffle=True), spheres))
-    torch.manual_seed(1)
-    iterator = iter(loader)
-    first = [next(iterator) for _ in range(3)]
-    state = loader.state_dict()
-    left = [*iterator]
-    assert loader.stats().way == "spheres" and len(first) + len(left) == 10
-    torch.manual_seed(50)
-    again = on_spheres(ts.wrap(DataLoader(Numbers(40), 4, shuffle=True), spheres))
-    again.load_state_dict(state)
-    assert flat([*again]) == flat(left)
-    assert len([*again]) == 10  # the next epoch begins at the beginning
 
 
 def test_mistakes(spheres):
@@ -281,39 +245,40 @@ def test_the_state_is_plain_and_can_be_saved(spheres, tmp_path):
 SCRIPT = """
 import sys, torch
 import torch_spheres as ts
-from torch.utils.data import DataLoader, Dataset
-class Noisy(Dataset):
-    def __len__(self): return 50
-    def __getitem__(self, index): return index + torch.rand(())
-path, workers, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
-torch.manual_seed(0 if not resume else 1)
-loader = ts.wrap(DataLoader(Noisy(), 4, shuffle=True, num_workers=workers))
-if resume:
-    state, rng = torch.load(path, weights_only=True)
+from torch.utils.data import DataLoader
+from test_loader_state import Numbers, batches_and_draws
+for workers, (state, rng) in torch.load(sys.argv[1], weights_only=True).items():
+    loader = ts.wrap(DataLoader(Numbers(50, ("torch",)), 4, shuffle=True, num_workers=workers))
     loader.load_state_dict(state)
     torch.set_rng_state(rng)
-iterator = iter(loader)
-if not resume:
-    for _ in range(5):
-        next(iterator)
-    torch.save((loader.state_dict(), torch.get_rng_state()), path)
-for epoch in range(2):
-    for batch in iterator:
-        print(batch.numpy().tobytes().hex(), float(torch.rand(())))
-    iterator = loader
+    print(batches_and_draws(iter(loader), loader))
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_in_a_new_process(tmp_path, workers):
-    def run(what):
-        ran = fork_server.run(SCRIPT, tmp_path / "state.pt", workers, what)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout.splitlines()
+def batches_and_draws(iterator, loader):
+    """What is left of an epoch, and the next."""
+    out = []
+    for left in (iterator, loader):
+        for batch in left:
+            out.append((batch[1].tolist(), batch[5].tolist(), float(torch.rand(()))))
+    return out
 
-    left = run("save")
-    assert len(left) == 8 + 13
-    assert run("resume") == left
+
+def test_in_a_new_process(spheres, tmp_path):
+    states, expected = {}, []
+    for workers in (0, 2):
+        plain = DataLoader(Numbers(50, ("torch",)), 4, shuffle=True, num_workers=workers)
+        loader = ts.wrap(plain, spheres)
+        iterator = iter(loader)
+        for _ in range(5):
+            next(iterator)
+        states[workers] = loader.state_dict(), torch.get_rng_state()
+        expected.append(batches_and_draws(iterator, loader))
+        assert len(expected[-1]) == 8 + 13
+    torch.save(states, tmp_path / "states.pt")
+    tests = {"PYTHONPATH": str(Path(__file__).parent)}
+    ran = fork_server.run(SCRIPT, tmp_path / "states.pt", env=tests, warn=(("ignore",),))
+    assert ran.stdout.splitlines() == [*map(str, expected)], ran.stderr
 
 
 def test_a_random_place(spheres):

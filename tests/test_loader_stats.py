@@ -1,4 +1,4 @@
-"""What a loader says about itself, and how it chooses its way."""
+"""What a loader says about itself."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from loader_support import Numbers, on_spheres
+from loader_support import Numbers
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
 from torch_spheres.loading.stats import LoaderStats, Meter
-from torch_spheres.loading.tempo import Tempo
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -25,19 +24,18 @@ def spheres():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_counts_are_right(spheres, workers):
     loader = ts.wrap(DataLoader(Numbers(50), 4, num_workers=workers), spheres)
-    if not workers:
-        on_spheres(loader)
     for _ in range(2):
         for _ in loader:
             pass
     stats = loader.stats()
-    assert (stats.batches, stats.samples, stats.workers, stats.way) == (26, 100, workers, "spheres")
+    way = "spheres" if workers else "caller"
+    assert (stats.batches, stats.samples, stats.workers, stats.way) == (26, 100, workers, way)
     # a pair of int64, an int64, a float64 and an int64 for each sample
     assert stats.bytes == 100 * (16 + 8 + 8 + 8)
     assert 0 < stats.waited <= stats.elapsed and stats.worked > 0
     assert 0 <= stats.computed <= stats.worked * 1.5 + 0.1
     assert 0 <= stats.queue_depth <= 4 and 0 <= stats.waiting <= 1
-    assert "26 batches" in str(stats) and "by spheres" in str(stats)
+    assert "26 batches" in str(stats) and f"by {way}" in str(stats)
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.batches = 3
 
@@ -91,7 +89,6 @@ FIGURES = LoaderStats(
     queue_depth=0.1,
     workers=2,
     way="spheres",
-    declined="",
 )
 
 
@@ -105,18 +102,9 @@ def test_advice_says_what_to_change(gil, monkeypatch):
         assert "kept 1.0 cores busy" in advice() and 'workers="process"' in advice()
     else:
         assert "more num_workers, or more spheres" in advice()
-    slower = advice(workers=0, declined="slower", way="caller")
-    assert ("GIL" in advice()) == ("GIL" in slower) == gil
     assert "more num_workers, or more spheres" in advice(computed=19.0)  # both cores at work
     assert "more num_workers, or more spheres" in advice(computed=0.5)  # they wait for a disk
-    assert "give the DataLoader num_workers=" in advice(workers=0)
-    assert "no faster on several threads" in advice(workers=0, declined="slower", way="caller")
-    for reason, words in (
-        ("random", "draws random numbers"),
-        ("state", "changes when it is asked"),
-        ("thread", "fails in another thread"),
-    ):
-        assert words in advice(workers=0, declined=reason, way="caller")
+    assert "give the DataLoader num_workers=" in advice(workers=0, way="caller")
     assert "more num_workers may help" in advice(way="process")
     for quiet in ({"waited": 1.0}, {"batches": 3}, {"way": "gather"}):
         assert advice(**quiet) is None
@@ -156,31 +144,3 @@ def test_the_loop_hears_of_it(spheres, monkeypatch):
         for _ in loader:
             pass
     assert len(caught) == 1 and caught[0].filename == __file__
-
-
-def test_both_ways_are_tried_and_the_faster_is_kept():
-    tempo, ways = Tempo(), []
-    while not tempo.decided:
-        ways.append(tempo.way)
-        tempo.measured(tempo.way, {"caller": 0.4, "spheres": 0.1}[tempo.way], 4)
-    assert ways == ["caller", "spheres"] * 2 and tempo.way == "spheres" and tempo.threads_gain
-
-    tempo = Tempo()
-    for seconds in (0.1, 0.098, 0.3, 0.3):  # the best of each; hardly any gain
-        tempo.measured(tempo.way, seconds, 4)
-    assert tempo.decided and tempo.way == "caller"
-
-    tempo = Tempo()
-    tempo.measured("caller", 1.0, 1)  # one sample says nothing
-    tempo.measured("spheres", 1.0, 4)  # nor does the other way
-    assert not tempo.decided and tempo.way == "caller"
-    tempo.impure = True
-    assert tempo.decided and tempo.way == "caller"
-
-
-def test_a_loader_that_is_no_faster_on_threads_is_left_to_the_caller(spheres):
-    loader = ts.wrap(DataLoader(Numbers(80), 4), spheres)
-    loader._tempo._seconds.update(caller=1e-12, spheres=1e-12)  # less than any measurement
-    for _ in loader:
-        pass
-    assert loader.stats().way == "caller" and loader.stats().declined == "slower"

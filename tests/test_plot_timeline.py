@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
 from plots_support import (
+    STEP,
     arrow,
     axes,
     drawn,
@@ -18,94 +15,68 @@ from plots_support import (
     phase,
     shapes,
     state,
+    title,
     trace,
-    words,
 )
-from torch import nn
 
 import torch_spheres as ts
 
 
 def boxes(ax, gid):
     """(row, begin, end) of bars, in milliseconds."""
-    made = []
-    for corners in shapes(ax, gid):
-        x, y = corners[:, 0], corners[:, 1]
-        made.append((round(float(np.mean(y[:4]))), round(x.min(), 6), round(x.max(), 6)))
-    return sorted(made)
+    made = [(box[:4, 1].mean(), box[:, 0].min(), box[:, 0].max()) for box in shapes(ax, gid)]
+    return sorted((round(y), round(begin, 6), round(end, 6)) for y, begin, end in made)
 
 
 def rows(ax):
     return [label.get_text() for label in ax.get_yticklabels()]
 
 
-STEP = trace(
-    [
-        state(0, 0, 8, "idle"),
-        state(0, 8, 9, "accumulating"),
-        phase(0, 8, 8.5, "sum", None),
-        state(1, 0, 4),
-        item(1, 0, 2, 0, 1),
-        phase(1, 0.1, 0.8, "forward", 0),
-        phase(1, 0.8, 1.9, "backward", 0),
-        item(1, 2, 4, 4, 5),
-        state(5, 1, 3),
-        state(5, 3, 6, "waiting"),
-        item(5, 1, 3, 16, 5),
-        state(12, 0, 10, "idle"),
-    ],
-    [
-        arrow("work", 0, 1, 0, 0),
-        arrow("steal", 5, 1, 2, 2),
-        arrow("gradient", 1, 0, 4, 4.5),
-    ],
-)
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_bars_and_arrows_are_those_of_the_trace(theme):
-    ax = ts.plot_timeline(STEP, axes(9, 3), theme=theme)
-    drawn(ax)
+    ax = drawn(ts.plot_timeline(STEP, axes(9, 3), theme=theme))
     assert rows(ax) == ["root", "0", "4"]  # 11 was idle
-    assert boxes(ax, "state processing") == [(1, 0, 4), (2, 1, 3)]
-    assert boxes(ax, "state accumulating") == [(0, 8, 9)]
-    assert boxes(ax, "state waiting") == [(2, 3, 6)]
-    assert boxes(ax, "phase forward") == [(1, 0.1, 0.8)]
-    assert boxes(ax, "phase backward") == [(1, 0.8, 1.9)]
-    assert boxes(ax, "phase sum") == [(0, 8, 8.5)]
-    assert [(row, *span) for row, *span in boxes(ax, "stolen")] == [(1, 2, 4)]
+    assert boxes(ax, "processing") == [(1, 0, 4), (2, 1, 3)]
+    assert boxes(ax, "accumulating") == [(0, 8, 9)]
+    assert boxes(ax, "waiting") == [(2, 3, 6)]
+    assert boxes(ax, "forward") == [(1, 0.1, 0.8)]
+    assert boxes(ax, "backward") == [(1, 0.8, 1.9)]
+    assert boxes(ax, "sum") == [(0, 8, 8.5)]
+    assert boxes(ax, "steal") == [(1, 2, 4)]
     numbers = {(t.get_text(), *t.get_position()) for t in found(ax, "number")}
-    # In the middle of the longest phase, or of the item.
-    assert numbers == {("0", 1.35, 1), ("4", 3.0, 1), ("16", 2.0, 2)}
+    assert numbers == {("0", 0.45, 1), ("0", 1.35, 1)}  # of the shard, on its phases
     (steal,), (gradient,) = found(ax, "arrow steal"), found(ax, "arrow gradient")
-    for drawn_arrow, begin, end in ((steal, (2, 2), (2, 1.39)), (gradient, (4, 1), (4.5, 0.39))):
-        outline = drawn_arrow.get_path().vertices
-        assert outline[0] == pytest.approx(begin)
-        # Its head is at the edge of the bar.
-        assert np.linalg.norm(outline - end, axis=1).min() < 0.06
+    # To the edge of the bar.
+    assert (*steal.xyann, *steal.xy) == pytest.approx((2, 2, 2, 1.39))
+    assert (*gradient.xyann, *gradient.xy) == pytest.approx((4, 1, 4.5, 0.39))
     assert not found(ax, "arrow work")
     assert legend(ax) == [
-        "running items", "summing gradients", "at a barrier", "forward", "backward", "stolen item",
-        "steal", "gradients to who adds them",
+        "running items", "summing gradients", "at a barrier", "forward", "backward",
+        "stolen from another sphere", "gradients, to who adds them",
     ]  # fmt: skip
     assert ax.get_xlabel() == "ms since the trace began" and ax.get_xlim() == (0, 10)
-    assert words(ax, "title") == "10 ms of 13 spheres" and not found(ax, "notes")
+    assert title(ax) == ["10 ms of 13 spheres"]
+
+
+def test_items_without_phases_have_their_numbers():
+    items = [item(1, 0, 4, 7, 1), item(1, 4, 10, 8, 1, count=3), item(5, 0, 0.01, 9, 5)]
+    ax = ts.plot_timeline(trace([state(1, 0, 10), *items]), axes(9, 3))
+    numbers = {(t.get_text(), *t.get_position()) for t in found(ax, "number")}
+    assert numbers == {("7", 2, 0), ("8\u2026", 7, 0)}  # no room for the third
 
 
 def test_a_part_of_it():
-    ax = ts.plot_timeline(STEP, axes(9, 3), begin=5, end=np.float32(9))
-    drawn(ax)
+    ax = drawn(ts.plot_timeline(STEP, axes(9, 3), begin=5, end=np.float32(9)))
     assert ax.get_xlim() == (5, 9) and rows(ax) == ["root", "4"]
-    assert boxes(ax, "state waiting") == [(1, 3, 6)] and not found(ax, "arrow")
-    assert words(ax, "title") == "4 ms of 13 spheres"
+    assert boxes(ax, "waiting") == [(1, 3, 6)] and not found(ax, "arrow steal")
+    assert title(ax) == ["4 ms of 13 spheres"]
     assert ts.plot_timeline(STEP, axes(), begin=-3, end=99).get_xlim() == (0, 10)
 
 
 def test_nothing_is_said_to_be_nothing():
     for empty in (trace(), trace(end=0.0), STEP):
-        ax = ts.plot_timeline(empty, axes(), begin=9.5 if empty is STEP else None)
-        drawn(ax)
-        assert words(ax, "nothing") == "nothing was run" and rows(ax) == []
+        ax = drawn(ts.plot_timeline(empty, axes(), begin=9.5 if empty is STEP else None))
+        assert ax.texts[0].get_text() == "nothing was run" and rows(ax) == []
 
 
 def test_of_many_spheres_the_busiest_are_shown():
@@ -113,81 +84,47 @@ def test_of_many_spheres_the_busiest_are_shown():
     slices = [state(first + n, 0, 1 + 0.004 * n) for n in range(1728)]
     steals = [arrow("steal", first + n, first + n + 1, 0, 0) for n in range(0, 1728, 12)]
     made = trace(slices, steals, levels=4)
-    ax = ts.plot_timeline(made)
-    drawn(ax)
+    ax = drawn(ts.plot_timeline(made))
     assert rows(ax) == [ts.Topology.path_string(first + n) for n in range(1728 - 36, 1728)]
-    assert len(shapes(ax, "state processing")) == 36
-    notes = words(ax, "notes").replace("\n", " ")
-    assert notes == "the 36 busiest of 1,728 that did anything; 144 steals without an arrow"
-    assert words(ax, "title") == "10 ms of 1,885 spheres"
+    assert len(shapes(ax, "processing")) == 36
+    assert title(ax) == [
+        "10 ms of 1,885 spheres",
+        "the 36 busiest of 1,728 that did anything",
+        "144 steals without an arrow",
+    ]
     small = ts.plot_timeline(made, axes(4, 2))
-    assert 0 < len(rows(small)) < 36 and "busiest of 1,728" in words(small, "notes")
+    assert 0 < len(rows(small)) < 36 and "busiest of 1,728" in title(small)[1]
 
 
-def test_arrows_only_while_they_can_be_read():
-    slices = [state(1, 0, 10), *(item(1, n / 10, n / 10 + 0.1, n, 1 + n % 12) for n in range(100))]
-    for count in (60, 61):
-        steals = [arrow("steal", 2 + n % 11, 1, n / 10, n / 10) for n in range(count)]
-        ax = ts.plot_timeline(trace(slices, steals), axes(9, 4))
-        assert len(found(ax, "arrow steal")) == (count if count == 60 else 0)
-        # Who was stolen from has a row where an arrow begins.
-        assert len(rows(ax)) == (12 if count == 60 else 1)
-    assert words(ax, "notes") == "61 steals without an arrow"
+def test_of_many_bars_the_longest_are_drawn():
+    slices = [state(1, n / 1e5, (n + 1) / 1e5) for n in range(20_000)]
+    ax = drawn(ts.plot_timeline(trace([*slices, state(5, 0, 9)]), axes()))
+    assert len(shapes(ax, "processing")) == 20_000 and (1, 0, 9) in boxes(ax, "processing")
+    assert title(ax)[1] == "the 20,000 longest of 20,001 bars"
+
+
+def test_who_was_stolen_from_has_a_row_where_an_arrow_begins():
+    steals = [arrow("steal", 2 + n % 11, 1, n / 10, n / 10) for n in range(60)]
+    ax = drawn(ts.plot_timeline(trace([state(1, 0, 10)], steals), axes(9, 4)))
+    assert len(found(ax, "arrow steal")) == 60 and len(rows(ax)) == 12
+    ax = ts.plot_timeline(trace([state(1, 0, 10)], steals + steals[:1]), axes(9, 4))
+    assert rows(ax) == ["0"] and title(ax)[1] == "61 steals without an arrow"
 
 
 def test_threads_that_wait_have_rows_too():
-    made = trace(
-        [
-            state(1, 0, 5),
-            phase(-1, 5, 6, "sum", None),
-            ts.Slice(-1, 10**12 + 5_000_000, 10**12 + 5_100_000, "item", "sum piece", 0, 1),
-        ],
-        [arrow("steal", 1, -1, 5, 5), arrow("gradient", 1, -1, 5, 5.2)],
-        threads={-1: "MainThread"},
-        lost=3,
-    )
-    ax = ts.plot_timeline(made, axes())
-    drawn(ax)
+    slices = [state(1, 0, 5), phase(-1, 5, 6, "sum", None), item(-1, 5, 5.1, 0, 1)]
+    arrows = [arrow("steal", 1, -1, 5, 5), arrow("gradient", 1, -1, 5, 5.2)]
+    ax = drawn(ts.plot_timeline(trace(slices, arrows, lost=3), axes()))
     assert rows(ax) == ["MainThread", "0"]
-    assert boxes(ax, "phase sum") == [(0, 5, 6)] and not found(ax, "stolen")
+    assert boxes(ax, "sum") == [(0, 5, 6)] and not found(ax, "steal")
     assert len(found(ax, "arrow gradient")) == 1 and not found(ax, "arrow steal")
-    notes = words(ax, "notes")
-    assert notes == "1 steal without an arrow; 3 events were lost: the oldest are missing"
+    lost = "3 events were lost: the oldest are missing"
+    assert title(ax)[1:] == ["1 steal without an arrow", lost]
 
 
-def test_a_recorded_step_of_training():
-    torch.manual_seed(0)
-    with ts.KissingSpheres(levels=2, concurrency=2) as spheres:
-        model = ts.SphereParallel(nn.Linear(20, 3), spheres)
-        x, y = torch.randn(96, 20), torch.randint(0, 3, (96,))
-        with spheres.trace() as recorded:
-            nn.functional.cross_entropy(model(x), y).backward()
-            time.sleep(0.01)
-        ax = ts.plot_timeline(recorded)
-        rings = spheres.plot(axes(), trace=recorded)
-    drawn(ax)
-    drawn(rings)
-    for name in ("forward", "backward"):
-        slices = [s for s in recorded.slices if (s.kind, s.name) == ("phase", name)]
-        assert len(slices) == len(shapes(ax, f"phase {name}")) == 12
-    by_spheres = [a for a in recorded.arrows if a.kind == "steal" and a.target >= 0]
-    assert len(found(ax, "arrow steal")) == (len(by_spheres) if len(by_spheres) <= 60 else 0)
-
-
-def test_mistakes_are_named():
-    def refuses(error, message, made=STEP, ax=None, **options):
-        with pytest.raises(error, match=message):
-            ts.plot_timeline(made, ax, **options)
-
-    refuses(TypeError, "trace must be what `with spheres.trace", made=[1])
-    refuses(ValueError, "theme must be one of", theme="grey")
-    refuses(TypeError, r"plot_timeline\(\): ax must be .* got Figure", ax=Figure())
-    refuses(TypeError, "begin must be None or a number of milliseconds, got '1'", begin="1")
-    refuses(TypeError, "got True", end=True)
-    refuses(ValueError, "end must be finite, got inf", end=float("inf"))
-    refuses(ValueError, "begin must be before end, got 4 and 3 ms", begin=4, end=3)
-    refuses(ValueError, "from 0 to 10 ms; there is nothing from 10 on", begin=10, end=11)
-    refuses(ValueError, r"nothing from 1e\+09 on \(begin and end are milliseconds", begin=1e9)
-    refuses(ValueError, "there is nothing up to 0", end=0)
-    refuses(TypeError, r"got Stats; plot\(\) takes it", made=ts.KissingSpheres().stats())
-    refuses(ValueError, "there is nothing up to -1", begin=-2, end=-1)
+def test_what_is_no_part_of_the_trace():
+    nan = float("nan")
+    parts = [("1", 2), (True, 2), (4, 3), (10, 11), (None, 0), (-2, -1), (nan, 9), (1, nan)]
+    for begin, end in parts:
+        with pytest.raises((TypeError, ValueError), match=r"begin must be .*millisecond.*got"):
+            ts.plot_timeline(STEP, begin=begin, end=end)

@@ -6,13 +6,14 @@ import math
 import sys
 from typing import Any
 
+import native_items
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import torch_spheres as ts
-from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres, _core
+from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres
 
 
 def families(text: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def families(text: str) -> dict[str, Any]:
 def worked(levels: int) -> ts.Stats:
     with KissingSpheres(levels=levels, concurrency=4) as spheres:
         spheres.map(abs, range(300))
-        spheres.distribute_work(range(10_000), _core.noop()).wait(60)
+        spheres.distribute_work(range(10_000), native_items.nothing()).wait(60)
         ts.tree_sum([torch.ones(300_000) for _ in range(12)], spheres=spheres)
         spheres.epoch()
         return spheres.stats()

@@ -107,7 +107,7 @@ def test_the_bits_of_one_process_on_ranks_that_share_groups(world, tmp_path):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("world", "concurrency"), [(2, 6), (3, 1), (3, 4), (6, 2)])
-def test_bits_are_equal_in_many_buckets_that_leave_early(world, concurrency, tmp_path):
+def test_bits_are_equal_in_many_buckets(world, concurrency, tmp_path):
     suite = [
         *([name, "adamw", way, 2, 50, concurrency] for name in zoo.ZOO for way in WAYS[:2]),
         *([name, "sgd", way, 2, 50, concurrency] for name in zoo.OTHERS for way in WAYS[:2]),
@@ -115,7 +115,7 @@ def test_bits_are_equal_in_many_buckets_that_leave_early(world, concurrency, tmp
         ["transformer with dropout", "sgd", "loop", 3, 150, concurrency],
     ]
     found = compared(suite, world, tmp_path, "small buckets")
-    assert all(rank["early buckets"] > 0 for rank in found)
+    assert all(rank["buckets"] > 10 * len(suite) for rank in found)
 
 
 def in_order(parts, world, rows, levels):

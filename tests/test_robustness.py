@@ -16,7 +16,7 @@ import fork_server
 import pytest
 from system_support import LIMIT, eventually, fail, in_thread
 
-from torch_spheres import KissingSpheres, _core, usable_cores
+from torch_spheres import KissingSpheres, NativeFunction, usable_cores
 
 HEADER = """
 import contextlib, gc, os, signal, sys, threading, time, warnings
@@ -130,7 +130,7 @@ def child():
     calls = [spheres.start, spheres.stop, spheres.wait, spheres.epoch, work.wait,
              lambda: spheres.barrier(0), lambda: spheres.map(abs, [1]),
              lambda: spheres.distribute_work([1], abs), lambda: spheres.send(0, 1, 2),
-             lambda: spheres.distribute_work([1], ts._core.noop()), lambda: spheres.receive(0)]
+             lambda: spheres.distribute_work([1], ts.NativeFunction(1)), lambda: spheres.receive(0)]
     assert [refused(call) for call in calls] == [True] * len(calls)
     assert not spheres.running and len(spheres.stats()) == 13 and repr(spheres)
     with ts.KissingSpheres(concurrency=2) as own:
@@ -329,7 +329,7 @@ def test_the_note_shows_any_item_in_short(item: Any) -> None:
 
 
 def garbage() -> Iterator[tuple[type[Exception], Callable[[Any], Any], Any]]:
-    spheres, huge, native = KissingSpheres(), 2**70, _core.noop()
+    spheres, huge, native = KissingSpheres(), 2**70, NativeFunction(1)
     work = spheres.distribute_work([], abs)
     calls: list[tuple[type[Exception], Callable[[Any], Any], list[Any]]] = [
         (ValueError, lambda v: KissingSpheres(levels=v), [0, 5, -1, huge]),

@@ -6,10 +6,8 @@ import copy
 import pickle
 from collections.abc import Callable
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
-import fork_server
 import numpy as np
 import pytest
 import torch
@@ -32,7 +30,7 @@ def run_epochs(batches: SphereBatchSampler, epochs: range) -> list[list[list[int
     return seen
 
 
-@settings(max_examples=rounds(200))
+@settings(max_examples=rounds(100))
 @given(
     name=every_sampler,
     n=st.integers(1, 60),
@@ -138,24 +136,6 @@ def test_state_of_a_resumed_iterator_is_that_of_the_first(name: str) -> None:
         assert list(resumed) == list(other)
 
 
-def test_resumes_in_a_new_process(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    batches = SphereBatchSampler(RandomSampler(range(50)), 4)
-    iterator = iter(batches)
-    [*islice(iterator, 5)]
-    torch.save(batches.state_dict(), tmp_path / "state.pt")
-    program = (
-        "import sys, torch; from torch.utils.data import RandomSampler\n"
-        "from torch_spheres.sampler import SphereBatchSampler\n"
-        "batches = SphereBatchSampler(RandomSampler(range(50)), 4)\n"
-        "batches.load_state_dict(torch.load(sys.argv[1]))\n"
-        "print(list(batches))\n"
-    )
-    done = fork_server.run(program, tmp_path / "state.pt")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(list(iterator))
-
-
 def test_loading_waits_for_the_iterator_that_begins_next() -> None:
     batches = SphereBatchSampler(range(10), 2)
     old = iter(batches)
@@ -211,7 +191,7 @@ def test_set_epoch_is_forwarded_and_restored() -> None:
     resumed.load_state_dict(batches.state_dict())
     assert resumed.epoch == 6
     assert list(resumed) == list(iterator)
-    with pytest.raises(TypeError, match=r"1\.5 \(float\)"):
+    with pytest.raises(TypeError, match=r"epoch must be an integer, got 1\.5"):
         batches.set_epoch(1.5)  # type: ignore[arg-type]
 
 
@@ -242,10 +222,10 @@ def test_states_that_do_not_fit() -> None:
         ValueError, match="saved with batch_size=2, not 3; drop_last=False, not True"
     ):
         SphereBatchSampler(range(10), 3, True).load_state_dict(state)
-    with pytest.raises(ValueError, match="saved with kind='global', not 'generator'"):
+    with pytest.raises(ValueError, match="was saved with kind='global', not 'generator'"):
         SphereBatchSampler(SAMPLERS["subset, generator"](9), 2).load_state_dict(state)
     del state["position"]
-    with pytest.raises(ValueError, match=r"no \{'position'\} in"):
+    with pytest.raises(ValueError, match=r"no \['position'\] in"):
         SphereBatchSampler(range(10), 2).load_state_dict(state)
 
 
@@ -323,12 +303,9 @@ def test_dataloader_sees_no_difference(workers: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("restored", [False, True])
-def test_dataloader_resumes(
-    workers: int, shared: bool, epochs: int, begun: bool, restored: bool
-) -> None:
+def test_dataloader_resumes(workers: int, shared: bool, begun: bool, restored: bool) -> None:
     def make() -> tuple[SphereBatchSampler, DataLoader[Any]]:
         generator = given_generator() if shared else None
         batches = SphereBatchSampler(RandomSampler(range(40), generator=generator), 4)
@@ -336,8 +313,7 @@ def test_dataloader_resumes(
 
     torch.manual_seed(0)
     batches, data = make()
-    for _ in range(epochs):
-        rows(data)
+    rows(data)
     if begun:
         iterator = iter(data)
         next(iterator)

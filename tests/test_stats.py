@@ -9,12 +9,13 @@ import threading
 import time
 from bisect import bisect_right
 
+import native_items
 import pytest
 import torch
 from stats_support import made
 
 import torch_spheres as ts
-from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres, _core
+from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres
 from torch_spheres.item_times import quantile_ns
 from torch_spheres.stats_table import duration
 
@@ -35,7 +36,7 @@ def test_edges_are_four_to_a_doubling() -> None:
 def test_each_item_is_counted_once_by_its_time_and_its_owner(levels: int) -> None:
     with KissingSpheres(levels=levels, concurrency=4) as spheres:
         spheres.map(abs, range(1000))
-        spheres.distribute_work(range(50_000), _core.noop())
+        spheres.distribute_work(range(50_000), native_items.nothing())
         with pytest.raises(LookupError):
             spheres.map(lambda _: (_ for _ in ()).throw(LookupError()), range(50))
         spheres.wait(LIMIT)
@@ -99,7 +100,7 @@ def test_a_difference_is_what_came_between() -> None:
         spheres.map(abs, range(500))
         before = spheres.stats()
         spheres.map(abs, range(300))
-        spheres.distribute_work(range(400), _core.noop()).wait(LIMIT)
+        spheres.distribute_work(range(400), native_items.nothing()).wait(LIMIT)
         spheres.epoch()
         after = spheres.stats()
     between = after - before

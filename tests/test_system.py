@@ -13,6 +13,7 @@ import time
 import traceback
 from typing import Any
 
+import native_items
 import pytest
 import torch
 from system_support import (  # noqa: F401
@@ -120,14 +121,14 @@ def test_more_batches_than_fit_make_the_submitter_wait() -> None:
 
         def submit() -> None:
             works.extend(spheres.distribute_work([i], lambda i: (gate.wait(LIMIT), ran.append(i)))
-                         for i in range(3 * _core.BATCHES_IN_FLIGHT))  # fmt: skip
+                         for i in range(3 * 64))  # fmt: skip
             spheres.wait(LIMIT)
 
         join = in_thread(submit)
         time.sleep(0.05)
         gate.set()
         join()
-    assert sorted(ran) == list(range(3 * _core.BATCHES_IN_FLIGHT)) and all(w.done() for w in works)
+    assert sorted(ran) == list(range(3 * 64)) and all(w.done() for w in works)
 
 
 def test_wait_also_waits_for_work_handed_out_by_items() -> None:
@@ -174,7 +175,7 @@ def test_a_c_function_gets_its_context_and_the_item() -> None:
     "items", [range(100_000), range(3, 5000, 7), list(range(5000)), [], iter([4, 4])]
 )
 def test_native_items_are_counted_and_summed(items: Any) -> None:
-    tally = _core.Tally()
+    tally = native_items.Tally()
     expected = list(items) if not hasattr(items, "__next__") else [4, 4]
     with KissingSpheres(levels=3, concurrency=8) as spheres:
         spheres.distribute_work(items, tally.function())

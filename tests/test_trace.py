@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
+import native_items
 import numpy as np
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_as_many_items_and_steals_as_the_counters_say(levels, concurrency, tmp_p
         spheres.epoch()  # all threads are there
         with spheres.trace() as trace:
             spheres.map(lambda i: time.sleep(0.0002 * (i % 5)), range(50))
-            spheres.distribute_work(range(20_000), _core.noop()).wait()
+            spheres.distribute_work(range(20_000), native_items.nothing()).wait()
             spheres.map(abs, range(500))
         stats = spheres.stats()
         check_trace(trace, spheres)
@@ -72,7 +73,7 @@ def test_as_many_items_and_steals_as_the_counters_say(levels, concurrency, tmp_p
 
 
 def test_native_items_of_one_slice_are_told_apart(spheres):
-    tally = _core.Tally()
+    tally = native_items.Tally()
     with spheres.trace() as trace:
         spheres.distribute_work(range(5000), tally.function()).wait()
     seen = [

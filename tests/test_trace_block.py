@@ -61,7 +61,7 @@ def test_one_trace_at_a_time(spheres):
 @pytest.mark.parametrize(
     ("capacity", "error", "message"),
     [
-        (0, ValueError, "1 to 2.*got 0"),
+        (0, ValueError, "1 to 16777216, got 0"),
         (-3, ValueError, "got -3"),
         (2**24 + 1, ValueError, "got 16777217"),
         (1.5, TypeError, "capacity must be an integer, got 1.5"),

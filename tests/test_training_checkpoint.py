@@ -220,15 +220,18 @@ def adam(model, kind=torch.optim.AdamW):
 
 
 MISFITS = {
-    "no extra": ({"model": nn.Linear(4, 2), "extra": Stateful()}, "it has no extra"),
-    "given for its optimizer": ({"model": nn.Linear(4, 2)}, "nothing was given for its optimizer"),
+    "no extra": (
+        {"model": nn.Linear(4, 2), "extra": Stateful()},
+        "the checkpoint is of model, optimizer, but was given model, extra",
+    ),
+    "no optimizer": ({"model": nn.Linear(4, 2)}, "of model, optimizer, but was given model$"),
     "names": (
         {"model": nn.Sequential(nn.Linear(4, 2)), "optimizer": adam(SMALL)},
         r"the checkpoint's model is of another one: only one of them has 0.bias, 0.weight, bias",
     ),
     "a DDP's": (
         {"model": nn.ModuleDict({"module": nn.Linear(4, 2)}), "optimizer": adam(SMALL)},
-        r"only one of them .*save and load the \.module",
+        r"only one of them has bias, module\.bias",
     ),
     "shapes": (
         {"model": nn.Linear(5, 2), "optimizer": adam(SMALL)},
@@ -303,7 +306,6 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, odd):
         save_checkpoint(path, step=2, model=SMALL, odd=Stateful(deep=[{"inside": odd}]))
     if isinstance(caught.value, TypeError):
         assert "weights_only=True) would refuse" in str(caught.value)
-        assert "(look at odd)" in str(caught.value)
     assert load_checkpoint(path, model=SMALL) == 1
     assert names(tmp_path) == ["last.pt"]
 
@@ -332,7 +334,7 @@ def test_paths(tmp_path):
     save_checkpoint(tmp_path / "new" / "folder" / "last.pt", step=1, model=SMALL)
     assert load_checkpoint(tmp_path / "new" / "folder" / "last.pt", model=SMALL) == 1
     for folder in (tmp_path, f"{tmp_path}/other/", ""):
-        with pytest.raises(IsADirectoryError, match="a checkpoint is a file, not a folder"):
+        with pytest.raises(IsADirectoryError, match="is a folder, and a checkpoint is a file"):
             save_checkpoint(folder, model=SMALL)
     with pytest.raises(IsADirectoryError):
         load_checkpoint(tmp_path, model=SMALL)

@@ -9,8 +9,6 @@ from collections import Counter, defaultdict
 from decimal import Decimal
 from itertools import pairwise
 
-import torch_spheres as ts
-
 ARROWS = ("work", "steal", "gradient")
 
 
@@ -94,10 +92,7 @@ def check_trace(trace, spheres):
         for before, after in pairwise(states):
             assert before.end_ns <= after.begin_ns
             if before.end_ns == after.begin_ns:
-                assert before.name != after.name
-                states_of = {s.name: s for s in ts.State}
-                names = before.name.upper(), after.name.upper()
-                assert ts._core.transition_allowed(*(states_of[n] for n in names))
+                assert [before.name, after.name].count("ready") == 1  # the hub
         if sphere >= 0:
             for s in found:
                 if s.kind == "item":

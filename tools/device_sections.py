@@ -77,7 +77,7 @@ def check_processes(until: float) -> Result:
 
     import torch_spheres as ts
     from torch_spheres.exchange import total_over_ranks
-    from torch_spheres.ranks import ranks_of
+    from torch_spheres.ranks import Ranks
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if device == "cuda" else "gloo"
@@ -86,7 +86,7 @@ def check_processes(until: float) -> Result:
         dist.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
         try:
             # What ranks say to each other; a group of one has nobody else to say it to.
-            ranks = ranks_of(None)
+            ranks = Ranks(None)
             told = ranks.meet("the check", [1, 2, 3], None).tolist()
             yield f"meeting, {backend}, on {ranks.device}", str(told), told == [[1, 2, 3]]
             objects = ranks.objects({"a": 1}, "the check")

@@ -150,10 +150,6 @@ keeps_graph: Callable[[], bool] = _look_up(
     instead=lambda: True,
     without="the shards' graphs live as long as the outputs, as with retain_graph=True",
 )
-backward_pass: Callable[[], int] | None = _look_up(
-    "torch._C._current_graph_task_id",
-    without="gradients are sent to other processes after the backward pass, not during it",
-)
 _look_up(
     "torch.autograd.profiler._is_profiler_enabled",
     without="shards are named for profilers even if none is there, which takes microseconds",
@@ -365,7 +361,7 @@ _look_at(
     "nn.Module", nn.Module(), (PARALLEL,), "_parameters", "_buffers", "_modules",
     "_compiled_call_impl", "_call_impl", *FORWARD_HOOKS, *OTHER_HOOKS,
 )  # fmt: skip
-_look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version", "_backward_hooks")
+_look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version")
 _look_at("Generator", torch.default_generator, (PARALLEL, LOADER), "_cdata")
 
 

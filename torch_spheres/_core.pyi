@@ -8,11 +8,7 @@ import enum
 import typing
 
 __all__: list[str] = [
-    "BATCHES_IN_FLIGHT",
-    "DType",
     "Gather",
-    "INBOX_CAPACITY",
-    "Isa",
     "KISSING",
     "MAX_LEVELS",
     "NativeFunction",
@@ -22,24 +18,19 @@ __all__: list[str] = [
     "SumJob",
     "System",
     "TRACE_LABELS",
-    "Tally",
     "Topology",
     "TraceRecord",
     "TraceTrack",
     "Work",
     "active_isa",
-    "available_isas",
     "current_sphere",
     "item_time_edges",
     "keep_freed_memory",
     "native_thread_id",
-    "noop",
     "read_range",
     "read_tensors_by",
     "row_numbers",
-    "set_isa",
     "set_thread_hooks",
-    "transition_allowed",
 ]
 
 class Topology:
@@ -193,17 +184,6 @@ class NativeFunction:
     @property
     def address(self) -> int: ...
 
-class Tally:
-    """
-    Counts and sums native items: for tests and benchmarks.
-    """
-    def __init__(self) -> None: ...
-    def function(self) -> NativeFunction: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def sum(self) -> int: ...
-
 class Work:
     """
     What distribute_work() returns: one batch under way.
@@ -308,25 +288,6 @@ class System:
     @property
     def tracing(self) -> bool: ...
 
-class DType(enum.Enum):
-    """
-    Element types that the C++ sums know.
-    """
-
-    bfloat16 = ...
-    float16 = ...
-    float32 = ...
-    float64 = ...
-
-class Isa(enum.Enum):
-    """
-    Instruction sets that the sums can use.
-    """
-
-    avx2 = ...
-    avx512 = ...
-    baseline = ...
-
 class SumJob:
     """
     Tree sums of buffers given by address; see tree_sum().
@@ -370,8 +331,11 @@ class Gather:
         Whether it was started, and the spheres have copied all rows.
         """
 
-def active_isa() -> Isa: ...
-def available_isas() -> list[Isa]: ...
+def active_isa() -> str:
+    """
+    The instruction set that the sums use: baseline, avx2 or avx512.
+    """
+
 def current_sphere() -> int:
     """
     The id of the sphere whose thread is calling, or -1.
@@ -392,11 +356,6 @@ def native_thread_id() -> int:
     As profilers know the calling thread.
     """
 
-def noop() -> NativeFunction:
-    """
-    A native function that does nothing: for benchmarks.
-    """
-
 def read_range(
     data: typing.SupportsInt | typing.SupportsIndex,
     numel: typing.SupportsInt | typing.SupportsIndex,
@@ -415,11 +374,6 @@ def row_numbers(indices: typing.Any) -> typing.Any:
     (array of int64, least, greatest) of a list of plain ints; None for anything else.
     """
 
-def set_isa(isa: Isa) -> None:
-    """
-    For tests: every ISA gives the same bits.
-    """
-
 def set_thread_hooks(
     enter: collections.abc.Callable[..., typing.Any],
     leave: collections.abc.Callable[..., typing.Any],
@@ -428,13 +382,6 @@ def set_thread_hooks(
     Called on a sphere's thread before its first and after its last Python call.
     """
 
-def transition_allowed(source: State, target: State) -> bool:
-    """
-    Whether the one table of state transitions has this one.
-    """
-
-BATCHES_IN_FLIGHT: int = 64
-INBOX_CAPACITY: int = 128
 KISSING: int = 12
 MAX_LEVELS: int = 4
 TRACE_LABELS: tuple[typing.Any, ...] = (

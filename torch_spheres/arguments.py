@@ -12,14 +12,18 @@ __all__ = ["as_index", "as_timeout", "native_items", "python_items"]
 T = TypeVar("T")
 
 
-def as_index(name: str, value: Any) -> int:
-    """An integer, or a TypeError that names the argument."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+def as_index(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """An integer in the range that is given, or a TypeError or ValueError that names it."""
     try:
-        return operator.index(value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if (least is not None and number < least) or (most is not None and number > most):
+        span = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} must be {span}, got {number}")
+    return number
 
 
 def as_timeout(value: Any) -> float | None:

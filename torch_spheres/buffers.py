@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from torch_spheres.shard import Shard
 
+if TYPE_CHECKING:
+    from torch_spheres.shards import Call
+
 __all__ = ["buffers_of", "merge_buffers", "misshapen"]
 
 Place = tuple[nn.Module, str]
-
-
-class _Sums(Protocol):  # what is needed of a call
-    @property
-    def ran(self) -> int: ...
-    def totals(
-        self, columns: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]
-    ) -> list[Tensor | None]: ...
-    def first_shards(
-        self, values: Sequence[Tensor | None], like: Sequence[Tensor]
-    ) -> list[Tensor]: ...
 
 
 def buffers_of(module: nn.Module) -> list[Place]:
@@ -43,7 +35,7 @@ def misshapen(shards: Sequence[Shard]) -> ValueError | None:
     return None
 
 
-def merge_buffers(call: _Sums, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
+def merge_buffers(call: Call, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
     """Of the buffers that changed, the mean over the shards; the first shard's if integer.
 
     Args:

@@ -9,42 +9,37 @@
             ...
             step += 1
             ts.save_checkpoint("run/last.pt", step=step, **parts)
-
-Whoever reads the file, and whenever its writer is killed, finds the old or the new one: the new one
-is written beside the old, and then takes its place. It does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import errno
-import fcntl
-import hashlib
-import operator
 import os
-import random
-import re
 import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from torch_spheres import _compat
-from torch_spheres.company import Company
+from torch_spheres.arguments import as_index
+from torch_spheres.errors import RankError
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.random import random_states, restore_random_states
+from torch_spheres.ranks import Ranks, find_ranks
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
 
+T = TypeVar("T")
 StrPath = str | os.PathLike[str]
 _FORMAT = "torch_spheres_checkpoint"  # a key whose value is the version
 
@@ -70,20 +65,15 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
     """
     _compat.require(_compat.CHECKPOINT)
     _need_states(objects)
-    parts = {name: _packed(thing) for name, thing in objects.items()}
-    _refuse_sharded({name: part for name, part in parts.items() if isinstance(part, tuple)})
-    version, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        _FORMAT: 1,
-        "step": operator.index(step),
-        "objects": parts,
-        "random": {
-            "torch": torch.get_rng_state(),
-            "python": [version, [*words], gauss],
-            "numpy": _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, numpy_state),
-        },
+    # torch.distributed.checkpoint loses empty dicts, and makes keys strings; a tuple is one value
+    # to it. It has to see inside of models, whose shards it saves.
+    parts = {
+        name: thing.state_dict() if isinstance(thing, nn.Module) else (thing.state_dict(),)
+        for name, thing in objects.items()
     }
+    _refuse_sharded({name: part for name, part in parts.items() if isinstance(part, tuple)})
+    step = as_index("step", step)
+    return {_FORMAT: 1, "step": step, "objects": parts, "random": random_states()}
 
 
 def restore_checkpoint_state(state: Mapping[str, Any], /, **objects: Any) -> int:
@@ -97,7 +87,6 @@ def restore_checkpoint_state(state: Mapping[str, Any], /, **objects: Any) -> int
         ValueError: it is no such state, it has other names, a model's parameters or an optimizer's
             groups are others. Nothing has been changed.
     """
-    _compat.require(_compat.CHECKPOINT)
     _check(state, objects)
     # Models copy into their parameters, but optimizers would train on the state's own tensors.
     saved = {
@@ -112,12 +101,14 @@ def save_checkpoint(
 ) -> None:
     """Writes a `checkpoint_state`; when it returns, the file is on the disk.
 
+    It is written beside the old file, as ``.NAME.*.tmp``, and then takes its place: whoever reads
+    it, and whenever the writer is killed, there is a whole one.
+
     With torch.distributed all ranks call it, with the same state, and rank 0 writes its own. All
     return when it is written, which must not take longer than the group's timeout.
 
     Args:
-        path: a file, which is replaced. Its folder is made if it is missing; temporaries in it of
-            writers that were killed are removed.
+        path: a file, which is replaced. Its folder is made if it is missing.
         step: how many steps have been done.
         process_group: None: torch's default group, if there is one. False: no other process.
         objects: as of `checkpoint_state`.
@@ -128,12 +119,12 @@ def save_checkpoint(
         OSError: it cannot be written; the old file is as it was.
         RankError: another rank has failed, or is at another step.
     """
-    name = os.fspath(path)
-    company = Company(process_group, f"saving {name}")
-    state, told = company.together(lambda: checkpoint_state(step=step, **objects), _marks)
-    company.need_same([mark[:1] for mark in told], "the ranks are at different steps")
-    company.together(lambda: _write(name, state) if company.rank == 0 else None, lambda _: None)
-    if company.rank == 0 and any(mark != told[0] for mark in told):
+    ranks = find_ranks(process_group)
+    state, marks = _together(ranks, "saving", lambda: checkpoint_state(step=step, **objects))
+    _need_same([step for step, _ in marks], "the ranks are at different steps")
+    first = ranks is None or ranks.rank == 0
+    _together(ranks, "saving", lambda: _write(os.fspath(path), state) if first else None)
+    if first and any(mark != marks[0] for mark in marks):
         text = "the ranks' random states differ: when this is loaded, all go on with rank 0's"
         warnings.warn(text, UserWarning, stacklevel=2)
 
@@ -152,13 +143,44 @@ def load_checkpoint(path: StrPath, /, *, process_group: Any = None, **objects: A
         ValueError: the file is no whole checkpoint; or as `restore_checkpoint_state`.
         RankError: another rank has failed, or does not see the same file.
     """
-    company = Company(process_group, f"loading {os.fspath(path)}")
-    state, seen = company.together(lambda: _read(Path(path), objects), _marks)
-    company.need_same(seen, "the ranks see different files; is it in a folder that all share?")
-    if state is None:
-        return None
-    step, _ = company.together(lambda: _restore(state, objects), lambda _: None)
-    return step
+    ranks = find_ranks(process_group)
+    state, marks = _together(ranks, "loading", lambda: _read(Path(path), objects))
+    _need_same(
+        marks,
+        "the ranks see different files, of other steps and random states (-1: none); are they in "
+        "a folder that all share?",
+    )
+    if state is not None:
+        _together(ranks, "loading", lambda: _restore(state, objects))
+    return None if state is None else int(state["step"])
+
+
+# ---- several processes ----
+
+
+def _together(ranks: Ranks | None, doing: str, work: Callable[[], T]) -> tuple[T, list[Any]]:
+    """What `work` returns; where it raises on one rank, all raise. And the marks of all ranks'."""
+    # Not by the file's name, which may differ: folders are mounted anywhere.
+    what = f"{doing} a checkpoint"
+    try:
+        value = work()
+    except BaseException as error:
+        if ranks is not None:
+            ranks.meet(what, _mark(None), error)  # raises it, when all know
+        raise
+    return value, [_mark(value)] if ranks is None else ranks.meet(what, _mark(value)).tolist()
+
+
+def _mark(state: Any) -> list[int]:
+    """What tells checkpoints apart: the step, and torch's random state; -1 where there is none."""
+    if not isinstance(state, Mapping):
+        return [-1, 0]
+    return [state["step"], zlib.crc32(state["random"]["torch"].numpy())]
+
+
+def _need_same(marks: list[Any], otherwise: str) -> None:
+    if others := tuple(rank for rank, mark in enumerate(marks) if mark != marks[0]):
+        raise RankError(f"{otherwise} (by rank: {', '.join(map(str, marks))})", others)
 
 
 # ---- states ----
@@ -173,19 +195,29 @@ def _need_states(objects: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_sharded(parts: Mapping[str, Any]) -> None:
+    tensors: Any = sys.modules.get("torch.distributed.tensor")  # not there: nor any of them
+    for name, part in parts.items() if tensors else ():
+        if any(isinstance(v, tensors.DTensor) for v in _compat.pytree.tree_leaves(part)):
+            raise TypeError(
+                f"the state of {name} is sharded over processes, of which this would save one "
+                "shard; save it with torch.distributed.checkpoint, and its "
+                "state_dict.get_state_dict"
+            )
+
+
 def _check(state: Any, objects: Mapping[str, Any]) -> None:
     """Everything that can be known before anything is changed."""
+    _compat.require(_compat.CHECKPOINT)
     if not isinstance(state, Mapping) or state.get(_FORMAT) != 1:
         what = list(state)[:8] if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"not what checkpoint_state() or save_checkpoint() made: {what}")
     _need_states(objects)
-    saved = state["objects"]
-    if objects.keys() != saved.keys():
-        texts = [f"it has no {name}" for name in objects if name not in saved]
-        texts += [f"nothing was given for its {name}" for name in saved if name not in objects]
-        raise ValueError(f"the checkpoint is of other objects: {', '.join(texts)}")
+    if objects.keys() != state["objects"].keys():
+        there = ", ".join(state["objects"])
+        raise ValueError(f"the checkpoint is of {there}, but was given {', '.join(objects)}")
     for name, thing in objects.items():
-        if misfit := _misfit(thing, _unpacked(saved[name])):
+        if misfit := _misfit(thing, _unpacked(state, name)):
             raise ValueError(f"the checkpoint's {name} is of another one: {misfit}")
 
 
@@ -195,9 +227,7 @@ def _misfit(thing: Any, saved: Any) -> str:
     if any(own == (k.state_dict, k.load_state_dict) for k in (nn.Module, SphereParallel)):
         here = thing.state_dict(keep_vars=True)
         if names := sorted(here.keys() ^ saved.keys()):
-            ddp = any(name.startswith("module.") for name in names)
-            hint = "; of a DistributedDataParallel, save and load the .module" if ddp else ""
-            return f"only one of them has {', '.join(names[:4])} (of {len(names)} in all){hint}"
+            return f"only one of them has {', '.join(names[:4])} (of {len(names)} in all)"
         for name, value in here.items():  # (buffers may be resized by who loads them)
             known = isinstance(value, nn.Parameter) and not nn.parameter.is_lazy(value)
             if known and value.shape != saved[name].shape:
@@ -217,49 +247,17 @@ def _restore(state: Mapping[str, Any], objects: Mapping[str, Any]) -> int:
     kinds = {n: (isinstance(o, Optimizer), isinstance(o, nn.Module)) for n, o in objects.items()}
     for name in sorted(objects, key=kinds.__getitem__):
         try:
-            objects[name].load_state_dict(_unpacked(state["objects"][name]))
+            objects[name].load_state_dict(_unpacked(state, name))
         except Exception as error:
             error.add_note(f"when {name} was loaded from the checkpoint")
             raise
-    version, words, gauss = state["random"]["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(state["random"]["numpy"])
-    torch.set_rng_state(state["random"]["torch"])
+    restore_random_states(state["random"])
     return int(state["step"])
 
 
-def _marks(state: Mapping[str, Any] | None) -> tuple[str, str]:
-    """What tells checkpoints apart: the step, and torch's random state."""
-    if state is None:
-        return "none", ""
-    drawn = state["random"]["torch"].numpy().tobytes()
-    return f"step {state['step']}", f"random state {hashlib.sha256(drawn).hexdigest()[:8]}"
-
-
-def _packed(thing: Any) -> Any:
-    # torch.distributed.checkpoint loses empty dicts, and makes keys strings; a tuple is one value
-    # to it. It has to see inside of models, whose shards it saves.
-    state = thing.state_dict()
-    return state if isinstance(thing, nn.Module) else (state,)
-
-
-def _unpacked(part: Any) -> Any:
+def _unpacked(state: Mapping[str, Any], name: str) -> Any:
+    part = state["objects"][name]
     return part[0] if isinstance(part, tuple) else part
-
-
-def _names_with(parts: Mapping[str, Any], is_odd: Callable[[Any], bool]) -> str:
-    return ", ".join(
-        n for n, part in parts.items() if any(map(is_odd, _compat.pytree.tree_leaves(part)))
-    )
-
-
-def _refuse_sharded(parts: Mapping[str, Any]) -> None:
-    tensors: Any = sys.modules.get("torch.distributed.tensor")  # not there: nor any of them
-    if tensors and (names := _names_with(parts, lambda v: isinstance(v, tensors.DTensor))):
-        raise TypeError(
-            f"the state of {names} is sharded over processes, of which this would save one shard; "
-            "save it with torch.distributed.checkpoint, and its state_dict.get_state_dict"
-        )
 
 
 # ---- files ----
@@ -278,7 +276,6 @@ def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{path} is no whole checkpoint; was it copied in part, or written by something "
                 f"else than save_checkpoint? ({type(error).__name__})"
             ) from error
-    _compat.require(_compat.CHECKPOINT)
     _check(state, objects)
     return state
 
@@ -286,63 +283,31 @@ def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
 def _write(name: str, state: Any) -> None:
     path = Path(name)
     if path.is_dir() or name.endswith(os.sep):
-        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, not a folder", name)
+        raise IsADirectoryError(f"{name!r} is a folder, and a checkpoint is a file")
     _refuse_sharded(state["objects"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    with _beside(path) as (temporary, file):
-        try:
+    # (Not by `tempfile`, whose files are for their owner alone.)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        except RuntimeError as error:  # torch's writer hides what the file has said
-            said = error.__context__
-            if not isinstance(said, OSError):
-                raise
-            raise OSError(said.errno, said.strerror, name) from error
-        _refuse_unreadable(temporary, state)
+        if strange := torch.serialization.get_unsafe_globals_in_checkpoint(temporary):
+            raise TypeError(
+                f"torch.load(weights_only=True) would refuse {', '.join(strange)}: have "
+                "state_dict() return tensors and plain values"
+            )
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(path, temporary)
         temporary.replace(path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # which torch's writer hides
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # some file systems cannot
         os.fsync(folder)
     os.close(folder)
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file in the same folder, locked for as long as its writer lives."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        file = temporary.open("xb")
-        with contextlib.suppress(OSError):  # where files cannot be locked leftovers stay
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink > 0:
-            break
-        file.close()  # another save took it for a leftover, before it was locked
-    try:
-        with file:
-            yield temporary, file
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Of writers that were killed, whose locks are free."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
-    for found in [f for f in path.parent.iterdir() if ours.fullmatch(f.name)]:
-        with contextlib.suppress(OSError), found.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.unlink()
-
-
-def _refuse_unreadable(temporary: Path, state: Mapping[str, Any]) -> None:
-    """Now, not when the training is to be resumed."""
-    if strange := torch.serialization.get_unsafe_globals_in_checkpoint(temporary):
-        plain = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, type(None))
-        names = _names_with(state["objects"], lambda v: type(v) not in plain)
-        raise TypeError(
-            f"torch.load(weights_only=True) would refuse {', '.join(strange)} (look at {names}): "
-            "have state_dict() return tensors and plain values"
-        )

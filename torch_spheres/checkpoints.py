@@ -17,7 +17,6 @@ from torch.utils.checkpoint import CheckpointFunction
 __all__ = ["Checkpoints"]
 
 _here = threading.local()
-_install_lock = threading.Lock()
 _forward: Any = CheckpointFunction.forward
 
 
@@ -30,7 +29,6 @@ class Checkpoints:
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
         """On the calling thread: those inside the block are noticed."""
-        _install()
         outer = getattr(_here, "checkpoints", None)
         _here.checkpoints = self
         try:
@@ -46,8 +44,4 @@ def _noticed_forward(ctx: Any, *args: Any) -> Any:
     return _forward(ctx, *args)
 
 
-def _install() -> None:
-    with _install_lock:
-        if CheckpointFunction.forward is not _noticed_forward:
-            replaced: Any = CheckpointFunction
-            replaced.forward = staticmethod(_noticed_forward)
+CheckpointFunction.forward = staticmethod(_noticed_forward)  # type: ignore[method-assign]

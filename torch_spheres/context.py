@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -64,10 +63,13 @@ def caller_context() -> CallerContext:
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             if hooks is not None:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*hooks))
+            # Not `with mode:`, which writes to the mode itself: several threads would at once.
             for mode in dispatch_modes:
-                stack.enter_context(_pushed_dispatch(mode))
+                _compat.push_dispatch_mode(mode)
+                stack.callback(_compat.pop_dispatch_mode)
             for mode in function_modes:
-                stack.enter_context(_pushed_function(mode))
+                _compat.push_function_mode(mode)
+                stack.callback(_compat.pop_function_mode)
             yield
 
     return context
@@ -87,47 +89,10 @@ def unset() -> Iterator[None]:
         for device in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        for dispatch in reversed(_compat.dispatch_modes()):
-            stack.enter_context(_popped_dispatch(dispatch))
-        for function in reversed(_compat.function_modes()):
-            stack.enter_context(_popped_function(function))
+        for mode in reversed(_compat.dispatch_modes()):
+            _compat.pop_dispatch_mode()
+            stack.callback(_compat.push_dispatch_mode, mode)
+        for mode in reversed(_compat.function_modes()):
+            _compat.pop_function_mode()
+            stack.callback(_compat.push_function_mode, mode)
         yield
-
-
-# Not `with mode:`, which writes to the mode itself, and so from several threads at once.
-
-
-@contextlib.contextmanager
-def _pushed_function(mode: Any) -> Iterator[None]:
-    _compat.push_function_mode(mode)
-    try:
-        yield
-    finally:
-        _compat.pop_function_mode()
-
-
-@contextlib.contextmanager
-def _pushed_dispatch(mode: Any) -> Iterator[None]:
-    _compat.push_dispatch_mode(mode)
-    try:
-        yield
-    finally:
-        _compat.pop_dispatch_mode()
-
-
-@contextlib.contextmanager
-def _popped_function(mode: Any) -> Iterator[None]:
-    _compat.pop_function_mode()
-    try:
-        yield
-    finally:
-        _compat.push_function_mode(mode)
-
-
-@contextlib.contextmanager
-def _popped_dispatch(mode: Any) -> Iterator[None]:
-    _compat.pop_dispatch_mode()
-    try:
-        yield
-    finally:
-        _compat.push_dispatch_mode(mode)

@@ -114,21 +114,17 @@ class Division:
             raise ValueError(f"a hierarchy has 1, 12, 144 or 1728 leaves, got {leaves}")
         if leaves % world:
             raise ValueError(f"{world} processes cannot share {leaves} leaves evenly")
-        self.world, self.leaves = world, leaves
-        self._order = tree_order(leaves)
-        self._block = block = leaves // world
+        self.leaves, self._order = leaves, tree_order(leaves)
+        block = leaves // world
         self.parts = [parts_of(r * block, (r + 1) * block) for r in range(world)]
         self.places = min(GROUPS, leaves)
         begins = [first for parts in self.parts for first, _ in parts]
         while any(first % (leaves // self.places) for first in begins):
             self.places *= GROUPS
-        self._where = tree_order(self.places)
-        self._owned = [self._by_group(r) for r in range(world)]
-        self._counted: tuple[int, list[int]] = -1, []
-
-    def _by_group(self, rank: int) -> list[int]:
-        own = self._order[rank * self._block : (rank + 1) * self._block]
-        return sorted(own, key=lambda leaf: (leaf % GROUPS, leaf))
+        self._owned = [
+            sorted(self._order[r * block : (r + 1) * block], key=lambda leaf: (leaf % GROUPS, leaf))
+            for r in range(world)
+        ]
 
     def owned(self, rank: int) -> list[int]:
         """A rank's shards, by group: in the order in which it has their rows."""
@@ -138,12 +134,11 @@ class Division:
         """The shards of a part."""
         return self._order[part[0] : part[1]]
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019  # of a few divisions, which `divide` keeps
     def counts(self, rows: int) -> list[int]:
         """How many of a batch's rows each rank has."""
-        if self._counted[0] != rows:  # batches are of one size, but for the last
-            sizes = [b - a for a, b in shard_bounds(rows, self.leaves)]
-            self._counted = rows, [sum(sizes[leaf] for leaf in own) for own in self._owned]
-        return self._counted[1]
+        sizes = [b - a for a, b in shard_bounds(rows, self.leaves)]
+        return [sum(sizes[leaf] for leaf in own) for own in self._owned]
 
     def ranges(self, rank: int, rows: int) -> list[range]:
         """Of a batch's rows, those that a rank has: of each of its shards, in its order."""
@@ -156,7 +151,7 @@ class Division:
         It stands for all of the part's leaves, of which the others are absent: what is absent is
         left out of the tree, and so what is added is the tree over all leaves.
         """
-        return self._where[part[0] // (self.leaves // self.places)]
+        return tree_order(self.places)[part[0] // (self.leaves // self.places)]
 
 
 @functools.lru_cache(maxsize=64)

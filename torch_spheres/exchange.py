@@ -27,17 +27,16 @@ from torch_spheres.ranks import Ranks
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
-__all__ = ["BUCKET", "Exchange", "Layout", "part_sums", "total_over_ranks"]
+__all__ = ["Exchange", "Layout", "total_over_ranks"]
 
 Grads = list[Tensor | None]
-_Flags = dict[int, list[tuple[int, int]]]  # by tensor: the (rank, part)s that have it
+_Having = list[list[list[int]]]  # by tensor: the [rank, part]s that have it
 
-BUCKET = 16 << 20  # bytes of a bucket: large enough that its messages are worth their while
+_BUCKET = 16 << 20  # bytes of a bucket: large enough that its messages are worth their while
 _SMALL = 1 << 20  # bytes that a rank sends in all: less goes in one message to everybody
 _ALIGN = 32  # elements: 64 bytes of a half type
 _HALF = (torch.bfloat16, torch.float16)
 _SUMMED = (torch.float32, torch.float64)
-_FAILED = 2
 
 
 @dataclass
@@ -68,39 +67,29 @@ class Layout:
         self.complex = [t.is_complex() for t in like]
         self.buckets: list[_Bucket] = []
         open_: dict[torch.dtype, _Bucket] = {}
-        self.where: list[tuple[_Bucket, int]] = []
-        # From the last to the first, which is the order in which they come from a backward pass.
-        where: dict[int, tuple[_Bucket, int]] = {}
-        for i in reversed(range(len(like))):
-            t = torch.view_as_real(like[i]) if like[i].is_complex() else like[i]
+        for i, tensor in enumerate(like):
+            t = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             bucket = open_.get(t.dtype)
-            if bucket is None or bucket.length * bucket.dtype.itemsize >= BUCKET:
+            if bucket is None or bucket.length * bucket.dtype.itemsize >= _BUCKET:
                 sums = torch.float32 if t.dtype in _HALF else t.dtype
                 if sums not in _SUMMED:
                     raise TypeError(f"gradients of {t.dtype} cannot be summed over processes")
                 bucket = open_[t.dtype] = _Bucket(sums, t.dtype)
                 self.buckets.append(bucket)
-            where[i] = (bucket, bucket.length)
             bucket.places.append((i, bucket.length, t.numel()))
             bucket.length += -(-t.numel() // _ALIGN) * _ALIGN
-        self.where = [where[i] for i in range(len(like))]
         self._buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.bytes = sum(b.length * b.dtype.itemsize for b in self.buckets)
 
     def buffers(self, part: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
         """For what is sent and received of a part, by bucket: made once, and used in every step."""
-        known = self._buffers.get(part)
-        if known is None:
-            known = [
-                (
-                    torch.empty(length, dtype=bucket.dtype, device=ranks.device),
-                    torch.empty(length, dtype=bucket.dtype, device=ranks.device),
-                )
-                for bucket in self.buckets
-                for length in [bucket.slice_length(ranks.world) * ranks.world]
-            ]
-            self._buffers[part] = known
-        return known
+        if part not in self._buffers:
+            self._buffers[part] = []
+            for bucket in self.buckets:
+                length = bucket.slice_length(ranks.world) * ranks.world
+                sent = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
+                self._buffers[part].append((sent, torch.empty_like(sent)))
+        return self._buffers[part]
 
     def shaped(self, i: int, flat: Tensor) -> Tensor:
         """What a bucket holds of tensor `i`, as that tensor."""
@@ -110,7 +99,11 @@ class Layout:
 
 
 class Exchange:
-    """One sum over all ranks: each gives its parts, bucket by bucket, and all get the total.
+    """One sum over all ranks: each gives its parts, and all get the total.
+
+    A part's buckets are sent one after another, each while the next is being added, in the same
+    order on all ranks. At the end all tell each other which tensors their parts have, and whether
+    they have failed.
 
     Args:
         ranks: who takes part.
@@ -132,237 +125,184 @@ class Exchange:
         self._division, self._spheres = division, spheres
         parts = max(map(len, division.parts))
         self._is_small = layout.bytes * parts * (ranks.world - 1) <= _SMALL
+        self._buffers = [layout.buffers(p, ranks) for p in range(parts)]
+        self._has = [[False] * len(layout.shapes) for _ in range(parts)]  # by part and tensor
         self._lock = threading.Lock()
         # What is sent at once, in this order: (part, bucket).
         self._units = [(p, b) for p in range(parts) for b in range(len(layout.buckets))]
-        self._given: dict[tuple[int, int], list[bool]] = {}  # which tensors are there
-        self._sent: list[tuple[Meeting, list[Any]]] = []  # by unit: flags, and then values
-        self._buffers = [layout.buffers(p, ranks) for p in range(parts)]
-        self._error: BaseException | None = None
+        self._added: set[tuple[int, int]] = set()
+        self._works: list[list[Any]] = []  # by unit, of those that have been sent
+        self._begin: Meeting | None = None
         self.is_broken = False  # a message could not be sent: there will be no more of them
-        for p in range(len(division.parts[ranks.rank]), parts):
-            self.give(p, [None] * len(layout.where))
 
     # ---- giving ----
 
-    def give(self, part: int, sums: Grads) -> None:
-        """A part's sums, None where no shard in it had any."""
-        for b, bucket in enumerate(self._layout.buckets):
-            self.add(part, b, [[sums[i]] for i, _, _ in bucket.places])
-
-    def add(self, part: int, bucket: int, columns: Sequence[Sequence[Tensor | None]]) -> None:
-        """A part's values of a bucket's tensors, summed on the way into the message.
-
-        Any thread, in any order; each once.
+    @torch.no_grad()
+    def give(self, part: int, columns: Sequence[Sequence[Tensor | None]]) -> None:
+        """A part's sums. Any thread; at most once for each part, whose sums are None without.
 
         Args:
-            part: which.
-            bucket: which.
-            columns: of each tensor, in the order of the bucket's places: one value, or twelve,
-                which are added in the tree. In float32 for half types.
+            part: its number among this rank's.
+            columns: of each tensor: its value, or 12, 144 or 1728, which are added in the tree on
+                the way into the message. In float32 for half types.
         """
-        places = self._layout.buckets[bucket].places
-        sent, _ = self._buffers[part][bucket]
-        outs = []
-        for i, begin, size in places:
-            outs.append(self._layout.shaped(i, sent[begin : begin + size]))
-        with torch.no_grad():
-            if any(v is not None and v.device != sent.device for c in columns for v in c):
-                sums = tree_sums(columns)
-                for out, total in zip(outs, sums, strict=True):
+        for b, bucket in enumerate(self._layout.buckets):
+            sent, _ = self._buffers[part][b]
+            mine, outs = [], []
+            for i, begin, size in bucket.places:
+                mine.append(columns[i])
+                outs.append(self._layout.shaped(i, sent[begin : begin + size]))
+                self._has[part][i] = any(v is not None for v in columns[i])
+            if any(v is not None and v.device != sent.device for c in mine for v in c):
+                for out, total in zip(outs, tree_sums(mine), strict=True):
                     if total is not None:
                         out.copy_(total)
             else:
-                tree_sums(columns, outs=outs)
-        there = [any(v is not None for v in column) for column in columns]
-        with self._lock:
-            self._given[part, bucket] = there
-            # All but the last, which may still have to say that something has failed.
-            self._send_until(len(self._units) - 1)
+                tree_sums(mine, outs=outs)
+            with self._lock:
+                self._added.add((part, b))
+                if not self._is_small:
+                    self._send()
 
-    def fail(self, error: BaseException) -> None:
-        """Says that this rank has no sums to give: all will know, and nobody waits."""
-        with self._lock:
-            self._error = error
-            for p, b in self._units[len(self._sent) :]:
-                self._given[p, b] = [False] * len(self._layout.buckets[b].places)
-
-    def _send_until(self, end: int) -> None:
-        # In the same order on all ranks, or messages would meet the wrong ones.
-        while not self._is_small and len(self._sent) < end:
-            unit = self._units[len(self._sent)]
-            if unit not in self._given:
-                return
-            try:
-                with self._ranks.explaining(self._what):
-                    self._send(unit)
-            except RankError:
-                self.is_broken = True
-                raise
-
-    def _send(self, unit: tuple[int, int]) -> None:
-        ranks, (part, bucket) = self._ranks, unit
-        flags = Meeting(ranks, self._what, self._flags_of(unit))
-        sent, received = self._buffers[part][bucket]
-        self._sent.append((flags, ranks.scatter_async(received, sent)))
-
-    def _flags_of(self, unit: tuple[int, int]) -> Tensor:
-        state = _FAILED if self._error is not None else 0
-        return torch.tensor([state, *self._given[unit]], dtype=torch.uint8)
+    def _send(self) -> None:
+        """Sends what has been added, up to the first bucket that has not."""
+        ranks = self._ranks
+        try:
+            with ranks.explaining(self._what):
+                while len(self._works) < len(self._units):
+                    part, bucket = unit = self._units[len(self._works)]
+                    if unit not in self._added:
+                        return
+                    if self._begin is None:  # so that ranks that do something else find out
+                        self._begin = Meeting(ranks, self._what, torch.empty(0, dtype=torch.uint8))
+                    sent, received = self._buffers[part][bucket]
+                    self._works.append(ranks.scatter_async(received, sent))
+        except RankError:
+            self.is_broken = True
+            raise
 
     # ---- getting ----
 
-    def finish(self) -> Grads:
-        """The total over all ranks' parts; None where all are absent. All parts have been given.
+    def finish(self, error: BaseException | None = None) -> Grads:
+        """The total over all ranks' parts; None where all are absent.
+
+        Args:
+            error: this rank has no sums to give, and will have no total: nobody has.
 
         Raises:
             RankError: another rank has failed, or does not answer.
-            BaseException: what `fail` was told.
+            BaseException: `error`, once the others know.
         """
+        ranks, what, layout = self._ranks, self._what, self._layout
+        flags = [error is not None, *itertools.chain.from_iterable(self._has)]
+        told = torch.tensor(flags, dtype=torch.uint8)
+        if self._is_small:  # all in one message to everybody
+            values = [
+                self._buffers[p][b][0][: layout.buckets[b].length].cpu().view(torch.uint8)
+                for p, b in self._units
+            ]
+            told = torch.cat([told, *values])
+        else:
+            with self._lock:
+                self._added.update(self._units)
+                self._send()
+            if self._begin is not None:
+                self._begin.finish()
+        table = ranks.gather(told, what)
+        try:
+            if table[:, 0].any():
+                # Memory that messages are still on their way to is used by the next exchange.
+                for works in self._works:
+                    ranks.wait(works, what)
+                ranks.raise_errors(what, error)
+        finally:
+            del error  # its traceback owns this frame, and others that own this object
+        count = len(layout.shapes)
+        there = table[:, 1 : len(flags)].view(ranks.world, len(self._has), count)
+        having = [there[:, :, i].nonzero().tolist() for i in range(count)]
         with torch.no_grad():
             if self._is_small:
-                return self._finish_small()
-            with self._lock:
-                self._send_until(len(self._units))
-            assert len(self._sent) == len(self._units)
-            return self._finish_buckets()
+                return self._total(having, self._add_all(having, table[:, len(flags) :]))
+            return self._total(having, self._add_slices(having))
 
-    def _finish_small(self) -> Grads:
-        """All parts in one message to everybody."""
-        packed = []
-        for part, bucket in self._units:
-            there = self._given[part, bucket]
-            packed.append(self._flags_of((part, bucket)))
-            sent, _ = self._buffers[part][bucket]
-            for (_, begin, size), is_there in zip(
-                self._layout.buckets[bucket].places, there, strict=True
-            ):
-                if not is_there:
-                    sent[begin : begin + size].zero_()
-            packed.append(sent[: self._layout.buckets[bucket].length].cpu().view(torch.uint8))
-        table = self._ranks.gather(torch.cat(packed), self._what)
-        present, failed = self._no_flags(), False
+    def _add_all(self, having: _Having, table: Tensor) -> list[Tensor]:
+        """The sums of each bucket, from every rank's bytes."""
         flats: list[dict[tuple[int, int], Tensor]] = [{} for _ in self._layout.buckets]
-        for r, message in enumerate(table):
-            at = 0
-            for p, b in self._units:
-                bucket_ = self._layout.buckets[b]
-                end = at + 1 + len(bucket_.places)
-                failed |= self._read_flags(message[at:end].tolist(), r, p, b, present)
-                at, end = end, end + bucket_.length * bucket_.dtype.itemsize
-                flats[b][r, p] = message[at:end].clone().view(bucket_.dtype)  # aligned
-                at = end
-        self._check(failed)
-        totals: Grads = [None] * len(self._layout.where)
-        for bucket_, values in zip(self._layout.buckets, flats, strict=True):
-            out = torch.empty(bucket_.length, dtype=bucket_.dtype)
-            self._add(bucket_, values, present, out, 0)
-            self._place(bucket_, out.to(bucket_.result), present, totals)
-        return totals
+        at = 0
+        for p, b in self._units:
+            bucket = self._layout.buckets[b]
+            end = at + bucket.length * bucket.dtype.itemsize
+            for r, row in enumerate(table[:, at:end]):
+                flats[b][r, p] = row.clone().view(bucket.dtype)  # aligned
+            at = end
+        sums = []
+        for bucket, values in zip(self._layout.buckets, flats, strict=True):
+            sums.append(torch.empty(bucket.length, dtype=bucket.result))
+            self._add(bucket, values, having, sums[-1], 0)
+        return sums
 
-    def _finish_buckets(self) -> Grads:
+    def _add_slices(self, having: _Having) -> list[Tensor]:
+        """The sums of each bucket, of which each rank adds a slice."""
         ranks, what = self._ranks, self._what
-        present, failed = self._no_flags(), False
-        for (p, b), (flags, _) in zip(self._units, self._sent, strict=True):
-            for r, row in enumerate(flags.finish()):
-                failed |= self._read_flags(row.tolist(), r, p, b, present)
-        if failed:
-            # Memory that messages are still on their way to is used again by the next exchange.
-            for _, works in self._sent:
-                ranks.wait(works, what)
-        self._check(failed)
-        works_of = {unit: works for unit, (_, works) in zip(self._units, self._sent, strict=True)}
-        gathered = []
+        sums, gathered = [], []
+        works_of = dict(zip(self._units, self._works, strict=True))
         for b, bucket in enumerate(self._layout.buckets):
             length = bucket.slice_length(ranks.world)
             flats = {}
-            for p in range(len(self._buffers)):
+            for p, buffers in enumerate(self._buffers):
                 ranks.wait(works_of[p, b], what)
-                sent, received = self._buffers[p][b]
+                sent, received = buffers[b]
                 for r in range(ranks.world):
                     source = sent if r == ranks.rank else received
                     flats[r, p] = source[r * length : (r + 1) * length]
             out = torch.empty(length * ranks.world, dtype=bucket.result, device=ranks.device)
-            mine = out.view(ranks.world, length)[ranks.rank]  # at once where it has to be
-            if bucket.result == bucket.dtype:
-                self._add(bucket, flats, present, mine, ranks.rank * length)
-            else:
-                sums = torch.empty(length, dtype=bucket.dtype, device=ranks.device)
-                self._add(bucket, flats, present, sums, ranks.rank * length)
-                mine.copy_(sums)
+            mine = out.view(ranks.world, length)[ranks.rank]
+            self._add(bucket, flats, having, mine, ranks.rank * length)
             with ranks.explaining(what):
-                gathered.append((ranks.gather_async(out, mine), out, mine))
-        totals: Grads = [None] * len(self._layout.where)
-        for bucket, (works, out, _) in zip(self._layout.buckets, gathered, strict=True):
+                gathered.append(ranks.gather_async(out, mine))
+            sums.append(out)
+        for works in gathered:
             ranks.wait(works, what)
-            self._place(bucket, out, present, totals)
-        return totals
-
-    def _no_flags(self) -> _Flags:
-        return {i: [] for i in range(len(self._layout.where))}
-
-    def _read_flags(self, row: list[int], rank: int, part: int, bucket: int, into: _Flags) -> bool:
-        """Notes who has what; whether the rank has failed."""
-        state, *there = row
-        for (i, _, _), is_there in zip(self._layout.buckets[bucket].places, there, strict=True):
-            if is_there:
-                into[i].append((rank, part))
-        return state == _FAILED
-
-    def _check(self, failed: bool) -> None:
-        if failed:
-            error, self._error = self._error, None
-            try:
-                self._ranks.raise_errors(self._what, error)
-            finally:
-                del error  # its traceback owns this frame, and others that own this object
+        return sums
 
     def _add(
         self,
         bucket: _Bucket,
         flats: dict[tuple[int, int], Tensor],
-        present: _Flags,
+        having: _Having,
         out: Tensor,
         first: int,
     ) -> None:
         """The fixed tree over all ranks' parts, of elements `first` and on of a bucket."""
         division = self._division
+        sums = out if out.dtype == bucket.dtype else torch.empty_like(out, dtype=bucket.dtype)
         columns: list[list[Tensor | None]] = []
         outs: list[Tensor | None] = []
-        for having, run in itertools.groupby(bucket.places, lambda place: present[place[0]]):
+        for present, run in itertools.groupby(bucket.places, lambda place: having[place[0]]):
             places = list(run)
             begin, end = places[0][1], places[-1][1] + places[-1][2]
             low, high = max(begin - first, 0), min(end - first, len(out))
             if low >= high:
                 continue
             column: list[Tensor | None] = [None] * division.places
-            for r, p in having:
+            for r, p in present:
                 column[division.place(division.parts[r][p])] = flats[r, p][low:high]
             columns.append(column)
-            outs.append(out[low:high])
+            outs.append(sums[low:high])
         tree_sums(columns, outs=outs, spheres=self._spheres)
+        if sums is not out:
+            out.copy_(sums)
 
-    def _place(self, bucket: _Bucket, out: Tensor, present: _Flags, totals: Grads) -> None:
-        for i, begin, size in bucket.places:
-            if present[i]:
-                totals[i] = self._layout.shaped(i, out[begin : begin + size])
-
-
-def part_sums(
-    column: Sequence[Tensor | None], like: Tensor, division: Division, rank: int
-) -> Grads:
-    """The sums of a rank's parts, of one value for each leaf; of half types in float32."""
-    half = like.dtype in _HALF
-    sums = []
-    for part in division.parts[rank]:
-        chosen: list[Tensor | None] = [None] * len(column)
-        for leaf in division.in_part(part):
-            value = column[leaf]
-            chosen[leaf] = value.float() if half and value is not None else value
-        sums.append(tree_sums([chosen])[0])
-    return sums
+    def _total(self, having: _Having, sums: Sequence[Tensor]) -> Grads:
+        totals: Grads = [None] * len(having)
+        for bucket, flat in zip(self._layout.buckets, sums, strict=True):
+            for i, begin, size in bucket.places:
+                if having[i]:
+                    totals[i] = self._layout.shaped(i, flat[begin : begin + size])
+        return totals
 
 
+@torch.no_grad()
 def total_over_ranks(
     columns: Sequence[Sequence[Tensor | None]],
     like: Sequence[Tensor],
@@ -374,13 +314,12 @@ def total_over_ranks(
     if not columns:
         return []
     division = ranks.divide(len(columns[0]))
-    with torch.no_grad():
-        exchange = Exchange(ranks, division, Layout(like), what, spheres)
-        parts = [part_sums(c, t, division, ranks.rank) for c, t in zip(columns, like, strict=True)]
-        for p in range(len(division.parts[ranks.rank])):
-            exchange.give(p, [sums[p] for sums in parts])
-        found = exchange.finish()
-        return [
-            None if total is None else total.to(t.device)
-            for total, t in zip(found, like, strict=True)
-        ]
+    exchange = Exchange(ranks, division, Layout(like), what, spheres)
+    wide = [[v.float() if v is not None and v.dtype in _HALF else v for v in c] for c in columns]
+    for p, part in enumerate(division.parts[ranks.rank]):
+        own = {*division.in_part(part)}
+        exchange.give(p, [[v if k in own else None for k, v in enumerate(c)] for c in wide])
+    found = exchange.finish()
+    return [
+        None if total is None else total.to(t.device) for total, t in zip(found, like, strict=True)
+    ]

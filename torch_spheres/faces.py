@@ -31,19 +31,6 @@ class _Face(torch.autograd.Function):
         return grad * ctx.share, None
 
 
-class _MadeUp(torch.autograd.Function):
-    """The same values; the gradient is that of the whole batch, on its way to a `_Face`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, times: float) -> Tensor:
-        ctx.times = times
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.times, None
-
-
 def face(raw: Any, share: float) -> Any:
     """What users get of an output."""
     if not isinstance(raw, Tensor) or raw.dim() == 0 or not raw.requires_grad:
@@ -58,9 +45,12 @@ def own_rows_only(value: Any, total: int) -> Any:
     node: Any = value.grad_fn
     if _is_face(node):
         return node.raw
-    if len(value) == 0 or not _has_face(node):
+    if len(value) == 0 or not torch.is_grad_enabled() or not _has_face(node):
         return value
-    return _MadeUp.apply(value, total / len(value))  # type: ignore[no-untyped-call]
+    # What comes back is the gradient of the whole batch, on its way to a `_Face`.
+    made_up, times = value.view_as(value), total / len(value)
+    made_up.register_hook(lambda grad: grad * times)
+    return made_up
 
 
 def _is_face(node: Any) -> bool:

@@ -259,10 +259,6 @@ class GradientFold:
             self._alive -= present
             self._changed.notify_all()
 
-    def missing_parts(self) -> list[int]:
-        """Of those to be emitted: those in which no shard has run."""
-        return [i for i in range(len(self._roots)) if i not in self._emitted]
-
     def finish(self, spheres: KissingSpheres | None = None) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""
         if self._depth > 0:

@@ -98,9 +98,7 @@ class GradientHook:
             RuntimeError: the shard was added already since the last sum.
             TypeError: `grads` holds something else than tensors and None.
         """
-        shard = as_index("shard", shard)
-        if not 0 <= shard < self._spheres.leaves:
-            raise ValueError(f"shard must be 0 to {self._spheres.leaves - 1}, got {shard}")
+        shard = as_index("shard", shard, 0, self._spheres.leaves - 1)
         if self._ranks is not None:
             own = self._ranks.divide(self._spheres.leaves).owned(self._ranks.rank)
             if shard not in own:

@@ -86,11 +86,11 @@ class Live:
             TypeError: `samples` is not an integer.
             ValueError: it is negative.
         """
-        self._spheres._rows.advance(_count(samples))
+        self._spheres._rows.advance(as_index("samples", samples, 0))
 
     def update(self, *, samples: int) -> None:
         """So many samples are done in all. Raises as `advance`."""
-        self._spheres._rows.tell(_count(samples))
+        self._spheres._rows.tell(as_index("samples", samples, 0))
 
     # ---- life ----
 
@@ -195,13 +195,6 @@ def _positive(name: str, value: Any) -> float:
 def _takes_text(file: Any) -> bool:
     binary = isinstance(file, (io.RawIOBase, io.BufferedIOBase))
     return callable(getattr(file, "write", None)) and not binary
-
-
-def _count(value: Any) -> int:
-    samples = as_index("samples", value)
-    if samples < 0:
-        raise ValueError(f"samples must be at least 0, got {samples}")
-    return samples
 
 
 @atexit.register

@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import functools
 import time
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.utils.data
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -27,7 +25,6 @@ from torch_spheres.loading.inline import InlineIterator
 from torch_spheres.loading.portions import same_random_state
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.stats import LoaderStats, Meter
-from torch_spheres.loading.tempo import Tempo
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
@@ -56,7 +53,6 @@ class SphereLoader(DataLoader[T]):
     _sphere_workers: str
     _sphere_ranks: Ranks | None
     _meter: Meter
-    _tempo: Tempo
     _pending: Progress | None
     _newest: weakref.ref[SphereIterator] | None
 
@@ -83,24 +79,18 @@ class SphereLoader(DataLoader[T]):
             super().check_worker_number_rationality()
 
     def _own_attributes(self) -> dict[str, Any]:
-        left_out = {"spheres", "_sphere_ranks", *_new_parts(0, self.spheres)}
+        left_out = {"spheres", "_sphere_ranks", "_iterator", "_newest", "_meter"}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        vars(made).update(copy.deepcopy(self._own_attributes(), memo))
-        vars(made).update(spheres=self.spheres, _sphere_ranks=self._sphere_ranks)
-        vars(made).update(_new_parts(self.num_workers, self.spheres))
-        return made
+        attributes = copy.deepcopy(self._own_attributes(), memo)
+        return _wrapped(_base_of(self), attributes, self.spheres, self._sphere_ranks)
 
     def __reduce__(self) -> Any:
         # By the class that was wrapped: its sphere class is made when it is needed.
-        bases = type(self).__bases__
-        base = DataLoader if type(self) is SphereLoader else bases[1]
         shape = self.spheres.levels, self.spheres.concurrency
         shared = self._sphere_ranks is not None
-        return _rebuild, (base, self._own_attributes(), shape, shared)
+        return _rebuild, (_base_of(self), self._own_attributes(), shape, shared)
 
     # ---- figures ----
 
@@ -193,6 +183,11 @@ class _Counting:
         return getattr(self._iterator, name)
 
 
+def _base_of(loader: SphereLoader[Any]) -> Any:
+    """The class that was wrapped."""
+    return DataLoader if type(loader) is SphereLoader else type(loader).__bases__[1]
+
+
 @functools.cache
 def _class_for(kind: Any) -> type[SphereLoader[Any]]:
     if kind is DataLoader:
@@ -220,10 +215,8 @@ def wrap(
     drawn from torch's default generator or from ``get_worker_info().rng``, are those that *n*
     worker processes would have, on any number of threads, and batches are loaded ahead
     (``prefetch_factor``). Python's and numpy's process-wide generators are shared by threads: a
-    warning tells of it. With ``num_workers=0`` nothing is loaded ahead, and the kissing spheres
-    share each batch; a dataset that draws random numbers, is seen to change when it is asked, or is
-    no faster in threads, is left to the calling thread. Datasets that are tensors in memory are
-    gathered in C++ either way.
+    warning tells of it. With ``num_workers=0`` the loop's own thread loads, as in plain torch.
+    Datasets that are tensors in memory are gathered in C++ either way.
 
     Args:
         loader: any `DataLoader`; it stays as it is, and shares its sampler and dataset.
@@ -232,9 +225,9 @@ def wrap(
         device: batches are pinned, copied there by a stream of their own (with workers, ahead of
             the loop), and ready when handed over. None or the CPU: they stay where they are.
         copy_dataset: each logical worker has its own deep copy of the dataset, made with the
-            iterator (without workers each sphere, when it first loads); for datasets that are not
-            thread-safe. They share one otherwise; but with a ``worker_init_fn``, and of an iterable
-            dataset, each has a shallow copy, so that attributes that it sets are its own.
+            iterator; for datasets that are not thread-safe. They share one otherwise; but with a
+            ``worker_init_fn``, and of an iterable dataset, each has a shallow copy, so that
+            attributes that it sets are its own. (Without workers there is nobody to share with.)
         workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
             faster for datasets that run in Python and keep the GIL; without ``state_dict`` and
             `sample_seed`.
@@ -262,33 +255,20 @@ def wrap(
             "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
             "loader as it is"
         )
-    if loader.multiprocessing_context is not None and workers == "sphere":
-        warnings.warn(
-            "multiprocessing_context has no effect on a wrapped loader, which makes no processes",
-            UserWarning,
-            stacklevel=2,
-        )
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
     spheres = KissingSpheres() if spheres is None else spheres
     ranks = _ranks_for(loader, find_ranks(process_group, spheres.leaves), workers)
     keep_freed_memory(spheres.levels)
-    base: Any = type(loader)
-    kind = _class_for(base)
-    wrapped: SphereLoader[T] = kind.__new__(kind)
-    # Past DataLoader.__setattr__, which would refuse some of them.
-    vars(wrapped).update(vars(loader))
-    vars(wrapped).update(
-        spheres=spheres,
-        _sphere_device=where,
-        _sphere_copies=copy_dataset,
-        _sphere_workers=workers,
-        _sphere_ranks=ranks,
-        _pending=None,
-        **_new_parts(loader.num_workers, spheres),
-    )
-    return wrapped
+    attributes = {
+        **vars(loader),
+        "_sphere_device": where,
+        "_sphere_copies": copy_dataset,
+        "_sphere_workers": workers,
+        "_pending": None,
+    }
+    return _wrapped(type(loader), attributes, spheres, ranks)
 
 
 def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ranks | None:
@@ -324,23 +304,26 @@ def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ra
     return ranks
 
 
-def _new_parts(workers: int, spheres: KissingSpheres) -> dict[str, Any]:
-    """What no two loaders share."""
-    meter = Meter(workers, spheres._rows.loaded)
-    return {"_iterator": None, "_newest": None, "_meter": meter, "_tempo": Tempo()}
+def _wrapped(
+    base: Any, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
+) -> SphereLoader[Any]:
+    """A loader with these attributes, and what no two loaders share."""
+    kind = _class_for(base)
+    made = kind.__new__(kind)
+    # Past DataLoader.__setattr__, which would refuse some of them.
+    vars(made).update(attributes, spheres=spheres, _sphere_ranks=ranks)
+    meter = Meter(made.num_workers, spheres._rows.loaded)
+    vars(made).update(_iterator=None, _newest=None, _meter=meter)
+    return made
 
 
 def _rebuild(
-    base: Any, attributes: dict[str, Any], shape: tuple[int, int], shared: bool = False
-) -> Any:
+    base: Any, attributes: dict[str, Any], shape: tuple[int, int], shared: bool
+) -> SphereLoader[Any]:
     """A wrapped loader from a pickle: on spheres of its own, as many as the saved one's."""
-    kind = _class_for(base)
-    made = kind.__new__(kind)
-    made.spheres = KissingSpheres(shape[0], concurrency=shape[1])
-    vars(made).update(attributes, **_new_parts(attributes["num_workers"], made.spheres))
-    shares = shared and dist.is_initialized()
-    made._sphere_ranks = find_ranks(None, made.spheres.leaves) if shares else None
-    return made
+    spheres = KissingSpheres(shape[0], concurrency=shape[1])
+    ranks = find_ranks(None if shared else False, spheres.leaves)
+    return _wrapped(base, attributes, spheres, ranks)
 
 
 def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:

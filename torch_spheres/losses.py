@@ -42,7 +42,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
             shard.outputs = []
             del output
             with call.in_shard(k, "backward", shard):
-                found = shard.backward([loss])
+                found = shard.backward([loss], [torch.ones_like(loss)])
             shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
             return found
         finally:

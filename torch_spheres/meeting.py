@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torch_spheres.errors import RankError
-
 if TYPE_CHECKING:
     from torch_spheres.ranks import Ranks
 
@@ -79,15 +77,3 @@ class Meeting:
             works = ranks.gather_async(table, sent.to(ranks.device))
         ranks.wait(works, self._what)
         return torch.cat([rows, table.cpu().view(ranks.world, -1)], dim=1)
-
-
-def apart(what: str, texts: list[str], rank: int) -> RankError:
-    """Of ranks that are about to do different things."""
-    mine = texts[rank][:120]
-    others = tuple(r for r, text in enumerate(texts) if text != mine)
-    told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts))
-    return RankError(
-        f"{what} failed: the ranks are about to do different things ({told}). All have to call the "
-        "models, their backward passes, loaders and checkpoints in the same order",
-        others,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,21 +79,19 @@ def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
     """The inverse of `flatten`, with other leaves; objects are copies of the first ones."""
     if nesting is _TENSOR and len(leaves) == 1:
         return leaves[0]
-    value, rest = _take(iter(leaves), nesting)
+    rest = iter(leaves)
+    value = _take(rest, nesting)
     if next(rest, rest) is not rest:
         raise ValueError(f"{len(leaves)} leaves are too many for {nesting}")
     return value
 
 
-def _take(leaves: Any, nesting: Nesting) -> tuple[Any, Any]:
-    flat = []
-    for opened in nesting.opened:
-        if opened is None:
-            flat.append(next(leaves))
-            continue
-        values, _ = _take(leaves, opened.inside)
-        flat.append(_close(opened, values))
-    return _compat.pytree.tree_unflatten(flat, nesting.spec), leaves
+def _take(leaves: Iterator[Any], nesting: Nesting) -> Any:
+    flat = [
+        next(leaves) if opened is None else _close(opened, _take(leaves, opened.inside))
+        for opened in nesting.opened
+    ]
+    return _compat.pytree.tree_unflatten(flat, nesting.spec)
 
 
 def _close(opened: _Opened, values: list[Any]) -> Any:

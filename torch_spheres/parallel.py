@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -28,7 +27,6 @@ from torch_spheres.replica import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
-from torch_spheres.splitting import rows_of, tensors_of
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 from torch_spheres.whole_batch import gather_rows
@@ -184,8 +182,8 @@ class SphereParallel(nn.Module):
         kwargs: dict[str, Any],
     ) -> tuple[Crew, Trial | None]:
         spheres = self._spheres
-        tensors = tensors_of(args, kwargs)
-        rows = rows_of(tensors)
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        rows = max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
@@ -211,7 +209,8 @@ class SphereParallel(nn.Module):
             if isinstance(call, SharedCall):
                 share = call.split.rows / call.split.total
                 outputs = [face(o, share) for o in outputs]
-        return _rebuild(call, outputs)
+        assert call.nesting is not None
+        return unflatten(outputs, call.nesting)
 
     @property
     def _shares(self) -> bool:
@@ -342,8 +341,7 @@ class SphereParallel(nn.Module):
         levels, concurrency = state["_spheres"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take(KissingSpheres(levels, concurrency=concurrency))
-        shared = state["_ranks"] and dist.is_initialized()
-        self._ranks = find_ranks(None, self._spheres.leaves) if shared else None
+        self._ranks = find_ranks(None if state["_ranks"] else False, self._spheres.leaves)
 
     def _own(self) -> dict[str, Any]:
         """Everything but what belongs to the threads."""
@@ -380,11 +378,6 @@ class _OnSpheres(torch.autograd.Function):
                 "model.module"
             )
         return (None, *ctx.call.run_backward(grads))
-
-
-def _rebuild(call: Call, outputs: list[Any]) -> Any:
-    assert call.nesting is not None
-    return unflatten(outputs, call.nesting)
 
 
 def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -18,15 +18,26 @@ declares it and uses it for nothing.
 
 from __future__ import annotations
 
+import random
 import threading
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, library
 
 from torch_spheres import _compat
 
-__all__ = ["Active", "CallRandom", "RandomSource", "ShardRandom", "next_base"]
+__all__ = [
+    "Active",
+    "CallRandom",
+    "RandomSource",
+    "ShardRandom",
+    "next_base",
+    "random_states",
+    "restore_random_states",
+]
 
 _KEYS = _compat.DispatchKeySet(_compat.draw_key)
 _SEEDS = 2**63 - 1
@@ -54,11 +65,8 @@ class CallRandom:
         """Drawn when the first shard needs it; whichever asks first, they all get the same."""
         with self._lock:
             if self._base is None:
-                # Also where the shards' key is included: this draw is nobody's but the default's.
-                with _compat.ExcludeDispatchKey(_KEYS):
-                    default = torch.default_generator
-                    drawn = int(torch.randint(_SEEDS, (), generator=default, device="cpu"))
-                    self._base = drawn if self._given is None else self._given
+                drawn = _draw_base(torch.default_generator)
+                self._base = drawn if self._given is None else self._given
                 self._expected[0] = torch.default_generator.get_state()
             return self._base
 
@@ -151,8 +159,32 @@ def next_base() -> int:
     """What `CallRandom` would draw now."""
     generator = torch.Generator()
     generator.set_state(torch.default_generator.get_state())
+    return _draw_base(generator)
+
+
+def _draw_base(generator: torch.Generator) -> int:
+    # Also where the shards' key is included: this draw is nobody's but the generator's.
     with _compat.ExcludeDispatchKey(_KEYS):
         return int(torch.randint(_SEEDS, (), generator=generator, device="cpu"))
+
+
+def random_states() -> dict[str, Any]:
+    """Of torch's default generator, Python's and numpy's: a tensor, and plain values."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.get_rng_state(),
+        "python": [version, [*words], gauss],
+        "numpy": _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, numpy_state),
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Has the three go on from what `random_states` returned."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
 
 
 def current_shard() -> RandomSource | None:

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch_spheres import _compat
 from torch_spheres.division import Division, divide, way_out
 from torch_spheres.errors import RankError
-from torch_spheres.meeting import Meeting, apart
+from torch_spheres.meeting import Meeting
 from torch_spheres.swap import Swap
 
-__all__ = ["ProcessGroup", "Ranks", "find_ranks", "ranks_of"]
+__all__ = ["ProcessGroup", "Ranks", "find_ranks", "this_rank"]
 
 ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
 _LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
@@ -32,56 +32,59 @@ _TAGS = 1 << 20  # of messages that may be under way at once
 _ROLL_CALL = 3.0  # seconds in which a rank that waits as we do says so
 
 
-def find_ranks(process_group: ProcessGroup | bool | None, leaves: int) -> Ranks | None:
-    """The ranks that a batch is divided over; None if this process has it alone.
+def this_rank(process_group: ProcessGroup | bool | None) -> tuple[int, int]:
+    """The rank of this process in a group, and how many there are; alone, 0 of 1.
 
     Args:
         process_group: None: torch's default group, if there is one. False: no other process.
-        leaves: of the hierarchy, among which they are divided.
 
     Raises:
         TypeError: it is no process group.
-        ValueError: this process is not in it, or its size does not divide the leaves.
+        ValueError: this process is not in it, or there are no groups without torch.distributed.
     """
     if process_group is False:
-        return None
+        return 0, 1
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
             raise ValueError(
                 f"process_group={process_group!r} without torch.distributed: call "
                 "torch.distributed.init_process_group() first"
             )
-        return None
+        return 0, 1
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group() gives to others
+        raise ValueError("this process is not in its process_group")
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup, None for the default one, or "
             f"False for none, got {process_group!r}"
         )
-    world = dist.get_world_size(process_group)
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
+
+
+def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ranks | None:
+    """The ranks that a batch is divided over; None if this process has it alone.
+
+    Args:
+        process_group: as of `this_rank`.
+        leaves: of the hierarchy, among which they are divided; 0: any number of ranks will do.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: this process is not in it, or its size does not divide the leaves.
+    """
+    _, world = this_rank(process_group)
     if world == 1:
         return None
-    rank = dist.get_rank(process_group)
-    if rank < 0:
-        raise ValueError("this process is not in the process_group that it was given")
-    if leaves % world:
+    if leaves % world:  # (nothing divides 0 unevenly)
         raise ValueError(
             f"{world} processes cannot share the leaves ({leaves}) evenly: "
             f"{way_out(world, leaves)}, or choose so many by process_group="
         )
-    return ranks_of(process_group)
-
-
-def ranks_of(process_group: ProcessGroup | None) -> Ranks:
-    """Those of a group that this process is in, also where they could not share a batch.
-
-    One for all parts of a program: they talk in the same order on all ranks.
-    """
-    _compat.require(_compat.RANKS)
+    # One for all parts of a program: they talk in the same order on all ranks.
     group = dist.group.WORLD if process_group is None else process_group
     known = _live.get(group)
     if known is None:
-        rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
-        known = _live[group] = Ranks(process_group, rank, world)
+        known = _live[group] = Ranks(process_group)
     return known
 
 
@@ -92,8 +95,10 @@ class Ranks:
     longer than the group's timeout, and Ctrl-C is answered.
     """
 
-    def __init__(self, group: ProcessGroup | None, rank: int, world: int) -> None:
-        self.group, self.rank, self.world = group, rank, world
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+        _compat.require(_compat.RANKS)
+        self.rank, self.world = this_rank(group)
         self._is_gloo, self.device = _backend_of(group)
         self.told = False  # a warning, once
         self.sent = 0  # bytes of tensors that this rank has sent to others
@@ -135,20 +140,14 @@ class Ranks:
             return [self._swap(given.view(self.world, -1), out.view(self.world, -1))]
         return [dist.all_to_all_single(out, given, group=self.group, async_op=True)]
 
-    @property
-    def others(self) -> list[int]:
-        """All ranks but this one, beginning with the next: not all send to the same at once."""
-        return [(self.rank + step) % self.world for step in range(1, self.world)]
-
     def _swap(self, sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor] | Tensor) -> Swap:
         """One message to each of the others, and one from each."""
         self._swaps = (self._swaps + 1) % _TAGS  # a tag of its own: several may be under way
-        group, tag, works = self.group, self._swaps, []
-        for post, tensors in ((dist.irecv, received), (dist.isend, sent)):
-            for r in self.others:
-                peer = r if group is None else dist.get_global_rank(group, r)
-                works.append(post(tensors[r], peer, group=group, tag=tag))
-        return Swap(works)
+        where: dict[str, Any] = {"group": self.group, "tag": self._swaps}
+        # Beginning with the next rank: not all send to the same at once.
+        others = [(self.rank + step) % self.world for step in range(1, self.world)]
+        works = [dist.irecv(received[r], group_src=r, **where) for r in others]
+        return Swap(works + [dist.isend(sent[r], group_dst=r, **where) for r in others])
 
     def wait(self, works: Sequence[Any], what: str) -> None:
         """Until they are done.
@@ -158,33 +157,14 @@ class Ranks:
         """
         number, told = next(self._meetings), False
         for work in works:
-            if self._is_gloo:
-                told = self._wait_interruptibly(work, what, number, told)
-            else:
-                with self.explaining(what):
-                    work.wait()
-
-    def _wait_interruptibly(self, work: Any, what: str, number: int, told: bool) -> bool:
-        while True:
+            while self._is_gloo and not _ends_soon(work):
+                if not told:  # so that a rank whose wait fails knows who waits as it does
+                    told = True
+                    self.say("waits", str(number))
             try:
-                work.wait(_LOOK)
-            except RuntimeError:
-                # That it took too long, or that it has failed, which it says again.
-                if work.is_completed():
-                    self._finish(work, what, number, told)
-                    return told
-            else:
-                return told
-            if not told:  # so that a rank whose wait fails knows who waits as it does
-                told = True
-                self._say_waiting(number)
-
-    def _finish(self, work: Any, what: str, number: int, told: bool) -> None:
-        """Of what is completed: it has failed, or was done just after we gave up waiting for it."""
-        try:
-            work.wait()
-        except RuntimeError as again:
-            self._explain(again, what, number, told)
+                work.wait()
+            except RuntimeError as error:
+                self._explain(error, what, number)
 
     def gather(self, values: Tensor, what: str) -> Tensor:
         """Every rank's values, of one shape: a row for each rank, on the CPU."""
@@ -212,12 +192,14 @@ class Ranks:
         Raises:
             RankError: always.
         """
-        error = apart(what, texts, self.rank)
-        self._parted = str(error), error.ranks
-        try:
-            raise error
-        finally:
-            del error  # its traceback owns this frame
+        others = tuple(r for r, text in enumerate(texts) if text != texts[self.rank])
+        told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts))
+        text = (
+            f"{what} failed: the ranks are about to do different things ({told}). All have to call "
+            "the models, their backward passes, loaders and checkpoints in the same order"
+        )
+        self._parted = text, others
+        raise RankError(text, others)
 
     @contextlib.contextmanager
     def explaining(self, what: str) -> Iterator[None]:
@@ -227,23 +209,22 @@ class Ranks:
         except RankError:
             raise
         except RuntimeError as error:
-            self._explain(error, what, next(self._meetings), told=False)
+            self._explain(error, what, next(self._meetings))
 
     def objects(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, pickled; for what is said seldom."""
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         rows = Meeting(self, what, mine).finish()
-        return [pickle.loads(row.numpy().tobytes()) for row in rows]  # from our own ranks
+        return [pickle.loads(row.numpy().data) for row in rows]  # from our own ranks
 
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
         """Rank 0's values, into everybody's tensors."""
         self.need_together()
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             with torch.no_grad():
                 sent = tensor.detach().to(self.device).contiguous()
                 with self.explaining(what):
-                    work = dist.broadcast(sent, source, group=self.group, async_op=True)
+                    work = dist.broadcast(sent, group=self.group, async_op=True, group_src=0)
                 self.wait([work], what)
                 if self.rank > 0:
                     tensor.copy_(sent)
@@ -284,32 +265,30 @@ class Ranks:
 
     # ---- when it goes wrong ----
 
-    def _key(self, what: str, rank: int) -> str:
-        return f"{self._name}/{what}/{rank}"
-
-    def _say_waiting(self, number: int) -> None:
+    def say(self, what: str, text: str) -> None:
+        """Leaves a text for those who wait for this rank: "waits" for which meeting, or "ends"."""
         with contextlib.suppress(RuntimeError):  # a store that is gone: the wait will fail too
-            _store().set(self._key("waits", self.rank), str(number))
+            _compat.default_store().set(f"{self._name}/{what}/{self.rank}", text)
 
-    def say_last_words(self, error: BaseException) -> None:
-        """What this process ends with, for those who wait for it."""
-        with contextlib.suppress(RuntimeError):
-            _store().set(self._key("ends", self.rank), f"{type(error).__name__}: {error}")
+    def _said(self, what: str, rank: int) -> str:
+        store, key = _compat.default_store(), f"{self._name}/{what}/{rank}"
+        return str(store.get(key), "utf-8") if store.check([key]) else ""
 
-    def _explain(self, error: RuntimeError, what: str, number: int, told: bool) -> NoReturn:
+    def _explain(self, error: RuntimeError, what: str, number: int) -> NoReturn:
         """Raises RankError with who is missing."""
-        if not told:
-            self._say_waiting(number)
+        self.say("waits", str(number))
         others = [r for r in range(self.world) if r != self.rank]
         missing = [r for r in others if not self._waits(number, r)]
         who = "rank" if len(missing) == 1 else "ranks"
         names = ", ".join(map(str, missing))
         absent = f": {who} {names} of {self.world} did not come to it" if missing else ""
-        causes = [f"rank {r}: {text}" for r in missing if (text := self._last_words(r))]
+        causes = []
+        with contextlib.suppress(RuntimeError):
+            causes = [f"rank {r}: {text}" for r in missing if (text := self._said("ends", r))]
         because = f" ({'; '.join(causes)})" if causes else ", having died, hung or gone elsewhere"
         raise RankError(
             f"{what} failed on rank {self.rank}{absent}{because if missing else ''}; "
-            f"torch says: {_first_line(error)}",
+            f"torch says: {str(error).strip().splitlines()[0]}",
             tuple(missing),
         ) from error
 
@@ -317,20 +296,21 @@ class Ranks:
         end = time.monotonic() + _ROLL_CALL
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < end:
-                key = self._key("waits", rank)
-                if _store().check([key]) and int(_store().get(key)) >= number:
+                if int(self._said("waits", rank) or -1) >= number:
                     return True
-                if self._last_words(rank):
+                if self._said("ends", rank):
                     return False
                 time.sleep(0.05)
         return False
 
-    def _last_words(self, rank: int) -> str:
-        with contextlib.suppress(RuntimeError):
-            key = self._key("ends", rank)
-            if _store().check([key]):
-                return str(_store().get(key), "utf-8")
-        return ""
+
+def _ends_soon(work: Any) -> bool:
+    """Whether it is done or has failed within a moment, in which Ctrl-C is not answered."""
+    try:
+        work.wait(_LOOK)
+    except RuntimeError:  # that it took too long, or that it has failed
+        return bool(work.is_completed())
+    return True
 
 
 _live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by group
@@ -352,15 +332,7 @@ def _leave_last_words() -> None:
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:
         if dist.is_initialized():
             for ranks in list(_live.values()):
-                ranks.say_last_words(error)
+                ranks.say("ends", f"{type(error).__name__}: {error}")
         before(kind, error, traceback)
 
     sys.excepthook = hook
-
-
-def _store() -> Any:
-    return _compat.default_store()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

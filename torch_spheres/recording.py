@@ -41,9 +41,7 @@ class Recording(Trace):
     """What ``with spheres.trace() as trace`` gives: a `Trace` that can be read after the block."""
 
     def __init__(self, spheres: KissingSpheres, capacity: int) -> None:
-        capacity = as_index("capacity", capacity)
-        if not 1 <= capacity <= MAX_CAPACITY:
-            raise ValueError(f"capacity must be 1 to 2**24 events, got {capacity}")
+        capacity = as_index("capacity", capacity, 1, MAX_CAPACITY)
         self._spheres: KissingSpheres | None = spheres  # until it has ended
         self._topology, self._concurrency = spheres.topology, spheres.concurrency
         self._capacity = capacity

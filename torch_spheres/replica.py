@@ -63,7 +63,6 @@ class Replica:
         for part in filter(is_parametrized, self.module.modules()):
             _compute_at_each_use(part)
         self.warm: set[Any] = set()  # what compiled code has seen, see Call
-        self.heard: set[int] = set()  # parameters whose gradients are told, see pieces.py
         self.grads = threading.Lock()  # held by who uses `.grad` of the copy's parameters
 
     def follow(self) -> bool:
@@ -138,14 +137,14 @@ class ReplicaPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[Replica] = []
-        self._form: list[_Form] = []
+        self._form: list[Any] = []
         self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
 
     def follow(self, module: nn.Module) -> None:
         """To be called before shards are run: drops replicas that the module has outgrown."""
-        form = [_Form.of(part) for part in module.modules()]
+        form = [_form(part) for part in module.modules()]
         with self._lock:
-            if len(form) != len(self._form) or not all(map(_Form.same, form, self._form)):
+            if form != self._form:
                 self._idle.clear()
                 self._form = form
             self._idle = [replica for replica in self._idle if replica.follow()]
@@ -166,39 +165,12 @@ class ReplicaPool:
         return len(self._idle)
 
 
-@dataclass
-class _Form:
+def _form(module: nn.Module) -> tuple[Any, ...]:
     """What a replica has copied of one module, to find out whether it still holds."""
-
-    module: nn.Module
-    attributes: dict[str, Any]
-    children: dict[str, nn.Module | None]
-    parameters: dict[str, nn.Parameter | None]
-    buffers: set[str]
-
-    @staticmethod
-    def of(module: nn.Module) -> _Form:
-        attributes = {k: _held(v) for k, v in module.__dict__.items() if k not in _FOLLOWED}
-        return _Form(
-            module,
-            attributes,
-            dict(module._modules),
-            dict(module._parameters),
-            set(module._buffers),
-        )
-
-    def same(self, other: _Form) -> bool:
-        return (
-            self.module is other.module
-            and self.buffers == other.buffers
-            and _same_values(self.children, other.children)
-            and _same_values(self.parameters, other.parameters)
-            and self.attributes == other.attributes
-        )
-
-
-def _same_values(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    return mine.keys() == other.keys() and all(v is other[k] for k, v in mine.items())
+    parts = {name: _Is(part) for name, part in module._modules.items()}
+    parameters = {name: _Is(parameter) for name, parameter in module._parameters.items()}
+    attributes = {k: _held(v) for k, v in module.__dict__.items() if k not in _FOLLOWED}
+    return _Is(module), parts, parameters, {*module._buffers}, attributes
 
 
 class _Is:

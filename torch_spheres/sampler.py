@@ -8,17 +8,17 @@ parts = batches.map(lambda rows: [dataset[i] for i in rows], batch)         # or
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
+from torch_spheres.arguments import as_index
 from torch_spheres.division import GROUPS, divide, shard_bounds, way_out
+from torch_spheres.ranks import this_rank
 
 T = TypeVar("T")
 
@@ -61,17 +61,15 @@ class SphereBatchSampler(Sampler[list[int]]):
         world_size: int | None = None,
         process_group: Any = None,
     ) -> None:
-        if not _is_int(batch_size) or batch_size <= 0:
-            raise ValueError(f"batch_size should be a positive integer, but got {batch_size=}")
-        if not isinstance(drop_last, bool):
-            raise ValueError(f"drop_last should be a boolean value, but got {drop_last=}")
+        BatchSampler(sampler, batch_size, drop_last)  # refuses what is none of these
         if spheres is not None and not _is_int(getattr(spheres, "leaves", None)):
             raise TypeError(f"spheres should be a KissingSpheres or None, but got {spheres!r}")
+        self._leaves = GROUPS if spheres is None else spheres.leaves
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last
         if rank is None and world_size is None:
-            rank, world_size = _here(process_group)
+            rank, world_size = this_rank(process_group)
         world_size = 1 if world_size is None else world_size
         rank = 0 if rank is None and world_size == 1 else rank
         self.spheres = spheres
@@ -79,7 +77,6 @@ class SphereBatchSampler(Sampler[list[int]]):
         self._newest: _Epoch | None = None  # of the iterator that began last, until its end
         self._pending: _Epoch | None = None  # loaded, for the iterator that begins next
         self._rng_at_iter: torch.Tensor | None = None  # global RNG at the first iter() since
-        self._leaves = GROUPS if spheres is None else spheres.leaves
         self._group_count = min(self._leaves, GROUPS)
         whole = _is_int(world_size) and world_size > 0
         if not whole or self._leaves % world_size:
@@ -173,7 +170,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         while chunk := [*islice(rows, self.batch_size)]:
             if self.drop_last and len(chunk) < self.batch_size:
                 break
-            batch = chunk if {*map(type, chunk)} == {int} else [*map(_as_int, chunk)]
+            batch = _as_ints(chunk)
             epoch.count(batch)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))
@@ -187,7 +184,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         """Forwarded to ``sampler.set_epoch`` if there is one, and remembered in the state. After a
         load in mid-epoch, another epoch than the loaded one gives up what was left of that.
         """
-        epoch = _as_int(epoch)
+        epoch = as_index("epoch", epoch)
         pending, self.epoch = self._pending, epoch
         if pending is not None and pending.position == 0:
             pending.epoch = epoch
@@ -207,7 +204,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         """
         epoch = self._pending or self._newest or self._new_epoch()
         if epoch is self._newest and epoch.kind == "sampler":
-            epoch.now = _source(self.sampler)[1]()
+            epoch.now = source_of(self.sampler)[1]()
         own = {"batch_size": self.batch_size, "drop_last": self.drop_last}
         return copy.deepcopy(own | vars(epoch))
 
@@ -218,12 +215,9 @@ class SphereBatchSampler(Sampler[list[int]]):
         batch_size, drop_last or source of draws, or a key missing. RuntimeError at the first
         ``next()``: the sampler does not repeat the batches that were handed out.
         """
-        (kind, _, restore), names = _source(self.sampler), [f.name for f in fields(_Epoch)]
+        (kind, _, restore), names = source_of(self.sampler), [f.name for f in fields(_Epoch)]
         here = {"batch_size": self.batch_size, "drop_last": self.drop_last, "kind": kind}
-        if missing := {*here, *names} - {*state}:
-            raise ValueError(f"not a SphereBatchSampler state: no {missing} in {list(state)}")
-        if differ := [f"{k}={state[k]!r}, not {v!r}" for k, v in here.items() if state[k] != v]:
-            raise ValueError(f"the state was saved with {'; '.join(differ)}")
+        check_state(state, "a SphereBatchSampler", names, here)
         epoch = _Epoch(**copy.deepcopy({name: state[name] for name in names}))
         self._newest = self._rng_at_iter = None
         self._pending = None if kind == "generator" and epoch.position == 0 else epoch
@@ -236,7 +230,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             self.set_epoch(epoch.epoch)
 
     def _new_epoch(self) -> _Epoch:
-        (kind, capture, _), number = _source(self.sampler), getattr(self.sampler, "epoch", None)
+        (kind, capture, _), number = source_of(self.sampler), getattr(self.sampler, "epoch", None)
         if not hasattr(self.sampler, "set_epoch") or not _is_int(number):
             number = self.epoch  # else the sampler knows better: it was told directly, or counts
         return _Epoch(number, kind, capture())
@@ -248,12 +242,12 @@ class SphereBatchSampler(Sampler[list[int]]):
             saved = _seed_source(saved, self._rng_at_iter) if saved.kind == "global" else None
         if saved is None:
             return self._new_epoch(), iter(self.sampler)
-        epoch, restore = _Epoch(saved.epoch, saved.kind, saved.start), _source(self.sampler)[2]
+        epoch, restore = _Epoch(saved.epoch, saved.kind, saved.start), source_of(self.sampler)[2]
         with torch.random.fork_rng(devices=[]):
             restore(saved.start)
             rows = iter(self.sampler)
             for _ in range(saved.position):
-                epoch.count([*islice(rows, self.batch_size)])
+                epoch.count(_as_ints([*islice(rows, self.batch_size)]))
             ahead = [*islice(rows, 0 if saved.position else self.batch_size)]  # draws the seed
         if epoch.digest == saved.digest:
             return epoch, chain(ahead, rows)
@@ -269,7 +263,7 @@ class SphereBatchSampler(Sampler[list[int]]):
 @dataclass
 class _Epoch:  # what is saved of one pass over the sampler
     epoch: int | None
-    kind: str  # what the sampler draws from, see _source
+    kind: str  # what the sampler draws from, see source_of
     start: Any  # its state before the first draw
     position: int = 0  # global batches handed out
     digest: int = 0  # of their lengths and first indices: a replay must give the same
@@ -277,10 +271,27 @@ class _Epoch:  # what is saved of one pass over the sampler
 
     def count(self, batch: list[Any]) -> None:
         self.position += 1
-        self.digest = (self.digest * 31 + len(batch) + sum(map(_as_int, batch[:1]))) % (2**61 - 1)
+        self.digest = digest(self.digest, batch)
 
 
-def _source(sampler: Any) -> tuple[str, Callable[[], Any], Callable[[Any], object]]:
+def check_state(
+    state: Mapping[str, Any], owner: str, names: Iterable[str], here: Mapping[str, Any]
+) -> None:
+    """ValueError unless it has all these names, and what is `here`, as its owner saved it."""
+    if missing := {*names, *here} - {*state}:
+        raise ValueError(f"not a state of {owner}: no {sorted(missing)} in {sorted(state)}")
+    if differ := [f"{k}={state[k]!r}, not {v!r}" for k, v in here.items() if state[k] != v]:
+        raise ValueError(f"the state of {owner} was saved with {'; '.join(differ)}")
+
+
+def digest(before: int, index: Any) -> int:
+    """Of the index lists so far and one more (or one index): of their lengths, first indices."""
+    size, first = (len(index), index[0]) if isinstance(index, list) and index else (1, index)
+    number = first if isinstance(first, int) else 0
+    return (before * 31 + size + number) % (2**61 - 1)
+
+
+def source_of(sampler: Any) -> tuple[str, Callable[[], Any], Callable[[Any], object]]:
     """What a sampler draws from: its kind, and how to capture and to restore that."""
     save, load = (getattr(sampler, name, None) for name in ("state_dict", "load_state_dict"))
     if callable(save) and callable(load):
@@ -307,22 +318,13 @@ def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
     return epoch
 
 
-def _here(process_group: Any) -> tuple[int, int]:
-    """The rank of this process, and how many there are; of False: one alone."""
-    if process_group is False or not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _as_int(value: Any) -> int:
-    try:
-        number: Any = value.tolist() if isinstance(value, torch.Tensor) else value
-        if isinstance(number, bool):
-            raise TypeError
-        return operator.index(number)
-    except TypeError:
-        raise TypeError(f"need an integer, but got {value!r} ({type(value).__name__})") from None
+def _as_ints(indices: list[Any]) -> list[int]:
+    if {*map(type, indices)} <= {int}:
+        return indices
+    # (`operator.index` would take a tensor of one bool, or of one element in a row, as well.)
+    plain = [i.tolist() if isinstance(i, torch.Tensor) else i for i in indices]
+    return [as_index("an index", i) for i in plain]

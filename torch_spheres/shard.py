@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from torch_spheres import _compat
 from torch_spheres.checkpoints import Checkpoints
 from torch_spheres.context import CallerContext
 from torch_spheres.nesting import Nesting, unflatten
-from torch_spheres.pieces import sink_of_this_thread
 from torch_spheres.random import ShardRandom
 from torch_spheres.replica import Buffer, Replica
 
-__all__ = ["InShard", "Shard"]
+__all__ = ["Shard", "in_shard"]
 
 # torch.compile traces when compiled code meets something new, and must not in two threads at once.
 _compiling = threading.RLock()
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass
@@ -44,11 +44,10 @@ class Shard:
         return unflatten(self.outputs, self.nesting)
 
     def backward(
-        self, roots: list[Tensor], grads: list[Tensor] | None = None, keep: bool = False
+        self, roots: list[Tensor], grads: list[Tensor], keep: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients of the roots with respect to `params`, and to `inputs`."""
         targets = [*self.params, *self.inputs]
-        sink = sink_of_this_thread()
         # (Some may have been frozen since the forward.)
         wanted = [t for t in targets if t.requires_grad]
         if not wanted:
@@ -60,73 +59,46 @@ class Shard:
                 for t in wanted:
                     t.grad = None
         else:
-            if grads is None:
-                grads = [torch.ones_like(root) for root in roots]
-            if sink is None:
-                found = list(_compat.gradients(roots, grads, wanted, keep))
-            else:
-                with sink.expecting(self.params, roots):
-                    found = list(_compat.gradients(roots, grads, wanted, keep))
+            found = list(_compat.gradients(roots, grads, wanted, keep))
         rest = iter(found)
         all_found = [next(rest) if t.requires_grad else None for t in targets]
-        if sink is not None:
-            sink.check(all_found[: len(self.params)])
         return all_found[: len(self.params)], all_found[len(self.params) :]
 
 
-class InShard:
+@contextlib.contextmanager
+def in_shard(
+    shard: Shard,
+    name: str,
+    place: str,
+    context: CallerContext,
+    gate: Any,
+    traced: contextlib.AbstractContextManager[None],
+) -> Iterator[None]:
     """A block in which a thread works for one shard.
-
-    A class and not a generator, for speed: each of twelve shards enters it twice in a step.
 
     Args:
         shard: whose random numbers are drawn in the block.
         name: for profiles.
         place: for errors: the note on them says "in" this.
         context: what the caller has set.
-        gate: for compiled code: what it has to have seen once before two threads may run it.
+        gate: key of a compiled variant, whose first run is serialised; None: nothing is compiled.
         traced: what has a trace show the block.
     """
-
-    __slots__ = ("_compiled", "_context", "_gate", "_name", "_place", "_shard", "_stack", "_traced")
-
-    def __init__(
-        self,
-        shard: Shard,
-        name: str,
-        place: str,
-        context: CallerContext,
-        gate: Any,
-        traced: contextlib.AbstractContextManager[None],
-    ) -> None:
-        self._shard, self._name, self._place, self._context = shard, name, place, context
-        self._traced = traced
-        self._compiled = gate is not None
-        self._gate = gate if gate not in shard.replica.warm else None
-
-    def __enter__(self) -> None:
-        self._traced.__enter__()
-        with contextlib.ExitStack() as stack:
-            if self._gate is not None:
-                stack.enter_context(_compiling)
-            stack.enter_context(self._context())
-            if self._compiled:
-                stack.enter_context(_compat.static_shapes())
-            stack.enter_context(self._shard.random.active())
-            stack.enter_context(self._shard.checkpoints.noticed())
-            if _compat.profiler_is_on():
-                stack.enter_context(torch.profiler.record_function(self._name))
-            self._stack = stack.pop_all()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
-        self._traced.__exit__(kind, error, traceback)
-        if error is None and self._gate is not None:
-            self._shard.replica.warm.add(self._gate)
-        elif isinstance(error, Exception):
-            error.add_note(f"in {self._place}")
+    first = gate is not None and gate not in shard.replica.warm
+    profiled = _compat.profiler_is_on()
+    try:
+        with (
+            traced,
+            _compiling if first else _NOTHING,
+            context(),
+            _NOTHING if gate is None else _compat.static_shapes(),
+            shard.random.active(),
+            shard.checkpoints.noticed(),
+            torch.profiler.record_function(name) if profiled else _NOTHING,
+        ):
+            yield
+    except Exception as error:
+        error.add_note(f"in {place}")
+        raise
+    if first:
+        shard.replica.warm.add(gate)

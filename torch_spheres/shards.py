@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,8 +20,9 @@ from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
 from torch_spheres.phases import handovers, phase
 from torch_spheres.random import CallRandom, ShardRandom
+from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
-from torch_spheres.shard import InShard, Shard
+from torch_spheres.shard import Shard, in_shard
 from torch_spheres.splitting import Split, aligned
 from torch_spheres.tree import tree_sums
 
@@ -31,6 +31,8 @@ __all__ = ["Call"]
 
 class Call:
     """One call's split, its shards, and what has to be put together from them."""
+
+    ranks: Ranks | None = None  # who shares the batch
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class Call:
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
         self.context = crew.context()
-        self.split = self._split((args, kwargs), "forward")
+        self.split = self._split((args, kwargs))
         self.random = self._random()
         self.shards: list[Shard | None] = []
         self._freed = False
@@ -62,17 +64,16 @@ class Call:
 
     # What SharedCall does in another way.
 
-    def _split(self, value: Any, what: str) -> Split:
-        """Cut by rows; `what` is about to be done with the rows."""
-        del what
-        return Split(value, self.crew.plan.shards)
+    def _split(self, value: Any) -> Split:
+        """The arguments, cut by rows."""
+        return Split(value, self.crew.plan.shards, self.ranks)
 
     def _random(self) -> CallRandom:
         return CallRandom()
 
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""
-        goal = Split(value, self.split.shards)
+        goal = Split(value, self.split.shards, self.ranks)
         if goal.rows != self.split.rows:
             raise ValueError(
                 f"forward_backward() got inputs of {self.split.rows} rows and targets of "
@@ -126,7 +127,7 @@ class Call:
 
     def in_shard(
         self, k: int, what: str, shard: Shard, context: CallerContext | None = None
-    ) -> InShard:
+    ) -> AbstractContextManager[None]:
         """On a sphere's thread: the caller's settings and the shard's random numbers.
 
         The settings are those of the call, unless others are given.
@@ -137,7 +138,7 @@ class Call:
         place = f"the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch"
         gate = self.compiled and (what, self.compiled, end - begin)
         traced = phase(self.crew.spheres, what, leaf)
-        return InShard(shard, name, place, context or self.context, gate, traced)
+        return in_shard(shard, name, place, context or self.context, gate, traced)
 
     # ---- forward ----
 
@@ -322,8 +323,7 @@ class Call:
                 return
             try:
                 with torch.no_grad():
-                    with self.telling(fold, leaf):
-                        grads, rest[place[leaf]] = work(place[leaf])
+                    grads, rest[place[leaf]] = work(place[leaf])
                     with phase(self.crew.spheres, "sum", leaf):
                         fold.add(leaf, grads)
             except BaseException:
@@ -333,18 +333,13 @@ class Call:
         sums = self.finish_fold(fold, lambda: self.crew.map(item, len(rest)))
         return sums, rest
 
-    def new_fold(self) -> Any:
+    def new_fold(self) -> GradientFold:
         """For this call's gradients."""
         traced = handovers(self.crew.spheres)
         places, leaves = self.split.places, self.split.leaves
         return GradientFold(places, leaves, self.crew.concurrency, traced=traced)
 
-    def telling(self, fold: Any, leaf: int) -> AbstractContextManager[None]:
-        """A block in which a shard runs, and its gradients may be told before it has."""
-        del fold, leaf
-        return contextlib.nullcontext()
-
-    def finish_fold(self, fold: Any, run: Callable[[], object]) -> Grads:
+    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Has the shards run, and returns the sums."""
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):

@@ -2,33 +2,27 @@
 
 Each rank runs its own shards, and the ranks meet four times: before the forward (how many
 rows each has, and whether they are about to do the same), after it (buffers, scalars, errors), and
-for the gradients, whose partial sums are on their way while other shards are still running.
+for the gradients. A part of their sums is sent when its last shard has run.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_spheres import _compat
 from torch_spheres.crew import Crew
-from torch_spheres.division import Division, tree_order
-from torch_spheres.exchange import BUCKET, Exchange, Layout, total_over_ranks
+from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.phases import handovers, phase
-from torch_spheres.pieces import FoldInPieces, Sink, listen
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
-from torch_spheres.replica import Replica, ReplicaPool
-from torch_spheres.shard import Shard
+from torch_spheres.replica import ReplicaPool
 from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sums
@@ -48,6 +42,8 @@ class SharedCall(Call):
         what: ``"forward"`` or ``"forward_backward"``.
     """
 
+    ranks: Ranks
+
     def __init__(
         self,
         module: nn.Module,
@@ -63,20 +59,14 @@ class SharedCall(Call):
         self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
         self._early: Exception | None = None  # to be told at the next meeting
         super().__init__(module, pool, crew, args, kwargs)
-        # (torch's compiler would have to know of the hooks.)
-        several = sum(p.nbytes for p in self.trainable) > BUCKET
-        self._tells = several and self.compiled is None and _compat.backward_pass is not None
-        own = {*self.split.leaves}
-        last = [leaf for leaf in tree_order(self.split.places) if leaf in own]
-        self._last = last[-crew.concurrency :]
 
     # ---- before the forward ----
 
-    def _split(self, value: Any, what: str) -> Split:
+    def _split(self, value: Any) -> Split:
         error: Exception | None = None
         split, rows, form = None, 0, 0
         try:
-            split = Split(value, self.crew.plan.shards, self.ranks)
+            split = super()._split(value)
             rows = split.rows
             tensors = [v for v in split.flat if isinstance(v, Tensor)]
             shapes = [(v.dim(), v.shape[1:], v.dtype, v.requires_grad) for v in tensors]
@@ -92,7 +82,7 @@ class SharedCall(Call):
             state,
         ]  # fmt: skip
         try:
-            table = self.ranks.meet(f"the start of {what}", told, error).T.tolist()
+            table = self.ranks.meet("the start of forward", told, error).T.tolist()
         finally:
             del error  # its traceback owns this frame
         assert split is not None
@@ -146,11 +136,8 @@ class SharedCall(Call):
         self, columns: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """In the tree over all ranks' shards."""
-        if not columns:
-            return []
         placed = [self.padded(column) for column in columns]
-        what = f"the sums after {self._what}"
-        return total_over_ranks(placed, like, self.ranks, what=what)
+        return total_over_ranks(placed, like, self.ranks, what=f"the sums after {self._what}")
 
     def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
         """All ranks' greatest notes, unless one of them has an error."""
@@ -158,8 +145,7 @@ class SharedCall(Call):
             table = self.ranks.meet(what, notes, error)
         finally:
             del error  # its traceback owns this frame
-        found: list[int] = table.amax(0).tolist() if notes else []
-        return found
+        return [int(greatest) for greatest in table.amax(0)] if notes else []
 
     def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
         """Rank 0's: it has shard 0, which has rows if there are any."""
@@ -205,116 +191,91 @@ class SharedCall(Call):
     def _from_others(self, outputs: list[Any]) -> list[Any]:
         mine = None
         if self.split.bounds:
-            mine = self.nesting, self.differentiable_outputs, [_form(o) for o in outputs]
+            empty = [_without_rows(o) for o in outputs]
+            mine = self.nesting, self.differentiable_outputs, empty
         first = self.ranks.objects(mine, "the exchange of outputs' shapes")[0]
         if self.split.bounds:
             return outputs
-        self.nesting, self.differentiable_outputs, forms = first
+        self.nesting, self.differentiable_outputs, outputs = first
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        return [form.empty(device) if isinstance(form, _Form) else form for form in forms]
+        return [o.to(device) if isinstance(o, Tensor) else o for o in outputs]
 
     # ---- gradients ----
 
-    @property
-    def _division(self) -> Division:
-        return self.ranks.divide(self.split.shards)
-
-    def forward_shard(self, k: int, replica: Replica) -> Shard:
-        """As in one process; large models' gradients will be told as they come."""
-        if self._tells:
-            listen(replica)
-        return super().forward_shard(k, replica)
-
-    def new_fold(self) -> FoldInPieces:
-        """One that has each bucket sent as soon as all shards of a part have given theirs."""
-        layouts = self.pool.layouts
-        key = tuple((p.shape, p.dtype) for p in self.trainable)
-        self._sparse = _sparse_parameters(self.module, self.trainable)
-        self._dense = [i for i, p in enumerate(self.trainable) if id(p) not in self._sparse]
-        if layouts.get("key") != (key, self._sparse):
-            dense = [self.trainable[i] for i in self._dense]
-            layouts.update(key=(key, self._sparse), layout=Layout(dense))
-        layout: Layout = layouts["layout"]
-        self._exchange = Exchange(
-            self.ranks, self._division, layout, "the exchange of gradients", self.crew.spheres
-        )
+    def new_fold(self) -> GradientFold:
+        """One whose parts are given to the exchange as they are completed."""
+        layouts, sparse = self.pool.layouts, _sparse_parameters(self.module)
+        self._sparse = [i for i, p in enumerate(self.trainable) if id(p) in sparse]
+        self._dense = [i for i, p in enumerate(self.trainable) if id(p) not in sparse]
+        dense = [self.trainable[i] for i in self._dense]
+        key = [(p.shape, p.dtype) for p in dense]
+        if layouts.get("key") != key:
+            layouts.update(key=key, layout=Layout(dense))
+        self._division = self.ranks.divide(self.split.shards)
         own_parts = self._division.parts[self.ranks.rank]
-        self._odd: list[dict[int, Tensor]] = [{} for _ in own_parts]
-        self._pieces = [[self._dense[i] for i, _, _ in b.places] for b in layout.buckets]
-        self._odd_piece = len(self._pieces)
-        if self._sparse or not self._pieces:
-            self._pieces.append([i for i in range(len(self.trainable)) if i not in self._dense])
-        traced = handovers(self.crew.spheres)
+        self._sparse_sums: list[dict[int, Tensor]] = [{} for _ in own_parts]
+        self._exchange = Exchange(
+            self.ranks,
+            self._division,
+            layouts["layout"],
+            "the exchange of gradients",
+            self.crew.spheres,
+        )
+        return GradientFold(
+            self.split.places,
+            self.split.leaves,
+            self.crew.concurrency,
+            own_parts,
+            self._emit,
+            handovers(self.crew.spheres),
+        )
 
-        def make(piece: int) -> GradientFold:
-            return GradientFold(
-                self.split.places,
-                self.split.leaves,
-                self.crew.concurrency,
-                own_parts,
-                functools.partial(self._emit, piece),
-                traced if piece == 0 else None,
-            )
-
-        return FoldInPieces(make, self._pieces)
-
-    def _emit(self, piece: int, part: int, values: list[Grads | None]) -> None:
-        members = self._pieces[piece]
-        columns = [[None if v is None else v[m] for v in values] for m in range(len(members))]
-        if piece == self._odd_piece:
-            for i, total in zip(members, tree_sums(columns), strict=True):
-                if total is not None:
-                    self._odd[part][i] = total
-            return
-        for i, column in zip(members, columns, strict=True):
-            if any(v is not None and v.layout is not torch.strided for v in column):
+    def _emit(self, part: int, values: list[Grads | None]) -> None:
+        columns = [
+            [None if v is None else v[i] for v in values] for i in range(len(self.trainable))
+        ]
+        for i in self._dense:
+            if any(v is not None and v.layout is not torch.strided for v in columns[i]):
                 raise RuntimeError(
                     f"parameter {i} of shape {tuple(self.trainable[i].shape)} has a sparse "
                     "gradient, but belongs to no module with sparse=True: the ranks could not "
                     "agree on how to send it"
                 )
-        self._exchange.add(part, piece, columns)
+        self._exchange.give(part, [columns[i] for i in self._dense])
+        sums = tree_sums([columns[i] for i in self._sparse])
+        for i, total in zip(self._sparse, sums, strict=True):
+            if total is not None:
+                self._sparse_sums[part][i] = total
 
-    def telling(self, fold: FoldInPieces, leaf: int) -> AbstractContextManager[None]:
-        """For the last shards to run: nothing but the exchange is left to do beside them."""
-        if self._tells and leaf in self._last:
-            return Sink(fold, leaf, self._pieces)
-        return super().telling(fold, leaf)
-
-    def finish_fold(self, fold: FoldInPieces, run: Callable[[], object]) -> Grads:
+    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Meets the other ranks, with an error too."""
-        exchange = self._exchange
+        del fold  # it has given all it has to the exchange
+        error, self._early = self._early, None
         try:
-            early, self._early = self._early, None
-            try:
-                if early is not None:
-                    raise early
-            finally:
-                del early  # its traceback owns this frame
-            run()
-        except Exception as error:
-            if exchange.is_broken:
+            if error is None:
+                run()
+        except Exception as caught:
+            if self._exchange.is_broken:
                 raise
-            exchange.fail(error)
-            exchange.finish()  # raises it, when the others know
-        for piece, part in fold.missing():
-            if piece != self._odd_piece:
-                exchange.add(part, piece, [[None] for _ in self._pieces[piece]])
-        with phase(self.crew.spheres, "sum"):
-            found = dict(zip(self._dense, exchange.finish(), strict=True))
-            found.update(self._sum_odd())
+            error = caught
+        try:
+            with phase(self.crew.spheres, "sum"):
+                found = dict(zip(self._dense, self._exchange.finish(error), strict=True))
+                found.update(self._total_of_sparse())
+        finally:
+            del error  # its traceback owns this frame
         totals = [found.get(i) for i in range(len(self.trainable))]
         return [
             None if t is None else t.to(p.device)
             for t, p in zip(totals, self.trainable, strict=True)
         ]
 
-    def _sum_odd(self) -> dict[int, Tensor]:
+    def _total_of_sparse(self) -> dict[int, Tensor]:
         """Sparse gradients, which all ranks send to all."""
         if not self._sparse:
             return {}
         division = self._division
-        found = self.ranks.objects(self._odd, "the exchange of sparse gradients")
+        found = self.ranks.objects(self._sparse_sums, "the exchange of sparse gradients")
         totals = {}
         for i in {i for sums in found for mine in sums for i in mine}:
             column: Grads = [None] * division.places
@@ -329,12 +290,7 @@ class SharedCall(Call):
     def targets(self, value: Any) -> Split:
         """Cut as the inputs; an error in them is everybody's."""
         try:
-            goal = Split(value, self.split.shards, self.ranks)
-            if goal.rows != self.split.rows:
-                raise ValueError(
-                    f"forward_backward() got inputs of {self.split.rows} rows and targets of "
-                    f"{goal.rows}"
-                )
+            goal = super().targets(value)
         except Exception as error:  # noqa: BLE001
             self._early = error
             return self.split
@@ -343,31 +299,19 @@ class SharedCall(Call):
         return goal
 
 
-class _Form:
-    """A tensor without its rows."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.shape, self.dtype = value.shape, value.dtype
-
-    def empty(self, device: torch.device) -> Tensor:
-        """Like it, with none."""
-        shape = (0, *self.shape[1:]) if self.shape else ()
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+def _without_rows(output: Any) -> Any:
+    if not isinstance(output, Tensor):
+        return output
+    return torch.zeros((0, *output.shape[1:]) if output.dim() else (), dtype=output.dtype)
 
 
-def _form(output: Any) -> Any:
-    return _Form(output) if isinstance(output, Tensor) else output
-
-
-def _sparse_parameters(module: nn.Module, trainable: Sequence[Tensor]) -> set[int]:
-    """Those whose gradients are sparse: the same on all ranks, before there is any gradient."""
-    own = {id(p) for p in trainable}
+def _sparse_parameters(module: nn.Module) -> set[int]:
+    """Ids of those whose gradients are sparse: known to all ranks before there is any gradient."""
     return {
         id(p)
         for part in module.modules()
         if getattr(part, "sparse", False) is True
         for p in part.parameters(recurse=False)
-        if id(p) in own
     }
 
 

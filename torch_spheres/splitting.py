@@ -14,7 +14,7 @@ from torch_spheres.division import shard_bounds
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.ranks import Ranks
 
-__all__ = ["Split", "aligned", "rows_of", "tensors_of"]
+__all__ = ["Split", "aligned"]
 
 _ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
 
@@ -135,15 +135,3 @@ class Split:
 def aligned(piece: Tensor) -> Tensor:
     """The same values at storage that starts where kernels like it."""
     return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
-
-
-def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among a call's arguments."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        return [args[0]]
-    return [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-
-
-def rows_of(tensors: list[Tensor]) -> int:
-    """Rows of the first tensor that has any, at least 1."""
-    return max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))

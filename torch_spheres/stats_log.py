@@ -69,13 +69,7 @@ class StatsLog:
             )
         if not isinstance(tag, str) or not tag:
             raise TypeError(f"tag must be a string that is not empty, got {tag!r}")
-        every, first_step = as_index("every", every), as_index("first_step", first_step)
-        if every < 1:
-            raise ValueError(f"every must be at least 1 step, got {every}")
-        if first_step < 0:
-            raise ValueError(
-                f"first_step, of steps done before, must be at least 0, got {first_step}"
-            )
+        every, first_step = as_index("every", every, 1), as_index("first_step", first_step, 0)
         self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
         self._steps = self._written = self._first = first_step
         self._due = first_step + every

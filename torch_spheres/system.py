@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from torch_spheres import _core, _threads
@@ -70,17 +69,10 @@ class KissingSpheres(Views):
 
     def __init__(self, levels: int = 2, *, concurrency: int | None = None) -> None:
         cores = usable_cores()
-        if concurrency is None:
-            concurrency = cores
-        levels = as_index("levels", levels)
-        concurrency = as_index("concurrency", concurrency)
-        if not 1 <= levels <= _core.MAX_LEVELS:
-            raise ValueError(f"levels must be 1 to {_core.MAX_LEVELS}, got {levels}")
+        levels = as_index("levels", levels, 1, _core.MAX_LEVELS)
+        concurrency = as_index("concurrency", cores if concurrency is None else concurrency, 1)
         self._topology = Topology(levels)
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-        leaves = self._topology.leaves
-        self._core = _core.System(levels, min(concurrency, leaves))
+        self._core = _core.System(levels, min(concurrency, self._topology.leaves))
         self._starts = 0
         self._prepare_views(cores)
         _live.add(self)
@@ -173,12 +165,7 @@ class KissingSpheres(Views):
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self._core.running():
                 self._core.wait(None)
@@ -277,9 +264,7 @@ class KissingSpheres(Views):
             StoppedError: the spheres were stopped.
             TimeoutError: not all arrived within `timeout` seconds; they go on when they have.
         """
-        level = as_index("level", level)
-        if not 0 <= level < self.levels:
-            raise ValueError(f"level must be 0 to {self.levels - 1}, got {level}")
+        level = as_index("level", level, 0, self.levels - 1)
         self._ensure_started("barrier()")
         self._core.barrier(level, as_timeout(timeout))
 
@@ -313,12 +298,7 @@ class KissingSpheres(Views):
         return self._core.receive(self._as_id("sphere", sphere), as_timeout(timeout))
 
     def _as_id(self, name: str, value: Any) -> int:
-        sphere = as_index(name, value)
-        if not 0 <= sphere < self.total_spheres:
-            raise ValueError(
-                f"{name}: there is no sphere {sphere}; ids are 0 to {self.total_spheres - 1}"
-            )
-        return sphere
+        return as_index(f"{name}, a sphere's id,", value, 0, self.total_spheres - 1)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped" if self._starts else "not started"

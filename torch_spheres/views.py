@@ -173,9 +173,9 @@ class Views:
     ) -> Axes:
         """Draws the hierarchy as rings: the root in the middle, a wedge for each sphere.
 
-        Wedges are coloured by busy time, and those that ran nothing grey; the band outside a wedge
-        says what the sphere does at the moment. Chords are items that were stolen, from the victim
-        to the wide end at the thief, the wider the more. Paths stand where there is room for them.
+        Wedges are coloured by busy time, and those that were never busy grey; the band outside a
+        wedge says what the sphere does at the moment. Chords are items that were stolen, from the
+        victim to the wide end at the thief, the wider the more.
 
         Args:
             ax: where to draw. None: a new figure, which is one of pyplot's where

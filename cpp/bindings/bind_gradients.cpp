@@ -1,4 +1,3 @@
-#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -63,20 +62,9 @@ void run_job(const SumJob& job, PySystem* system) {
 }  // namespace
 
 void bind_gradients(py::module_& module) {
-  py::native_enum<DType>(module, "DType", "enum.Enum", "Element types that the C++ sums know.")
-      .value("float32", DType::float32)
-      .value("float64", DType::float64)
-      .value("bfloat16", DType::bfloat16)
-      .value("float16", DType::float16)
-      .finalize();
-  py::native_enum<Isa>(module, "Isa", "enum.Enum", "Instruction sets that the sums can use.")
-      .value("baseline", Isa::baseline)
-      .value("avx2", Isa::avx2)
-      .value("avx512", Isa::avx512)
-      .finalize();
-  module.def("active_isa", &active_isa);
-  module.def("available_isas", &available_isas);
-  module.def("set_isa", &set_isa, py::arg("isa"), "For tests: every ISA gives the same bits.");
+  module.def(
+      "active_isa", [] { return isa_name(active_isa()); },
+      "The instruction set that the sums use: baseline, avx2 or avx512.");
   module.def(
       "read_range",
       [](std::uintptr_t data, std::size_t numel) {

@@ -49,8 +49,6 @@ void bind_stats(py::module_& module) {
       .value("ACCUMULATING", State::kAccumulating)
       .value("TERMINATING", State::kTerminating)
       .finalize();
-  module.def("transition_allowed", &transition_allowed, py::arg("source"), py::arg("target"),
-             "Whether the one table of state transitions has this one.");
 
   module.def("item_time_edges", &item_time_edges,
              "The upper edges, in nanoseconds, of all buckets of item times but the last.");

@@ -34,8 +34,6 @@ void bind_system(py::module_& module) {
       PyErr_SetString(PyExc_TimeoutError, error.what());
     }
   });
-  module.attr("INBOX_CAPACITY") = Sphere::kInboxCapacity;
-  module.attr("BATCHES_IN_FLIGHT") = kBatchesInFlight;
 
   module.def(
       "current_sphere", [] { return System::current() ? System::current()->id : kNoSphere; },

@@ -1,27 +1,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
-
 #include "bindings.h"
 #include "py_system.h"
 
 namespace torch_spheres::bindings {
 
 namespace {
-
-struct Tally {
-  std::atomic<std::int64_t> count{0};
-  std::atomic<std::int64_t> sum{0};
-};
-
-void tally_item(void* context, std::int64_t item) {
-  auto& tally = *static_cast<Tally*>(context);
-  tally.count.fetch_add(1, std::memory_order_relaxed);
-  tally.sum.fetch_add(item, std::memory_order_relaxed);
-}
-
-void do_nothing(void*, std::int64_t) {}
 
 /// Has Python's garbage collector look into a Work.
 py::custom_type_setup collected() {
@@ -56,16 +41,6 @@ void bind_work(py::module_& module) {
       .def_property_readonly("address", [](const NativeFunction& self) {
         return reinterpret_cast<std::uintptr_t>(self.pointer);
       });
-
-  py::class_<Tally>(module, "Tally", "Counts and sums native items: for tests and benchmarks.")
-      .def(py::init<>())
-      .def_property_readonly("count", [](const Tally& self) { return self.count.load(); })
-      .def_property_readonly("sum", [](const Tally& self) { return self.sum.load(); })
-      .def("function",
-           [](py::object self) { return NativeFunction{&tally_item, self.cast<Tally*>(), self}; });
-  module.def(
-      "noop", [] { return NativeFunction{&do_nothing, nullptr, py::none()}; },
-      "A native function that does nothing: for benchmarks.");
 
   py::class_<PyBatch>(module, "Work", collected(),
                       "What distribute_work() returns: one batch under way.")

@@ -95,7 +95,6 @@ void PythonWork::run(Claimer& claimer) {
   do {
     for (std::int64_t i = 0; i < chunk.count; ++i) {
       const std::int64_t item = chunk.first + i * chunk.stride;
-      claimer.at(item);
       PyObject* argument = PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(item));
       PyObject* result = PyObject_CallOneArg(fn_.ptr(), argument);
       claimer.item_done();

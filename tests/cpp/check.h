@@ -8,8 +8,10 @@
 // test's own thread only: let other threads count, and check the counts.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <iostream>
@@ -38,6 +40,16 @@ struct Register {
 [[noreturn]] inline void fail(const char* file, int line, const std::string& what) {
   std::cout << file << ":" << line << ": " << what << std::endl;
   throw Failed{};
+}
+
+/// How often a test repeats something: `count` times, or as many times more as the environment's
+/// TORCH_SPHERES_TEST_EFFORT says, which `pytest --long` sets.
+inline int rounds(int count) {
+  static const int effort = [] {
+    const char* text = std::getenv("TORCH_SPHERES_TEST_EFFORT");
+    return text == nullptr ? 1 : std::max(1, std::atoi(text));
+  }();
+  return count * effort;
 }
 
 template <typename A, typename B>

@@ -183,8 +183,6 @@ struct Problem {
   std::vector<Tensor<T>> tensors;  // of the present shards
   std::vector<const void*> shards;
   std::vector<int> tensor_of_shard;  // -1: absent
-  double scale = 1.0;
-  bool accumulate = false;
 
   using Sum = typename T::Sum;
   using Bits = typename T::Bits;
@@ -210,11 +208,8 @@ struct Problem {
 
   Bits expected(std::size_t i, Bits before) const {
     if (tensors.empty()) return before;
-    if (tensors.size() == 1 && scale == 1.0 && !accumulate) return tensors[0].get(i);
-    Sum sum = node({}, i).value;
-    if (scale != 1.0) sum *= static_cast<Sum>(scale);
-    const Bits rounded = T::round(sum);
-    return accumulate ? T::round(T::widen(before) + T::widen(rounded)) : rounded;
+    if (tensors.size() == 1) return tensors[0].get(i);
+    return T::round(node({}, i).value);
   }
 
   Tensor<T> expected(const Tensor<T>& before) const {
@@ -224,7 +219,7 @@ struct Problem {
   }
 
   SumSegment segment(Tensor<T>& out) const {
-    return {T::kDType, out.data(), shards.data(), out.size(), scale, accumulate};
+    return {T::kDType, out.data(), shards.data(), out.size()};
   }
 };
 

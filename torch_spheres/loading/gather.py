@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +63,12 @@ class _Column:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _Index:
+class _Index(NamedTuple):
     """Row numbers as an array, made once for all tensors of a dataset."""
 
-    __slots__ = ("_high", "_low", "array")
-
-    def __init__(self, numbers: tuple[_Array, int, int]) -> None:
-        self.array, self._low, self._high = numbers
+    array: _Array
+    low: int
+    high: int
 
     @staticmethod
     def of(indices: Any) -> _Index:
@@ -77,13 +76,13 @@ class _Index:
         numbers = _core.row_numbers(indices)
         if numbers is None:
             raise _Slow
-        return _Index(numbers)
+        return _Index(*numbers)
 
     def within(self, rows: int) -> _Array:
         """Counted from the front."""
-        if self._low < -rows or self._high >= rows:
+        if self.low < -rows or self.high >= rows:
             raise _Slow
-        if self._low >= 0:
+        if self.low >= 0:
             return self.array
         return np.where(self.array < 0, self.array + rows, self.array)
 

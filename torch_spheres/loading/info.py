@@ -21,7 +21,7 @@ import torch
 
 from torch_spheres import _compat
 
-__all__ = ["Position", "at", "hidden", "install", "sample_seed", "shown", "worker_info"]
+__all__ = ["Position", "at", "install", "sample_seed", "shown", "worker_info"]
 
 
 class _Here(threading.local):
@@ -54,16 +54,9 @@ def shown(info: Any) -> Iterator[None]:
         _here.info = outer
 
 
-def hidden() -> contextlib.AbstractContextManager[None]:
-    """`get_worker_info()` returns None inside the block."""
-    return shown(None)
-
-
 def _collate_tensors(batch: Any, *, collate_fn_map: Any = None) -> Any:
     """`default_collate`'s own for tensors; without shared memory on threads of this process."""
-    if _here.info is None:
-        return _compat.collate_tensors(batch, collate_fn_map=collate_fn_map)
-    with hidden():
+    with shown(None):
         return _compat.collate_tensors(batch, collate_fn_map=collate_fn_map)
 
 

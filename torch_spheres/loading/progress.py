@@ -1,6 +1,6 @@
 """Where a loader is in its epoch, and how to come back there.
 
-An epoch is repeated from what its sampler draws from (`_source` in sampler.py): the state from
+An epoch is repeated from what its sampler draws from (`source_of` in sampler.py): the state from
 before the first draw is saved, and on resumption the same index lists are asked for again and
 dropped, without loading anything. The process-wide generator is left as the caller has restored it.
 """
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
 from torch_spheres.loading.snapshots import Snapshot
-from torch_spheres.sampler import _source
+from torch_spheres.sampler import check_state, source_of
 
-__all__ = ["Digest", "Progress", "Sources"]
+__all__ = ["Progress", "Sources", "shape_of"]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Progress:
 
     def snapshots(self) -> dict[int, Snapshot]:
         """Of the workers, as they were when the last batch was handed out."""
-        return {w: Snapshot(**copy.deepcopy(saved)) for w, saved in self.workers.items()}
+        return {w: Snapshot(**saved) for w, saved in self.workers.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """A copy; nothing in it changes when the loader goes on."""
@@ -71,29 +71,18 @@ class Progress:
             ValueError: it is no such state, or was saved by another kind of loader.
         """
         names = [f.name for f in fields(Progress)]
-        if missing := {*names} - {*state}:
-            raise ValueError(
-                f"not a state of a wrapped loader: no {sorted(missing)} in {sorted(state)}"
-            )
-        progress = Progress(**copy.deepcopy({name: state[name] for name in names}))
-        here = _shape(loader)
-        differ = [
-            f"{name}={getattr(progress, name)!r}, not {value!r}"
-            for name, value in here.items()
-            if getattr(progress, name) != value
-        ]
-        if differ:
-            raise ValueError(f"the loader's state was saved with {'; '.join(differ)}")
-        return progress
+        check_state(state, "a wrapped loader", names, shape_of(loader))
+        return Progress(**copy.deepcopy({name: state[name] for name in names}))
 
     @staticmethod
     def to_come(loader: DataLoader[Any]) -> Progress:
         """Of an epoch that has not begun."""
         now = Sources(loader).capture()
-        return Progress(**_shape(loader), start=now, now=now, begun=False)
+        return Progress(**shape_of(loader), start=now, now=now, begun=False)
 
 
-def _shape(loader: DataLoader[Any]) -> dict[str, Any]:
+def shape_of(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What a loader has to have in common with the one whose state it goes on from."""
     return {
         "batch_size": loader.batch_size,
         "drop_last": loader.drop_last,
@@ -110,7 +99,7 @@ class Sources:
         sampler: Any = loader._index_sampler
         if not hasattr(sampler, "state_dict"):
             sampler = getattr(sampler, "sampler", sampler)
-        self.kind, self._capture, self._restore = _source(sampler)
+        self.kind, self._capture, self._restore = source_of(sampler)
         self._generator = loader.generator
 
     def capture(self) -> dict[str, Any]:
@@ -138,16 +127,3 @@ class Sources:
             if state is not None:
                 torch.set_rng_state(state)
             yield
-
-
-class Digest:
-    """Of the index lists that were handed out: their lengths and first indices."""
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def add(self, index: Any) -> None:
-        """One more list, or index."""
-        size, first = (len(index), index[0]) if isinstance(index, list) and index else (1, index)
-        number = first if isinstance(first, int) else 0
-        self.value = (self.value * 31 + size + number) % (2**61 - 1)

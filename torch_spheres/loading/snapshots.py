@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from torch_spheres.loading.samples import Fetcher
+from torch_spheres.loading.streams import numpy_state
 
 __all__ = ["FAILED", "Snapshot", "has_position"]
 
@@ -37,7 +37,13 @@ class Snapshot:
     @staticmethod
     def of(rng: Any, fetcher: Any, fetched: int) -> Snapshot:
         """On the worker's thread."""
-        snapshot = Snapshot(fetched, None if rng is None else _streams_of(rng), "")
+        snapshot = Snapshot(fetched, None, "")
+        if rng is not None:
+            snapshot.streams = {
+                "torch": rng.torch_generator.get_state(),
+                "random": rng.random_generator.getstate(),
+                "numpy": numpy_state(rng.numpy_generator),
+            }
         iterator = getattr(fetcher, "dataset_iter", None)
         if iterator is None:  # map-style: the sampler's position is all there is
             return snapshot
@@ -54,47 +60,30 @@ class Snapshot:
                 break
         return snapshot
 
-    def restore_dataset(self, dataset: Any) -> None:
-        """Before the dataset is iterated."""
+    def restore(self, dataset: Any, make: Callable[[Any], Fetcher], samples: int) -> Fetcher:
+        """What `make` makes of the dataset, where it was after the last task.
+
+        By its own state, or else by dropping what each task took: so many samples.
+        """
         if self.holder == "dataset":
             dataset.load_state_dict(copy.deepcopy(self.progress))
-
-    def restore_iterator(self, fetcher: Fetcher, samples: int) -> None:
-        """After that: by its own state, or else by dropping the samples that each task took."""
-        iterator = getattr(fetcher.fetcher, "dataset_iter", None)
-        if iterator is None or self.holder == "dataset":
-            return
+        fetcher = make(dataset)
+        iterator: Any = getattr(fetcher.fetcher, "dataset_iter", None)
         if self.holder == "iterator":
             iterator.load_state_dict(copy.deepcopy(self.progress))
-            return
-        for _ in range(self.fetched * samples):
-            next(iterator, None)
+        elif self.holder == "" and iterator is not None:
+            for _ in range(self.fetched * samples):
+                next(iterator, None)
+        return fetcher
 
     def restore_streams(self, rng: Any) -> None:
         """Last, because what was fetched once more has drawn from them."""
         if self.streams is None or rng is None:
             return
         rng.torch_generator.set_state(self.streams["torch"])
-        words, gauss = self.streams["random"]
-        rng.random_generator.setstate((3, tuple(words.tolist()), gauss))
-        keys, position, has_gauss, cached = self.streams["numpy"]
-        state = ("MT19937", keys.numpy().astype("uint32"), position, has_gauss, cached)
-        rng.numpy_generator.set_state(state)
+        rng.random_generator.setstate(self.streams["random"])
+        rng.numpy_generator.set_state(self.streams["numpy"])
 
     def streams_only(self) -> Snapshot:
         """For a worker that has not gone on with its epoch when the next one begins."""
         return Snapshot(0, self.streams, "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return dict(vars(self))
-
-
-def _streams_of(rng: Any) -> dict[str, Any]:
-    _, words, gauss = rng.random_generator.getstate()
-    _, keys, position, has_gauss, cached = rng.numpy_generator.get_state(legacy=True)
-    return {
-        "torch": rng.torch_generator.get_state(),
-        "random": (torch.tensor(words), gauss),
-        "numpy": (torch.from_numpy(keys.astype("int64")), position, has_gauss, cached),
-    }

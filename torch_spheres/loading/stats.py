@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,8 +22,7 @@ CALLS_KEPT = 10_000
 """Calls of ``next()`` that a `Meter` remembers one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One ``next()`` of the loop. Times are in seconds."""
 
     ended: float
@@ -65,25 +65,19 @@ class LoaderStats:
     queue_depth: float
     """Batches that stood ready when the loop asked for one, on average. 0: the loop had to wait."""
     workers: int
-    """Logical workers that load ahead of the loop; 0: the loop's own thread and the spheres."""
+    """Logical workers that load ahead of the loop; 0: the loop's own thread loads."""
     way: str
     """How batches were loaded last: ``"gather"`` (rows copied in C++), ``"spheres"`` (samples in
-    threads), ``"caller"`` (as the plain loader does), ``"process"`` (the loader's own processes).
+    threads), ``"caller"`` (the loop's own thread), ``"process"`` (the loader's own processes).
     """
 
-    declined: str
-    """Why a loader with ``num_workers=0`` leaves the spheres alone: ``"random"`` (the dataset draws
-    random numbers, and threads would draw them in another order), ``"state"`` (it changes when it
-    is asked for samples), ``"opaque"`` (it holds a handle, a connection or the like, and whether
-    that changes cannot be seen), ``"thread"`` (it works in the loop's thread only), ``"slower"``
-    (measured in the first batches), or ``""``."""
     origin: int = 0
     """Which loader of the process this is of: a number of its own for each."""
 
     def __sub__(self, before: LoaderStats) -> LoaderStats:
         """What the loader did after `before`: counts and times are differences.
 
-        `queue_depth` is the average between the two; `workers`, `way` and `declined` are the later.
+        `queue_depth` is the average between the two; `workers` and `way` are the later.
 
         Raises:
             ValueError: the two are of different loaders, or in the wrong order.
@@ -99,19 +93,10 @@ class LoaderStats:
                 f"the figures to take away, after {before.batches} batches, are later than the "
                 f"others, after {self.batches}: write later - earlier"
             )
-        batches = self.batches - before.batches
+        between = {name: getattr(self, name) - getattr(before, name) for name in _ADDED_UP}
         ready = self.queue_depth * self.batches - before.queue_depth * before.batches
-        return replace(
-            self,
-            batches=batches,
-            samples=self.samples - before.samples,
-            bytes=self.bytes - before.bytes,
-            waited=self.waited - before.waited,
-            worked=self.worked - before.worked,
-            computed=self.computed - before.computed,
-            elapsed=self.elapsed - before.elapsed,
-            queue_depth=max(0.0, ready / batches) if batches else 0.0,
-        )
+        depth = max(0.0, ready / between["batches"]) if between["batches"] else 0.0
+        return replace(self, **between, queue_depth=depth)
 
     @property
     def waiting(self) -> float:
@@ -131,18 +116,6 @@ class LoaderStats:
         share = f"the loop waited for data {self.waiting:.0%} of the time"
         if self.way == "process":
             return f"{share}; more num_workers may help"
-        if self.declined == "slower":
-            why = ": it runs in Python, one thread at a time (the GIL)" if has_gil() else ""
-            return (
-                f"{share}, and the dataset is no faster on several threads{why}. Process workers "
-                'may be faster: a DataLoader with num_workers=, and wrap(loader, workers="process")'
-            )
-        if self.declined:
-            return (
-                f"{share}; samples are loaded one by one, because the dataset "
-                f"{_DECLINED[self.declined]}. Give the DataLoader num_workers=: logical workers "
-                "have random streams of their own, and copies with wrap(copy_dataset=True)"
-            )
         if self.workers == 0:
             return f"{share}; give the DataLoader num_workers=, so that threads load ahead of it"
         if self.python_bound:
@@ -170,12 +143,7 @@ class LoaderStats:
         return line if self.advice is None else f"{line}\n{self.advice}"
 
 
-_DECLINED = {
-    "random": "draws random numbers, which come in the order of the samples",
-    "state": "changes when it is asked for samples",
-    "opaque": "holds a handle, a connection or the like, which may change when it is asked",
-    "thread": "fails in another thread than the loop's",
-}
+_ADDED_UP = ("batches", "samples", "bytes", "waited", "worked", "computed", "elapsed")
 _origins = itertools.count(1)
 _ENOUGH_BATCHES = 8
 _ENOUGH_SECONDS = 1.0
@@ -192,14 +160,12 @@ class Meter:
         self._count = count
         self._origin = next(_origins)
         self.way = "caller"
-        self.declined = ""  # why a loader without workers does not use the spheres
         self._told = False
         self._messages: list[str] = []
         self._known: set[str] = set()
         self._batches = self._samples = self._bytes = self._ready = 0
         self._waited = self._worked = self._computed = self._elapsed = 0.0
-        # Plain tuples: a Call for each would cost as much as all the rest.
-        self._calls: deque[tuple[float, float, float, int | None]] = deque(maxlen=CALLS_KEPT)
+        self._calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self._here = threading.local()  # threads may share a loader
 
     def handed_out(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
@@ -224,21 +190,32 @@ class Meter:
         with self._lock:
             self._waited += seconds
             self._elapsed += elapsed
-            self._calls.append((ended, seconds, elapsed, ready))
+            self._calls.append(Call(ended, seconds, elapsed, ready))
 
     def calls(self) -> tuple[Call, ...]:
         """The last `CALLS_KEPT` of the loop, oldest first."""
         with self._lock:
-            kept = tuple(self._calls)
-        return tuple(Call(*figures) for figures in kept)
+            return tuple(self._calls)
 
-    def working(self) -> _Working:
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
         """A block in which the calling thread loads."""
-        return _Working(self)
+        begin, cpu = time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            self.worked(time.perf_counter() - begin, time.thread_time() - cpu)
 
-    def copying(self) -> _Copying:
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
         """A block in which rows are gathered: on a core all the time."""
-        return _Copying(self)
+        # (Asking for the thread's own time can take as long as gathering a batch.)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self.worked(seconds, seconds)
 
     def worked(self, seconds: float, computed: float) -> None:
         """A thread has loaded."""
@@ -253,7 +230,7 @@ class Meter:
         if self._told or self._elapsed < _ENOUGH_SECONDS or self._batches < _ENOUGH_BATCHES:
             return None
         now = self.snapshot()
-        if now.waiting < _MOSTLY or not (now.python_bound or self.declined):
+        if now.waiting < _MOSTLY or not now.python_bound:
             return None
         self._told = True
         return now.advice
@@ -278,39 +255,9 @@ class Meter:
                 queue_depth=self._ready / self._batches if self._batches else 0.0,
                 workers=self._workers,
                 way=self.way,
-                declined=self.declined,
                 origin=self._origin,
             )
 
 
 def _bytes(leaves: Iterable[Any]) -> Iterable[int]:
     return (leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_sparse)
-
-
-class _Copying:
-    # (Asking for the thread's own time can take as long as gathering a batch.)
-    __slots__ = ("_begin", "_meter")
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        seconds = time.perf_counter() - self._begin
-        self._meter.worked(seconds, seconds)
-
-
-class _Working:
-    __slots__ = ("_begin", "_meter")
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter(), time.thread_time()
-
-    def __exit__(self, *error: object) -> None:
-        begin, cpu = self._begin
-        self._meter.worked(time.perf_counter() - begin, time.thread_time() - cpu)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from torch_spheres import _compat
 from torch_spheres.context import CallerContext
 from torch_spheres.loading.info import Position, shown, worker_info
 from torch_spheres.loading.samples import Fetcher
@@ -29,11 +28,10 @@ Task = tuple[Any, Sequence[int] | None]  # what the sampler gave, and its places
 class Plan:
     """What all workers of a loader have in common."""
 
-    kind: int
     dataset: Any
+    iterable: bool
     auto_collation: bool
-    collate_fn: Callable[[Any], Any]
-    drop_last: bool
+    make_fetcher: Callable[[Any], Fetcher]
     init_fn: Callable[[int], Any] | None
     workers: int
     base_seed: int
@@ -50,8 +48,7 @@ def _dataset_for_worker(plan: Plan) -> Any:
     documentation of iterable datasets has it, or while it iterates. A shallow copy has attributes
     of its own, and shares what they hold; one that saves its position is copied as a whole.
     """
-    iterable = plan.kind == _compat.DatasetKind.Iterable
-    if plan.copies or (iterable and plan.workers > 1 and has_position(plan.dataset)):
+    if plan.copies or (plan.iterable and plan.workers > 1 and has_position(plan.dataset)):
         try:
             return copy.deepcopy(plan.dataset)
         except Exception as error:
@@ -60,7 +57,7 @@ def _dataset_for_worker(plan: Plan) -> Any:
                 "asked for with copy_dataset=True, or saves its position (state_dict)"
             )
             raise
-    if iterable or plan.init_fn is not None:
+    if plan.iterable or plan.init_fn is not None:
         return copy.copy(plan.dataset)
     return plan.dataset
 
@@ -126,12 +123,12 @@ class Worker:
             self._prepare()
         with shown(self._info), self._streams.active():
             if self._fetcher is None:
-                iterable = plan.kind == _compat.DatasetKind.Iterable
-                self._fetcher = self._begin(len(index) if iterable and plan.auto_collation else 1)
+                samples = len(index) if plan.iterable and plan.auto_collation else 1
+                self._fetcher = self._begin(samples)
             try:
                 loaded = self._fetcher.fetch(index, position)
             except StopIteration:
-                if plan.kind != _compat.DatasetKind.Iterable:
+                if not plan.iterable:
                     raise
                 self.ended = True
                 return Result(self.number, ended=True, snapshot=self.snapshot())
@@ -148,12 +145,9 @@ class Worker:
 
     def _prepare(self) -> None:
         plan = self._plan
-        generator = torch.Generator()
-        generator.manual_seed(plan.base_seed + self.number)
-        self._info = worker_info(
-            self.number, plan.workers, plan.base_seed, self._dataset, generator
-        )
-        self._streams = WorkerStreams(self._info.seed, generator)
+        self._streams = WorkerStreams(plan.base_seed + self.number)
+        cpu = self._streams.generator(torch.device("cpu"))
+        self._info = worker_info(self.number, plan.workers, plan.base_seed, self._dataset, cpu)
         self._ready = True
         if plan.init_fn is None:
             return
@@ -166,14 +160,10 @@ class Worker:
                 raise
 
     def _begin(self, samples: int) -> Fetcher:
-        plan, restored = self._plan, self._restored
-        self._restored = None
-        dataset = self._info.dataset
-        if restored is not None:
-            restored.restore_dataset(dataset)
-        fetcher = Fetcher(plan.kind, dataset, plan.auto_collation, plan.collate_fn, plan.drop_last)
-        if restored is not None:
-            self.fetched = restored.fetched
-            restored.restore_iterator(fetcher, samples)
-            restored.restore_streams(self._info.rng)
+        make, restored, dataset = self._plan.make_fetcher, self._restored, self._info.dataset
+        if restored is None:
+            return make(dataset)
+        self._restored, self.fetched = None, restored.fetched
+        fetcher = restored.restore(dataset, make, samples)
+        restored.restore_streams(self._info.rng)
         return fetcher
