@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from decimal import Decimal
 from itertools import pairwise
 
+import torch_spheres as ts
+
 ARROWS = ("work", "steal", "gradient")
 
 
