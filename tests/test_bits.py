@@ -108,14 +108,14 @@ def test_forward_backward_has_the_bits_of_its_reference(name: str, counted: bool
         return F.cross_entropy(out[kept], y[kept], reduction="sum"), int(kept.sum())
 
     prints = set()
-    for levels, rows, numbers in ((2, 50, (0, 1, 2, 5)), (3, 150, (0, 3))):
+    for levels, rows, steps, numbers in ((2, 50, 3, (0, 1, 2, 5)), (3, 150, 1, (0, 3))):
         for concurrency in numbers:  # 0 is the reference
             model = zoo.make(name)
             optimizers = zoo.optimizer_of(model, "sgd")
             losses = []
             with ts.KissingSpheres(levels, concurrency=max(1, concurrency)) as spheres:
                 parallel = ts.SphereParallel(model, spheres)
-                for x, y in zoo.batches(rows):
+                for x, y in zoo.batches(rows, steps):
                     optimizers.zero_grad()
                     if concurrency:
                         losses.append(parallel.forward_backward(loss_fn, x, y))
