@@ -40,6 +40,13 @@ def pytest_configure(config):
         effort.take_long()
 
 
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="needs --long"))
+
+
 @pytest.fixture(scope="module")
 def spheres():
     """Running spheres that the tests of a file share and leave as they are."""
