@@ -226,7 +226,7 @@ class AheadIterator(SphereIterator):
 
     def _begin_to_gather(self, task: _Task) -> bool:
         """False: it has to be loaded sample by sample."""
-        with self._meter.copying():
+        with self._meter.working(on_core=True):
             with torch.inference_mode(mode=False):  # see `_context`
                 prepared = prepare(self._dataset, task.index)
             if prepared is None:
@@ -247,9 +247,6 @@ class AheadIterator(SphereIterator):
         self._meter.way = "gather"
         self._meter.handed_out(batch, len(task.index), ready, task.rows.bytes)
         return batch
-
-    def _help(self) -> None:
-        self._team.help()
 
     def progress(self) -> Progress:
         """After the batch that was handed out last.

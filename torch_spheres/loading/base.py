@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SphereIterator"]
 
-_LOOK = 0.02  # seconds between two looks at what a thread that waits could do
-
 
 class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when it runs
     """Draws, sampler, warnings and length are torch's; how to come back to a position is ours."""
@@ -48,7 +46,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         ranks = loader._sphere_ranks
         self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
         self._places: Sequence[int] | None = None  # of the index list that was cut last
-        self._one_at_a_time = threading.RLock()
+        self._in_use = threading.RLock()
         self._snapshots: dict[int, Snapshot] = {}
         self.finished = False  # all of the epoch was handed out
         self._begin_counting(fresh=True)
@@ -90,15 +88,13 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
     def _come_back(self, loader: SphereLoader[Any], resumed: Progress) -> None:
         """Torch's own __init__, with the draws of the epoch that is resumed."""
-        if resumed.begun and resumed.fresh:
+        if resumed.fresh:
             self._sources.restore(resumed.start)
-        saved = resumed.start["global"] if resumed.begun and resumed.fresh else None
         if resumed.base_seed is None:  # of an epoch to come: it draws one as any other
-            self._sources.restore(resumed.start)
             self._begin_counting(fresh=True)
             super().__init__(loader)
             return
-        with self._sources.repeating(saved):
+        with self._sources.repeating(resumed.start["global"] if resumed.fresh else None):
             super().__init__(loader)
             self._after_base_seed = torch.get_rng_state()
         self._base_seed = resumed.base_seed
@@ -190,7 +186,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
     # ---- torch's interface ----
 
     def __next__(self) -> Any:
-        with self._turn_to_load():
+        with self._alone():
             # First: as an error, a warning must not lose a batch.
             if (news := self._meter.news()) is not None:
                 warnings.warn(news, UserWarning, stacklevel=2)
@@ -204,24 +200,17 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                 self._meter.waited(end - begin, end - since, end)
 
     @contextlib.contextmanager
-    def _turn_to_load(self) -> Iterator[None]:
-        """Threads may share an iterator; this waits for the others.
-
-        On one of the spheres' threads whoever has the turn may wait for this very thread.
-        """
-        lock = self._one_at_a_time
-        if not self._spheres._core.on_own_thread():
-            lock.acquire()
-        elif not lock.acquire(blocking=False):
-            while not lock.acquire(timeout=_LOOK):
-                self._help()
+    def _alone(self) -> Iterator[None]:
+        """A block for one thread at a time."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in next() of this iterator; give each thread an iterator of its "
+                "own, or a lock to hold meanwhile"
+            )
         try:
             yield
         finally:
-            lock.release()
-
-    def _help(self) -> None:
-        """Does what the thread whose turn it is may wait for."""
+            self._in_use.release()
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter and loader._sphere_ranks is not None:

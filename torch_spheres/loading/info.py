@@ -14,6 +14,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,21 +81,15 @@ def collates_plainly() -> bool:
 # ---- a seed for each sample ----
 
 
+@dataclass(slots=True)
 class Position:
     """Where in the epoch a thread loads: what a sample's seed is made of."""
 
-    __slots__ = ("base_seed", "batch", "over", "place", "places")
-
-    def __init__(
-        self,
-        base_seed: int,
-        batch: int,
-        over: threading.Event | None = None,
-        places: Sequence[int] | None = None,
-    ) -> None:
-        self.base_seed, self.batch, self.place = base_seed, batch, 0
-        self.over = over  # set: nobody waits for the batch any more
-        self.places = places  # in the batch of all processes, of this one's samples
+    base_seed: int
+    batch: int
+    over: threading.Event | None = None  # set: nobody waits for the batch any more
+    places: Sequence[int] | None = None  # in the batch of all processes, of this one's samples
+    place: int = 0
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class InlineIterator(SphereIterator):
         prepared = prepare(self._dataset, index) if self._gathers else None
         if prepared is not None:
             batch, rows = prepared
-            with self._meter.copying():
+            with self._meter.working(on_core=True):
                 rows.finish(self._running_core())
             self._meter.way = "gather"
             self._meter.handed_out(batch, len(index), 0, rows.bytes)
@@ -75,7 +75,7 @@ class InlineIterator(SphereIterator):
     def progress(self) -> Progress:
         """After the batch that was handed out last; nothing was loaded ahead of it."""
         if self._iterable and self._at.tasks > 0:
-            with self._turn_to_load():  # while no other thread is in the middle of a batch
+            with self._alone():
                 self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._at.tasks)}
                 return super().progress()
         return super().progress()
