@@ -93,8 +93,7 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches in a whole epoch; TypeError where the sampler has no length."""
-        rows = len(self.sampler)  # type: ignore[arg-type]
-        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+        return len(BatchSampler(self.sampler, self.batch_size, self.drop_last))
 
     def shards(self, batch: Sequence[int]) -> list[list[int]]:
         """A *global* batch's rows per leaf; the last are ``[]`` with fewer rows than leaves."""
@@ -111,8 +110,6 @@ class SphereBatchSampler(Sampler[list[int]]):
         """A batch *as this rank yielded it*, split into a list for each group that it owns (or
         owns leaves of).
         """
-        if self.world_size == 1:
-            return self.groups(batch)
         groups: list[list[int]] = [[] for _ in range(self._group_count)]
         for shard, rows in self.own_shards(batch).items():
             groups[shard % self._group_count] += rows

@@ -7,20 +7,21 @@ order results are handed out is what a `DataLoader` does with worker processes.
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
-from torch_spheres.loading.progress import Progress
-from torch_spheres.loading.snapshots import Snapshot
-from torch_spheres.loading.streams import shared_states
+from torch_spheres.loading.progress import Progress, Snapshot
 from torch_spheres.loading.team import Team
 from torch_spheres.loading.worker import Plan, Result
+from torch_spheres.random import numpy_state
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
@@ -38,6 +39,11 @@ _SHARED_RANDOM = (
 
 
 _LOOKS = 8  # batches
+
+
+def shared_states() -> Any:
+    """Of Python's and numpy's process-wide generators."""
+    return random.getstate(), numpy_state(np.random)
 
 
 def _context() -> CallerContext:

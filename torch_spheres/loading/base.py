@@ -18,9 +18,8 @@ from torch_spheres.errors import StoppedError
 from torch_spheres.loading.gather import gathers
 from torch_spheres.loading.info import install
 from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
-from torch_spheres.loading.progress import Progress, Sources, shape_of
+from torch_spheres.loading.progress import FAILED, Progress, Snapshot, Sources, shape_of
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.loading.snapshots import FAILED, Snapshot
 from torch_spheres.loading.transfer import Pinning, Transfer
 from torch_spheres.sampler import digest
 
@@ -126,7 +125,8 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                 )
             self._num_yielded = resumed.yielded
             yield
-        self._sources.restore_generators(resumed.now)
+        # Given generators, from which others may have drawn as well.
+        self._sources.restore(resumed.now, sampler=False)
 
     def _next_index(self) -> Any:
         index = super()._next_index()

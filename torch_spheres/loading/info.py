@@ -11,18 +11,16 @@ process. In threads nothing is handed over: while it stacks tensors, there is no
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from torch_spheres import _compat
 
-__all__ = ["Position", "at", "install", "sample_seed", "shown", "worker_info"]
+__all__ = ["Position", "at", "install", "sample_seed", "shown"]
 
 
 class _Here(threading.local):
@@ -33,16 +31,6 @@ class _Here(threading.local):
 _here = _Here()
 _lock = threading.Lock()
 _plain_map = dict(_compat.collate_fns)
-
-
-def worker_info(
-    worker: int, workers: int, base_seed: int, dataset: Any, generator: torch.Generator
-) -> Any:
-    """With the seeds, and random streams, that the process worker would have."""
-    seed = base_seed + worker
-    own = np.random.RandomState(_compat.numpy_seed(base_seed, worker))
-    generators = random.Random(seed), generator, own
-    return _compat.worker_info(worker, workers, seed, dataset, generators)
 
 
 @contextlib.contextmanager

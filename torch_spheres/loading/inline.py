@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
 from torch_spheres.loading.info import Position
-from torch_spheres.loading.progress import Progress
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.progress import Progress, Snapshot
 from torch_spheres.phases import phase
 
 if TYPE_CHECKING:
@@ -33,13 +32,10 @@ class InlineIterator(SphereIterator):
         if resumed is None or not (resumed.iterable and resumed.begun):
             self._fetcher = self._make_fetcher(self._dataset)
             return
+        samples = self._index_sampler.batch_size if self._auto_collation else 1
+        snapshot = resumed.snapshots().get(0, Snapshot(0, None, ""))  # (before the first batch)
         with self._sources.repeating(self._after_base_seed):
-            if resumed.workers:
-                samples = self._index_sampler.batch_size if self._auto_collation else 1
-                snapshot = resumed.snapshots()[0]
-                self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
-            else:
-                self._fetcher = self._make_fetcher(self._dataset)
+            self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
 
     def _next_data(self) -> Any:
         number = self._at.tasks

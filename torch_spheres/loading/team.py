@@ -18,7 +18,7 @@ from typing import TypeVar
 from torch_spheres._core import Work
 from torch_spheres.context import unset
 from torch_spheres.errors import StoppedError
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.progress import Snapshot
 from torch_spheres.loading.worker import Plan, Result, Task, Worker
 from torch_spheres.phases import phase_since
 from torch_spheres.system import KissingSpheres
