@@ -148,8 +148,7 @@ class _Counting:
 
     def __init__(self, iterator: Any, meter: Meter, device: torch.device | None) -> None:
         self._iterator, self._meter = iterator, meter
-        moves = device is not None and device.type != "cpu"
-        self._transfer = Transfer(device) if moves and device is not None else None
+        self._transfer = Transfer(device)
         self._last: float | None = None
 
     def __iter__(self) -> _Counting:
@@ -157,9 +156,7 @@ class _Counting:
 
     def __next__(self) -> Any:
         begin = time.perf_counter()
-        batch = next(self._iterator)
-        if self._transfer is not None:
-            batch = self._transfer.send(batch)()
+        batch = self._transfer.send(next(self._iterator))()
         end = time.perf_counter()
         self._meter.handed_out(batch, 0, 0)
         since = begin if self._last is None else self._last

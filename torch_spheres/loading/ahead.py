@@ -76,7 +76,6 @@ class AheadIterator(SphereIterator):
         super().__init__(loader, resumed)
         assert loader.prefetch_factor is not None
         self._limit = loader.prefetch_factor * self._num_workers
-        self._in_order = loader.in_order
         self._gathers &= loader.worker_init_fn is None
         self._plan = Plan(
             dataset=self._dataset,
@@ -253,18 +252,6 @@ class AheadIterator(SphereIterator):
         self._meter.way = "gather"
         self._meter.handed_out(batch, len(task.index), ready, task.rows.bytes)
         return batch
-
-    def progress(self) -> Progress:
-        """After the batch that was handed out last.
-
-        Raises:
-            RuntimeError: batches come out of order, or the dataset's own ``state_dict()`` fails.
-        """
-        if not self._in_order:
-            raise RuntimeError(
-                "a loader with in_order=False has no position to save; use in_order=True"
-            )
-        return super().progress()
 
     def _shutdown_workers(self) -> None:
         """Ends what is under way; the name is torch's, which other libraries call."""

@@ -20,7 +20,7 @@ from torch_spheres.loading.info import install
 from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
 from torch_spheres.loading.progress import FAILED, Progress, Snapshot, Sources, shape_of
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.loading.transfer import Pinning, Transfer
+from torch_spheres.loading.transfer import Transfer
 from torch_spheres.sampler import digest
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         install()
         self._spheres = loader.spheres
         self._meter = loader._meter
+        self._in_order = loader.in_order or loader.num_workers == 0
         self._sources = Sources(loader)
         self._shape = shape_of(loader)
         self._iterable = bool(self._shape["iterable"])
@@ -64,16 +65,12 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             self._collate_fn,
             self._drop_last,
         )
-        self._sender: Pinning | Transfer = (
-            Pinning(self._pin_memory_device if self._pin_memory else None)
-            if loader._sphere_device is None or loader._sphere_device.type == "cpu"
-            else Transfer(loader._sphere_device)
-        )
+        pins_for = self._pin_memory_device if self._pin_memory else None
+        self._sender = Transfer(loader._sphere_device, pins_for)
         self._gathers = (
             not self._iterable
             and self._auto_collation
-            and isinstance(self._sender, Pinning)
-            and not self._pin_memory
+            and self._sender.does_nothing
             and gathers(self._dataset, self._collate_fn)
         )
 
@@ -171,8 +168,13 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         """After the batch that was handed out last.
 
         Raises:
-            RuntimeError: the iterable dataset's own ``state_dict()`` has failed.
+            RuntimeError: batches come out of order, or the iterable dataset's own
+                ``state_dict()`` has failed.
         """
+        if not self._in_order:
+            raise RuntimeError(
+                "a loader with in_order=False has no position to save; use in_order=True"
+            )
         for snapshot in self._snapshots.values():
             if snapshot.holder == FAILED:
                 raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")

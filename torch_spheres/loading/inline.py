@@ -73,7 +73,6 @@ class InlineIterator(SphereIterator):
         if self._iterable and self._at.tasks > 0:
             with self._alone():
                 self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._at.tasks)}
-                return super().progress()
         return super().progress()
 
     def _shutdown_workers(self) -> None:

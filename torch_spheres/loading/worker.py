@@ -19,7 +19,7 @@ from torch_spheres.loading.info import Position, shown
 from torch_spheres.loading.progress import Snapshot, has_position
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.stats import Meter
-from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
+from torch_spheres.loading.transfer import Delivery, Transfer
 from torch_spheres.random import RandomSource
 
 __all__ = ["Plan", "Result", "Task", "Worker"]
@@ -40,7 +40,7 @@ class Plan:
     base_seed: int
     copies: bool
     context: CallerContext
-    sender: Pinning | Transfer
+    sender: Transfer
     meter: Meter
 
 
