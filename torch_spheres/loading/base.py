@@ -17,7 +17,7 @@ from torch_spheres import _compat, _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.gather import gathers
 from torch_spheres.loading.info import install
-from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
+from torch_spheres.loading.portions import Portions, collate_own, same_random_state
 from torch_spheres.loading.progress import FAILED, Progress, Snapshot, Sources, shape_of
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.transfer import Transfer
@@ -57,7 +57,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         else:
             self._come_back(loader, resumed)
         if self._portions is not None and self._iterable:
-            self._collate_fn = CutSamples(self._collate_fn, self._portions)
+            self._collate_fn = functools.partial(collate_own, self._collate_fn, self._portions)
         self._make_fetcher = functools.partial(
             Fetcher,
             self._dataset_kind,

@@ -61,13 +61,12 @@ class Snapshot:
         for holder, value in (("iterator", iterator), ("dataset", fetcher.dataset)):
             if has_position(value):
                 try:
-                    snapshot.holder, snapshot.progress = holder, copy.deepcopy(value.state_dict())
+                    snapshot.progress = copy.deepcopy(value.state_dict())
+                    snapshot.holder = holder
                 except Exception as error:  # noqa: BLE001
                     # Whoever asks for the loader's state is told; nobody else needs it.
-                    snapshot.holder, snapshot.progress = (
-                        FAILED,
-                        f"{type(value).__name__}: {error!r}",
-                    )
+                    snapshot.progress = f"{type(value).__name__}: {error!r}"
+                    snapshot.holder = FAILED
                 break
         return snapshot
 
