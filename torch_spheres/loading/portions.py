@@ -72,7 +72,7 @@ class Portions:
 def collate_own(
     collate_fn: Callable[[Any], Any], portions: Portions, samples: Sequence[Any]
 ) -> Any:
-    """This rank's samples, of an iterable dataset, which every rank has to read as a whole."""
+    """Collates this rank's of an iterable dataset's samples, which every rank has to read."""
     mine, _ = portions.of(samples)
     batch = collate_fn([*mine])
     return without_rows(batch) if type(mine) is NoRows else batch
