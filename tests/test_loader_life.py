@@ -230,20 +230,29 @@ def test_errors_hold_nothing(spheres):
             gc.enable()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_copies_and_pickles(spheres, workers):
-    class Named(DataLoader):
-        name = "mine"
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(spheres, duplicate):
+    with pytest.raises(TypeError, match=r"copy the DataLoader, and wrap\(\) it where it is used"):
+        duplicate(wrapped(Numbers(20), spheres, 2))
 
-    globals()["Named"] = Named
-    Named.__qualname__ = "Named"
-    for kind in (DataLoader, Named):
-        plain = kind(Numbers(20), 4, num_workers=workers)
-        loader = ts.wrap(plain, spheres, copy_dataset=True)
-        deep, pickled = copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))
-        assert deep.spheres is spheres and pickled.spheres is not spheres
-        assert pickled.spheres.levels == 2 and pickled.spheres.concurrency == 3
-        for other in (deep, pickled):
-            assert type(other) is type(loader) and other.dataset is not loader.dataset
-            assert [b[1].tolist() for b in other] == [b[1].tolist() for b in plain]
-        pickled.spheres.stop()
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_threads_in_one_iterator_are_told(spheres, workers):
+    dataset = Gated()
+    iterator, batches = iter(wrapped(dataset, spheres, workers)), []
+    thread = threading.Thread(target=lambda: batches.append(next(iterator)))
+    thread.start()
+    assert dataset.started.wait(60)
+    eventually(lambda: in_use(iterator))
+    with pytest.raises(RuntimeError, match=r"another thread is in next\(\) of this iterator"):
+        next(iterator)
+    dataset.gate.set()
+    thread.join(60)
+    assert torch.cat([*batches, *iterator]).tolist() == [*range(40)]
+
+
+def in_use(iterator):
+    free = iterator._in_use.acquire(blocking=False)
+    if free:
+        iterator._in_use.release()
+    return not free

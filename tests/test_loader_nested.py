@@ -1,8 +1,7 @@
-"""Loaders in work items, in other loaders' datasets, on many threads, on spheres without room."""
+"""Loaders in work items, in other loaders' datasets, on spheres without room."""
 
 from __future__ import annotations
 
-import itertools
 import signal
 import threading
 import time
@@ -157,30 +156,6 @@ def test_ctrl_c_just_before_a_task_is_scheduled(spheres, monkeypatch):
     assert [int(i) for batch in iterator for i in batch[1]] == list(range(12))
 
 
-def sizes(iterator, most):
-    return [len(batch[0]) for batch in itertools.islice(iterator, most)]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["samples", "tensors"])
-def test_work_items_and_the_loop_share_an_iterator(workers, kind):
-    """All spheres wait for their turn, while the loop waits for the spheres."""
-    dataset = Numbers(200) if kind == "samples" else TensorDataset(torch.randn(200, 9000))
-    for concurrency in (1, 2):
-        with ts.KissingSpheres(levels=2, concurrency=concurrency) as spheres:
-            iterator = iter(wrapped(dataset, spheres, workers))
-            work = spheres._core.submit(
-                lambda _, iterator=iterator: sizes(iterator, 20),
-                (0, 1),
-                collect=True,
-            )
-            rows = sizes(iterator, 40)
-            work.wait(60)
-            rows += [n for part in work.results for n in part]
-            rows += sizes(iterator, 100)
-            assert rows == [2] * 100
-
-
 @pytest.mark.parametrize("kind", ["samples", "tensors"])
 def test_an_iterator_from_outside_goes_on_in_a_work_item(kind):
     """What is under way for it may be waiting for that item's very thread."""
@@ -246,21 +221,3 @@ def test_what_a_waiting_sphere_has_set_is_not_the_datasets():
     assert seen == [(False, False, True, "cpu")] * 8
     assert [b.flatten().tolist() for b in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert not any(b.is_inference() for b in batches)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_threads_may_share_an_iterator(spheres, workers):
-    iterator = iter(wrapped(Numbers(200), spheres, workers))
-    rows, lock = [], threading.Lock()
-
-    def take():
-        for batch in iterator:
-            with lock:
-                rows.extend(batch[1].tolist())
-
-    threads = [threading.Thread(target=take) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(rows) == list(range(200))

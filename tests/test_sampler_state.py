@@ -76,6 +76,8 @@ def test_resumed_epochs_are_the_uninterrupted_ones(
     assert state["position"] == position
     assert state["epoch"] == before
 
+    if position == 0 and state["kind"] == "global":
+        again = True  # it begins with the caller's random state
     same_draws = again or state["kind"] != "global"
     resumed: list[list[list[list[int]]]] = []
     for rank in range(worlds[1]):
@@ -105,14 +107,14 @@ def test_state_of_a_finished_epoch_is_that_of_the_next(name: str) -> None:
     run_epochs(batches, range(2))
     state = saved(batches.state_dict())
     assert state["position"] == 0
+    rng = torch.get_rng_state()
     following = run_epochs(batches, range(2, 4))
     torch.manual_seed(2)
     fresh = SphereBatchSampler(SAMPLERS[name](20), 3)
     fresh.load_state_dict(state)
     if state["kind"] == "global":
-        assert run_epochs(fresh, range(2, 3)) == following[:1]
-    else:
-        assert run_epochs(fresh, range(2, 4)) == following
+        torch.set_rng_state(rng)
+    assert run_epochs(fresh, range(2, 4)) == following
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -196,15 +198,13 @@ def test_set_epoch_is_forwarded_and_restored() -> None:
 
 
 def test_a_state_saved_between_loading_and_beginning() -> None:
-    state = SphereBatchSampler(RandomSampler(range(10)), 2).state_dict()
-    batches = SphereBatchSampler(RandomSampler(range(10)), 2)
-    batches.load_state_dict(state)
+    batches, again = (SphereBatchSampler(SAMPLERS["tracking"](10), 2) for _ in range(2))
+    batches.load_state_dict(batches.state_dict())
     batches.set_epoch(3)
-    assert batches.state_dict()["epoch"] == 3
-    torch.manual_seed(8)  # not what the loaded state draws from
-    next(iter(batches))
-    assert batches.state_dict()["epoch"] == 3
-    assert torch.equal(batches.state_dict()["start"], state["start"])
+    state = batches.state_dict()
+    assert (state["epoch"], state["position"]) == (3, 0)
+    again.load_state_dict(state)
+    assert list(again) == list(batches)
 
     sampler = RandomSampler(range(10), generator=given_generator())
     batches = SphereBatchSampler(sampler, 2)
@@ -303,8 +303,7 @@ def test_dataloader_sees_no_difference(workers: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(("begun", "restored"), [(True, False), (True, True), (False, True)])
 def test_dataloader_resumes(workers: int, shared: bool, begun: bool, restored: bool) -> None:
     def make() -> tuple[SphereBatchSampler, DataLoader[Any]]:
         generator = given_generator() if shared else None

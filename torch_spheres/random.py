@@ -21,7 +21,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "RandomSource",
     "ShardRandom",
     "next_base",
+    "numpy_state",
     "random_states",
     "restore_random_states",
 ]
@@ -84,14 +85,32 @@ class CallRandom:
         return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
 
 
-class RandomSource(Protocol):
-    """What stands in for the default generators on a thread."""
+class RandomSource:
+    """What stands in for the default generators on a thread: one with the same seed per device."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def seed(self) -> int:
+        """Asked for with the first draw on a device."""
+        raise NotImplementedError
+
+    def active(self) -> Active:
+        """On the calling thread: default random numbers come from here inside the block."""
+        return Active(self)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """In place of the default generator of the device."""
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = torch.Generator(device).manual_seed(self.seed())
+            self._generators[device] = generator
+        return generator
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
-        """In place of a generator that was handed to the operator."""
+        """In place of a generator that was handed to the operator: itself."""
+        del op
+        return given
 
 
 class Active:
@@ -114,7 +133,7 @@ class Active:
         _here.shard = self._outer
 
 
-class ShardRandom:
+class ShardRandom(RandomSource):
     """The random numbers of one shard, through its forward and its backward.
 
     Args:
@@ -123,22 +142,13 @@ class ShardRandom:
     """
 
     def __init__(self, call: CallRandom, shard: int) -> None:
+        super().__init__()
         self._call = call
         self._shard = shard
-        self._generators: dict[torch.device, torch.Generator] = {}
 
-    def active(self) -> Active:
-        """On the calling thread: default random numbers are this shard's inside the block."""
-        return Active(self)
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The shard's generator on a device."""
-        generator = self._generators.get(device)
-        if generator is None:
-            generator = torch.Generator(device)
-            generator.manual_seed(self._call.base() + self._shard)
-            self._generators[device] = generator
-        return generator
+    def seed(self) -> int:
+        """The call's base seed plus the shard's number."""
+        return self._call.base() + self._shard
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
         """Refuses.
@@ -171,12 +181,21 @@ def _draw_base(generator: torch.Generator) -> int:
 def random_states() -> dict[str, Any]:
     """Of torch's default generator, Python's and numpy's: a tensor, and plain values."""
     version, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state(),
         "python": [version, [*words], gauss],
-        "numpy": _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, numpy_state),
+        "numpy": numpy_state(np.random),
     }
+
+
+def numpy_state(generator: Any) -> Any:
+    """Plain values, which compare by ``==``, ``set_state`` takes and ``torch.load`` gives back.
+
+    Args:
+        generator: a `RandomState`, or `numpy.random`.
+    """
+    state = generator.get_state(legacy=False)
+    return _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, state)
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:

@@ -76,7 +76,6 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.epoch: int | None = None  # what set_epoch was told last
         self._newest: _Epoch | None = None  # of the iterator that began last, until its end
         self._pending: _Epoch | None = None  # loaded, for the iterator that begins next
-        self._rng_at_iter: torch.Tensor | None = None  # global RNG at the first iter() since
         self._group_count = min(self._leaves, GROUPS)
         whole = _is_int(world_size) and world_size > 0
         if not whole or self._leaves % world_size:
@@ -94,8 +93,7 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches in a whole epoch; TypeError where the sampler has no length."""
-        rows = len(self.sampler)  # type: ignore[arg-type]
-        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+        return len(BatchSampler(self.sampler, self.batch_size, self.drop_last))
 
     def shards(self, batch: Sequence[int]) -> list[list[int]]:
         """A *global* batch's rows per leaf; the last are ``[]`` with fewer rows than leaves."""
@@ -112,8 +110,6 @@ class SphereBatchSampler(Sampler[list[int]]):
         """A batch *as this rank yielded it*, split into a list for each group that it owns (or
         owns leaves of).
         """
-        if self.world_size == 1:
-            return self.groups(batch)
         groups: list[list[int]] = [[] for _ in range(self._group_count)]
         for shard, rows in self.own_shards(batch).items():
             groups[shard % self._group_count] += rows
@@ -160,11 +156,6 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterators yield independently, and draw nothing before their first ``next()``."""
-        if self._pending is not None and self._rng_at_iter is None:
-            self._rng_at_iter = torch.get_rng_state()
-        return self._batches()
-
-    def _batches(self) -> Iterator[list[int]]:
         epoch, rows = self._begin()
         self._newest = epoch
         while chunk := [*islice(rows, self.batch_size)]:
@@ -210,17 +201,17 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iterator to begin yields the batches that were left, on any rank of any world
-        size; later ones begin at the beginning. The global RNG stays as it is; if the caller has
-        restored it, an epoch that had not begun draws its seed from there. ValueError: another
-        batch_size, drop_last or source of draws, or a key missing. RuntimeError at the first
-        ``next()``: the sampler does not repeat the batches that were handed out.
+        size; later ones begin at the beginning. The global RNG stays as it is, and an epoch that
+        had not begun draws from there: restore it as well. ValueError: another batch_size,
+        drop_last or source of draws, or a key missing. RuntimeError at the first ``next()``: the
+        sampler does not repeat the batches that were handed out.
         """
         (kind, _, restore), names = source_of(self.sampler), [f.name for f in fields(_Epoch)]
         here = {"batch_size": self.batch_size, "drop_last": self.drop_last, "kind": kind}
         check_state(state, "a SphereBatchSampler", names, here)
         epoch = _Epoch(**copy.deepcopy({name: state[name] for name in names}))
-        self._newest = self._rng_at_iter = None
-        self._pending = None if kind == "generator" and epoch.position == 0 else epoch
+        self._newest = None
+        self._pending = epoch if kind == "sampler" or epoch.position > 0 else None
         if kind != "global" and epoch.position == 0:  # others may draw from it before next()
             restore(epoch.start)
             with torch.random.fork_rng(devices=[]):
@@ -238,9 +229,7 @@ class SphereBatchSampler(Sampler[list[int]]):
     def _begin(self) -> tuple[_Epoch, Iterator[Any]]:
         """The epoch that an iterator begins or resumes, and its rows from there on."""
         saved, self._pending = self._pending, None
-        if saved is not None and saved.position == 0:
-            saved = _seed_source(saved, self._rng_at_iter) if saved.kind == "global" else None
-        if saved is None:
+        if saved is None or saved.position == 0:
             return self._new_epoch(), iter(self.sampler)
         epoch, restore = _Epoch(saved.epoch, saved.kind, saved.start), source_of(self.sampler)[2]
         with torch.random.fork_rng(devices=[]):
@@ -248,9 +237,8 @@ class SphereBatchSampler(Sampler[list[int]]):
             rows = iter(self.sampler)
             for _ in range(saved.position):
                 epoch.count(_as_ints([*islice(rows, self.batch_size)]))
-            ahead = [*islice(rows, 0 if saved.position else self.batch_size)]  # draws the seed
         if epoch.digest == saved.digest:
-            return epoch, chain(ahead, rows)
+            return epoch, rows
         if saved.kind == "sampler":  # it counts its rows, and was behind when the epoch began
             restore(saved.now)
             return saved, iter(self.sampler)
@@ -299,23 +287,6 @@ def source_of(sampler: Any) -> tuple[str, Callable[[], Any], Callable[[Any], obj
     if isinstance(own := getattr(sampler, "generator", None), torch.Generator):
         return "generator", own.get_state, lambda saved: own.set_state(saved.cpu())
     return "global", torch.get_rng_state, lambda saved: torch.set_rng_state(saved.cpu())
-
-
-def _seed_source(epoch: _Epoch, at_iter: torch.Tensor | None) -> _Epoch | None:
-    """Where an epoch that was saved before it began draws its seed: None if from the global RNG,
-    which the caller has restored; else its start, moved on by the seed that a DataLoader draws
-    between iter() and the sampler's first next().
-    """
-    generator, now = torch.Generator(), torch.get_rng_state()
-    generator.set_state(epoch.start.cpu())
-    for draws in range(8):  # so many loaders may have begun since the restoration
-        state = generator.get_state()
-        if torch.equal(state, now):
-            return None
-        if draws == 1 and at_iter is not None and not torch.equal(now, at_iter):
-            epoch.start = state
-        torch.empty((), dtype=torch.int64).random_(generator=generator)
-    return epoch
 
 
 def _is_int(value: Any) -> bool:

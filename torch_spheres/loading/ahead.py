@@ -7,20 +7,21 @@ order results are handed out is what a `DataLoader` does with worker processes.
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
-from torch_spheres.loading.progress import Progress
-from torch_spheres.loading.snapshots import Snapshot
-from torch_spheres.loading.streams import shared_states
+from torch_spheres.loading.progress import Progress, Snapshot
 from torch_spheres.loading.team import Team
 from torch_spheres.loading.worker import Plan, Result
+from torch_spheres.random import numpy_state
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
@@ -38,6 +39,11 @@ _SHARED_RANDOM = (
 
 
 _LOOKS = 8  # batches
+
+
+def shared_states() -> Any:
+    """Of Python's and numpy's process-wide generators."""
+    return random.getstate(), numpy_state(np.random)
 
 
 def _context() -> CallerContext:
@@ -70,7 +76,6 @@ class AheadIterator(SphereIterator):
         super().__init__(loader, resumed)
         assert loader.prefetch_factor is not None
         self._limit = loader.prefetch_factor * self._num_workers
-        self._in_order = loader.in_order
         self._gathers &= loader.worker_init_fn is None
         self._plan = Plan(
             dataset=self._dataset,
@@ -226,7 +231,7 @@ class AheadIterator(SphereIterator):
 
     def _begin_to_gather(self, task: _Task) -> bool:
         """False: it has to be loaded sample by sample."""
-        with self._meter.copying():
+        with self._meter.working(on_core=True):
             with torch.inference_mode(mode=False):  # see `_context`
                 prepared = prepare(self._dataset, task.index)
             if prepared is None:
@@ -247,21 +252,6 @@ class AheadIterator(SphereIterator):
         self._meter.way = "gather"
         self._meter.handed_out(batch, len(task.index), ready, task.rows.bytes)
         return batch
-
-    def _help(self) -> None:
-        self._team.help()
-
-    def progress(self) -> Progress:
-        """After the batch that was handed out last.
-
-        Raises:
-            RuntimeError: batches come out of order, or the dataset's own ``state_dict()`` fails.
-        """
-        if not self._in_order:
-            raise RuntimeError(
-                "a loader with in_order=False has no position to save; use in_order=True"
-            )
-        return super().progress()
 
     def _shutdown_workers(self) -> None:
         """Ends what is under way; the name is torch's, which other libraries call."""

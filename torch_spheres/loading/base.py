@@ -17,19 +17,16 @@ from torch_spheres import _compat, _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.gather import gathers
 from torch_spheres.loading.info import install
-from torch_spheres.loading.portions import CutSamples, Portions, same_random_state
-from torch_spheres.loading.progress import Progress, Sources, shape_of
+from torch_spheres.loading.portions import Portions, collate_own, same_random_state
+from torch_spheres.loading.progress import FAILED, Progress, Snapshot, Sources, shape_of
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.loading.snapshots import FAILED, Snapshot
-from torch_spheres.loading.transfer import Pinning, Transfer
+from torch_spheres.loading.transfer import Transfer
 from torch_spheres.sampler import digest
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
 
 __all__ = ["SphereIterator"]
-
-_LOOK = 0.02  # seconds between two looks at what a thread that waits could do
 
 
 class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when it runs
@@ -42,13 +39,14 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         install()
         self._spheres = loader.spheres
         self._meter = loader._meter
+        self._in_order = loader.in_order or loader.num_workers == 0
         self._sources = Sources(loader)
         self._shape = shape_of(loader)
         self._iterable = bool(self._shape["iterable"])
         ranks = loader._sphere_ranks
         self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
         self._places: Sequence[int] | None = None  # of the index list that was cut last
-        self._one_at_a_time = threading.RLock()
+        self._in_use = threading.RLock()
         self._snapshots: dict[int, Snapshot] = {}
         self.finished = False  # all of the epoch was handed out
         self._begin_counting(fresh=True)
@@ -59,7 +57,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         else:
             self._come_back(loader, resumed)
         if self._portions is not None and self._iterable:
-            self._collate_fn = CutSamples(self._collate_fn, self._portions)
+            self._collate_fn = functools.partial(collate_own, self._collate_fn, self._portions)
         self._make_fetcher = functools.partial(
             Fetcher,
             self._dataset_kind,
@@ -67,16 +65,12 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             self._collate_fn,
             self._drop_last,
         )
-        self._sender: Pinning | Transfer = (
-            Pinning(self._pin_memory_device if self._pin_memory else None)
-            if loader._sphere_device is None or loader._sphere_device.type == "cpu"
-            else Transfer(loader._sphere_device)
-        )
+        pins_for = self._pin_memory_device if self._pin_memory else None
+        self._sender = Transfer(loader._sphere_device, pins_for)
         self._gathers = (
             not self._iterable
             and self._auto_collation
-            and isinstance(self._sender, Pinning)
-            and not self._pin_memory
+            and self._sender.does_nothing
             and gathers(self._dataset, self._collate_fn)
         )
 
@@ -90,15 +84,13 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
     def _come_back(self, loader: SphereLoader[Any], resumed: Progress) -> None:
         """Torch's own __init__, with the draws of the epoch that is resumed."""
-        if resumed.begun and resumed.fresh:
+        if resumed.fresh:
             self._sources.restore(resumed.start)
-        saved = resumed.start["global"] if resumed.begun and resumed.fresh else None
         if resumed.base_seed is None:  # of an epoch to come: it draws one as any other
-            self._sources.restore(resumed.start)
             self._begin_counting(fresh=True)
             super().__init__(loader)
             return
-        with self._sources.repeating(saved):
+        with self._sources.repeating(resumed.start["global"] if resumed.fresh else None):
             super().__init__(loader)
             self._after_base_seed = torch.get_rng_state()
         self._base_seed = resumed.base_seed
@@ -130,7 +122,8 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                 )
             self._num_yielded = resumed.yielded
             yield
-        self._sources.restore_generators(resumed.now)
+        # Given generators, from which others may have drawn as well.
+        self._sources.restore(resumed.now, sampler=False)
 
     def _next_index(self) -> Any:
         index = super()._next_index()
@@ -175,8 +168,13 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         """After the batch that was handed out last.
 
         Raises:
-            RuntimeError: the iterable dataset's own ``state_dict()`` has failed.
+            RuntimeError: batches come out of order, or the iterable dataset's own
+                ``state_dict()`` has failed.
         """
+        if not self._in_order:
+            raise RuntimeError(
+                "a loader with in_order=False has no position to save; use in_order=True"
+            )
         for snapshot in self._snapshots.values():
             if snapshot.holder == FAILED:
                 raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")
@@ -190,7 +188,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
     # ---- torch's interface ----
 
     def __next__(self) -> Any:
-        with self._turn_to_load():
+        with self._alone():
             # First: as an error, a warning must not lose a batch.
             if (news := self._meter.news()) is not None:
                 warnings.warn(news, UserWarning, stacklevel=2)
@@ -204,24 +202,17 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                 self._meter.waited(end - begin, end - since, end)
 
     @contextlib.contextmanager
-    def _turn_to_load(self) -> Iterator[None]:
-        """Threads may share an iterator; this waits for the others.
-
-        On one of the spheres' threads whoever has the turn may wait for this very thread.
-        """
-        lock = self._one_at_a_time
-        if not self._spheres._core.on_own_thread():
-            lock.acquire()
-        elif not lock.acquire(blocking=False):
-            while not lock.acquire(timeout=_LOOK):
-                self._help()
+    def _alone(self) -> Iterator[None]:
+        """A block for one thread at a time."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in next() of this iterator; give each thread an iterator of its "
+                "own, or a lock to hold meanwhile"
+            )
         try:
             yield
         finally:
-            lock.release()
-
-    def _help(self) -> None:
-        """Does what the thread whose turn it is may wait for."""
+            self._in_use.release()
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter and loader._sphere_ranks is not None:

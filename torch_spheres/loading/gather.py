@@ -213,26 +213,18 @@ def _concatenated(dataset: Any, index: _Index) -> Any:
         begin = int(ends[k - 1]) if k else 0
         trees.append(_resolve(dataset.datasets[k], _Index.of((rows[where] - begin).tolist())))
         places.append(where)
-    return _merged(trees, places, len(rows))
-
-
-def _merged(trees: list[Any], places: list[npt.NDArray[np.intp]], rows: int) -> Any:
-    first = trees[0]
-    if len(trees) == 1:
-        return first
-    if any(type(tree) is not type(first) for tree in trees):
+    parts, nestings = zip(*map(_compat.pytree.tree_flatten, trees), strict=True)
+    if any(nesting != nestings[0] for nesting in nestings):
         raise _Slow
-    if isinstance(first, dict):
-        if any(tree.keys() != first.keys() for tree in trees):
-            raise _Slow
-        return {k: _merged([tree[k] for tree in trees], places, rows) for k in first}
-    if isinstance(first, list):
-        if any(len(tree) != len(first) for tree in trees):
-            raise _Slow
-        return [_merged([tree[i] for tree in trees], places, rows) for i in range(len(first))]
-    if any((tree.shape, tree.dtype) != (first.shape, first.dtype) for tree in trees):
+    columns = [_merged(column, places, len(rows)) for column in zip(*parts, strict=True)]
+    return _compat.pytree.tree_unflatten(columns, nestings[0])
+
+
+def _merged(parts: tuple[_Column, ...], places: list[npt.NDArray[np.intp]], rows: int) -> _Column:
+    first = parts[0]
+    if any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
         raise _Slow
     addresses = np.empty(rows, dtype=np.int64)
-    for tree, where in zip(trees, places, strict=True):
-        addresses[where] = tree.addresses
-    return _Column(addresses, first.shape, first.dtype, [tree.owners for tree in trees])
+    for part, where in zip(parts, places, strict=True):
+        addresses[where] = part.addresses
+    return _Column(addresses, first.shape, first.dtype, [part.owners for part in parts])

@@ -11,17 +11,16 @@ process. In threads nothing is handed over: while it stacks tensors, there is no
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from torch_spheres import _compat
 
-__all__ = ["Position", "at", "install", "sample_seed", "shown", "worker_info"]
+__all__ = ["Position", "at", "install", "sample_seed", "shown"]
 
 
 class _Here(threading.local):
@@ -32,16 +31,6 @@ class _Here(threading.local):
 _here = _Here()
 _lock = threading.Lock()
 _plain_map = dict(_compat.collate_fns)
-
-
-def worker_info(
-    worker: int, workers: int, base_seed: int, dataset: Any, generator: torch.Generator
-) -> Any:
-    """With the seeds, and random streams, that the process worker would have."""
-    seed = base_seed + worker
-    own = np.random.RandomState(_compat.numpy_seed(base_seed, worker))
-    generators = random.Random(seed), generator, own
-    return _compat.worker_info(worker, workers, seed, dataset, generators)
 
 
 @contextlib.contextmanager
@@ -80,21 +69,15 @@ def collates_plainly() -> bool:
 # ---- a seed for each sample ----
 
 
+@dataclass(slots=True)
 class Position:
     """Where in the epoch a thread loads: what a sample's seed is made of."""
 
-    __slots__ = ("base_seed", "batch", "over", "place", "places")
-
-    def __init__(
-        self,
-        base_seed: int,
-        batch: int,
-        over: threading.Event | None = None,
-        places: Sequence[int] | None = None,
-    ) -> None:
-        self.base_seed, self.batch, self.place = base_seed, batch, 0
-        self.over = over  # set: nobody waits for the batch any more
-        self.places = places  # in the batch of all processes, of this one's samples
+    base_seed: int
+    batch: int
+    over: threading.Event | None = None  # set: nobody waits for the batch any more
+    places: Sequence[int] | None = None  # in the batch of all processes, of this one's samples
+    place: int = 0
 
 
 @contextlib.contextmanager

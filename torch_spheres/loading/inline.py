@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
 from torch_spheres.loading.info import Position
-from torch_spheres.loading.progress import Progress
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.progress import Progress, Snapshot
 from torch_spheres.phases import phase
 
 if TYPE_CHECKING:
@@ -33,13 +32,10 @@ class InlineIterator(SphereIterator):
         if resumed is None or not (resumed.iterable and resumed.begun):
             self._fetcher = self._make_fetcher(self._dataset)
             return
+        samples = self._index_sampler.batch_size if self._auto_collation else 1
+        snapshot = resumed.snapshots().get(0, Snapshot(0, None, ""))  # (before the first batch)
         with self._sources.repeating(self._after_base_seed):
-            if resumed.workers:
-                samples = self._index_sampler.batch_size if self._auto_collation else 1
-                snapshot = resumed.snapshots()[0]
-                self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
-            else:
-                self._fetcher = self._make_fetcher(self._dataset)
+            self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
 
     def _next_data(self) -> Any:
         number = self._at.tasks
@@ -52,7 +48,7 @@ class InlineIterator(SphereIterator):
         prepared = prepare(self._dataset, index) if self._gathers else None
         if prepared is not None:
             batch, rows = prepared
-            with self._meter.copying():
+            with self._meter.working(on_core=True):
                 rows.finish(self._running_core())
             self._meter.way = "gather"
             self._meter.handed_out(batch, len(index), 0, rows.bytes)
@@ -75,9 +71,8 @@ class InlineIterator(SphereIterator):
     def progress(self) -> Progress:
         """After the batch that was handed out last; nothing was loaded ahead of it."""
         if self._iterable and self._at.tasks > 0:
-            with self._turn_to_load():  # while no other thread is in the middle of a batch
+            with self._alone():
                 self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._at.tasks)}
-                return super().progress()
         return super().progress()
 
     def _shutdown_workers(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_spheres import _compat
 from torch_spheres.ranks import Ranks
 
-__all__ = ["CutSamples", "NoRows", "Portions", "same_random_state", "without_rows"]
+__all__ = ["NoRows", "Portions", "collate_own", "same_random_state", "without_rows"]
 
 
 class NoRows(list[Any]):
@@ -69,19 +69,10 @@ class Portions:
         return [index[place] for place in places], places
 
 
-class CutSamples:
-    """A ``collate_fn`` for iterable datasets, which every rank has to read as a whole.
-
-    Args:
-        collate_fn: of the loader.
-        portions: this rank's.
-    """
-
-    def __init__(self, collate_fn: Callable[[Any], Any], portions: Portions) -> None:
-        self._collate_fn, self._portions = collate_fn, portions
-
-    def __call__(self, samples: list[Any]) -> Any:
-        """Collates this rank's samples."""
-        mine, _ = self._portions.of(samples)
-        batch = self._collate_fn([*mine])
-        return without_rows(batch) if type(mine) is NoRows else batch
+def collate_own(
+    collate_fn: Callable[[Any], Any], portions: Portions, samples: Sequence[Any]
+) -> Any:
+    """Collates this rank's of an iterable dataset's samples, which every rank has to read."""
+    mine, _ = portions.of(samples)
+    batch = collate_fn([*mine])
+    return without_rows(batch) if type(mine) is NoRows else batch

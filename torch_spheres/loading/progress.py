@@ -1,4 +1,4 @@
-"""Where a loader is in its epoch, and how to come back there.
+"""Where a loader and its workers are in their epoch, and how to come back there.
 
 An epoch is repeated from what its sampler draws from (`source_of` in sampler.py): the state from
 before the first draw is saved, and on resumption the same index lists are asked for again and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,10 +17,86 @@ import torch
 from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.samples import Fetcher
+from torch_spheres.random import numpy_state
 from torch_spheres.sampler import check_state, source_of
 
-__all__ = ["Progress", "Sources", "shape_of"]
+__all__ = ["FAILED", "Progress", "Snapshot", "Sources", "has_position", "shape_of"]
+
+FAILED = "failed"
+
+
+def has_position(value: Any) -> bool:
+    """Whether it can save where it is, as torchdata has it."""
+    return callable(getattr(value, "state_dict", None)) and callable(
+        getattr(value, "load_state_dict", None)
+    )
+
+
+@dataclass
+class Snapshot:
+    """After a task: random streams, and how far an iterable dataset has come."""
+
+    fetched: int
+    """Tasks that the worker has done in the epoch."""
+    streams: dict[str, Any] | None
+    holder: str
+    """Whose `progress` is the state: the dataset's ``"iterator"``, the ``"dataset"``, or ``""``;
+    `FAILED`: there should be one, and `progress` says what its ``state_dict()`` raised."""
+    progress: Any = None
+
+    @staticmethod
+    def of(rng: Any, fetcher: Any, fetched: int) -> Snapshot:
+        """On the worker's thread."""
+        snapshot = Snapshot(fetched, None, "")
+        if rng is not None:
+            snapshot.streams = {
+                "torch": rng.torch_generator.get_state(),
+                "random": rng.random_generator.getstate(),
+                "numpy": numpy_state(rng.numpy_generator),
+            }
+        iterator = getattr(fetcher, "dataset_iter", None)
+        if iterator is None:  # map-style: the sampler's position is all there is
+            return snapshot
+        for holder, value in (("iterator", iterator), ("dataset", fetcher.dataset)):
+            if has_position(value):
+                try:
+                    snapshot.progress = copy.deepcopy(value.state_dict())
+                    snapshot.holder = holder
+                except Exception as error:  # noqa: BLE001
+                    # Whoever asks for the loader's state is told; nobody else needs it.
+                    snapshot.progress = f"{type(value).__name__}: {error!r}"
+                    snapshot.holder = FAILED
+                break
+        return snapshot
+
+    def restore(self, dataset: Any, make: Callable[[Any], Fetcher], samples: int) -> Fetcher:
+        """What `make` makes of the dataset, where it was after the last task.
+
+        By its own state, or else by dropping what each task took: so many samples.
+        """
+        if self.holder == "dataset":
+            dataset.load_state_dict(copy.deepcopy(self.progress))
+        fetcher = make(dataset)
+        iterator: Any = getattr(fetcher.fetcher, "dataset_iter", None)
+        if self.holder == "iterator":
+            iterator.load_state_dict(copy.deepcopy(self.progress))
+        elif self.holder == "" and iterator is not None:
+            for _ in range(self.fetched * samples):
+                next(iterator, None)
+        return fetcher
+
+    def restore_streams(self, rng: Any) -> None:
+        """Last, because what was fetched once more has drawn from them."""
+        if self.streams is None or rng is None:
+            return
+        rng.torch_generator.set_state(self.streams["torch"])
+        rng.random_generator.setstate(self.streams["random"])
+        rng.numpy_generator.set_state(self.streams["numpy"])
+
+    def streams_only(self) -> Snapshot:
+        """For a worker that has not gone on with its epoch when the next one begins."""
+        return Snapshot(0, self.streams, "")
 
 
 @dataclass
@@ -31,29 +107,18 @@ class Progress:
     drop_last: bool
     num_workers: int
     iterable: bool
-    source: str
-    """What the sampler draws from."""
-    start: dict[str, Any]
-    """The state of that, and of the loader's generator, before the epoch's first draw."""
-    now: dict[str, Any]
-    """The same, when this was saved: others may draw from a given generator, too."""
-    begun: bool
-    """Whether the epoch has; if not, this is the epoch to come."""
-    base_seed: int | None = None
-    """The epoch's; None: it draws one when it begins."""
-    fresh: bool = True
-    """Whether the epoch has drawn its base seed itself: later ones of persistent workers do not."""
-    tasks: int = 0
-    """Index lists, up to the last whose batch was handed out."""
-    yielded: int = 0
-    """Batches that were handed out: fewer, where workers have come to their end."""
-    digest: int = 0
-    """Of those: the same must come again."""
+    source: str  # what the sampler draws from
+    start: dict[str, Any]  # that, and the loader's generator, before the epoch's first draw
+    now: dict[str, Any]  # when this was saved: others may draw from a given generator, too
+    begun: bool  # if not, this is of the epoch to come
+    base_seed: int | None = None  # of the epoch; None: it draws one when it begins
+    fresh: bool = True  # the epoch draws it itself: later ones of persistent workers do not
+    tasks: int = 0  # index lists, up to the last whose batch was handed out
+    yielded: int = 0  # batches handed out: fewer, where workers have come to their end
+    digest: int = 0  # of the index lists: the same must come again
     next_worker: int = 0
-    ended: list[int] = field(default_factory=list)
-    """Workers whose iterable dataset is at its end."""
-    workers: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Random streams and the iterable dataset's progress, of each worker."""
+    ended: list[int] = field(default_factory=list)  # workers at their iterable dataset's end
+    workers: dict[int, dict[str, Any]] = field(default_factory=dict)  # a `Snapshot` of each
 
     def snapshots(self) -> dict[int, Snapshot]:
         """Of the workers, as they were when the last batch was handed out."""
@@ -107,15 +172,9 @@ class Sources:
         own = None if self._generator is None else self._generator.get_state()
         return {"sampler": self._capture(), "loader": own, "global": torch.get_rng_state()}
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """All but the global generator."""
-        if self.kind != "global":
-            self._restore(saved["sampler"])
-        self.restore_generators(saved)
-
-    def restore_generators(self, saved: dict[str, Any]) -> None:
-        """Those that were given, and that others may draw from as well."""
-        if self.kind == "generator":
+    def restore(self, saved: dict[str, Any], *, sampler: bool = True) -> None:
+        """All but the global generator, and but for a sampler's own state without `sampler`."""
+        if self.kind == "generator" or (sampler and self.kind == "sampler"):
             self._restore(saved["sampler"])
         if self._generator is not None and saved["loader"] is not None:
             self._generator.set_state(saved["loader"])

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -34,11 +34,6 @@ class Call(NamedTuple):
     """
     ready: int | None
     """Batches that stood ready. None: there was no batch, as at the end of an epoch."""
-
-    @property
-    def first(self) -> bool:
-        """Whether an epoch began with it."""
-        return self.since == self.waited
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +158,7 @@ class Meter:
         self._told = False
         self._messages: list[str] = []
         self._known: set[str] = set()
-        self._batches = self._samples = self._bytes = self._ready = 0
-        self._waited = self._worked = self._computed = self._elapsed = 0.0
+        self._sums: Counter[str] = Counter()  # of _ADDED_UP, and of batches that stood ready
         self._calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self._here = threading.local()  # threads may share a loader
 
@@ -178,19 +172,12 @@ class Meter:
         self._here.ready = ready
         if self._count is not None:
             self._count(samples)
-        with self._lock:
-            self._batches += 1
-            self._samples += samples
-            self._bytes += size
-            self._ready += ready
+        self._add(batches=1, samples=samples, bytes=size, ready=ready)
 
     def waited(self, seconds: float, elapsed: float, ended: float) -> None:
         """The loop was in ``next()`` until then, and so long before that came the one before."""
         ready = self._here.__dict__.pop("ready", None)  # from `handed_out`, of this same call
-        with self._lock:
-            self._waited += seconds
-            self._elapsed += elapsed
-            self._calls.append(Call(ended, seconds, elapsed, ready))
+        self._add(Call(ended, seconds, elapsed, ready), waited=seconds, elapsed=elapsed)
 
     def calls(self) -> tuple[Call, ...]:
         """The last `CALLS_KEPT` of the loop, oldest first."""
@@ -198,42 +185,29 @@ class Meter:
             return tuple(self._calls)
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """A block in which the calling thread loads."""
-        begin, cpu = time.perf_counter(), time.thread_time()
-        try:
-            yield
-        finally:
-            self.worked(time.perf_counter() - begin, time.thread_time() - cpu)
-
-    @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
-        """A block in which rows are gathered: on a core all the time."""
+    def working(self, *, on_core: bool = False) -> Iterator[None]:
+        """A block in which the calling thread loads; `on_core`: it never waits there."""
         # (Asking for the thread's own time can take as long as gathering a batch.)
-        begin = time.perf_counter()
+        clock = time.perf_counter if on_core else time.thread_time
+        begin, computed = time.perf_counter(), clock()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - begin
-            self.worked(seconds, seconds)
+            self.worked(time.perf_counter() - begin, clock() - computed)
 
     def worked(self, seconds: float, computed: float) -> None:
         """A thread has loaded."""
-        with self._lock:
-            self._worked += seconds
-            self._computed += computed
+        self._add(worked=seconds, computed=computed)
 
     def news(self) -> str | None:
         """What a user should be told, once, because another way to load is faster."""
         if self._messages:
             return self._messages.pop()
-        if self._told or self._elapsed < _ENOUGH_SECONDS or self._batches < _ENOUGH_BATCHES:
+        if self._told or self._sums["elapsed"] < _ENOUGH_SECONDS:
             return None
         now = self.snapshot()
-        if now.waiting < _MOSTLY or not now.python_bound:
-            return None
-        self._told = True
-        return now.advice
+        self._told = now.python_bound and now.advice is not None
+        return now.advice if self._told else None
 
     def tell(self, text: str) -> None:
         """Has the loop hear of it at its next ``next()``, once."""
@@ -244,19 +218,20 @@ class Meter:
     def snapshot(self) -> LoaderStats:
         """The figures so far."""
         with self._lock:
-            return LoaderStats(
-                batches=self._batches,
-                samples=self._samples,
-                bytes=self._bytes,
-                waited=self._waited,
-                worked=self._worked,
-                computed=self._computed,
-                elapsed=self._elapsed,
-                queue_depth=self._ready / self._batches if self._batches else 0.0,
-                workers=self._workers,
-                way=self.way,
-                origin=self._origin,
-            )
+            sums = Counter(self._sums)
+        return LoaderStats(
+            **{name: sums[name] for name in _ADDED_UP},
+            queue_depth=sums["ready"] / max(1, sums["batches"]),
+            workers=self._workers,
+            way=self.way,
+            origin=self._origin,
+        )
+
+    def _add(self, call: Call | None = None, **figures: Any) -> None:
+        with self._lock:
+            self._sums.update(figures)
+            if call is not None:
+                self._calls.append(call)
 
 
 def _bytes(leaves: Iterable[Any]) -> Iterable[int]:

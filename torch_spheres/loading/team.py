@@ -18,7 +18,7 @@ from typing import TypeVar
 from torch_spheres._core import Work
 from torch_spheres.context import unset
 from torch_spheres.errors import StoppedError
-from torch_spheres.loading.snapshots import Snapshot
+from torch_spheres.loading.progress import Snapshot
 from torch_spheres.loading.worker import Plan, Result, Task, Worker
 from torch_spheres.phases import phase_since
 from torch_spheres.system import KissingSpheres
@@ -126,7 +126,7 @@ class Team:
 
         return self._wait_for(begun, 0)
 
-    def help(self) -> bool:
+    def _help(self) -> None:
         """Does a task that nobody is at, if there is one, on a thread that has to wait.
 
         On a sphere's own thread the workers may wait for that very thread.
@@ -134,13 +134,12 @@ class Team:
         with self._changed:
             waiting = [queue for queue in self._queues if queue.tasks and not queue.busy]
             if not waiting:
-                return False
+                return
             queue = min(waiting, key=lambda queue: queue.tasks[0][0])
         with unset():  # what this thread has set is for what it waits in the middle of
             again = self._do_task(queue)
         if again:
             self._schedule(queue, promised=True)
-        return True
 
     def _wait_for(self, found: Callable[[], T | None], timeout: float) -> T:
         """What `found` returns under the lock, once it is not None."""
@@ -160,7 +159,7 @@ class Team:
                     self._check_running()
                     self._changed.wait(left)
                     continue
-            self.help()
+            self._help()
 
     def _reschedule(self) -> None:
         """Tasks that no work item will come for: whoever was to hand it in was interrupted."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from torch_spheres import _compat
 from torch_spheres.context import CallerContext
-from torch_spheres.loading.info import Position, shown, worker_info
+from torch_spheres.loading.info import Position, shown
+from torch_spheres.loading.progress import Snapshot, has_position
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.loading.snapshots import Snapshot, has_position
 from torch_spheres.loading.stats import Meter
-from torch_spheres.loading.streams import WorkerStreams
-from torch_spheres.loading.transfer import Delivery, Pinning, Transfer
+from torch_spheres.loading.transfer import Delivery, Transfer
+from torch_spheres.random import RandomSource
 
 __all__ = ["Plan", "Result", "Task", "Worker"]
 
@@ -37,7 +40,7 @@ class Plan:
     base_seed: int
     copies: bool
     context: CallerContext
-    sender: Pinning | Transfer
+    sender: Transfer
     meter: Meter
 
 
@@ -71,6 +74,17 @@ class Result:
     error: BaseException | None = None
     ended: bool = False  # the worker's iterable dataset
     snapshot: Snapshot | None = None  # of the worker, after the task
+
+
+class _WorkerRandom(RandomSource):
+    """What a process worker's default generators would give: seeded by *base seed + worker*."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+
+    def seed(self) -> int:
+        return self._seed
 
 
 class Worker:
@@ -144,10 +158,14 @@ class Worker:
         return Snapshot.of(self._info.rng, inner, self.fetched)
 
     def _prepare(self) -> None:
-        plan = self._plan
-        self._streams = WorkerStreams(plan.base_seed + self.number)
-        cpu = self._streams.generator(torch.device("cpu"))
-        self._info = worker_info(self.number, plan.workers, plan.base_seed, self._dataset, cpu)
+        plan, seed = self._plan, self._plan.base_seed + self.number
+        self._streams = _WorkerRandom(seed)
+        generators = (
+            random.Random(seed),
+            self._streams.generator(torch.device("cpu")),
+            np.random.RandomState(_compat.numpy_seed(plan.base_seed, self.number)),
+        )
+        self._info = _compat.worker_info(self.number, plan.workers, seed, self._dataset, generators)
         self._ready = True
         if plan.init_fn is None:
             return
