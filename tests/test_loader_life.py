@@ -230,10 +230,23 @@ def test_errors_hold_nothing(spheres):
             gc.enable()
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_copies_are_refused(spheres, duplicate):
-    with pytest.raises(TypeError, match=r"copy the DataLoader, and wrap\(\) it where it is used"):
-        duplicate(wrapped(Numbers(20), spheres, 2))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_and_pickles(spheres, workers):
+    class Named(DataLoader):
+        name = "mine"
+
+    globals()["Named"] = Named
+    Named.__qualname__ = "Named"
+    for kind in (DataLoader, Named):
+        plain = kind(Numbers(20), 4, num_workers=workers)
+        loader = ts.wrap(plain, spheres, copy_dataset=True)
+        deep, pickled = copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))
+        assert deep.spheres is spheres and pickled.spheres is not spheres
+        assert pickled.spheres.levels == 2 and pickled.spheres.concurrency == 3
+        for other in (deep, pickled):
+            assert type(other) is type(loader) and other.dataset is not loader.dataset
+            assert [b[1].tolist() for b in other] == [b[1].tolist() for b in plain]
+        pickled.spheres.stop()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

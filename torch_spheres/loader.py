@@ -7,6 +7,7 @@ or worker processes that start anew at each epoch.
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 import weakref
@@ -77,11 +78,19 @@ class SphereLoader(DataLoader[T]):
         if self._sphere_workers == "process":
             super().check_worker_number_rationality()
 
+    def _own_attributes(self) -> dict[str, Any]:
+        left_out = {"spheres", "_sphere_ranks", "_iterator", "_newest", "_meter"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        attributes = copy.deepcopy(self._own_attributes(), memo)
+        return _wrapped(_base_of(self), attributes, self.spheres, self._sphere_ranks)
+
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "a wrapped loader cannot be pickled or copied: its threads belong to one process; copy "
-            "the DataLoader, and wrap() it where it is used"
-        )
+        # By the class that was wrapped: its sphere class is made when it is needed.
+        shape = self.spheres.levels, self.spheres.concurrency
+        shared = self._sphere_ranks is not None
+        return _rebuild, (_base_of(self), self._own_attributes(), shape, shared)
 
     # ---- figures ----
 
@@ -171,6 +180,11 @@ class _Counting:
         return getattr(self._iterator, name)
 
 
+def _base_of(loader: SphereLoader[Any]) -> Any:
+    """The class that was wrapped."""
+    return DataLoader if type(loader) is SphereLoader else type(loader).__bases__[1]
+
+
 @functools.cache
 def _class_for(kind: Any) -> type[SphereLoader[Any]]:
     if kind is DataLoader:
@@ -244,23 +258,14 @@ def wrap(
     spheres = KissingSpheres() if spheres is None else spheres
     ranks = _ranks_for(loader, find_ranks(process_group, spheres.leaves), workers)
     keep_freed_memory(spheres.levels)
-    base: Any = type(loader)
-    kind = _class_for(base)
-    made = kind.__new__(kind)
-    # Past DataLoader.__setattr__, which would refuse some of them.
-    vars(made).update(
-        vars(loader),
-        spheres=spheres,
-        _sphere_device=where,
-        _sphere_copies=copy_dataset,
-        _sphere_workers=workers,
-        _sphere_ranks=ranks,
-        _meter=Meter(loader.num_workers, spheres._rows.loaded),
-        _pending=None,
-        _newest=None,
-        _iterator=None,
-    )
-    return made
+    attributes = {
+        **vars(loader),
+        "_sphere_device": where,
+        "_sphere_copies": copy_dataset,
+        "_sphere_workers": workers,
+        "_pending": None,
+    }
+    return _wrapped(type(loader), attributes, spheres, ranks)
 
 
 def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ranks | None:
@@ -294,6 +299,28 @@ def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ra
             "SphereBatchSampler, which yields each rank's rows, or use process_group=False"
         )
     return ranks
+
+
+def _wrapped(
+    base: Any, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
+) -> SphereLoader[Any]:
+    """A loader with these attributes, and what no two loaders share."""
+    kind = _class_for(base)
+    made = kind.__new__(kind)
+    # Past DataLoader.__setattr__, which would refuse some of them.
+    vars(made).update(attributes, spheres=spheres, _sphere_ranks=ranks)
+    meter = Meter(made.num_workers, spheres._rows.loaded)
+    vars(made).update(_iterator=None, _newest=None, _meter=meter)
+    return made
+
+
+def _rebuild(
+    base: Any, attributes: dict[str, Any], shape: tuple[int, int], shared: bool
+) -> SphereLoader[Any]:
+    """A wrapped loader from a pickle: on spheres of its own, as many as the saved one's."""
+    spheres = KissingSpheres(shape[0], concurrency=shape[1])
+    ranks = find_ranks(None if shared else False, spheres.leaves)
+    return _wrapped(base, attributes, spheres, ranks)
 
 
 def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
