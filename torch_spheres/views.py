@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -13,7 +14,7 @@ from torch_spheres.plots import plot_rings
 from torch_spheres.recording import Recording
 from torch_spheres.snapshot import Began, snapshot
 from torch_spheres.stats import Stats
-from torch_spheres.stats_log import ScalarWriter, StatsLog, Steps
+from torch_spheres.stats_log import ScalarWriter, StatsLog
 from torch_spheres.stats_table import format_stats
 from torch_spheres.watching.displays import as_html
 from torch_spheres.watching.readings import Rates, Reading, Rows
@@ -42,15 +43,25 @@ class Views:
         self._cores, self._origin = cores, next(_origins)
         self._began: Began | None = None  # counting: the first start()
         self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
-        self._steps = Steps(self._logs)
+        self._counted: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._recording: Recording | None = None  # the trace that is under way
 
     @property
     def _spheres(self) -> KissingSpheres:
         return cast("KissingSpheres", self)
 
-    def _warn_of_silent_logs(self) -> None:
+    def _count_steps_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has a `GradientHook`: each of its steps counts, once however many hooks it has."""
+        if optimizer not in self._counted:
+            self._counted.add(optimizer)
+            optimizer.register_step_post_hook(self._count_step)
+
+    def _count_step(self, *_: object) -> None:
         for log in tuple(self._logs):
+            log.step()
+
+    def _warn_of_silent_logs(self) -> None:
+        for log in self._logs:
             log.warn_if_silent()
 
     def stats(self) -> Stats:
@@ -112,8 +123,9 @@ class Views:
             writer: ``torch.utils.tensorboard.SummaryWriter()``, or anything with
                 ``add_scalar(tag, value, global_step)``.
             every: steps from one writing to the next; the figures are of the time between.
-            optimizer: whose ``step()`` counts. None: that of each optimizer with a `GradientHook`
-                on these spheres, now or later; in a loop without any, call ``log.step()``.
+            optimizer: whose ``step()`` counts. None: that of each optimizer that is given a
+                `GradientHook` on these spheres, before or after; in a loop without any, call
+                ``log.step()``.
             tag: what the names begin with, as in ``spheres/utilization``.
             first_step: steps done before, in training that goes on.
 
@@ -127,7 +139,8 @@ class Views:
         and at most ever in one queue, and messages per second.
 
         An error of the writer is raised where the step is counted: by ``optimizer.step()``, whose
-        update has been made then, or by ``log.step()``.
+        update has been made then, or by ``log.step()``. Logs that were made after this one do not
+        count that step.
 
         Raises:
             TypeError: an argument is of another kind.
