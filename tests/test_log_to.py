@@ -158,9 +158,10 @@ def test_the_steps_of_a_given_optimizer_count_and_no_others() -> None:
         one.step()
         assert early.steps == 5
         with KissingSpheres() as others:
-            ts.GradientHook(two, others)
+            three = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+            ts.GradientHook(three, others)
             quiet = spheres.log_to(hooked, 1)
-            two.step()
+            three.step()
             assert quiet.steps == 0
 
 

@@ -2,76 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from functools import lru_cache
+from dataclasses import fields
+from functools import cache
+from operator import attrgetter
 
 from torch_spheres import _core
-from torch_spheres._core import Topology
-from torch_spheres.stats import SphereStats, Stats
+from torch_spheres._core import State, Topology
+from torch_spheres.stats import SphereStats
 
-__all__ = ["Began", "snapshot"]
+__all__ = ["sphere_stats"]
 
-Began = tuple[int, int]
-"""``(time.monotonic_ns(), time.process_time_ns())`` of the first `start()`."""
+_FIELDS = [field.name for field in fields(SphereStats) if hasattr(_core.SphereStats, field.name)]
+_figures = attrgetter(*_FIELDS)
+_STATES = [f"{state.name.lower()}_ns" for state in State if state is not State.TERMINATING]
 
 
-def snapshot(
-    core: _core.System, concurrency: int, *, cores: int, origin: int, began: Began | None
-) -> Stats:
-    """Reads the counters of a system's spheres."""
-    now, cpu = time.monotonic_ns(), time.process_time_ns()
-    begin, cpu_before = began or (now, cpu)
+def sphere_stats(core: _core.System) -> tuple[SphereStats, ...]:
+    """The figures of all spheres now, by id."""
     read = core.stats()
-    places = _places(len(read))
-    return Stats(
-        spheres=tuple(map(_from_core, read, places)),
-        concurrency=concurrency,
-        cores=cores,
-        begin_ns=begin,
-        time_ns=now,
-        cpu_ns=max(0, cpu - cpu_before),  # the child of a fork() begins at 0
-        origin=origin,
-    )
+    last = Topology.level(len(read) - 1)
+    return tuple(_from_core(figures, last) for figures in read)
 
 
-Place = tuple[str, int, int | None, bool]
+@cache
+def _place(sphere: int) -> tuple[str, int, int | None]:
+    """Path, level and group."""
+    level = Topology.level(sphere)
+    return Topology.path_string(sphere), level, Topology.group(sphere) if level else None
 
 
-@lru_cache(maxsize=4)
-def _places(total: int) -> tuple[Place, ...]:
-    """Path, level and group of each sphere, and whether it runs items."""
-    last = Topology.level(total - 1)
-
-    def place(sphere: int) -> Place:
-        level = Topology.level(sphere)
-        group = Topology.group(sphere) if level else None
-        return Topology.path_string(sphere), level, group, level in (0, last)
-
-    return tuple(map(place, range(total)))
-
-
-def _from_core(s: _core.SphereStats, place: Place) -> SphereStats:
-    ready, processing, idle, waiting, accumulating, _ = s.state_ns
-    path, level, group, runs_items = place
-    return SphereStats(
-        id=s.id,
-        path=path,
-        level=level,
-        group=group,
-        state=s.state,
-        items_run=s.items_run,
-        items_stolen=s.items_stolen,
-        items_given=s.items_given,
-        messages_sent=s.messages_sent,
-        messages_received=s.messages_received,
-        queue_high_water=s.queue_high_water,
-        processing_ns=processing,
-        accumulating_ns=accumulating,
-        waiting_ns=waiting,
-        idle_ns=idle,
-        ready_ns=ready,
-        queued=s.queued,
-        stolen_from=s.stolen_from if runs_items else (),
-        item_time_ns=s.item_time_ns,
-        item_time_counts=s.item_time_counts,
-    )
+def _from_core(core: _core.SphereStats, last: int) -> SphereStats:
+    path, level, group = _place(core.id)
+    figures = dict(zip(_FIELDS, _figures(core), strict=True))
+    if level not in (0, last):
+        figures["stolen_from"] = ()  # it runs no items
+    times = zip(_STATES, core.state_ns, strict=False)
+    return SphereStats(path=path, level=level, group=group, **figures, **dict(times))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import sub
 from typing import Any
 
 from torch_spheres._core import State
@@ -99,23 +100,16 @@ class SphereStats:
         return quantile_ns(self.item_time_counts, q) / 1e9
 
     def _since(self, before: SphereStats) -> SphereStats:
-        def each(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[int, ...]:
-            # Most spheres of a large hierarchy have done nothing: no need to look at each count.
-            return tuple(map(int.__sub__, new, old)) if new is not old else (0,) * len(new)
-
-        changed: dict[str, Any] = {
-            name: getattr(self, name) - getattr(before, name) for name in _DIFFERENCES
-        }
-        return replace(
-            self,
-            stolen_from=each(self.stolen_from, before.stolen_from),
-            item_time_counts=each(self.item_time_counts, before.item_time_counts),
-            **changed,
-        )
+        changed: dict[str, Any] = {}
+        for name in _DIFFERENCES:
+            new, old = getattr(self, name), getattr(before, name)
+            changed[name] = tuple(map(sub, new, old)) if isinstance(new, tuple) else new - old
+        return replace(self, **changed)
 
 
 _DIFFERENCES = (
     *("items_run", "items_stolen", "items_given", "messages_sent", "messages_received"),
+    *("stolen_from", "item_time_counts"),
     *(each.name for each in fields(SphereStats) if each.name.endswith("_ns")),
 )
 

@@ -125,8 +125,8 @@ class StatsLog:
         if (self._spheres.stats() - self._last).items_run:
             self._warned = True
             warnings.warn(
-                "log_to() has counted no steps so far: no optimizer that it was given, or that has "
-                "a GradientHook on these spheres, has stepped; give it optimizer=..., or call "
+                "log_to() has counted no steps: no optimizer that it was given, or that has a "
+                "GradientHook on these spheres, has stepped; give it optimizer=..., or call "
                 "log.step() in the loop",
                 UserWarning,
                 stacklevel=4,  # who calls close() or stop(), or ends the block

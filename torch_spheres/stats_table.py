@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["duration", "format_stats"]
 
-_HEADER = ("", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %")
+_COLUMNS = "{:<18}{:>8}{:>13}{:>12}{:>12}{:>12}{:>11}{:>12}{:>8}"
+_HEADER = _COLUMNS.format(
+    "", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %"
+)
+_RULE = "-" * len(_HEADER)
 
 
 def duration(seconds: float) -> str:
@@ -22,21 +25,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def _row(name: str, spheres: Sequence[SphereStats]) -> tuple[str, ...]:
-    def seconds(ns: int) -> str:
-        return f"{ns / 1e9:.3f}"
-
+def _row(name: str, spheres: Sequence[SphereStats]) -> str:
     busy = sum(s.busy_ns for s in spheres)
     total = sum(s.total_ns for s in spheres)
-    return (
+    return _COLUMNS.format(
         name,
-        f"{len(spheres)}",
+        f"{len(spheres):,}",
         f"{sum(s.items_run for s in spheres):,}",
         f"{sum(s.items_stolen for s in spheres):,}",
         f"{sum(s.messages_received for s in spheres):,}",
-        seconds(sum(s.processing_ns for s in spheres)),
-        seconds(sum(s.accumulating_ns for s in spheres)),
-        seconds(sum(s.waiting_ns for s in spheres)),
+        f"{sum(s.processing_ns for s in spheres) / 1e9:.3f}",
+        f"{sum(s.accumulating_ns for s in spheres) / 1e9:.3f}",
+        f"{sum(s.waiting_ns for s in spheres) / 1e9:.3f}",
         f"{100 * busy / total:.1f}" if total else "-",
     )
 
@@ -53,24 +53,14 @@ def _summary(stats: Stats, leaves: int) -> list[str]:
     return lines
 
 
-def format_stats(stats: Stats, extremes: int = 3) -> str:
-    """A row per level, then the `extremes` busiest and idlest of the leaves: plain text."""
+def format_stats(stats: Stats) -> str:
+    """A row per level, then the three busiest and idlest of the leaves: plain text."""
     leaves = sorted(stats.leaves, key=lambda s: s.busy_ns, reverse=True)
     levels = range(leaves[0].level + 1)
-    shown = min(extremes, len(leaves) // 2)
-    blocks: list[list[tuple[str, ...]]] = [
-        [_HEADER],
-        [_row(f"level {n}" + (" (root)" if n == 0 else ""), stats.level(n)) for n in levels],
-        [_row(f"busiest: {s.path}", [s]) for s in leaves[:shown]],
-        [_row(f"idlest: {s.path}", [s]) for s in leaves[len(leaves) - shown :]],
-        [_row("all", stats.spheres)],
-    ]
-    widths = [max(map(len, column)) for column in zip(*chain(*blocks), strict=True)]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = []
-    for block in filter(None, blocks):
-        for name, *cells in block:
-            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([name.ljust(widths[0]), *numbers]))
-        lines.append(rule)
-    return "\n".join([*lines[:-1], *_summary(stats, len(leaves))])
+    lines = [_HEADER, _RULE]
+    lines += [_row(f"level {n}" + (" (root)" if n == 0 else ""), stats.level(n)) for n in levels]
+    if len(leaves) > 1:
+        lines.append(_RULE)
+        lines += [_row(f"busiest: {s.path}", [s]) for s in leaves[:3]]
+        lines += [_row(f"idlest: {s.path}", [s]) for s in leaves[-3:]]
+    return "\n".join([*lines, _RULE, _row("all", stats.spheres), *_summary(stats, len(leaves))])

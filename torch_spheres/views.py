@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO, cast
@@ -12,7 +13,7 @@ from torch_spheres import _core
 from torch_spheres.live import Live
 from torch_spheres.plots import plot_rings
 from torch_spheres.recording import Recording
-from torch_spheres.snapshot import Began, snapshot
+from torch_spheres.snapshot import sphere_stats
 from torch_spheres.stats import Stats
 from torch_spheres.stats_log import ScalarWriter, StatsLog
 from torch_spheres.stats_table import format_stats
@@ -41,7 +42,8 @@ class Views:
     def _prepare_views(self, cores: int) -> None:
         self._rows = Rows()
         self._cores, self._origin = cores, next(_origins)
-        self._began: Began | None = None  # counting: the first start()
+        # time.monotonic_ns() and time.process_time_ns() of the first start().
+        self._began: tuple[int, int] | None = None
         self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
         self._counted: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._recording: Recording | None = None  # the trace that is under way
@@ -66,12 +68,16 @@ class Views:
 
     def stats(self) -> Stats:
         """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
-        return snapshot(
-            self._core,
-            self._core.concurrency,
+        now, cpu = time.monotonic_ns(), time.process_time_ns()
+        begin, cpu_before = self._began or (now, cpu)
+        return Stats(
+            spheres=sphere_stats(self._core),
+            concurrency=self._core.concurrency,
             cores=self._cores,
+            begin_ns=begin,
+            time_ns=now,
+            cpu_ns=max(0, cpu - cpu_before),  # the child of a fork() begins at 0
             origin=self._origin,
-            began=self._began,
         )
 
     def print_stats(self, file: TextIO | None = None) -> None:
