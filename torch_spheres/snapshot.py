@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cache
 from operator import attrgetter
+from typing import Any
 
 from torch_spheres import _core
 from torch_spheres._core import State, Topology
@@ -33,7 +34,7 @@ def _place(sphere: int) -> tuple[str, int, int | None]:
 
 def _from_core(core: _core.SphereStats, last: int) -> SphereStats:
     path, level, group = _place(core.id)
-    figures = dict(zip(_FIELDS, _figures(core), strict=True))
+    figures: dict[str, Any] = dict(zip(_FIELDS, _figures(core), strict=True))
     if level not in (0, last):
         figures["stolen_from"] = ()  # it runs no items
     times = zip(_STATES, core.state_ns, strict=False)
