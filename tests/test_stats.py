@@ -131,10 +131,9 @@ def test_snapshots_that_do_not_belong_together_are_refused() -> None:
             others.stats() - first
         with pytest.raises(ValueError, match="write later - earlier"):
             first - second
-        third, fourth = spheres.stats(), spheres.stats()
-        with pytest.raises(ValueError, match="begin together"):
-            (fourth - second) - (third - first)
-        assert ((fourth - first) - (third - first)).begin_ns == third.time_ns
+        for one, two in ((second - first, first), (spheres.stats(), second - first)):
+            with pytest.raises(ValueError, match="subtract the snapshots"):
+                one - two
         with pytest.raises(TypeError):
             first - 1
 
@@ -153,8 +152,6 @@ def test_counting_begins_with_the_first_start_and_survives_a_stop() -> None:
         again = spheres.stats()
     assert begin <= stopped.begin_ns == again.begin_ns < stopped.time_ns
     assert ((again - stopped).items_run, (again - unborn).items_run) == (20, 30)
-    with pytest.raises(ValueError, match="begin together"):
-        (again - stopped) - unborn
 
 
 # ---- what is made of the counts ----

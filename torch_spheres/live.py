@@ -21,10 +21,9 @@ import time
 import warnings
 from collections import deque
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from torch_spheres.arguments import as_index
+from torch_spheres.arguments import as_index, as_number
 from torch_spheres.watching.displays import Show, give_streams_back, open_display
 from torch_spheres.watching.readings import Rates, Reading
 
@@ -54,11 +53,10 @@ class Live:
     def __init__(
         self,
         spheres: KissingSpheres,
-        refresh_per_second: float = 4.0,
-        *,
-        file: TextIO | None = None,
-        plain: bool | None = None,
-        plain_seconds: float = 10.0,
+        refresh_per_second: float,
+        file: TextIO | None,
+        plain: bool | None,
+        plain_seconds: float,
     ) -> None:
         self._spheres = spheres
         seconds = 1 / _positive("refresh_per_second", refresh_per_second)
@@ -68,8 +66,7 @@ class Live:
             raise TypeError(f"file must be a text file, such as sys.stderr, or None, got {file!r}")
         if plain is not None and not isinstance(plain, bool):
             raise TypeError(f"plain must be True, False or None, got {plain!r}")
-        self._file = file
-        self._plain = plain
+        self._file, self._plain = file, plain
         self._thread: threading.Thread | None = None
         self._begun, self._end = threading.Event(), threading.Event()
         self._error: Exception | None = None
@@ -126,12 +123,7 @@ class Live:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -182,11 +174,8 @@ class Live:
                 _shown = None  # or the spheres would live as long as the module
 
 
-def _positive(name: str, value: Any) -> float:
-    try:
-        number = float(+value)  # float() alone would take strings
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+def _positive(name: str, value: float) -> float:
+    number = as_number(name, value)
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be more than 0, got {value!r}")
     return number

@@ -168,8 +168,7 @@ class Stats:
         those of the later snapshot.
 
         Raises:
-            ValueError: the two are of different spheres, in the wrong order, or differences that do
-                not begin together.
+            ValueError: the two are of different spheres, in the wrong order, or differences.
         """
         if not isinstance(before, Stats):
             return NotImplemented
@@ -184,13 +183,8 @@ class Stats:
                 f"the snapshot to take away was taken {(before.time_ns - self.time_ns) / 1e9:.3f} "
                 "s after the other: write later - earlier"
             )
-        # Spheres that had never been started had not begun to count either.
-        unborn = before.begin_ns == before.time_ns and not self.is_difference
-        if self.begin_ns != before.begin_ns and not unborn:
-            raise ValueError(
-                "differences can be taken from each other only if they begin together; subtract "
-                "the snapshots themselves"
-            )
+        if self.is_difference or before.is_difference:
+            raise ValueError("differences have no differences; subtract the snapshots themselves")
         return replace(
             self,
             spheres=tuple(a._since(b) for a, b in zip(self.spheres, before.spheres, strict=True)),

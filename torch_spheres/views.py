@@ -106,9 +106,7 @@ class Views:
             RuntimeError: another display is shown (on ``with``).
             TypeError, ValueError: a number is none, or not more than 0; `file` is no text file.
         """
-        return Live(
-            self._spheres, refresh_per_second, file=file, plain=plain, plain_seconds=plain_seconds
-        )
+        return Live(self._spheres, refresh_per_second, file, plain, plain_seconds)
 
     def _repr_html_(self) -> str:
         now = Reading.of(self._spheres)

@@ -6,9 +6,9 @@ drawn. No picture changes matplotlib's settings or opens a window.
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from torch_spheres.arguments import as_number
 from torch_spheres.plots.rings import Activity, draw_rings
 from torch_spheres.plots.theme import picture, points
 from torch_spheres.plots.timeline import MOST_ROWS, Timeline, draw_timeline
@@ -103,11 +103,11 @@ def plot_timeline(
 
 def _window(trace: Trace, begin: Any, end: Any) -> tuple[float, float]:
     whole = max(1, trace.end_ns - trace.begin_ns) / 1e6
-    for name, value in (("begin", begin), ("end", end)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"{name} must be None or a number of milliseconds, got {value!r}")
-    first = 0.0 if begin is None else max(float(begin), 0.0)
-    last = whole if end is None else min(float(end), whole)
+    first, last = (
+        default if value is None else as_number(name, value, "None or a number of milliseconds")
+        for name, value, default in (("begin", begin, 0.0), ("end", end, whole))
+    )
+    first, last = max(first, 0.0), min(last, whole)
     if not first < last:  # or one of them is not a number
         raise ValueError(
             f"begin must be before end, within the trace's 0 to {whole:.6g} milliseconds; got "
