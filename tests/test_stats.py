@@ -226,12 +226,12 @@ def test_the_repr_is_one_line_however_many_spheres() -> None:
         spheres.map(abs, range(1538))
         stats = spheres.stats()
     assert re.fullmatch(
-        r"<Stats of 1885 spheres: 1,538 items, [\d,]+ stolen, in [\d.]+ m?s; print\(\) shows the "
+        r"<Stats of 1,885 spheres: 1,538 items, [\d,]+ stolen, in [\d.]+ m?s; print\(\) shows the "
         r"table>",
         repr(stats),
     )
     since = repr(stats - before)
-    assert since.startswith("<Difference of two Stats of 1885 spheres: 1,538 items, ")
+    assert since.startswith("<Difference of two Stats of 1,885 spheres: 1,538 items, ")
     assert repr(KissingSpheres(levels=1).stats()).startswith("<Stats of 1 sphere: 0 items, ")
     assert str(stats).count("\n") > 5  # the table is what it was
 

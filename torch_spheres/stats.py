@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from operator import sub
 from typing import Any
 
-from torch_spheres._core import State
+from torch_spheres import _core
+from torch_spheres._core import State, Topology
 from torch_spheres.item_times import ITEM_TIME_EDGES_NS, add_counts, quantile_ns
 from torch_spheres.stats_advice import advice_on
-from torch_spheres.stats_table import duration, format_stats
+from torch_spheres.stats_table import counted, duration, format_stats
 
-__all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats"]
+__all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats", "sphere_stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +109,36 @@ class SphereStats:
         return replace(self, **changed)
 
 
+_FIGURES = [field.name for field in fields(SphereStats) if hasattr(_core.SphereStats, field.name)]
+_STATE_TIMES = [f"{state.name.lower()}_ns" for state in State if state is not State.TERMINATING]
 _DIFFERENCES = (
     *("items_run", "items_stolen", "items_given", "messages_sent", "messages_received"),
     *("stolen_from", "item_time_counts"),
     *(each.name for each in fields(SphereStats) if each.name.endswith("_ns")),
 )
+
+
+@cache
+def _place(sphere: int) -> tuple[str, int, int | None]:
+    """Path, level and group."""
+    level = Topology.level(sphere)
+    return Topology.path_string(sphere), level, Topology.group(sphere) if level else None
+
+
+def _from_core(core: _core.SphereStats, last: int) -> SphereStats:
+    path, level, group = _place(core.id)
+    figures: dict[str, Any] = {name: getattr(core, name) for name in _FIGURES}
+    figures |= zip(_STATE_TIMES, core.state_ns, strict=False)
+    if level not in (0, last):
+        figures["stolen_from"] = ()  # it runs no items
+    return SphereStats(path=path, level=level, group=group, **figures)
+
+
+def sphere_stats(core: _core.System) -> tuple[SphereStats, ...]:
+    """The figures of all spheres now, by id."""
+    read = core.stats()
+    last = Topology.level(len(read) - 1)
+    return tuple(_from_core(figures, last) for figures in read)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -356,8 +383,7 @@ class Stats:
 
     def __repr__(self) -> str:
         what = "Difference of two Stats" if self.is_difference else "Stats"
-        spheres = f"{len(self)} {'sphere' if len(self) == 1 else 'spheres'}"
         return (
-            f"<{what} of {spheres}: {self.items_run:,} items, {self.items_stolen:,} stolen, "
-            f"in {duration(self.elapsed)}; print() shows the table>"
+            f"<{what} of {counted(len(self), 'sphere')}: {counted(self.items_run, 'item')}, "
+            f"{self.items_stolen:,} stolen, in {duration(self.elapsed)}; print() shows the table>"
         )

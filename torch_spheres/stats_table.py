@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch_spheres.stats import SphereStats, Stats
 
-__all__ = ["duration", "format_stats"]
+__all__ = ["counted", "duration", "format_stats"]
 
 _COLUMNS = "{:<18}{:>8}{:>13}{:>12}{:>12}{:>12}{:>11}{:>12}{:>8}"
 _HEADER = _COLUMNS.format(
@@ -23,6 +23,11 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 item"``, ``"1,234 items"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _row(name: str, spheres: Sequence[SphereStats]) -> str:

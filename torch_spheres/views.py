@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from torch_spheres import _core
 from torch_spheres.live import Live
-from torch_spheres.plots import plot_rings
+from torch_spheres.plots import check_trace
+from torch_spheres.plots.rings import Activity, draw_rings
+from torch_spheres.plots.theme import picture
 from torch_spheres.recording import Recording
-from torch_spheres.snapshot import sphere_stats
-from torch_spheres.stats import Stats
+from torch_spheres.stats import Stats, sphere_stats
 from torch_spheres.stats_log import ScalarWriter, StatsLog
 from torch_spheres.stats_table import format_stats
 from torch_spheres.watching.displays import as_html
@@ -168,13 +169,7 @@ class Views:
         ``registry.unregister(collector)``. A registry takes one collector: several `KissingSpheres`
         of a process need a ``CollectorRegistry()`` each.
 
-        Args:
-            per_sphere: as of `Stats.to_prometheus`.
-            labels: as of `Stats.to_prometheus`.
-
-        Raises:
-            ImportError: there is no prometheus_client: ``pip install "torch_spheres[prometheus]"``.
-            TypeError, ValueError: as by `Stats.to_prometheus`.
+        Arguments and errors are those of `Stats.to_prometheus`.
         """
         from torch_spheres.prometheus import SphereCollector
 
@@ -195,8 +190,7 @@ class Views:
         victim to the wide end at the thief, the wider the more.
 
         Args:
-            ax: where to draw. None: a new figure, which is one of pyplot's where
-                ``matplotlib.pyplot`` is imported already, and otherwise its own.
+            ax: where to draw. None: a new figure. As of `plot_timeline`.
             stats: what to draw, from `stats`, or a difference of two. None: as they are now.
             trace: what to draw instead, from ``with spheres.trace() as trace``.
             theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
@@ -210,7 +204,22 @@ class Views:
             ValueError: both `stats` and `trace` are given, they are of another number of spheres,
                 or there is no such theme.
         """
-        return plot_rings(self._spheres, ax, stats=stats, trace=trace, theme=theme)
+        if stats is not None and trace is not None:
+            raise ValueError("plot() draws stats or a trace; give it one of the two")
+        if trace is not None:
+            check_trace(trace)
+            shown = Activity.of_trace(trace)
+        else:
+            stats = self.stats() if stats is None else stats
+            if not isinstance(stats, Stats):
+                raise TypeError(f"stats must be None or from stats(), got {type(stats).__name__}")
+            shown = Activity.of_stats(stats)
+        spheres, drawn = self._spheres, len(shown.busy)
+        if drawn != (total := spheres.total_spheres):
+            raise ValueError(f"there is a figure of {drawn} spheres, and these are {total}")
+        with picture("plot()", ax, theme, (7.4, 7.6)) as on:
+            draw_rings(on, shown, spheres.levels, spheres.concurrency)
+            return on
 
     def trace(self, capacity: int = 65536) -> Recording:
         """Records what the spheres do in a ``with`` block; it can be read and saved afterwards.

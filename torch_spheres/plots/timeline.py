@@ -11,7 +11,7 @@ import numpy as np
 
 from torch_spheres._core import Topology
 from torch_spheres.plots.theme import COLOURS, describe, points
-from torch_spheres.stats_table import duration
+from torch_spheres.stats_table import counted, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ class Timeline:
             bars.sort(key=lambda s: s.begin_ns)
         hidden = Counter(a.kind for a in arrows)
         hidden.subtract(a.kind for a in drawn)
-        notes += [f"{n:,} {kind}{'s'[: n > 1]} without an arrow" for kind, n in hidden.items() if n]
+        notes += [f"{counted(n, kind)} without an arrow" for kind, n in hidden.items() if n]
         if trace.lost:
             notes.append(f"{trace.lost:,} events were lost: the oldest are missing")
         return Timeline(trace, begin, end, rows, bars, drawn, notes)
@@ -120,8 +120,7 @@ def draw_timeline(ax: Axes, shown: Timeline) -> None:
     if any(arrow.kind == "gradient" for arrow in shown.arrows):
         handles.append(Patch(facecolor=ink, label="gradients, to who adds them"))
     total = Topology(shown.trace.levels).total
-    spheres = "1 sphere" if total == 1 else f"{total:,} spheres"
-    title = f"{duration((shown.end - shown.begin) / 1e3)} of {spheres}"
+    title = f"{duration((shown.end - shown.begin) / 1e3)} of {counted(total, 'sphere')}"
     describe(ax, [title, *shown.notes], handles, below=4.5)
     if not rows:
         ax.text(0.5, 0.5, "nothing was run", ha="center", transform=ax.transAxes)
