@@ -72,7 +72,7 @@ class StatsLog:
         self._first = self._steps = self._written = first_step
         self._last = spheres.stats()
         self._handle: Any = None  # of a given optimizer's hook
-        self._closed = self._warned = False
+        self._closed = self._spoke = False
         if optimizer is None:
             spheres._logs.append(self)
         else:
@@ -102,7 +102,7 @@ class StatsLog:
         now = self._spheres.stats()
         for name, value in _figures(now - self._last).items():
             self._writer.add_scalar(f"{self._tag}/{name}", value, self._steps)
-        self._last, self._written = now, self._steps  # not if the writer raised
+        self._last, self._written, self._spoke = now, self._steps, True  # not if the writer raised
 
     def close(self) -> None:
         """Counts no more steps, and writes what came since the last time. The writer stays open.
@@ -110,20 +110,14 @@ class StatsLog:
         May be called more than once. Raises what the writer raised; the log is closed even so.
         Warns if no step was counted.
         """
-        self._close()
-
-    def _close(self) -> None:
-        if self._detach():
-            self.warn_if_silent()
-            if self._steps > self._written:
-                self.write()
+        self._end(write=True)
 
     def warn_if_silent(self) -> None:
         """Says once that nothing was written for lack of steps, if spheres have run items."""
-        if self._warned or self._steps > self._first:
+        if self._spoke or self._steps > self._first:
             return
         if (self._spheres.stats() - self._last).items_run:
-            self._warned = True
+            self._spoke = True
             warnings.warn(
                 "log_to() has counted no steps: no optimizer that it was given, or that has a "
                 "GradientHook on these spheres, has stepped; give it optimizer=..., or call "
@@ -132,22 +126,21 @@ class StatsLog:
                 stacklevel=4,  # who calls close() or stop(), or ends the block
             )
 
-    def _detach(self) -> bool:
-        """Whether it was open."""
+    def _end(self, *, write: bool) -> None:
         if self._closed:
-            return False
+            return
         self._closed = True
         if self._handle is None:
             self._spheres._logs.remove(self)
         else:
             self._handle.remove()
-        return True
+        if write:
+            self.warn_if_silent()
+            if self._steps > self._written:
+                self.write()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._close()
-        else:  # what broke the loop is not to be covered by an error of the writer
-            self._detach()
+        self._end(write=kind is None)  # an error of the writer is not to cover the block's own

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_spheres._core import Topology
-from torch_spheres.plots.theme import COLOURS, describe, points
+from torch_spheres.plots.theme import COLOURS, LABELS, describe, points
 from torch_spheres.stats_table import counted, duration
 
 if TYPE_CHECKING:
@@ -24,16 +24,7 @@ MOST_ROWS = 36
 _MOST_BARS = 20_000
 _MOST_ARROWS = 60
 _BAR = 0.78  # of a row's height
-_BARS = {
-    "processing": "running items",
-    "accumulating": "summing gradients",
-    "waiting": "at a barrier",
-    "forward": "forward",
-    "backward": "backward",
-    "sum": "summing gradients",
-    "load": "loading a batch",
-    "steal": "stolen from another sphere",
-}
+_BARS = ("processing", "accumulating", "waiting", "forward", "backward", "sum", "load", "steal")
 """States and phases, in the order in which they are drawn; last the line along stolen items."""
 
 
@@ -137,12 +128,12 @@ def _bars(ax: Axes, shown: Timeline) -> list[Any]:
             row = spans["steal" if s.kind == "item" else s.name][shown.rows[s.sphere]]
             row.append((shown.ms(s.begin_ns), s.duration_ns / 1e6))
     handles = {}
-    for depth, (name, label) in enumerate(_BARS.items(), 2):
+    for depth, name in enumerate(_BARS, 2):
         for y, found in spans[name].items():
             high = (y + 0.3 * _BAR, 0.2 * _BAR) if name == "steal" else (y - _BAR / 2, _BAR)
             # The edge keeps the shortest ones visible.
             ax.broken_barh(found, high, color=COLOURS[name], linewidth=0.4, zorder=depth, gid=name)
-            handles[label] = Patch(facecolor=COLOURS[name], label=label)
+            handles[LABELS[name]] = Patch(facecolor=COLOURS[name], label=LABELS[name])
     return list(handles.values())
 
 
