@@ -22,7 +22,7 @@ class SphereStats:
     """One sphere at one moment, or between two (see `Stats`).
 
     Times are in nanoseconds since `start()`, counts since creation; in a difference both are what
-    came between.
+    came between, but `state`, `queued` and `queue_high_water` are as they were at its end.
     """
 
     id: int
@@ -34,8 +34,7 @@ class SphereStats:
     group: int | None
     """Symmetry group, 0 to 11: the index among the siblings. None for the root."""
     state: State
-    """What the thread was doing. IDLE is good news when there is no work. (In a difference: at its
-    end.)"""
+    """What the thread was doing. IDLE is good news when there is no work."""
     items_run: int
     """Work items run by this sphere, stolen ones included. On the root also the pieces of a
     gradient sum that the thread which called for it ran itself while it waited."""
@@ -50,8 +49,7 @@ class SphereStats:
     messages_received: int
     """Messages taken out of its mailbox."""
     queue_high_water: int
-    """Most items that ever waited in its queue when work was handed down. (In a difference too:
-    since creation, up to its end.)"""
+    """Most items that ever waited in its queue when work was handed down."""
     processing_ns: int
     """Time running work items."""
     accumulating_ns: int
@@ -64,7 +62,7 @@ class SphereStats:
     """Time awake between jobs: reading messages, handing work down. The runtime's own cost."""
     queued: int = 0
     """Items that wait in its queue at this moment; for inner spheres, in those of its subtree. 0
-    most of the time: leaves starve between batches of work. (In a difference: at its end.)"""
+    most of the time: leaves starve between batches of work."""
     stolen_from: tuple[int, ...] = ()
     """`items_stolen` by the symmetry group of the sibling that each belonged to: twelve counts; on
     the root by the group of the leaf. Empty for the other inner spheres, which run no items."""
@@ -73,10 +71,9 @@ class SphereStats:
     item_time_counts: tuple[int, ...] = field(default=(), repr=False)
     """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
     there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
-    last edge. Python items are measured one by one, waits for the GIL included; while they take
-    less than half a microsecond eight at a time (a slow one among them is taken for the only one),
-    and native items in the chunk that they were taken in, each counted with the mean. Pieces of
-    gradient sums are left out."""
+    last edge. Python items are measured one by one, waits for the GIL included; those of less than
+    half a microsecond eight at a time, and native ones by the chunk, each counted with the mean.
+    Pieces of gradient sums are left out."""
 
     @property
     def busy_ns(self) -> int:
@@ -190,9 +187,6 @@ class Stats:
 
     def __sub__(self, before: Stats) -> Stats:
         """What happened after `before` up to this snapshot.
-
-        Counts and times are differences. `SphereStats.state`, `queued` and `queue_high_water` are
-        those of the later snapshot.
 
         Raises:
             ValueError: the two are of different spheres, in the wrong order, or differences.

@@ -193,13 +193,13 @@ class Views:
             ax: where to draw. None: a new figure. As of `plot_timeline`.
             stats: what to draw, from `stats`, or a difference of two. None: as they are now.
             trace: what to draw instead, from ``with spheres.trace() as trace``.
-            theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
+            theme: ``"light"`` or ``"dark"``.
 
         Returns:
             The axes; ``ax.figure.savefig("spheres.png")`` saves them.
 
         Raises:
-            ImportError: there is no matplotlib: ``pip install "torch_spheres[plots]"``.
+            ImportError: there is no matplotlib.
             TypeError: `ax`, `stats` or `trace` is something else.
             ValueError: both `stats` and `trace` are given, they are of another number of spheres,
                 or there is no such theme.
