@@ -35,7 +35,7 @@ def _row(name: str, spheres: Sequence[SphereStats]) -> str:
     total = sum(s.total_ns for s in spheres)
     return _COLUMNS.format(
         name,
-        f"{len(spheres):,}",
+        f"{len(spheres)}",
         f"{sum(s.items_run for s in spheres):,}",
         f"{sum(s.items_stolen for s in spheres):,}",
         f"{sum(s.messages_received for s in spheres):,}",
