@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["counted", "duration", "format_stats"]
 
-_COLUMNS = "{:<18}{:>8}{:>13}{:>12}{:>12}{:>12}{:>11}{:>12}{:>8}"
+_COLUMNS = "{:<17} {:>7} {:>11} {:>10} {:>9} {:>10} {:>9} {:>10} {:>7}"
 _HEADER = _COLUMNS.format(
     "", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %"
 )
