@@ -151,7 +151,7 @@ def training(spheres: KissingSpheres, sizes: Sizes) -> Section:
 
 
 def afterwards(spheres: KissingSpheres, sizes: Sizes) -> Section:
-    section = Section("before and after: begin, end, read and save")
+    section = Section("before and after: begin, end (and read), save")
     start = time.perf_counter()
     with spheres.trace() as trace:
         begun = time.perf_counter()
@@ -159,17 +159,15 @@ def afterwards(spheres: KissingSpheres, sizes: Sizes) -> Section:
         before = time.perf_counter()
     ended = time.perf_counter()
     slices = len(trace.slices)
-    read = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         trace.save(path)
         saved = time.perf_counter()
         size = path.stat().st_size
     section.add(Row("begin", duration(begun - start)))
-    section.add(Row("end", duration(ended - before)))
-    section.add(Row("read", f"{duration((read - ended) / slices)} a slice", note=f"{slices:,}"))
+    section.add(Row("end", f"{duration((ended - before) / slices)} a slice", note=f"{slices:,}"))
     section.add(
-        Row("save", f"{duration((saved - read) / slices)} a slice", note=f"{size / 1e6:.1f} MB")
+        Row("save", f"{duration((saved - ended) / slices)} a slice", note=f"{size / 1e6:.1f} MB")
     )
     return section
 

@@ -234,7 +234,8 @@ def test_it_ends_by_itself_when_the_spheres_stop() -> None:
         spheres.stop()  # it may have seen nothing of the time between
         eventually(lambda: not live.active)
         live.advance(3)
-        with spheres.live(1000, file=io.StringIO(), plain=True) as other:
+        lines = {"file": io.StringIO(), "plain": True, "plain_seconds": 0.001}
+        with spheres.live(**lines) as other:
             time.sleep(0.01)
             assert other.active  # spheres that have stopped may start again
             spheres.start()

@@ -138,7 +138,7 @@ def test_a_trace_of_the_last_epoch(small, tmp_path):
     names = Counter(event["name"] for event in data["traceEvents"])
     for shard in range(12):
         # Three batches of 50: those of the first epoch are not there.
-        assert names[f"forward, shard {shard}"] == names[f"backward, shard {shard}"] == 3
+        assert names[f"forward {shard}"] == names[f"backward {shard}"] == 3
     assert digest(done.stdout) == digest(
         run("--data", small, "--batch-size", 50, "--epochs", 2).stdout
     )

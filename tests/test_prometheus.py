@@ -121,11 +121,9 @@ def test_labels_of_the_users_are_on_every_line_or_refused() -> None:
 
 def test_arguments_of_to_prometheus_are_checked() -> None:
     stats = KissingSpheres(levels=1).stats()
-    for wrong in ([1], "pool", 3):
+    for wrong in ([1], "pool", 3, {1: "a"}):
         with pytest.raises(TypeError, match="labels must map names to values"):
             stats.to_prometheus(labels=wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="labels: names must be strings, got 1"):
-        stats.to_prometheus(labels={1: "a"})  # type: ignore[dict-item]
     for wrong in ("yes", 1):
         with pytest.raises(TypeError, match=f"per_sphere must be .* got {wrong!r}"):
             stats.to_prometheus(per_sphere=wrong)  # type: ignore[arg-type]

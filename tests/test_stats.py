@@ -132,10 +132,9 @@ def test_snapshots_that_do_not_belong_together_are_refused() -> None:
             others.stats() - first
         with pytest.raises(ValueError, match="write later - earlier"):
             first - second
-        third, fourth = spheres.stats(), spheres.stats()
-        with pytest.raises(ValueError, match="begin together"):
-            (fourth - second) - (third - first)
-        assert ((fourth - first) - (third - first)).begin_ns == third.time_ns
+        for one, two in ((second - first, first), (spheres.stats(), second - first)):
+            with pytest.raises(ValueError, match="subtract the snapshots"):
+                one - two
         with pytest.raises(TypeError):
             first - 1
 
@@ -154,8 +153,6 @@ def test_counting_begins_with_the_first_start_and_survives_a_stop() -> None:
         again = spheres.stats()
     assert begin <= stopped.begin_ns == again.begin_ns < stopped.time_ns
     assert ((again - stopped).items_run, (again - unborn).items_run) == (20, 30)
-    with pytest.raises(ValueError, match="begin together"):
-        (again - stopped) - unborn
 
 
 # ---- what is made of the counts ----
@@ -230,12 +227,12 @@ def test_the_repr_is_one_line_however_many_spheres() -> None:
         spheres.map(abs, range(1538))
         stats = spheres.stats()
     assert re.fullmatch(
-        r"<Stats of 1885 spheres: 1,538 items, [\d,]+ stolen, in [\d.]+ m?s; print\(\) shows the "
+        r"<Stats of 1,885 spheres: 1,538 items, [\d,]+ stolen, in [\d.]+ m?s; print\(\) shows the "
         r"table>",
         repr(stats),
     )
     since = repr(stats - before)
-    assert since.startswith("<Difference of two Stats of 1885 spheres: 1,538 items, ")
+    assert since.startswith("<Difference of two Stats of 1,885 spheres: 1,538 items, ")
     assert repr(KissingSpheres(levels=1).stats()).startswith("<Stats of 1 sphere: 0 items, ")
     assert str(stats).count("\n") > 5  # the table is what it was
 

@@ -24,14 +24,6 @@ def test_nothing_to_say_is_not_said() -> None:
     assert made([]).advice() == ()  # no items
 
 
-def test_advice_few_items_at_a_time() -> None:
-    assert "never more than 2 items waited at once, but 4 leaves may run" in rules(
-        made([5, 5], waiting=2)
-    )
-    assert "never more than 1 item waited at once" in rules(made([5], waiting=1))
-    assert "waited at once, but" not in rules(made([5, 5], waiting=8))
-
-
 def test_advice_idle_spheres() -> None:
     assert "had nothing to do 70% of the time, the busiest one too" in rules(made([3, 3, 3, 3]))
     # One long item keeps its sphere busy: that the others are idle is not for want of work.
@@ -58,19 +50,6 @@ def test_advice_items_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         made([5.0] * 4, cores_used=1.0),
     ):
         assert "cores busy" not in rules(fine)
-
-
-def test_advice_more_threads_than_cores() -> None:
-    crowd = made([9.9] * 8, concurrency=8, cores=2, cores_used=1.98, waiting=8)
-    assert rules(crowd).startswith(
-        "7.9 leaves ran at once, on average, on 2 cores that were 99% busy: concurrency=2 does"
-    )
-    for fine in (
-        made([9.9] * 8, concurrency=8, cores=8, cores_used=7.9, waiting=8),
-        made([9.9] * 8, concurrency=8, cores=2, cores_used=0.5, waiting=8),  # they sleep
-        made([2.0] * 8, concurrency=8, cores=2, cores_used=1.9, waiting=8),  # seldom at once
-    ):
-        assert "leaves ran at once" not in rules(fine)
 
 
 def test_advice_one_sphere_has_the_long_items() -> None:
@@ -115,9 +94,7 @@ def test_advice_short_items() -> None:
         assert "an item took" not in rules(fine)
 
 
-def test_at_most_three_sentences() -> None:
-    bad = made([4.0, 0.5], item=1e-6, inside=0.1, waiting=1)
-    assert len(bad.advice()) == 3
-    worst = made([9.9] * 8, concurrency=8, cores=2, cores_used=1.98, waiting=2, item=1e-6,
-                 inside=0.1)  # fmt: skip
-    assert len(worst.advice()) == 3
+def test_at_most_three_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rule in ("_idle", "_waiting_items", "_uneven", "_short_items"):
+        monkeypatch.setattr(f"torch_spheres.stats_advice.{rule}", lambda _, rule=rule: rule)
+    assert made([5.0]).advice() == ("_idle", "_waiting_items", "_uneven")

@@ -33,5 +33,5 @@ def test_a_trace_made_by_hand_is_saved(tmp_path):
     assert (state["name"], state["ts"], str(state["dur"])) == ("processing", 0, "8.001")
     assert (item["name"], str(item["ts"]), str(item["dur"])) == ("item 0", "0.5", "1.001")
     assert item["args"] == {"item": 0, "items": 1, "owner": "0", "stolen": True}
-    assert shard["name"] == "forward, shard 0"
+    assert shard["name"] == "forward 0"
     assert [e["name"] for e in data["traceEvents"] if e["ph"] in "sf"] == ["steal"] * 2

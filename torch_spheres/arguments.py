@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-__all__ = ["as_index", "as_timeout", "native_items", "python_items"]
+__all__ = ["as_index", "as_number", "as_timeout", "native_items", "python_items"]
 
 T = TypeVar("T")
 
@@ -26,14 +26,21 @@ def as_index(name: str, value: Any, least: int | None = None, most: int | None =
     return number
 
 
+def as_number(name: str, value: Any, what: str = "a number") -> float:
+    """A float, or a TypeError that names it and says `what` it must be."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(+value)  # float() alone would take strings
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be {what}, got {value!r}") from None
+
+
 def as_timeout(value: Any) -> float | None:
     """Seconds, None for ever."""
     if value is None:
         return None
-    try:
-        seconds = float(+value)  # float() alone would take strings
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"timeout must be None or a number of seconds, got {value!r}") from None
+    seconds = as_number("timeout", value, "None or a number of seconds")
     if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"timeout must be None or at least 0 seconds, got {value!r}")
     return None if math.isinf(seconds) else seconds

@@ -73,7 +73,7 @@ class GradientHook:
         self._reported: dict[int, int] = {}
         # The optimizer keeps the bound method, and so the hook, even if nobody else does.
         self._handle = optimizer.register_step_pre_hook(self._before_step)
-        self._after = optimizer.register_step_post_hook(self._after_step)
+        self._spheres._count_steps_of(optimizer)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -196,11 +196,7 @@ class GradientHook:
                 parameter.grad += total
 
     def _before_step(self, *_: Any) -> None:
-        self._spheres._steps.begin(self._optimizer)
         self.reduce()
-
-    def _after_step(self, *_: Any) -> None:
-        self._spheres._steps.count(self._optimizer)
 
     def remove(self) -> None:
         """Takes the hook off the optimizer. Gradients that were added and not summed are dropped.
@@ -208,6 +204,5 @@ class GradientHook:
         May be called more than once.
         """
         self._handle.remove()
-        self._after.remove()
         with self._lock:
             self._added.clear()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
 
 from torch_spheres import _core
+from torch_spheres.arguments import as_number
 
 __all__ = ["ITEM_TIME_EDGES_NS", "add_counts", "quantile_ns"]
 
@@ -34,7 +34,10 @@ def quantile_ns(counts: Sequence[int], q: float) -> float:
         TypeError: `q` is no number.
         ValueError: `q` is not between 0 and 1.
     """
-    rank, seen = _share(q) * sum(counts), 0
+    share = as_number("q", q, "a number, a share of the items from 0 to 1")
+    if not 0 <= share <= 1:
+        raise ValueError(f"q is a share of the items, 0 to 1 (0.5: the median), got {q!r}")
+    rank, seen = share * sum(counts), 0
     for bucket, count in enumerate(counts):
         if count and seen + count >= rank:
             if bucket == len(ITEM_TIME_EDGES_NS):
@@ -43,12 +46,3 @@ def quantile_ns(counts: Sequence[int], q: float) -> float:
             return low + (ITEM_TIME_EDGES_NS[bucket] - low) * max(0.0, rank - seen) / count
         seen += count
     return float(ITEM_TIME_EDGES_NS[-1]) if seen < sum(counts) else 0.0
-
-
-def _share(q: object) -> float:
-    if isinstance(q, bool) or not isinstance(q, Real):
-        raise TypeError(f"q must be a number, a share of the items from 0 to 1, got {q!r}")
-    share = float(q)
-    if not 0 <= share <= 1:
-        raise ValueError(f"q is a share of the items, 0 to 1 (0.5: the median), got {q!r}")
-    return share

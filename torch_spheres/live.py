@@ -17,14 +17,12 @@ import io
 import math
 import os
 import threading
-import time
 import warnings
 from collections import deque
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
-from torch_spheres.arguments import as_index
+from torch_spheres.arguments import as_index, as_number
 from torch_spheres.watching.displays import Show, give_streams_back, open_display
 from torch_spheres.watching.readings import Rates, Reading
 
@@ -54,22 +52,20 @@ class Live:
     def __init__(
         self,
         spheres: KissingSpheres,
-        refresh_per_second: float = 4.0,
-        *,
-        file: TextIO | None = None,
-        plain: bool | None = None,
-        plain_seconds: float = 10.0,
+        refresh_per_second: float,
+        file: TextIO | None,
+        plain: bool | None,
+        plain_seconds: float,
     ) -> None:
         self._spheres = spheres
-        seconds = 1 / _positive("refresh_per_second", refresh_per_second)
-        self._seconds = min(seconds, threading.TIMEOUT_MAX)
+        self._seconds = 1 / _positive("refresh_per_second", refresh_per_second)
         self._plain_seconds = _positive("plain_seconds", plain_seconds)
-        if file is not None and not _takes_text(file):
+        binary = isinstance(file, (io.RawIOBase, io.BufferedIOBase))
+        if file is not None and (binary or not callable(getattr(file, "write", None))):
             raise TypeError(f"file must be a text file, such as sys.stderr, or None, got {file!r}")
         if plain is not None and not isinstance(plain, bool):
             raise TypeError(f"plain must be True, False or None, got {plain!r}")
-        self._file = file
-        self._plain = plain
+        self._file, self._plain = file, plain
         self._thread: threading.Thread | None = None
         self._begun, self._end = threading.Event(), threading.Event()
         self._error: Exception | None = None
@@ -126,12 +122,7 @@ class Live:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -156,7 +147,7 @@ class Live:
         starts = spheres._starts - spheres.running
         # Rates are of about a second, or of the time from line to line.
         looks = 1 + math.ceil(min(1 / self._seconds, 1000.0)) if draws else 2
-        pause = 0.0 if draws else self._plain_seconds
+        pause = min(self._seconds if draws else self._plain_seconds, threading.TIMEOUT_MAX)
         try:
             first = Reading.of(spheres)
             readings = deque([first], maxlen=looks)
@@ -164,15 +155,12 @@ class Live:
                 if draws:
                     show(Rates(first, first))
                 self._begun.set()
-                begun = shown = time.monotonic()
-                while not self._end.wait(self._seconds):
+                while not self._end.wait(pause):
                     if spheres._starts > starts and not spheres.running:
                         break
-                    if time.monotonic() - shown >= pause:
-                        shown = time.monotonic()
-                        readings.append(Reading.of(spheres))
-                        show(Rates(readings[0], readings[-1]))
-                if draws or shown > begun:  # a short run prints no line
+                    readings.append(Reading.of(spheres))
+                    show(Rates(readings[0], readings[-1]))
+                if draws or len(readings) > 1:  # a short run prints no line
                     show(Rates(first, Reading.of(spheres)))
         except (OSError, ValueError) as error:  # a terminal that is gone, a file that is closed
             self._error = error
@@ -182,19 +170,11 @@ class Live:
                 _shown = None  # or the spheres would live as long as the module
 
 
-def _positive(name: str, value: Any) -> float:
-    try:
-        number = float(+value)  # float() alone would take strings
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+def _positive(name: str, value: float) -> float:
+    number = as_number(name, value)
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be more than 0, got {value!r}")
     return number
-
-
-def _takes_text(file: Any) -> bool:
-    binary = isinstance(file, (io.RawIOBase, io.BufferedIOBase))
-    return callable(getattr(file, "write", None)) and not binary
 
 
 @atexit.register

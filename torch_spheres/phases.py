@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch_spheres import _core
@@ -17,24 +17,15 @@ __all__ = ["Handovers", "handovers", "phase", "phase_since"]
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
 
-_NOTHING = nullcontext()
-
-
-def phase(
-    spheres: KissingSpheres, name: str, number: int | None = None
-) -> AbstractContextManager[None]:
-    """For a block that the calling thread is in; does nothing while nobody traces the spheres.
+@contextmanager
+def phase(spheres: KissingSpheres, name: str, number: int | None = None) -> Iterator[None]:
+    """For a block that the calling thread is in; records nothing while nobody traces the spheres.
 
     Args:
         spheres: on whose behalf.
         name: what is done; one of `_core.TRACE_LABELS`.
         number: of the shard, or of the batch that is loaded.
     """
-    return _NOTHING if spheres._recording is None else _traced(spheres, name, number)
-
-
-@contextmanager
-def _traced(spheres: KissingSpheres, name: str, number: int | None) -> Iterator[None]:
     begin = time.monotonic_ns()
     try:
         yield

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch_spheres.item_times import ITEM_TIME_EDGES_NS
 
@@ -25,9 +25,11 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from torch_spheres.stats import SphereStats, Stats
+    from torch_spheres.stats import Stats
 
 __all__ = ["SphereCollector", "page"]
+
+F = TypeVar("F", CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily)
 
 _LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 _OURS = {"level", "sphere", "path", "state", "le"}
@@ -61,11 +63,9 @@ class SphereCollector(Collector):
         if per_sphere is not None and not isinstance(per_sphere, bool):
             raise TypeError(f"per_sphere must be True, False or None, got {per_sphere!r}")
         labels = {} if labels is None else labels
-        if not isinstance(labels, Mapping):
+        if not isinstance(labels, Mapping) or not all(isinstance(name, str) for name in labels):
             raise TypeError(f"labels must map names to values, {{'pool': 'a'}}, got {labels!r}")
         for name in labels:
-            if not isinstance(name, str):
-                raise TypeError(f"labels: names must be strings, got {name!r}")
             if not _LABEL.fullmatch(name) or name in _OURS:
                 raise ValueError(
                     f"labels: {name!r} cannot be used; names are letters, digits and _, do not "
@@ -84,72 +84,43 @@ class SphereCollector(Collector):
         stats = self._read()
         last = stats.spheres[-1].level
         per_sphere = len(stats) <= _FEW_SPHERES if self._per_sphere is None else self._per_sphere
-        groups: list[tuple[SphereStats, ...]] = (
-            [(s,) for s in stats] if per_sphere else [stats.level(n) for n in range(last + 1)]
-        )
-        place = ["level", "sphere", "path"] if per_sphere else ["level"]
+        names = ("level", "sphere", "path") if per_sphere else ("level",)
+        groups = [(s,) for s in stats] if per_sphere else map(stats.level, range(last + 1))
+        # With the values of the labels: as many as there are names.
+        placed = [((f"{g[0].level}", f"{g[0].id}", g[0].path)[: len(names)], g) for g in groups]
+        leaves = [(place, group) for place, group in placed if group[0].level == last]
 
-        def where(group: tuple[SphereStats, ...]) -> list[str]:
-            first = group[0]
-            return [str(first.level), str(first.id), first.path][: len(place)]
-
-        leaves = [group for group in groups if group[0].level == last]
         for name, meaning in _COUNTERS.items():
-            values = [(where(g), sum(getattr(s, name) for s in g)) for g in groups]
-            yield self._metric(CounterMetricFamily, name, meaning, place, values)
-        yield self._metric(
-            CounterMetricFamily,
-            "state_seconds",
-            "Time of the spheres' threads in each state, added up.",
-            [*place, "state"],
-            [
-                ([*where(g), state], sum(getattr(s, f"{state}_ns") for s in g) / 1e9)
-                for g in groups
-                for state in _STATES
-            ],
-        )
-        yield self._metric(
-            GaugeMetricFamily,
-            "queued_items",
-            "Work items that wait in the leaves' queues.",
-            place,
-            [(where(g), sum(s.queued for s in g)) for g in leaves],
-        )
-        yield self._metric(
-            GaugeMetricFamily,
-            "queue_high_water_items",
-            "Most work items that ever waited in one leaf's queue.",
-            place,
-            [(where(g), max(s.queue_high_water for s in g)) for g in leaves],
-        )
-        yield self._metric(
-            HistogramMetricFamily,
-            "item_duration_seconds",
-            "Time that work items took, but for pieces of gradient sums.",
-            [],
-            [([], _buckets(stats.item_time_counts), stats.item_time_ns / 1e9)],
-        )
-        yield self._metric(
-            GaugeMetricFamily,
-            "concurrency",
-            "Leaves that may run at once.",
-            [],
-            [([], stats.concurrency)],
-        )
+            counter = self._new(CounterMetricFamily, name, meaning, names)
+            for place, group in placed:
+                counter.add_metric([*self._values, *place], sum(getattr(s, name) for s in group))
+            yield counter
+        meaning = "Time of the spheres' threads in each state, added up."
+        times = self._new(CounterMetricFamily, "state_seconds", meaning, (*names, "state"))
+        for place, group in placed:
+            for state in _STATES:
+                seconds = sum(getattr(s, f"{state}_ns") for s in group) / 1e9
+                times.add_metric([*self._values, *place, state], seconds)
+        yield times
+        meaning = "Work items that wait in the leaves' queues."
+        queued = self._new(GaugeMetricFamily, "queued_items", meaning, names)
+        meaning = "Most work items that ever waited in one leaf's queue."
+        high = self._new(GaugeMetricFamily, "queue_high_water_items", meaning, names)
+        for place, group in leaves:
+            queued.add_metric([*self._values, *place], sum(s.queued for s in group))
+            high.add_metric([*self._values, *place], max(s.queue_high_water for s in group))
+        yield from (queued, high)
+        meaning = "Time that work items took, but for pieces of gradient sums."
+        items = self._new(HistogramMetricFamily, "item_duration_seconds", meaning)
+        counts, seconds = _buckets(stats.item_time_counts), stats.item_time_ns / 1e9
+        items.add_metric(self._values, counts, seconds)
+        yield items
+        turns = self._new(GaugeMetricFamily, "concurrency", "Leaves that may run at once.")
+        turns.add_metric(self._values, stats.concurrency)
+        yield turns
 
-    def _metric(
-        self,
-        kind: type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily],
-        name: str,
-        meaning: str,
-        labels: list[str],
-        samples: Iterable[tuple[Any, ...]],
-    ) -> Metric:
-        """Each sample: the values of the labels, and what its kind of metric asks for."""
-        metric = kind(f"torch_spheres_{name}", meaning, labels=self._names + labels)
-        for values, *rest in samples:
-            metric.add_metric(self._values + values, *rest)
-        return metric
+    def _new(self, kind: type[F], name: str, meaning: str, labels: Sequence[str] = ()) -> F:
+        return kind(f"torch_spheres_{name}", meaning, labels=[*self._names, *labels])
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, int]]:

@@ -41,12 +41,9 @@ class Recording(Trace):
     """What ``with spheres.trace() as trace`` gives: a `Trace` that can be read after the block."""
 
     def __init__(self, spheres: KissingSpheres, capacity: int) -> None:
-        capacity = as_index("capacity", capacity, 1, MAX_CAPACITY)
+        self._capacity = as_index("capacity", capacity, 1, MAX_CAPACITY)
         self._spheres: KissingSpheres | None = spheres  # until it has ended
-        self._topology, self._concurrency = spheres.topology, spheres.concurrency
-        self._capacity = capacity
         self._process = 0  # that records
-        self._record: _core.TraceRecord | None = None  # from its end until it is read
         self._names: dict[int, str] = {}
 
     def __enter__(self) -> Self:
@@ -66,47 +63,16 @@ class Recording(Trace):
         spheres, self._spheres = self._spheres, None
         assert spheres is not None
         spheres._recording = None
-        self._record = spheres._core.end_trace()
+        record = spheres._core.end_trace()
         self._names |= {t.native_id: t.name for t in threading.enumerate() if t.native_id}
-
-    def name_thread(self) -> None:
-        """Remembers what the calling thread is called: it may be gone when the trace is read."""
-        self._names[threading.get_native_id()] = threading.current_thread().name
-
-    def __repr__(self) -> str:
-        # For debuggers and reports of failures too: never an error.
-        if self._record is None and "slices" not in self.__dict__:
-            return f"Trace, {'being recorded' if self._process else 'not begun'}"
-        return super().__repr__()
-
-    def __getattr__(self, name: str) -> Any:
-        # Called for what is not there yet: the trace is read when it is first asked for.
-        if name not in Trace.__annotations__:
-            raise AttributeError(f"a Trace has no attribute {name!r}")
-        record = self._record
-        if record is not None:
-            self._read(record)
-        elif name not in self.__dict__:  # or another thread has read it in the meantime
-            if self._process not in (0, os.getpid()):
-                raise RuntimeError(
-                    "this trace is recorded by the process that this one was forked from: only "
-                    "there can it be read"
-                )
-            raise RuntimeError(
-                "the trace can be read and saved when its 'with' block has ended: "
-                "'with spheres.trace() as trace: ...', then trace.save(path)"
-            )
-        return self.__dict__[name]
-
-    def _read(self, record: _core.TraceRecord) -> None:
-        reader = _Reader(self._topology, record, self._names)
+        reader = _Reader(spheres.topology, record, self._names)
         slices = sorted(reader.slices(), key=_outer_first)
         since = reader.complete_since
         waited = None if reader.lost else record.queued
         used = {s.sphere for s in slices}
         super().__init__(
-            levels=self._topology.levels,
-            concurrency=self._concurrency,
+            levels=spheres.levels,
+            concurrency=spheres.concurrency,
             begin_ns=record.begin,
             end_ns=record.end,
             slices=slices,
@@ -115,7 +81,25 @@ class Recording(Trace):
             lost=reader.lost,
             threads={k: name for k, name in reader.names.items() if k in used},
         )
-        self._record = None
+
+    def name_thread(self) -> None:
+        """Remembers what the calling thread is called: it may be gone when the block ends."""
+        self._names[threading.get_native_id()] = threading.current_thread().name
+
+    def __repr__(self) -> str:
+        # For debuggers and reports of failures too: never an error.
+        if "slices" not in self.__dict__:
+            return f"Trace, {'being recorded' if self._process else 'not begun'}"
+        return super().__repr__()
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there (yet).
+        if name not in Trace.__annotations__:
+            raise AttributeError(f"a Trace has no attribute {name!r}")
+        raise RuntimeError(
+            "the trace can be read and saved when its 'with' block has ended, in the process that "
+            "began it: 'with spheres.trace() as trace: ...', then trace.save(path)"
+        )
 
 
 def _outer_first(s: Slice) -> tuple[int, int, int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from operator import sub
 from typing import Any
 
-from torch_spheres._core import State
+from torch_spheres import _core
+from torch_spheres._core import State, Topology
 from torch_spheres.item_times import ITEM_TIME_EDGES_NS, add_counts, quantile_ns
 from torch_spheres.stats_advice import advice_on
-from torch_spheres.stats_table import duration, format_stats
+from torch_spheres.stats_table import counted, duration, format_stats
 
-__all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats"]
+__all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats", "sphere_stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class SphereStats:
     """One sphere at one moment, or between two (see `Stats`).
 
     Times are in nanoseconds since `start()`, counts since creation; in a difference both are what
-    came between.
+    came between, but `state`, `queued` and `queue_high_water` are as they were at its end.
     """
 
     id: int
@@ -31,8 +34,7 @@ class SphereStats:
     group: int | None
     """Symmetry group, 0 to 11: the index among the siblings. None for the root."""
     state: State
-    """What the thread was doing. IDLE is good news when there is no work. (In a difference: at its
-    end.)"""
+    """What the thread was doing. IDLE is good news when there is no work."""
     items_run: int
     """Work items run by this sphere, stolen ones included. On the root also the pieces of a
     gradient sum that the thread which called for it ran itself while it waited."""
@@ -47,8 +49,7 @@ class SphereStats:
     messages_received: int
     """Messages taken out of its mailbox."""
     queue_high_water: int
-    """Most items that ever waited in its queue when work was handed down. (In a difference too:
-    since creation, up to its end.)"""
+    """Most items that ever waited in its queue when work was handed down."""
     processing_ns: int
     """Time running work items."""
     accumulating_ns: int
@@ -61,7 +62,7 @@ class SphereStats:
     """Time awake between jobs: reading messages, handing work down. The runtime's own cost."""
     queued: int = 0
     """Items that wait in its queue at this moment; for inner spheres, in those of its subtree. 0
-    most of the time: leaves starve between batches of work. (In a difference: at its end.)"""
+    most of the time: leaves starve between batches of work."""
     stolen_from: tuple[int, ...] = ()
     """`items_stolen` by the symmetry group of the sibling that each belonged to: twelve counts; on
     the root by the group of the leaf. Empty for the other inner spheres, which run no items."""
@@ -70,10 +71,9 @@ class SphereStats:
     item_time_counts: tuple[int, ...] = field(default=(), repr=False)
     """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
     there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
-    last edge. Python items are measured one by one, waits for the GIL included; while they take
-    less than half a microsecond eight at a time (a slow one among them is taken for the only one),
-    and native items in the chunk that they were taken in, each counted with the mean. Pieces of
-    gradient sums are left out."""
+    last edge. Python items are measured one by one, waits for the GIL included; those of less than
+    half a microsecond eight at a time, and native ones by the chunk, each counted with the mean.
+    Pieces of gradient sums are left out."""
 
     @property
     def busy_ns(self) -> int:
@@ -99,25 +99,43 @@ class SphereStats:
         return quantile_ns(self.item_time_counts, q) / 1e9
 
     def _since(self, before: SphereStats) -> SphereStats:
-        def each(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[int, ...]:
-            # Most spheres of a large hierarchy have done nothing: no need to look at each count.
-            return tuple(map(int.__sub__, new, old)) if new is not old else (0,) * len(new)
-
-        changed: dict[str, Any] = {
-            name: getattr(self, name) - getattr(before, name) for name in _DIFFERENCES
-        }
-        return replace(
-            self,
-            stolen_from=each(self.stolen_from, before.stolen_from),
-            item_time_counts=each(self.item_time_counts, before.item_time_counts),
-            **changed,
-        )
+        changed: dict[str, Any] = {}
+        for name in _DIFFERENCES:
+            new, old = getattr(self, name), getattr(before, name)
+            changed[name] = tuple(map(sub, new, old)) if isinstance(new, tuple) else new - old
+        return replace(self, **changed)
 
 
+_FIGURES = [field.name for field in fields(SphereStats) if hasattr(_core.SphereStats, field.name)]
+_STATE_TIMES = [f"{state.name.lower()}_ns" for state in State if state is not State.TERMINATING]
 _DIFFERENCES = (
     *("items_run", "items_stolen", "items_given", "messages_sent", "messages_received"),
+    *("stolen_from", "item_time_counts"),
     *(each.name for each in fields(SphereStats) if each.name.endswith("_ns")),
 )
+
+
+@cache
+def _place(sphere: int) -> tuple[str, int, int | None]:
+    """Path, level and group."""
+    level = Topology.level(sphere)
+    return Topology.path_string(sphere), level, Topology.group(sphere) if level else None
+
+
+def _from_core(core: _core.SphereStats, last: int) -> SphereStats:
+    path, level, group = _place(core.id)
+    figures: dict[str, Any] = {name: getattr(core, name) for name in _FIGURES}
+    figures |= zip(_STATE_TIMES, core.state_ns, strict=False)
+    if level not in (0, last):
+        figures["stolen_from"] = ()  # it runs no items
+    return SphereStats(path=path, level=level, group=group, **figures)
+
+
+def sphere_stats(core: _core.System) -> tuple[SphereStats, ...]:
+    """The figures of all spheres now, by id."""
+    read = core.stats()
+    last = Topology.level(len(read) - 1)
+    return tuple(_from_core(figures, last) for figures in read)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -170,12 +188,8 @@ class Stats:
     def __sub__(self, before: Stats) -> Stats:
         """What happened after `before` up to this snapshot.
 
-        Counts and times are differences. `SphereStats.state`, `queued` and `queue_high_water` are
-        those of the later snapshot.
-
         Raises:
-            ValueError: the two are of different spheres, in the wrong order, or differences that do
-                not begin together.
+            ValueError: the two are of different spheres, in the wrong order, or differences.
         """
         if not isinstance(before, Stats):
             return NotImplemented
@@ -190,13 +204,8 @@ class Stats:
                 f"the snapshot to take away was taken {(before.time_ns - self.time_ns) / 1e9:.3f} "
                 "s after the other: write later - earlier"
             )
-        # Spheres that had never been started had not begun to count either.
-        unborn = before.begin_ns == before.time_ns and not self.is_difference
-        if self.begin_ns != before.begin_ns and not unborn:
-            raise ValueError(
-                "differences can be taken from each other only if they begin together; subtract "
-                "the snapshots themselves"
-            )
+        if self.is_difference or before.is_difference:
+            raise ValueError("differences have no differences; subtract the snapshots themselves")
         return replace(
             self,
             spheres=tuple(a._since(b) for a, b in zip(self.spheres, before.spheres, strict=True)),
@@ -368,8 +377,7 @@ class Stats:
 
     def __repr__(self) -> str:
         what = "Difference of two Stats" if self.is_difference else "Stats"
-        spheres = f"{len(self)} {'sphere' if len(self) == 1 else 'spheres'}"
         return (
-            f"<{what} of {spheres}: {self.items_run:,} items, {self.items_stolen:,} stolen, "
-            f"in {duration(self.elapsed)}; print() shows the table>"
+            f"<{what} of {counted(len(self), 'sphere')}: {counted(self.items_run, 'item')}, "
+            f"{self.items_stolen:,} stolen, in {duration(self.elapsed)}; print() shows the table>"
         )

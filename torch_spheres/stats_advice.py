@@ -23,27 +23,8 @@ def advice_on(stats: Stats) -> tuple[str, ...]:
     """At most three sentences, those that promise most first."""
     if stats.running_time < _ENOUGH_SECONDS or not stats.items_run:
         return ()
-    few = _few_items(stats)
-    found = (
-        few,
-        _idle(stats),
-        _waiting_items(stats),
-        _more_threads_than_cores(stats),
-        None if few else _uneven(stats),
-        _short_items(stats),
-    )
+    found = (_idle(stats), _waiting_items(stats), _uneven(stats), _short_items(stats))
     return tuple(sentence for sentence in found if sentence)[:_AT_MOST]
-
-
-def _few_items(stats: Stats) -> str | None:
-    most = sum(s.queue_high_water for s in stats.leaves)
-    if not 0 < most < stats.concurrency:
-        return None
-    items = "1 item" if most == 1 else f"{most} items"
-    return (
-        f"never more than {items} waited at once, but {stats.concurrency} leaves may run: hand out "
-        f"at least {stats.concurrency} items at a time"
-    )
 
 
 def _busiest_share(stats: Stats) -> float:
@@ -80,17 +61,6 @@ def _waiting_items(stats: Stats) -> str | None:
     return (
         f"{figures}: unless other programs have the rest, items wait, for a disk, a network or a "
         f"lock; larger {more} lets more of them wait at once"
-    )
-
-
-def _more_threads_than_cores(stats: Stats) -> str | None:
-    at_once = stats.utilization * stats.concurrency
-    if not stats.cores or at_once < 1.25 * stats.cores or stats.cores_used < 0.85 * stats.cores:
-        return None
-    return (
-        f"{at_once:.1f} leaves ran at once, on average, on {stats.cores} cores that were "
-        f"{min(1.0, stats.cores_used / stats.cores):.0%} busy: concurrency={stats.cores} does as "
-        "much with less memory"
     )
 
 

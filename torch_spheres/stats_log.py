@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
     from torch_spheres.stats import Stats
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["ScalarWriter", "StatsLog", "Steps"]
+__all__ = ["ScalarWriter", "StatsLog"]
 
 
 class ScalarWriter(Protocol):
@@ -71,18 +69,14 @@ class StatsLog:
             raise TypeError(f"tag must be a string that is not empty, got {tag!r}")
         every, first_step = as_index("every", every, 1), as_index("first_step", first_step, 0)
         self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
-        self._steps = self._written = self._first = first_step
-        self._due = first_step + every
-        self._wrote = self._warned = self._closed = False
+        self._first = self._steps = self._written = first_step
         self._last = spheres.stats()
-        self._handle: Any = None
+        self._handle: Any = None  # of a given optimizer's hook
+        self._closed = self._spoke = False
         if optimizer is None:
             spheres._logs.append(self)
         else:
-            self._handle = optimizer.register_step_post_hook(self._after_step)
-
-    def _after_step(self, *_: Any) -> None:
-        self.step()
+            self._handle = optimizer.register_step_post_hook(lambda *_: self.step())
 
     @property
     def steps(self) -> int:
@@ -100,16 +94,15 @@ class StatsLog:
         if self._closed:
             raise RuntimeError("step() of a log that is closed; call spheres.log_to() again")
         self._steps += 1
-        if self._steps >= self._due:
+        if (self._steps - self._first) % self._every == 0:
             self.write()
 
     def write(self) -> None:
         """Writes the figures since the last time, now. Raises what the writer raised."""
-        now, steps = self._spheres.stats(), self._steps
-        self._due = steps + self._every
+        now = self._spheres.stats()
         for name, value in _figures(now - self._last).items():
-            self._writer.add_scalar(f"{self._tag}/{name}", value, steps)
-        self._last, self._written, self._wrote = now, steps, True  # not if the writer raised
+            self._writer.add_scalar(f"{self._tag}/{name}", value, self._steps)
+        self._last, self._written, self._spoke = now, self._steps, True  # not if the writer raised
 
     def close(self) -> None:
         """Counts no more steps, and writes what came since the last time. The writer stays open.
@@ -117,76 +110,37 @@ class StatsLog:
         May be called more than once. Raises what the writer raised; the log is closed even so.
         Warns if no step was counted.
         """
-        self._close()
-
-    def _close(self) -> None:
-        if self._detach():
-            self.warn_if_silent()
-            if self._steps > self._written:
-                self.write()
+        self._end(write=True)
 
     def warn_if_silent(self) -> None:
         """Says once that nothing was written for lack of steps, if spheres have run items."""
-        spoke = self._steps > self._first or self._wrote
-        if spoke or self._warned or (self._spheres.stats() - self._last).items_run == 0:
+        if self._spoke or self._steps > self._first:
             return
-        self._warned = True
-        warnings.warn(
-            "log_to() has written nothing so far, because it has counted no steps: no optimizer "
-            "with a GradientHook on these spheres has stepped; give it optimizer=..., or call "
-            "log.step() in the loop"
-            if self._handle is None
-            else "log_to() has written nothing, because its optimizer has not stepped",
-            UserWarning,
-            stacklevel=4,  # who calls close(), ends the block or calls stop()
-        )
+        if (self._spheres.stats() - self._last).items_run:
+            self._spoke = True
+            warnings.warn(
+                "log_to() has counted no steps: no optimizer that it was given, or that has a "
+                "GradientHook on these spheres, has stepped; give it optimizer=..., or call "
+                "log.step() in the loop",
+                UserWarning,
+                stacklevel=4,  # who calls close() or stop(), or ends the block
+            )
 
-    def _detach(self) -> bool:
+    def _end(self, *, write: bool) -> None:
         if self._closed:
-            return False
+            return
         self._closed = True
         if self._handle is None:
             self._spheres._logs.remove(self)
         else:
             self._handle.remove()
-        return True
+        if write:
+            self.warn_if_silent()
+            if self._steps > self._written:
+                self.write()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._close()
-        else:  # what broke the loop is not to be covered by an error of the writer
-            self._detach()
-
-
-class Steps:
-    """What the `GradientHook`s of some spheres tell: each step counts once, for every log."""
-
-    def __init__(self, logs: Iterable[StatsLog]) -> None:
-        self._logs = logs
-        self._under_way: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """It is about to step."""
-        self._under_way.add(optimizer)
-
-    def count(self, optimizer: torch.optim.Optimizer) -> None:
-        """It has stepped; another of its hooks may have said so already.
-
-        Raises what the first writer to fail raised, with the other errors as notes.
-        """
-        if optimizer not in self._under_way:
-            return
-        self._under_way.discard(optimizer)
-        errors: list[Exception] = []
-        for log in tuple(self._logs):
-            try:
-                log.step()
-            except Exception as error:  # noqa: BLE001  (raised below, once all have counted)
-                errors.append(error)
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"the writer of another log raised too: {other!r}")
-            raise errors[0]
+        self._end(write=kind is None)  # an error of the writer is not to cover the block's own

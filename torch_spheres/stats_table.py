@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch_spheres.stats import SphereStats, Stats
 
-__all__ = ["duration", "format_stats"]
+__all__ = ["counted", "duration", "format_stats"]
 
-_HEADER = ("", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %")
+_COLUMNS = "{:<17} {:>7} {:>11} {:>10} {:>9} {:>10} {:>9} {:>10} {:>7}"
+_HEADER = _COLUMNS.format(
+    "", "spheres", "items", "stolen", "messages", "work s", "sums s", "barrier s", "busy %"
+)
+_RULE = "-" * len(_HEADER)
 
 
 def duration(seconds: float) -> str:
@@ -22,21 +25,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def _row(name: str, spheres: Sequence[SphereStats]) -> tuple[str, ...]:
-    def seconds(ns: int) -> str:
-        return f"{ns / 1e9:.3f}"
+def counted(number: int, noun: str) -> str:
+    """``"1 item"``, ``"1,234 items"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
+
+def _row(name: str, spheres: Sequence[SphereStats]) -> str:
     busy = sum(s.busy_ns for s in spheres)
     total = sum(s.total_ns for s in spheres)
-    return (
+    return _COLUMNS.format(
         name,
         f"{len(spheres)}",
         f"{sum(s.items_run for s in spheres):,}",
         f"{sum(s.items_stolen for s in spheres):,}",
         f"{sum(s.messages_received for s in spheres):,}",
-        seconds(sum(s.processing_ns for s in spheres)),
-        seconds(sum(s.accumulating_ns for s in spheres)),
-        seconds(sum(s.waiting_ns for s in spheres)),
+        f"{sum(s.processing_ns for s in spheres) / 1e9:.3f}",
+        f"{sum(s.accumulating_ns for s in spheres) / 1e9:.3f}",
+        f"{sum(s.waiting_ns for s in spheres) / 1e9:.3f}",
         f"{100 * busy / total:.1f}" if total else "-",
     )
 
@@ -53,24 +58,14 @@ def _summary(stats: Stats, leaves: int) -> list[str]:
     return lines
 
 
-def format_stats(stats: Stats, extremes: int = 3) -> str:
-    """A row per level, then the `extremes` busiest and idlest of the leaves: plain text."""
+def format_stats(stats: Stats) -> str:
+    """A row per level, then the three busiest and idlest of the leaves: plain text."""
     leaves = sorted(stats.leaves, key=lambda s: s.busy_ns, reverse=True)
     levels = range(leaves[0].level + 1)
-    shown = min(extremes, len(leaves) // 2)
-    blocks: list[list[tuple[str, ...]]] = [
-        [_HEADER],
-        [_row(f"level {n}" + (" (root)" if n == 0 else ""), stats.level(n)) for n in levels],
-        [_row(f"busiest: {s.path}", [s]) for s in leaves[:shown]],
-        [_row(f"idlest: {s.path}", [s]) for s in leaves[len(leaves) - shown :]],
-        [_row("all", stats.spheres)],
-    ]
-    widths = [max(map(len, column)) for column in zip(*chain(*blocks), strict=True)]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = []
-    for block in filter(None, blocks):
-        for name, *cells in block:
-            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([name.ljust(widths[0]), *numbers]))
-        lines.append(rule)
-    return "\n".join([*lines[:-1], *_summary(stats, len(leaves))])
+    lines = [_HEADER, _RULE]
+    lines += [_row(f"level {n}" + (" (root)" if n == 0 else ""), stats.level(n)) for n in levels]
+    if len(leaves) > 1:
+        lines.append(_RULE)
+        lines += [_row(f"busiest: {s.path}", [s]) for s in leaves[:3]]
+        lines += [_row(f"idlest: {s.path}", [s]) for s in leaves[-3:]]
+    return "\n".join([*lines, _RULE, _row("all", stats.spheres), *_summary(stats, len(leaves))])

@@ -6,8 +6,8 @@ All times are nanoseconds of ``time.monotonic_ns()``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 __all__ = ["Arrow", "Counter", "Slice", "Trace"]
 
@@ -80,6 +80,7 @@ class Counter:
     value: int
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Trace:
     """What the spheres did in a ``with spheres.trace()`` block; or made by hand, from its parts."""
 
@@ -91,36 +92,22 @@ class Trace:
     """When recording began. What had begun before is cut here."""
     end_ns: int
     """When recording ended. States are cut here; items that still ran are not in the trace."""
-    slices: tuple[Slice, ...]
+    slices: Sequence[Slice] = field(default_factory=tuple)
     """States, items and phases of all threads, by the time at which they began; of two that began
     together the outer one first."""
-    arrows: tuple[Arrow, ...]
+    arrows: Sequence[Arrow] = field(default_factory=tuple)
     """What went from sphere to sphere, by the time at which it was received."""
-    counters: tuple[Counter, ...]
+    counters: Sequence[Counter] = field(default_factory=tuple)
     """Figures that changed, each by time. They begin where nothing is lost any more."""
-    lost: int
+    lost: int = field(default_factory=int)
     """Events that newer ones have overwritten: 0 means that everything is here. Otherwise ask for a
     larger `capacity`, or trace less."""
-    threads: dict[int, str]
+    threads: Mapping[int, str] = field(default_factory=dict)
     """Names of the threads that are no spheres, by the negative ids that slices have."""
 
-    def __init__(
-        self,
-        *,
-        levels: int,
-        concurrency: int,
-        begin_ns: int,
-        end_ns: int,
-        slices: Iterable[Slice] = (),
-        arrows: Iterable[Arrow] = (),
-        counters: Iterable[Counter] = (),
-        lost: int = 0,
-        threads: Mapping[int, str] | None = None,
-    ) -> None:
-        self.levels, self.concurrency = levels, concurrency
-        self.begin_ns, self.end_ns, self.lost = begin_ns, end_ns, lost
-        self.slices, self.arrows, self.counters = tuple(slices), tuple(arrows), tuple(counters)
-        self.threads = dict(threads or {})
+    def __post_init__(self) -> None:
+        self.slices, self.arrows = tuple(self.slices), tuple(self.arrows)
+        self.counters, self.threads = tuple(self.counters), dict(self.threads)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes Chrome's trace-event format, which Perfetto and ``chrome://tracing`` open.

@@ -82,21 +82,12 @@ class _Events:
         }  # fmt: skip
 
     def _slice(self, s: Slice) -> Event:
-        args: dict[str, Any] = {}
-        name = s.name
-        if s.kind == "phase":
-            if s.item is not None:
-                what = "batch" if s.name == "load" else "shard"
-                name = f"{s.name}, {what} {s.item}"
-                args = {what: s.item}
-        elif s.item is not None and s.owner is not None:
+        name, args = s.name, dict[str, Any]()
+        if s.item is not None:
             name = f"{s.name} {s.item}" if s.count == 1 else f"{s.count} {s.name}s"
-            args = {
-                "item": s.item,
-                "items": s.count,
-                "owner": Topology.path_string(s.owner),
-                "stolen": s.is_stolen,
-            }
+            args = {"item": s.item, "items": s.count}
+        if s.owner is not None:
+            args |= {"owner": Topology.path_string(s.owner), "stolen": s.is_stolen}
         dur, track = s.duration_ns / 1000, _track(s.sphere)
         return self._event("X", name, track, s.begin_ns, cat=s.kind, dur=dur, args=args)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO, cast
 
 from torch_spheres import _core
 from torch_spheres.live import Live
-from torch_spheres.plots import plot_rings
+from torch_spheres.plots import check_trace
+from torch_spheres.plots.rings import Activity, draw_rings
+from torch_spheres.plots.theme import picture
 from torch_spheres.recording import Recording
-from torch_spheres.snapshot import Began, snapshot
-from torch_spheres.stats import Stats
-from torch_spheres.stats_log import ScalarWriter, StatsLog, Steps
+from torch_spheres.stats import Stats, sphere_stats
+from torch_spheres.stats_log import ScalarWriter, StatsLog
 from torch_spheres.stats_table import format_stats
 from torch_spheres.watching.displays import as_html
 from torch_spheres.watching.readings import Rates, Reading, Rows
@@ -40,27 +43,42 @@ class Views:
     def _prepare_views(self, cores: int) -> None:
         self._rows = Rows()
         self._cores, self._origin = cores, next(_origins)
-        self._began: Began | None = None  # counting: the first start()
+        # time.monotonic_ns() and time.process_time_ns() of the first start().
+        self._began: tuple[int, int] | None = None
         self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
-        self._steps = Steps(self._logs)
+        self._counted: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._recording: Recording | None = None  # the trace that is under way
 
     @property
     def _spheres(self) -> KissingSpheres:
         return cast("KissingSpheres", self)
 
-    def _warn_of_silent_logs(self) -> None:
+    def _count_steps_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has a `GradientHook`: each of its steps counts, once however many hooks it has."""
+        if optimizer not in self._counted:
+            self._counted.add(optimizer)
+            optimizer.register_step_post_hook(self._count_step)
+
+    def _count_step(self, *_: object) -> None:
         for log in tuple(self._logs):
+            log.step()
+
+    def _warn_of_silent_logs(self) -> None:
+        for log in self._logs:
             log.warn_if_silent()
 
     def stats(self) -> Stats:
         """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
-        return snapshot(
-            self._core,
-            self._core.concurrency,
+        now, cpu = time.monotonic_ns(), time.process_time_ns()
+        begin, cpu_before = self._began or (now, cpu)
+        return Stats(
+            spheres=sphere_stats(self._core),
+            concurrency=self._core.concurrency,
             cores=self._cores,
+            begin_ns=begin,
+            time_ns=now,
+            cpu_ns=max(0, cpu - cpu_before),  # the child of a fork() begins at 0
             origin=self._origin,
-            began=self._began,
         )
 
     def print_stats(self, file: TextIO | None = None) -> None:
@@ -89,9 +107,7 @@ class Views:
             RuntimeError: another display is shown (on ``with``).
             TypeError, ValueError: a number is none, or not more than 0; `file` is no text file.
         """
-        return Live(
-            self._spheres, refresh_per_second, file=file, plain=plain, plain_seconds=plain_seconds
-        )
+        return Live(self._spheres, refresh_per_second, file, plain, plain_seconds)
 
     def _repr_html_(self) -> str:
         now = Reading.of(self._spheres)
@@ -112,8 +128,9 @@ class Views:
             writer: ``torch.utils.tensorboard.SummaryWriter()``, or anything with
                 ``add_scalar(tag, value, global_step)``.
             every: steps from one writing to the next; the figures are of the time between.
-            optimizer: whose ``step()`` counts. None: that of each optimizer with a `GradientHook`
-                on these spheres, now or later; in a loop without any, call ``log.step()``.
+            optimizer: whose ``step()`` counts. None: that of each optimizer that is given a
+                `GradientHook` on these spheres, before or after; in a loop without any, call
+                ``log.step()``.
             tag: what the names begin with, as in ``spheres/utilization``.
             first_step: steps done before, in training that goes on.
 
@@ -127,7 +144,8 @@ class Views:
         and at most ever in one queue, and messages per second.
 
         An error of the writer is raised where the step is counted: by ``optimizer.step()``, whose
-        update has been made then, or by ``log.step()``.
+        update has been made then, or by ``log.step()``. Logs that were made after this one do not
+        count that step.
 
         Raises:
             TypeError: an argument is of another kind.
@@ -151,13 +169,7 @@ class Views:
         ``registry.unregister(collector)``. A registry takes one collector: several `KissingSpheres`
         of a process need a ``CollectorRegistry()`` each.
 
-        Args:
-            per_sphere: as of `Stats.to_prometheus`.
-            labels: as of `Stats.to_prometheus`.
-
-        Raises:
-            ImportError: there is no prometheus_client: ``pip install "torch_spheres[prometheus]"``.
-            TypeError, ValueError: as by `Stats.to_prometheus`.
+        Arguments and errors are those of `Stats.to_prometheus`.
         """
         from torch_spheres.prometheus import SphereCollector
 
@@ -178,22 +190,36 @@ class Views:
         victim to the wide end at the thief, the wider the more.
 
         Args:
-            ax: where to draw. None: a new figure, which is one of pyplot's where
-                ``matplotlib.pyplot`` is imported already, and otherwise its own.
+            ax: where to draw. None: a new figure. As of `plot_timeline`.
             stats: what to draw, from `stats`, or a difference of two. None: as they are now.
             trace: what to draw instead, from ``with spheres.trace() as trace``.
-            theme: ``"light"`` or ``"dark"``; of the picture, and of the figure's background.
+            theme: ``"light"`` or ``"dark"``.
 
         Returns:
             The axes; ``ax.figure.savefig("spheres.png")`` saves them.
 
         Raises:
-            ImportError: there is no matplotlib: ``pip install "torch_spheres[plots]"``.
+            ImportError: there is no matplotlib.
             TypeError: `ax`, `stats` or `trace` is something else.
             ValueError: both `stats` and `trace` are given, they are of another number of spheres,
                 or there is no such theme.
         """
-        return plot_rings(self._spheres, ax, stats=stats, trace=trace, theme=theme)
+        if stats is not None and trace is not None:
+            raise ValueError("plot() draws stats or a trace; give it one of the two")
+        if trace is not None:
+            check_trace(trace)
+            shown = Activity.of_trace(trace)
+        else:
+            stats = self.stats() if stats is None else stats
+            if not isinstance(stats, Stats):
+                raise TypeError(f"stats must be None or from stats(), got {type(stats).__name__}")
+            shown = Activity.of_stats(stats)
+        spheres, drawn = self._spheres, len(shown.busy)
+        if drawn != (total := spheres.total_spheres):
+            raise ValueError(f"there is a figure of {drawn} spheres, and these are {total}")
+        with picture("plot()", ax, theme, (7.4, 7.6)) as on:
+            draw_rings(on, shown, spheres.levels, spheres.concurrency)
+            return on
 
     def trace(self, capacity: int = 65536) -> Recording:
         """Records what the spheres do in a ``with`` block; it can be read and saved afterwards.

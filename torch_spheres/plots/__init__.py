@@ -6,52 +6,22 @@ drawn. No picture changes matplotlib's settings or opens a window.
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from torch_spheres.plots.rings import Activity, draw_rings
+from torch_spheres.arguments import as_number
 from torch_spheres.plots.theme import picture, points
 from torch_spheres.plots.timeline import MOST_ROWS, Timeline, draw_timeline
 from torch_spheres.plots.waits import draw_waits
-from torch_spheres.stats import Stats
 from torch_spheres.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from torch_spheres.system import KissingSpheres
-
-__all__ = ["plot_loader", "plot_rings", "plot_timeline"]
+__all__ = ["check_trace", "plot_loader", "plot_timeline"]
 
 
-def plot_rings(
-    spheres: KissingSpheres,
-    ax: Axes | None = None,
-    *,
-    stats: Stats | None = None,
-    trace: Trace | None = None,
-    theme: str = "light",
-) -> Axes:
-    """See `KissingSpheres.plot`."""
-    if stats is not None and trace is not None:
-        raise ValueError("plot() draws stats or a trace; give it one of the two")
-    if trace is not None:
-        _check_trace(trace)
-        shown = Activity.of_trace(trace)
-    else:
-        stats = spheres.stats() if stats is None else stats
-        if not isinstance(stats, Stats):
-            raise TypeError(f"stats must be None or from stats(), got {type(stats).__name__}")
-        shown = Activity.of_stats(stats)
-    total = spheres.total_spheres
-    if len(shown.busy) != total:
-        raise ValueError(f"there is a figure of {len(shown.busy)} spheres, and these are {total}")
-    with picture("plot()", ax, theme, (7.4, 7.6)) as on:
-        draw_rings(on, shown, spheres.levels, spheres.concurrency)
-        return on
-
-
-def _check_trace(trace: object) -> None:
+def check_trace(trace: object) -> None:
+    """Raises a TypeError if it is none."""
     if not isinstance(trace, Trace):
         raise TypeError(
             f"trace must be what `with spheres.trace() as trace` gives, got {type(trace).__name__}"
@@ -91,7 +61,7 @@ def plot_timeline(
         ValueError: `begin` is not before `end`, they are not within the trace, or there is no such
             theme.
     """
-    _check_trace(trace)
+    check_trace(trace)
     first, last = _window(trace, begin, end)
     with picture("plot_timeline()", ax, theme, (9.0, 9.0)) as on:
         shown = Timeline.of(trace, first, last, min(MOST_ROWS, int(points(on)[1] / 10) or 1))
@@ -103,11 +73,11 @@ def plot_timeline(
 
 def _window(trace: Trace, begin: Any, end: Any) -> tuple[float, float]:
     whole = max(1, trace.end_ns - trace.begin_ns) / 1e6
-    for name, value in (("begin", begin), ("end", end)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"{name} must be None or a number of milliseconds, got {value!r}")
-    first = 0.0 if begin is None else max(float(begin), 0.0)
-    last = whole if end is None else min(float(end), whole)
+    first, last = (
+        default if value is None else as_number(name, value, "None or a number of milliseconds")
+        for name, value, default in (("begin", begin, 0.0), ("end", end, whole))
+    )
+    first, last = max(first, 0.0), min(last, whole)
     if not first < last:  # or one of them is not a number
         raise ValueError(
             f"begin must be before end, within the trace's 0 to {whole:.6g} milliseconds; got "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_spheres._core import Topology
-from torch_spheres.plots.theme import COLOURS, describe, points
+from torch_spheres.plots.theme import COLOURS, LABELS, describe, points
 from torch_spheres.stats import Stats
 
 if TYPE_CHECKING:
@@ -31,15 +31,7 @@ _RINGS = {
 _BORDERS = (2.0, 2.0, 0.8, 0.0)  # points between the wedges of a ring, by its level
 _BAND = 0.025  # of the state, outside of the wedge
 _MOST_CHORDS = 2000
-_STATES = {
-    "processing": "running items",
-    "accumulating": "summing gradients",
-    "waiting": "at a barrier",
-    "ready": "between jobs",
-    "idle": "idle",
-    "terminating": "not running",
-    "unused": "never busy",
-}
+_STATES = ("processing", "accumulating", "waiting", "ready", "idle", "terminating", "unused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +95,8 @@ def draw_rings(ax: Axes, shown: Activity, levels: int, concurrency: int) -> None
     _labels(ax, shown, levels)
     counts = Counter(shown.states) + Counter(unused=shown.busy.count(0))
     handles = [
-        Patch(facecolor=COLOURS[state], label=f"{label}: {counts[state]:,}")
-        for state, label in _STATES.items()
+        Patch(facecolor=COLOURS[state], label=f"{LABELS[state]}: {counts[state]:,}")
+        for state in _STATES
         if counts[state]
     ]
     if shown.steals:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "describe", "picture", "points"]
+__all__ = ["COLOURS", "LABELS", "describe", "picture", "points"]
 
 # Okabe and Ito's, which the colour-blind can tell apart; black text can be read on each. The greys
 # are see-through, so that all suit white and black.
@@ -28,6 +28,20 @@ COLOURS = {
     "idle": "#80808080",
     "terminating": "#808080",
     "unused": "#80808030",
+}
+LABELS = {
+    "processing": "running items",
+    "accumulating": "summing gradients",
+    "waiting": "at a barrier",
+    "ready": "between jobs",
+    "idle": "idle",
+    "terminating": "not running",
+    "unused": "never busy",
+    "forward": "forward",
+    "backward": "backward",
+    "sum": "summing gradients",
+    "load": "loading a batch",
+    "steal": "stolen from another sphere",
 }
 
 

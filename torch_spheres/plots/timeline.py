@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_spheres._core import Topology
-from torch_spheres.plots.theme import COLOURS, describe, points
-from torch_spheres.stats_table import duration
+from torch_spheres.plots.theme import COLOURS, LABELS, describe, points
+from torch_spheres.stats_table import counted, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,16 +24,7 @@ MOST_ROWS = 36
 _MOST_BARS = 20_000
 _MOST_ARROWS = 60
 _BAR = 0.78  # of a row's height
-_BARS = {
-    "processing": "running items",
-    "accumulating": "summing gradients",
-    "waiting": "at a barrier",
-    "forward": "forward",
-    "backward": "backward",
-    "sum": "summing gradients",
-    "load": "loading a batch",
-    "steal": "stolen from another sphere",
-}
+_BARS = ("processing", "accumulating", "waiting", "forward", "backward", "sum", "load", "steal")
 """States and phases, in the order in which they are drawn; last the line along stolen items."""
 
 
@@ -86,7 +77,7 @@ class Timeline:
             bars.sort(key=lambda s: s.begin_ns)
         hidden = Counter(a.kind for a in arrows)
         hidden.subtract(a.kind for a in drawn)
-        notes += [f"{n:,} {kind}{'s'[: n > 1]} without an arrow" for kind, n in hidden.items() if n]
+        notes += [f"{counted(n, kind)} without an arrow" for kind, n in hidden.items() if n]
         if trace.lost:
             notes.append(f"{trace.lost:,} events were lost: the oldest are missing")
         return Timeline(trace, begin, end, rows, bars, drawn, notes)
@@ -120,8 +111,7 @@ def draw_timeline(ax: Axes, shown: Timeline) -> None:
     if any(arrow.kind == "gradient" for arrow in shown.arrows):
         handles.append(Patch(facecolor=ink, label="gradients, to who adds them"))
     total = Topology(shown.trace.levels).total
-    spheres = "1 sphere" if total == 1 else f"{total:,} spheres"
-    title = f"{duration((shown.end - shown.begin) / 1e3)} of {spheres}"
+    title = f"{duration((shown.end - shown.begin) / 1e3)} of {counted(total, 'sphere')}"
     describe(ax, [title, *shown.notes], handles, below=4.5)
     if not rows:
         ax.text(0.5, 0.5, "nothing was run", ha="center", transform=ax.transAxes)
@@ -138,12 +128,12 @@ def _bars(ax: Axes, shown: Timeline) -> list[Any]:
             row = spans["steal" if s.kind == "item" else s.name][shown.rows[s.sphere]]
             row.append((shown.ms(s.begin_ns), s.duration_ns / 1e6))
     handles = {}
-    for depth, (name, label) in enumerate(_BARS.items(), 2):
+    for depth, name in enumerate(_BARS, 2):
         for y, found in spans[name].items():
             high = (y + 0.3 * _BAR, 0.2 * _BAR) if name == "steal" else (y - _BAR / 2, _BAR)
             # The edge keeps the shortest ones visible.
             ax.broken_barh(found, high, color=COLOURS[name], linewidth=0.4, zorder=depth, gid=name)
-            handles[label] = Patch(facecolor=COLOURS[name], label=label)
+            handles[LABELS[name]] = Patch(facecolor=COLOURS[name], label=LABELS[name])
     return list(handles.values())
 
 

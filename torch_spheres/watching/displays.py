@@ -130,7 +130,6 @@ def _terminal(console: Console) -> Iterator[Show]:
     """Lines at the bottom, by `rich.live.Live`, which puts what is printed above them."""
     from rich.live import Live
 
-    before = (sys.stdout, sys.stderr)
     live = Live(
         console=console,
         auto_refresh=False,
@@ -139,8 +138,7 @@ def _terminal(console: Console) -> Iterator[Show]:
     )
     live.start()
     try:
-        pairs = zip(before, (sys.stdout, sys.stderr), strict=True)
-        proxies = {id(stream): proxy for stream, proxy in pairs}
+        proxies = {id(_own_stream(proxy)): proxy for proxy in (sys.stdout, sys.stderr)}
         _replace_streams_of_handlers(lambda stream: proxies.get(id(stream), stream))
         # Nobody could bring the cursor back for a program that is killed.
         console.show_cursor(show=True)

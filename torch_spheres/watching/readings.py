@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch_spheres._core import State, Topology
+from torch_spheres.stats_table import counted
 
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
@@ -148,7 +149,7 @@ class Reading:
         time = f" {timedelta(seconds=self.elapsed_ns // 10**9)}" if self.elapsed_ns else ""
         leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves:,} leaves"
         return (
-            f"{_count(self.spheres, 'sphere')}, {self.concurrency:,} of {leaves} at once, "
+            f"{counted(self.spheres, 'sphere')}, {self.concurrency:,} of {leaves} at once, "
             f"{self.condition}{time}"
         )
 
@@ -197,10 +198,10 @@ class Rates:
     def throughput(self) -> str:
         """Items and samples, and how many per second."""
         now = self.now
-        items = f"{_count(now.total.items, 'item')} ({self.items:,.0f}/s)"
+        items = f"{counted(now.total.items, 'item')} ({self.items:,.0f}/s)"
         if now.samples is None:
             return items
-        return f"{items}, {_count(now.samples, 'sample')} ({self.samples:,.0f}/s)"
+        return f"{items}, {counted(now.samples, 'sample')} ({self.samples:,.0f}/s)"
 
     @property
     def line(self) -> str:
@@ -217,7 +218,3 @@ class Rates:
         now = self.now
         rows = [(path, t.state_words, t, self.busy(path)) for path, t in now.subtrees.items()]
         return [*rows, ("all", f"{now.total.working:,} at work", now.total, self.busy())]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
