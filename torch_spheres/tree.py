@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_spheres import _compat, _core
 from torch_spheres.system import KissingSpheres
 
-__all__ = ["tree_sum", "tree_sums"]
+__all__ = ["depth_of", "tree_sum", "tree_sums"]
 
 _core.read_tensors_by(_compat.dlpack_exchange)
 
@@ -66,7 +66,7 @@ def tree_sums(
         out = outs[i] if outs is not None else None
         job = jobs.get(len(shards))
         if job is None:
-            job = jobs[len(shards)] = _core.SumJob(_depth(len(shards)))
+            job = jobs[len(shards)] = _core.SumJob(depth_of(len(shards)))
         first = next((t for t in shards if t is not None), None)
         if first is None:
             results.append(None)
@@ -115,7 +115,8 @@ def _add_with_care(
     return out
 
 
-def _depth(shards: int) -> int:
+def depth_of(shards: int) -> int:
+    """Levels below the root of the tree that has so many shards."""
     for depth in range(_core.MAX_LEVELS):
         if shards == _KISSING**depth:
             return depth
