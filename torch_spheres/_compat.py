@@ -241,14 +241,20 @@ _WorkerInfo: Any = _look_up("torch.utils.data._utils.worker.WorkerInfo", LOADER)
 _worker: Any = _look_up("torch.utils.data._utils.worker", LOADER)
 
 
+def map_having(method: str, fn: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with `fn` of what has the method: tensors, packed sequences, users' types."""
+
+    def has(value: Any) -> bool:
+        return hasattr(value, method)
+
+    # (A PackedSequence is a named tuple that is taken as a whole.)
+    return pytree.tree_map(lambda leaf: fn(leaf) if has(leaf) else leaf, batch, is_leaf=has)
+
+
 def _pin_memory(data: Any, device: str | None = None) -> Any:
     """Pins what torch's own function pins; containers come back as pytree makes them."""
     del device  # torch has deprecated it: there is one accelerator
-
-    def pinned(value: Any) -> Any:
-        return value.pin_memory() if hasattr(value, "pin_memory") else value
-
-    return pytree.tree_map(pinned, data, is_leaf=lambda v: hasattr(v, "pin_memory"))
+    return map_having("pin_memory", lambda value: value.pin_memory(), data)
 
 
 pin_memory: Callable[..., Any] = _look_up(

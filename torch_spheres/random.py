@@ -138,6 +138,7 @@ class ShardRandom(RandomSource):
 
     def __init__(self, call: CallRandom, shard: int) -> None:
         super().__init__(lambda: call.base() + shard)
+        self.reentrant = False  # a reentrant checkpoint was met, see shard.py
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
         """Refuses.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch_spheres import _compat
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.random import random_states, restore_random_states
-from torch_spheres.sampler import check_state, source_of
+from torch_spheres.sampler import loaded, source_of
 
 __all__ = ["FAILED", "Progress", "Snapshot", "Sources", "has_position", "shape_of"]
 
@@ -128,9 +128,7 @@ class Progress:
         Raises:
             ValueError: it is no such state, or was saved by another kind of loader.
         """
-        names = [f.name for f in fields(Progress)]
-        check_state(state, "a wrapped loader", names, shape_of(loader))
-        return Progress(**copy.deepcopy({name: state[name] for name in names}))
+        return loaded(Progress, state, "a wrapped loader", shape_of(loader))
 
     @staticmethod
     def to_come(loader: DataLoader[Any]) -> Progress:
