@@ -48,7 +48,7 @@ class _Set:
 
     grads: Grads
     is_sum: bool  # made here: may be written to
-    made: tuple[int, int] = field(default_factory=here_and_now)
+    made: tuple[int, int] = field(default_factory=here_and_now)  # for a trace
 
 
 class _Node:
@@ -77,7 +77,7 @@ class GradientFold:
             total.
         emit: gets ``(index of the part, the twelve values of the sphere above it)``, of which those
             in the part may be there and have to be added, on the thread that has completed it.
-        spheres: whose trace, if one is being recorded, shows who took what from whom.
+        spheres: who shares the work of `finish`; their trace shows who took what from whom.
     """
 
     def __init__(
@@ -242,13 +242,13 @@ class GradientFold:
             self._alive -= present
             self._changed.notify_all()
 
-    def finish(self, spheres: KissingSpheres | None = None) -> Grads:
+    def finish(self) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""
         if self._depth > 0:
             root = self._roots[0]
             self._tell_trace(root.values)
             sets, root.values = root.values, []
-            self._total = _sum(sets, spheres).grads
+            self._total = _sum(sets, self._spheres).grads
         total, self._total = self._total, None
         assert total is not None
         return total

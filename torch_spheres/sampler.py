@@ -262,7 +262,9 @@ class _Epoch:  # what is saved of one pass over the sampler
         self.digest = digest(self.digest, batch)
 
 
-def loaded(kind: Callable[..., T], state: Mapping[str, Any], owner: str, here: Any) -> T:
+def loaded(
+    kind: Callable[..., T], state: Mapping[str, Any], owner: str, here: Mapping[str, Any]
+) -> T:
     """A dataclass from what `owner` saved of one; ValueError unless all fields, and `here`, fit."""
     names = list(inspect.signature(kind).parameters)
     if missing := {*names, *here} - {*state}:

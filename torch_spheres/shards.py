@@ -342,7 +342,7 @@ class Call:
         """Has the shards run, and returns the sums."""
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
-            return rounded(fold.finish(self.crew.spheres), self.trainable)
+            return rounded(fold.finish(), self.trainable)
 
     def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:
         if grad is None:

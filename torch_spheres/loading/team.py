@@ -50,9 +50,7 @@ class Team:
     Nothing of it refers to the iterator, which closes it when it is dropped.
     """
 
-    def __init__(
-        self, plan: Plan, spheres: KissingSpheres, restored: dict[int, Snapshot]
-    ) -> None:
+    def __init__(self, plan: Plan, spheres: KissingSpheres, restored: dict[int, Snapshot]) -> None:
         self._spheres = spheres
         self._changed = threading.Condition()
         self._results: dict[int, Result] = {}
