@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
+import pkgutil
 import sys
 import threading
 import types
@@ -130,7 +131,7 @@ def compat_without(*paths: str):
     spec = importlib.util.spec_from_file_location("compat_without", SOURCE / "_compat.py")
     module = importlib.util.module_from_spec(spec)
     parts = [path.rpartition(".") for path in paths]
-    without = [(_compat._resolve(holder), name) for holder, _, name in parts]
+    without = [(pkgutil.resolve_name(holder), name) for holder, _, name in parts]
 
     def get(value, name, *default):
         if any(value is holder and name == gone for holder, gone in without):

@@ -285,9 +285,9 @@ def test_sets_alive_at_once(levels, extra, concurrency, way, monkeypatch):
     folds = []
     finish = GradientFold.finish
 
-    def finished(fold, spheres=None):
+    def finished(fold):
         folds.append((fold.limit, fold.peak))
-        return finish(fold, spheres)
+        return finish(fold)
 
     monkeypatch.setattr(GradientFold, "finish", finished)
     with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:

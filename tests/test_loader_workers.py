@@ -130,8 +130,8 @@ def test_a_collate_fn_sees_the_worker(spheres):
 
 def test_the_info_of_an_outer_loader_comes_back():
     assert get_worker_info() is None
-    with shown("outer"):
-        with shown(None):
+    with shown(info="outer"):
+        with shown(info=None):
             assert get_worker_info() is None
         assert get_worker_info() == "outer"
     assert get_worker_info() is None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import pkgutil
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -57,11 +58,10 @@ def _look_up(path: str, *needed_by: str, instead: Any = None, without: str = "")
     """The object at a path; `instead` where there is none, which is recorded."""
     holder, _, name = path.rpartition(".")
     try:
-        found = getattr(_resolve(holder), name)
+        found, there = getattr(pkgutil.resolve_name(holder), name), True
     except (ImportError, AttributeError):
-        LOOKED_UP.append(PrivateApi(path, needed_by, without, found=False))
-        return instead
-    LOOKED_UP.append(PrivateApi(path, needed_by, without, found=True))
+        found, there = instead, False
+    LOOKED_UP.append(PrivateApi(path, needed_by, without, there))
     return found
 
 
@@ -70,17 +70,6 @@ def _look_at(of: str, example: Any, needed_by: tuple[str, ...], *names: str) -> 
     for name in names:
         found = hasattr(example, name)
         LOOKED_UP.append(PrivateApi(f"{of}.{name}", needed_by, "", found=found))
-
-
-def _resolve(path: str) -> Any:
-    """A module, or an attribute of one."""
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError:
-        outer, _, name = path.rpartition(".")
-        if not outer:
-            raise
-        return getattr(_resolve(outer), name)
 
 
 # ---- what the calling thread has set ----
@@ -210,12 +199,12 @@ _dispatch_key_parse = _look_up("torch._C._dispatch_key_parse", PARALLEL, LOADER)
 
 def _dispatch_key(name: str) -> Any:
     """The key, which `torch._C.DispatchKey` does not list, or None."""
+    key = None
     with contextlib.suppress(RuntimeError, TypeError):
         key = _dispatch_key_parse(name)
-        LOOKED_UP.append(PrivateApi(f"dispatch key {name}", (PARALLEL, LOADER), "", found=True))
-        return key
-    LOOKED_UP.append(PrivateApi(f"dispatch key {name}", (PARALLEL, LOADER), "", found=False))
-    return None
+    there = key is not None
+    LOOKED_UP.append(PrivateApi(f"dispatch key {name}", (PARALLEL, LOADER), "", there))
+    return key
 
 
 DRAW_KEY = "DeferredInit"
@@ -252,14 +241,20 @@ _WorkerInfo: Any = _look_up("torch.utils.data._utils.worker.WorkerInfo", LOADER)
 _worker: Any = _look_up("torch.utils.data._utils.worker", LOADER)
 
 
+def map_having(method: str, fn: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with `fn` of what has the method: tensors, packed sequences, users' types."""
+
+    def has(value: Any) -> bool:
+        return hasattr(value, method)
+
+    # (A PackedSequence is a named tuple that is taken as a whole.)
+    return pytree.tree_map(lambda leaf: fn(leaf) if has(leaf) else leaf, batch, is_leaf=has)
+
+
 def _pin_memory(data: Any, device: str | None = None) -> Any:
     """Pins what torch's own function pins; containers come back as pytree makes them."""
     del device  # torch has deprecated it: there is one accelerator
-
-    def pinned(value: Any) -> Any:
-        return value.pin_memory() if hasattr(value, "pin_memory") else value
-
-    return pytree.tree_map(pinned, data, is_leaf=lambda v: hasattr(v, "pin_memory"))
+    return map_having("pin_memory", lambda value: value.pin_memory(), data)
 
 
 pin_memory: Callable[..., Any] = _look_up(

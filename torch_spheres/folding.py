@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from torch_spheres import _core
 from torch_spheres.division import Part, run_of, tree_order
-from torch_spheres.phases import Handovers
+from torch_spheres.phases import gradients_taken, here_and_now
 from torch_spheres.system import KissingSpheres
-from torch_spheres.tree import tree_sums
+from torch_spheres.tree import depth_of, tree_sums
 
 __all__ = ["GradientFold", "rounded"]
 
@@ -39,7 +39,6 @@ _KISSING = _core.KISSING
 _HALF = (torch.bfloat16, torch.float16)
 _PORTION = 4 << 20  # bytes that are added before their summands are let go
 
-Maker = tuple[int, int]  # see Handovers.made
 Grads = list[Tensor | None]  # one shard's, or a partial sum's; the same parameters in each
 
 
@@ -49,6 +48,7 @@ class _Set:
 
     grads: Grads
     is_sum: bool  # made here: may be written to
+    made: tuple[int, int] = field(default_factory=here_and_now)  # for a trace
 
 
 class _Node:
@@ -59,7 +59,6 @@ class _Node:
         self.bottom = True  # its children are leaves
         self.range = 0, _KISSING  # of its places, those that are wanted
         self.values: list[_Set | None] = [None] * _KISSING
-        self.makers: list[Maker | None] = [None] * _KISSING  # for a trace
         self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
         # (Not the children: parent and child would be a cycle, which lives until it is collected.)
 
@@ -78,7 +77,7 @@ class GradientFold:
             total.
         emit: gets ``(index of the part, the twelve values of the sphere above it)``, of which those
             in the part may be there and have to be added, on the thread that has completed it.
-        traced: gets told who made and who took what, if a trace is being recorded.
+        spheres: who shares the work of `finish`; their trace shows who took what from whom.
     """
 
     def __init__(
@@ -88,13 +87,11 @@ class GradientFold:
         concurrency: int,
         parts: Sequence[Part] | None = None,
         emit: Callable[[int, list[Grads | None]], None] | None = None,
-        traced: Handovers | None = None,
+        spheres: KissingSpheres | None = None,
     ) -> None:
-        self._emit, self._traced = emit, traced
+        self._emit, self._spheres = emit, spheres
         self._emitted: set[int] = set()
-        self._depth = 0
-        while _KISSING**self._depth < leaves:
-            self._depth += 1
+        self._depth = depth_of(leaves)
         self.limit = concurrency + 1 + 3 * max(1, self._depth)
         coming, order = set(shards), tree_order(leaves)
         self._order = [k for k in order if k in coming]
@@ -171,7 +168,6 @@ class GradientFold:
             return
         with self._changed:
             node.values[place] = _Set(mine, is_sum=False)
-            node.makers[place] = self._traced.made() if self._traced else None
             node.pending[place] = 0
             del mine  # here: others may add it, and say that there is room
         self._fold(node, place)
@@ -204,35 +200,24 @@ class GradientFold:
             if up and node.parent is not None and node.parent.values[node.place] is not None:
                 return False  # somebody else did it
             count = sum(v is not None for v in node.values[begin:end])
-            if count < 2 and not up:
+            if count < (1 if up else 2):  # (none: another thread has taken them)
                 return False
-            taken = node.values[begin:end]
+            sets: list[_Set | None] = [None] * _KISSING
+            sets[begin:end] = node.values[begin:end]
             node.values[begin:end] = [None] * (end - begin)
-            makers = _makers(taken, node.makers[begin:end])
             # Nobody may add around this range while it is being added.
             node.pending[begin] += 1
-        if not count:  # taken by another thread that is adding it now, or nothing there
-            with self._changed:
-                node.pending[begin] -= 1
-            return False
-        sets: list[_Set | None] = [None] * _KISSING
-        sets[begin:end] = taken
-        del taken
-        if self._traced:
-            self._traced.taken(makers)
+        self._tell_trace(sets)
         total = _sum(sets)
         del sets  # before anybody is told that there is room
         with self._changed:
             node.pending[begin] -= 1
-            maker = self._traced.made() if self._traced else None
             if up:
                 assert node.parent is not None
                 node.parent.values[node.place] = total
-                node.parent.makers[node.place] = maker
                 node.parent.pending[node.place] = 0
             else:
                 node.values[begin] = total
-                node.makers[begin] = maker
             del total  # it is not ours any more
             self._alive -= count - 1
             self._changed.notify_all()
@@ -246,37 +231,39 @@ class GradientFold:
                 return
             self._emitted.add(part)
             values: list[Grads | None] = [None] * _KISSING
+            self._tell_trace(root.values[first:last])
             values[first:last] = [None if s is None else s.grads for s in root.values[first:last]]
             root.values[first:last] = [None] * (last - first)
-            makers = _makers(values[first:last], root.makers[first:last])
         present = sum(v is not None for v in values)
         assert self._emit is not None
-        if self._traced:
-            self._traced.taken(makers)
         self._emit(part, values)
         del values
         with self._changed:
             self._alive -= present
             self._changed.notify_all()
 
-    def finish(self, spheres: KissingSpheres | None = None) -> Grads:
+    def finish(self) -> Grads:
         """The sum, once all shards have been added. A parameter without a gradient has None."""
         if self._depth > 0:
             root = self._roots[0]
-            if self._traced:
-                self._traced.taken(_makers(root.values, root.makers))
+            self._tell_trace(root.values)
             sets, root.values = root.values, []
-            self._total = _sum(sets, spheres).grads
+            self._total = _sum(sets, self._spheres).grads
         total, self._total = self._total, None
         assert total is not None
         return total
+
+    def _tell_trace(self, sets: Sequence[_Set | None]) -> None:
+        """The calling thread is about to add them."""
+        if self._spheres is not None:
+            gradients_taken(self._spheres, [s.made for s in sets if s is not None])
 
 
 def _sum(sets: list[_Set | None], spheres: KissingSpheres | None = None) -> _Set:
     """The twelve's sum, which takes their gradients out of them."""
     present = [s for s in sets if s is not None]
     if len(present) == 1:
-        return present[0]
+        return replace(present[0], made=here_and_now())
     totals: Grads = []
     for first, last in _portions(present):
         columns = [[None if s is None else s.grads[i] for s in sets] for i in range(first, last)]
@@ -313,12 +300,6 @@ def _inside(root: _Node, begin: int, end: int) -> bool:
     """Whether a range of a root's places may be added already: a part's last sum waits."""
     first, last = root.range
     return first <= begin and end <= last and not root.done(first, last)
-
-
-def _makers(values: Sequence[object], makers: Sequence[Maker | None]) -> list[Maker]:
-    """Of those that are there."""
-    found = zip(values, makers, strict=True)
-    return [maker for value, maker in found if value is not None and maker is not None]
 
 
 def rounded(grads: Grads, like: Sequence[Any]) -> Grads:

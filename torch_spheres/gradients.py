@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +70,8 @@ class GradientHook:
         self._lock = threading.Lock()
         self._added: dict[int, list[Tensor | None]] = {}
         self._reported: dict[int, int] = {}
-        # The optimizer keeps the bound method, and so the hook, even if nobody else does.
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        # The optimizer keeps the function, and so the hook, even if nobody else does.
+        self._handle = optimizer.register_step_pre_hook(lambda *_: self.reduce())
         self._spheres._count_steps_of(optimizer)
 
     @property
@@ -194,9 +193,6 @@ class GradientHook:
                 parameter.grad = total
             else:
                 parameter.grad += total
-
-    def _before_step(self, *_: Any) -> None:
-        self.reduce()
 
     def remove(self) -> None:
         """Takes the hook off the optimizer. Gradients that were added and not summed are dropped.

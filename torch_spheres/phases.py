@@ -12,7 +12,7 @@ from torch_spheres import _core
 if TYPE_CHECKING:
     from torch_spheres.system import KissingSpheres
 
-__all__ = ["Handovers", "handovers", "phase", "phase_since"]
+__all__ = ["gradients_taken", "here_and_now", "phase", "phase_since"]
 
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
@@ -41,24 +41,14 @@ def phase_since(spheres: KissingSpheres, name: str, number: int | None, begin_ns
         spheres._core.trace_phase(_LABELS[name], -1 if number is None else number, begin_ns)
 
 
-class Handovers:
-    """Arrows of a trace, from the spheres that made gradients to those that add them."""
-
-    def __init__(self, core: _core.System) -> None:
-        self._core = core
-
-    def made(self) -> tuple[int, int]:
-        """Gradients are there: on which sphere, and when."""
-        return _core.current_sphere(), time.monotonic_ns()
-
-    def taken(self, makers: Iterable[tuple[int, int]]) -> None:
-        """The calling thread is about to add what these have made."""
-        here = _core.current_sphere()
-        for sphere, made in makers:
-            if sphere not in (-1, here):
-                self._core.trace_gradient(sphere, made)
+def here_and_now() -> tuple[int, int]:
+    """Where gradients are made, and when: for `gradients_taken`."""
+    return _core.current_sphere(), time.monotonic_ns()
 
 
-def handovers(spheres: KissingSpheres) -> Handovers | None:
-    """None while nobody traces the spheres."""
-    return None if spheres._recording is None else Handovers(spheres._core)
+def gradients_taken(spheres: KissingSpheres, makers: Iterable[tuple[int, int]]) -> None:
+    """The calling thread is about to add what was made there and then: a trace's arrows."""
+    here = _core.current_sphere()
+    for sphere, made in makers:
+        if sphere not in (-1, here):
+            spheres._core.trace_gradient(sphere, made)

@@ -18,9 +18,12 @@ declares it and uses it for nothing.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,6 @@ from torch import Tensor, library
 from torch_spheres import _compat
 
 __all__ = [
-    "Active",
     "CallRandom",
     "RandomSource",
     "ShardRandom",
@@ -42,6 +44,10 @@ __all__ = [
 
 _KEYS = _compat.DispatchKeySet(_compat.draw_key)
 _SEEDS = 2**63 - 1
+# As ``get_worker_info().rng`` has them.
+_OF_PROCESS = SimpleNamespace(
+    torch_generator=torch.default_generator, random_generator=random, numpy_generator=np.random
+)
 
 _here = threading.local()
 _install_lock = threading.Lock()
@@ -86,24 +92,33 @@ class CallRandom:
 
 
 class RandomSource:
-    """What stands in for the default generators on a thread: one with the same seed per device."""
+    """What stands in for the default generators on a thread: one with the same seed per device.
 
-    def __init__(self) -> None:
+    Args:
+        seed: asked for it with the first draw on a device.
+    """
+
+    def __init__(self, seed: Callable[[], int]) -> None:
+        self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def seed(self) -> int:
-        """Asked for with the first draw on a device."""
-        raise NotImplementedError
-
-    def active(self) -> Active:
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
         """On the calling thread: default random numbers come from here inside the block."""
-        return Active(self)
+        _install()
+        outer = current_shard()
+        _here.shard = self
+        try:
+            with _compat.IncludeDispatchKey(_compat.draw_key):
+                yield
+        finally:
+            _here.shard = outer
 
     def generator(self, device: torch.device) -> torch.Generator:
         """In place of the default generator of the device."""
         generator = self._generators.get(device)
         if generator is None:
-            generator = torch.Generator(device).manual_seed(self.seed())
+            generator = torch.Generator(device).manual_seed(self._seed())
             self._generators[device] = generator
         return generator
 
@@ -111,26 +126,6 @@ class RandomSource:
         """In place of a generator that was handed to the operator: itself."""
         del op
         return given
-
-
-class Active:
-    """A block in which the calling thread's default random numbers come from a source."""
-
-    __slots__ = ("_key", "_outer", "_shard")
-
-    def __init__(self, shard: RandomSource) -> None:
-        self._shard = shard
-
-    def __enter__(self) -> None:
-        _install()
-        self._outer = getattr(_here, "shard", None)
-        _here.shard = self._shard
-        self._key = _compat.IncludeDispatchKey(_compat.draw_key)
-        self._key.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._key.__exit__(*error)
-        _here.shard = self._outer
 
 
 class ShardRandom(RandomSource):
@@ -142,13 +137,8 @@ class ShardRandom(RandomSource):
     """
 
     def __init__(self, call: CallRandom, shard: int) -> None:
-        super().__init__()
-        self._call = call
-        self._shard = shard
-
-    def seed(self) -> int:
-        """The call's base seed plus the shard's number."""
-        return self._call.base() + self._shard
+        super().__init__(lambda: call.base() + shard)
+        self.reentrant = False  # a reentrant checkpoint was met, see shard.py
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
         """Refuses.
@@ -178,13 +168,13 @@ def _draw_base(generator: torch.Generator) -> int:
         return int(torch.randint(_SEEDS, (), generator=generator, device="cpu"))
 
 
-def random_states() -> dict[str, Any]:
-    """Of torch's default generator, Python's and numpy's: a tensor, and plain values."""
-    version, words, gauss = random.getstate()
+def random_states(rng: Any = _OF_PROCESS) -> dict[str, Any]:
+    """Of torch's generator, Python's and numpy's, those of the process or a worker's ``rng``."""
+    version, words, gauss = rng.random_generator.getstate()
     return {
-        "torch": torch.get_rng_state(),
+        "torch": rng.torch_generator.get_state(),
         "python": [version, [*words], gauss],
-        "numpy": numpy_state(np.random),
+        "numpy": numpy_state(rng.numpy_generator),
     }
 
 
@@ -198,12 +188,12 @@ def numpy_state(generator: Any) -> Any:
     return _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, state)
 
 
-def restore_random_states(states: Mapping[str, Any]) -> None:
+def restore_random_states(states: Mapping[str, Any], rng: Any = _OF_PROCESS) -> None:
     """Has the three go on from what `random_states` returned."""
     version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
+    rng.random_generator.setstate((version, tuple(words), gauss))
+    rng.numpy_generator.set_state(states["numpy"])
+    rng.torch_generator.set_state(states["torch"])
 
 
 def current_shard() -> RandomSource | None:
@@ -233,7 +223,7 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     return torch.device(kwargs.get("device") or "cpu")
 
 
-def _draw(op: Any, position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _draw(op: Any, position: int | None, /, *args: Any, **kwargs: Any) -> Any:
     """Calls a random operator with the shard's generator in place of the default one."""
     shard = current_shard()
     with _compat.ExcludeDispatchKey(_KEYS):
@@ -254,13 +244,6 @@ def _draw(op: Any, position: int | None, args: tuple[Any, ...], kwargs: dict[str
         else:
             kwargs = {**kwargs, "generator": generator}
         return op(*args, **kwargs)
-
-
-def _kernel_of(op: Any, position: int | None) -> Any:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        return _draw(op, position, args, kwargs)
-
-    return kernel
 
 
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
@@ -312,7 +295,7 @@ def _install() -> None:
             op = getattr(packet, schema.overload_name or "default", None)
             if op is not None:
                 for where in taken:
-                    aten.impl(op, _kernel_of(op, where), _compat.DRAW_KEY)
+                    aten.impl(op, functools.partial(_draw, op, where), _compat.DRAW_KEY)
         aten.impl("native_dropout", _native_dropout, _compat.DRAW_KEY)
         default = _DefaultGenerator(torch.default_generator)
         torch.random.default_generator = default  # type: ignore[assignment, attr-defined]

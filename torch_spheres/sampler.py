@@ -8,8 +8,9 @@ parts = batches.map(lambda rows: [dataset[i] for i in rows], batch)         # or
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
@@ -206,10 +207,9 @@ class SphereBatchSampler(Sampler[list[int]]):
         drop_last or source of draws, or a key missing. RuntimeError at the first ``next()``: the
         sampler does not repeat the batches that were handed out.
         """
-        (kind, _, restore), names = source_of(self.sampler), [f.name for f in fields(_Epoch)]
+        kind, _, restore = source_of(self.sampler)
         here = {"batch_size": self.batch_size, "drop_last": self.drop_last, "kind": kind}
-        check_state(state, "a SphereBatchSampler", names, here)
-        epoch = _Epoch(**copy.deepcopy({name: state[name] for name in names}))
+        epoch = loaded(_Epoch, state, "a SphereBatchSampler", here)
         self._newest = None
         self._pending = epoch if kind == "sampler" or epoch.position > 0 else None
         if kind != "global" and epoch.position == 0:  # others may draw from it before next()
@@ -262,14 +262,16 @@ class _Epoch:  # what is saved of one pass over the sampler
         self.digest = digest(self.digest, batch)
 
 
-def check_state(
-    state: Mapping[str, Any], owner: str, names: Iterable[str], here: Mapping[str, Any]
-) -> None:
-    """ValueError unless it has all these names, and what is `here`, as its owner saved it."""
+def loaded(
+    kind: Callable[..., T], state: Mapping[str, Any], owner: str, here: Mapping[str, Any]
+) -> T:
+    """A dataclass from what `owner` saved of one; ValueError unless all fields, and `here`, fit."""
+    names = list(inspect.signature(kind).parameters)
     if missing := {*names, *here} - {*state}:
         raise ValueError(f"not a state of {owner}: no {sorted(missing)} in {sorted(state)}")
     if differ := [f"{k}={state[k]!r}, not {v!r}" for k, v in here.items() if state[k] != v]:
         raise ValueError(f"the state of {owner} was saved with {'; '.join(differ)}")
+    return kind(**copy.deepcopy({name: state[name] for name in names}))
 
 
 def digest(before: int, index: Any) -> int:

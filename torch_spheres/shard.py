@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from torch_spheres import _compat
-from torch_spheres.checkpoints import Checkpoints
 from torch_spheres.context import CallerContext
 from torch_spheres.nesting import Nesting, unflatten
-from torch_spheres.random import ShardRandom
+from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.replica import Buffer, Replica
 
 __all__ = ["Shard", "in_shard"]
@@ -36,7 +36,6 @@ class Shard:
     params: list[Tensor] = field(default_factory=list)  # the replica's, as the module's own
     inputs: list[Tensor] = field(default_factory=list)  # that require a gradient
     buffers: list[tuple[Buffer, Tensor | None]] = field(default_factory=list)
-    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     def rebuild(self) -> Any:
         """What the module returned."""
@@ -52,7 +51,7 @@ class Shard:
         wanted = [t for t in targets if t.requires_grad]
         if not wanted:
             found: list[Tensor | None] = []
-        elif self.checkpoints.reentrant:
+        elif self.random.reentrant:
             with self.replica.grads:  # another shard of this replica may be on its way as well
                 torch.autograd.backward(roots, grads, retain_graph=keep)
                 found = [t.grad for t in wanted]
@@ -93,7 +92,6 @@ def in_shard(
             context(),
             _NOTHING if gate is None else _compat.static_shapes(),
             shard.random.active(),
-            shard.checkpoints.noticed(),
             torch.profiler.record_function(name) if profiled else _NOTHING,
         ):
             yield
@@ -102,3 +100,22 @@ def in_shard(
         raise
     if first:
         shard.replica.warm.add(gate)
+
+
+_checkpoint: Any = CheckpointFunction.forward
+
+
+def _noticed_checkpoint(ctx: Any, *args: Any) -> Any:
+    """Activation checkpointing with ``use_reentrant=True``, noticed by the shard it is in.
+
+    Such a checkpoint runs a backward of its own inside the backward, which adds to ``.grad`` of the
+    leaves it meets, whatever the outer backward was asked for. So the shard computes its gradients
+    in the same way.
+    """
+    shard = current_shard()
+    if isinstance(shard, ShardRandom):
+        shard.reentrant = True
+    return _checkpoint(ctx, *args)
+
+
+CheckpointFunction.forward = staticmethod(_noticed_checkpoint)  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from torch_spheres.crew import Crew
 from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
-from torch_spheres.phases import handovers, phase
+from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
@@ -335,15 +335,14 @@ class Call:
 
     def new_fold(self) -> GradientFold:
         """For this call's gradients."""
-        traced = handovers(self.crew.spheres)
-        places, leaves = self.split.places, self.split.leaves
-        return GradientFold(places, leaves, self.crew.concurrency, traced=traced)
+        split, crew = self.split, self.crew
+        return GradientFold(split.places, split.leaves, crew.concurrency, spheres=crew.spheres)
 
     def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Has the shards run, and returns the sums."""
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
-            return rounded(fold.finish(self.crew.spheres), self.trainable)
+            return rounded(fold.finish(), self.trainable)
 
     def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:
         if grad is None:

@@ -19,7 +19,7 @@ from torch_spheres.crew import Crew
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads
-from torch_spheres.phases import handovers, phase
+from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, next_base
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import ReplicaPool
@@ -227,7 +227,7 @@ class SharedCall(Call):
             self.crew.concurrency,
             own_parts,
             self._emit,
-            handovers(self.crew.spheres),
+            self.crew.spheres,
         )
 
     def _emit(self, part: int, values: list[Grads | None]) -> None:

@@ -1,13 +1,21 @@
-"""What `KissingSpheres.trace` records: slices, arrows and counters, as frozen values.
+"""What `KissingSpheres.trace` records: slices, arrows and counters, as frozen values; its file.
 
 All times are nanoseconds of ``time.monotonic_ns()``.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from torch_spheres._core import Topology
 
 __all__ = ["Arrow", "Counter", "Slice", "Trace"]
 
@@ -119,12 +127,102 @@ class Trace:
             RuntimeError: the trace has not ended yet.
             OSError: the file cannot be written.
         """
-        from torch_spheres.trace_file import save
-
-        save(self, path)
+        events = _Events(self)
+        head = json.dumps(
+            {
+                "displayTimeUnit": "ns",
+                "torch_spheres": {
+                    "levels": self.levels,
+                    "concurrency": self.concurrency,
+                    "lost_events": self.lost,
+                    "begin_monotonic_ns": self.begin_ns,
+                },
+            }
+        )
+        name = os.fspath(path)
+        with (
+            gzip.open(name, "wt", encoding="utf-8", compresslevel=5)
+            if name.endswith(".gz")
+            else Path(name).open("w", encoding="utf-8") as file
+        ):
+            # Line by line: a long trace is larger as text than it was in memory.
+            file.write(f'{head[:-1]},\n"traceEvents": [\n')
+            file.write(json.dumps(events.meta("process_name", 0, name="torch_spheres")))
+            file.writelines(f",\n{json.dumps(event)}" for event in events)
+            file.write("\n]}\n")
 
     def __repr__(self) -> str:
         return (
             f"Trace of {(self.end_ns - self.begin_ns) / 1e9:.3f} s: {len(self.slices)} slices, "
             f"{len(self.arrows)} arrows, {self.lost} events lost"
         )
+
+
+class _Events:
+    """The events of one trace, as dictionaries in the file's format."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace, self._process = trace, os.getpid()
+        # The outermost slices of each track, which do not overlap: arrows begin and end in them.
+        self._outer: dict[int, list[Slice]] = {}
+        for s in trace.slices:
+            outer = self._outer.setdefault(s.sphere, [])
+            if not outer or s.begin_ns >= outer[-1].end_ns:
+                outer.append(s)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for order, sphere in enumerate(sorted(self._outer)):
+            name = self._trace.threads.get(sphere, f"thread {-sphere}")
+            if sphere >= 0:
+                name = f"sphere {Topology.path_string(sphere)}"
+            yield self.meta("thread_name", _track(sphere), name=name)
+            yield self.meta("thread_sort_index", _track(sphere), sort_index=order)
+        yield from map(self._slice, self._trace.slices)
+        for number, arrow in enumerate(self._trace.arrows):
+            yield from self._arrow(number, arrow)
+        yield from map(self._counter, self._trace.counters)
+
+    def meta(self, what: str, track: int, **args: Any) -> dict[str, Any]:
+        """Something that is said of a track, or of the process."""
+        return self._event("M", what, track, self._trace.begin_ns, args=args)
+
+    def _event(self, phase: str, name: str, track: int, moment: int, **more: Any) -> dict[str, Any]:
+        # Microseconds are the format's unit; these are exact to the nanosecond.
+        since = (moment - self._trace.begin_ns) / 1000
+        return {
+            "ph": phase, "name": name, "pid": self._process, "tid": track, "ts": since, **more
+        }  # fmt: skip
+
+    def _slice(self, s: Slice) -> dict[str, Any]:
+        name, args = s.name, dict[str, Any]()
+        if s.item is not None:
+            name = f"{s.name} {s.item}" if s.count == 1 else f"{s.count} {s.name}s"
+            args = {"item": s.item, "items": s.count}
+        if s.owner is not None:
+            args |= {"owner": Topology.path_string(s.owner), "stolen": s.is_stolen}
+        dur, track = s.duration_ns / 1000, _track(s.sphere)
+        return self._event("X", name, track, s.begin_ns, cat=s.kind, dur=dur, args=args)
+
+    def _arrow(self, number: int, arrow: Arrow) -> list[dict[str, Any]]:
+        """Its two ends; none where events were lost and there is nothing that one could be at."""
+        ends = ((arrow.source, arrow.sent_ns), (arrow.target, arrow.received_ns))
+        if not all(self._has_slice_at(sphere, moment) for sphere, moment in ends):
+            return []
+        start, finish = (
+            self._event(phase, arrow.kind, _track(sphere), moment, cat=arrow.kind, id=number)
+            for phase, (sphere, moment) in zip("sf", ends, strict=True)
+        )
+        return [start, {**finish, "bp": "e"}]  # it ends at the slice around, not at the next one
+
+    def _has_slice_at(self, sphere: int, moment: int) -> bool:
+        outer = self._outer.get(sphere, [])
+        place = bisect_right(outer, moment, key=attrgetter("begin_ns")) - 1
+        return place >= 0 and outer[place].end_ns >= moment
+
+    def _counter(self, c: Counter) -> dict[str, Any]:
+        return self._event("C", c.name, 0, c.time_ns, args={"value": c.value})
+
+
+def _track(sphere: int) -> int:
+    """Its number in the file: spheres count from 1, other threads from 1,000,001."""
+    return sphere + 1 if sphere >= 0 else 1_000_000 - sphere

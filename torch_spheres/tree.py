@@ -13,6 +13,7 @@ at the root); everything else through torch's own additions in the same tree.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from torch import Tensor
 from torch_spheres import _compat, _core
 from torch_spheres.system import KissingSpheres
 
-__all__ = ["tree_sum", "tree_sums"]
+__all__ = ["depth_of", "tree_sum", "tree_sums"]
 
 _core.read_tensors_by(_compat.dlpack_exchange)
 
 _KISSING = _core.KISSING
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
+_form = attrgetter("shape", "dtype", "device", "layout")
 
 
 def tree_sum(
@@ -59,14 +61,12 @@ def tree_sums(
 ) -> list[Tensor | None]:
     """`tree_sum` for many tensors at once, in one pass over the spheres."""
     results: list[Tensor | None] = []
-    jobs: dict[int, _core.SumJob] = {}
+    jobs = {count: _core.SumJob(depth_of(count)) for count in {*map(len, tensors)}}
     copies: list[tuple[Tensor, Tensor]] = []
     keep: list[object] = []  # buffers that the jobs point into
     for i, shards in enumerate(tensors):
         out = outs[i] if outs is not None else None
-        job = jobs.get(len(shards))
-        if job is None:
-            job = jobs[len(shards)] = _core.SumJob(_depth(len(shards)))
+        job = jobs[len(shards)]
         first = next((t for t in shards if t is not None), None)
         if first is None:
             results.append(None)
@@ -115,7 +115,8 @@ def _add_with_care(
     return out
 
 
-def _depth(shards: int) -> int:
+def depth_of(shards: int) -> int:
+    """Levels below the root of the tree that has so many shards."""
     for depth in range(_core.MAX_LEVELS):
         if shards == _KISSING**depth:
             return depth
@@ -129,12 +130,7 @@ def _check(shards: Sequence[Tensor | None], first: Tensor, out: Tensor | None) -
         name = "out" if k == len(shards) else f"shard {k}"
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor or None, got {t!r}")
-        if (t.shape, t.dtype, t.device, t.layout) != (
-            first.shape,
-            first.dtype,
-            first.device,
-            first.layout,
-        ):
+        if _form(t) != _form(first):
             raise ValueError(
                 f"{name} is {t.dtype} {tuple(t.shape)} {t.layout} on {t.device}, but the first "
                 f"shard is {first.dtype} {tuple(first.shape)} {first.layout} on {first.device}"

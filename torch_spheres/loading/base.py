@@ -144,11 +144,9 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         # (Inside a work item it would wait for itself.)
         if spheres._core.forked() or spheres._core.on_own_thread():
             return None
-        if not spheres.running and spheres._starts:  # they were stopped
-            return None
         try:
             spheres._ensure_started("a wrapped loader")
-        except StoppedError:  # just now
+        except StoppedError:
             return None
         return spheres._core
 

@@ -20,7 +20,7 @@ import torch
 
 from torch_spheres import _compat
 
-__all__ = ["Position", "at", "install", "sample_seed", "shown"]
+__all__ = ["Position", "install", "sample_seed", "shown"]
 
 
 class _Here(threading.local):
@@ -34,18 +34,21 @@ _plain_map = dict(_compat.collate_fns)
 
 
 @contextlib.contextmanager
-def shown(info: Any) -> Iterator[None]:
-    """On the calling thread `get_worker_info()` returns `info` inside the block."""
-    outer, _here.info = _here.info, info
+def shown(**values: Any) -> Iterator[None]:
+    """On the calling thread, inside the block: what `get_worker_info()` returns is `info`, and
+    `sample_seed()` is that of `position`.
+    """
+    outer = {name: getattr(_here, name) for name in values}
+    vars(_here).update(values)
     try:
         yield
     finally:
-        _here.info = outer
+        vars(_here).update(outer)
 
 
 def _collate_tensors(batch: Any, *, collate_fn_map: Any = None) -> Any:
     """`default_collate`'s own for tensors; without shared memory on threads of this process."""
-    with shown(None):
+    with shown(info=None):
         return _compat.collate_tensors(batch, collate_fn_map=collate_fn_map)
 
 
@@ -78,16 +81,6 @@ class Position:
     over: threading.Event | None = None  # set: nobody waits for the batch any more
     places: Sequence[int] | None = None  # in the batch of all processes, of this one's samples
     place: int = 0
-
-
-@contextlib.contextmanager
-def at(position: Position) -> Iterator[None]:
-    """On the calling thread `sample_seed()` is that of `position` inside the block."""
-    outer, _here.position = _here.position, position
-    try:
-        yield
-    finally:
-        _here.position = outer
 
 
 _MASK = 2**64 - 1

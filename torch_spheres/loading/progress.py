@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.random import numpy_state
-from torch_spheres.sampler import check_state, source_of
+from torch_spheres.random import random_states, restore_random_states
+from torch_spheres.sampler import loaded, source_of
 
 __all__ = ["FAILED", "Progress", "Snapshot", "Sources", "has_position", "shape_of"]
 
@@ -50,11 +50,7 @@ class Snapshot:
         """On the worker's thread."""
         snapshot = Snapshot(fetched, None, "")
         if rng is not None:
-            snapshot.streams = {
-                "torch": rng.torch_generator.get_state(),
-                "random": rng.random_generator.getstate(),
-                "numpy": numpy_state(rng.numpy_generator),
-            }
+            snapshot.streams = random_states(rng)
         iterator = getattr(fetcher, "dataset_iter", None)
         if iterator is None:  # map-style: the sampler's position is all there is
             return snapshot
@@ -88,11 +84,8 @@ class Snapshot:
 
     def restore_streams(self, rng: Any) -> None:
         """Last, because what was fetched once more has drawn from them."""
-        if self.streams is None or rng is None:
-            return
-        rng.torch_generator.set_state(self.streams["torch"])
-        rng.random_generator.setstate(self.streams["random"])
-        rng.numpy_generator.set_state(self.streams["numpy"])
+        if self.streams is not None and rng is not None:
+            restore_random_states(self.streams, rng)
 
     def streams_only(self) -> Snapshot:
         """For a worker that has not gone on with its epoch when the next one begins."""
@@ -135,9 +128,7 @@ class Progress:
         Raises:
             ValueError: it is no such state, or was saved by another kind of loader.
         """
-        names = [f.name for f in fields(Progress)]
-        check_state(state, "a wrapped loader", names, shape_of(loader))
-        return Progress(**copy.deepcopy({name: state[name] for name in names}))
+        return loaded(Progress, state, "a wrapped loader", shape_of(loader))
 
     @staticmethod
     def to_come(loader: DataLoader[Any]) -> Progress:

@@ -9,7 +9,7 @@ from typing import Any
 from torch_spheres import _compat, _core
 from torch_spheres._core import Topology
 from torch_spheres.errors import StoppedError
-from torch_spheres.loading.info import Position, at
+from torch_spheres.loading.info import Position, shown
 from torch_spheres.loading.portions import NoRows, without_rows
 
 __all__ = ["Fetcher"]
@@ -34,7 +34,7 @@ class Fetcher:
 
     def fetch(self, index: Any, position: Position) -> Any:
         """The batch, or the sample, of what the sampler gave."""
-        with at(position):
+        with shown(position=position):
             # torch's fetcher prefers datasets that give whole batches, too.
             one_by_one = self._lists and not getattr(self._dataset, "__getitems__", None)
             samples = self._samples(index, position) if one_by_one else None

@@ -50,17 +50,14 @@ class Team:
     Nothing of it refers to the iterator, which closes it when it is dropped.
     """
 
-    def __init__(
-        self, plan: Plan, spheres: KissingSpheres, restored: dict[int, Snapshot] | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, spheres: KissingSpheres, restored: dict[int, Snapshot]) -> None:
         self._spheres = spheres
         self._changed = threading.Condition()
         self._results: dict[int, Result] = {}
         self._closed = self._stopped = False
         self._over = threading.Event()  # for tasks under way: nobody waits for them
-        known = restored or {}
         self._queues = [
-            _Queue(Worker(plan, w, known.get(w), self._over)) for w in range(plan.workers)
+            _Queue(Worker(plan, w, restored.get(w), self._over)) for w in range(plan.workers)
         ]
 
     # ---- the consumer's side ----
@@ -144,8 +141,10 @@ class Team:
     def _wait_for(self, found: Callable[[], T | None], timeout: float) -> T:
         """What `found` returns under the lock, once it is not None."""
         end = time.monotonic() + timeout if timeout > 0 else None
-        self._require_parent()
-        helps = self._spheres._core.on_own_thread()
+        core = self._spheres._core
+        if core.forked():  # before the lock is taken, which a thread of the parent may have held
+            core.require_running("a wrapped loader")
+        helps = core.on_own_thread()
         while True:
             self._reschedule()
             with self._changed:
@@ -179,11 +178,6 @@ class Team:
                 queue.tasks.clear()
             self._results.clear()
             self._changed.notify_all()
-
-    def _require_parent(self) -> None:
-        # Before the lock is taken, which a thread of the parent may have held.
-        if self._spheres._core.forked():
-            self._spheres._core.require_running("a wrapped loader")
 
     def _check_running(self) -> None:
         if self.over:

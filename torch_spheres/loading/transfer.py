@@ -16,16 +16,6 @@ Delivery = Callable[[], Any]
 """Gives the batch to the thread that will use it."""
 
 
-def _mapped(batch: Any, move: Callable[[Any], Any]) -> Any:
-    """The batch with what has a ``to()`` (tensors, packed sequences, users' types) moved."""
-
-    def one(leaf: Any) -> Any:
-        return move(leaf) if hasattr(leaf, "to") else leaf
-
-    # (A PackedSequence is a named tuple that moves as a whole.)
-    return _compat.pytree.tree_map(one, batch, is_leaf=lambda v: hasattr(v, "to"))
-
-
 class Transfer:
     """To a device. On CUDA by a stream of its own, beside what the loop computes.
 
@@ -49,11 +39,13 @@ class Transfer:
             kept = batch if self._pins_for is None else _compat.pin_memory(batch, self._pins_for)
             return lambda: kept
         if self._stream is None:
-            moved = _mapped(batch, lambda value: value.to(device))
+            moved = _compat.map_having("to", lambda value: value.to(device), batch)
             return lambda: moved
         with torch.cuda.stream(self._stream):
             pinned = _compat.pin_memory(batch, device.type)
-            moved = _mapped(pinned, lambda value: value.to(device, non_blocking=True))
+            moved = _compat.map_having(
+                "to", lambda value: value.to(device, non_blocking=True), pinned
+            )
             done = self._stream.record_event()
 
         def deliver() -> Any:

@@ -76,17 +76,6 @@ class Result:
     snapshot: Snapshot | None = None  # of the worker, after the task
 
 
-class _WorkerRandom(RandomSource):
-    """What a process worker's default generators would give: seeded by *base seed + worker*."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._seed = seed
-
-    def seed(self) -> int:
-        return self._seed
-
-
 class Worker:
     """One logical worker; its tasks come one at a time, so nothing in it needs a lock."""
 
@@ -135,7 +124,7 @@ class Worker:
             raise self._failure
         if not self._ready:
             self._prepare()
-        with shown(self._info), self._streams.active():
+        with shown(info=self._info), self._streams.active():
             if self._fetcher is None:
                 samples = len(index) if plan.iterable and plan.auto_collation else 1
                 self._fetcher = self._begin(samples)
@@ -159,7 +148,8 @@ class Worker:
 
     def _prepare(self) -> None:
         plan, seed = self._plan, self._plan.base_seed + self.number
-        self._streams = _WorkerRandom(seed)
+        # What a process worker's default generators would give.
+        self._streams = RandomSource(lambda: seed)
         generators = (
             random.Random(seed),
             self._streams.generator(torch.device("cpu")),
@@ -169,7 +159,7 @@ class Worker:
         self._ready = True
         if plan.init_fn is None:
             return
-        with shown(self._info), self._streams.active():
+        with shown(info=self._info), self._streams.active():
             try:
                 plan.init_fn(self.number)
             except BaseException as error:
