@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from torch_spheres import _compat
 from torch_spheres.arguments import as_index
-from torch_spheres.errors import RankError
+from torch_spheres.errors import Caught, RankError
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.random import random_states, restore_random_states
 from torch_spheres.ranks import Ranks, find_ranks
@@ -166,7 +166,7 @@ def _together(ranks: Ranks | None, doing: str, work: Callable[[], T]) -> tuple[T
         value = work()
     except BaseException as error:
         if ranks is not None:
-            ranks.meet(what, _mark(None), error)  # raises it, when all know
+            ranks.meet(what, _mark(None), Caught(error))  # raises it, when all know
         raise
     return value, [_mark(value)] if ranks is None else ranks.meet(what, _mark(value)).tolist()
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_spheres.division import Division
-from torch_spheres.errors import RankError
+from torch_spheres.errors import Caught, RankError
 from torch_spheres.meeting import Meeting
 from torch_spheres.ranks import Ranks
 from torch_spheres.system import KissingSpheres
@@ -183,18 +183,18 @@ class Exchange:
 
     # ---- getting ----
 
-    def finish(self, error: BaseException | None = None) -> Grads:
+    def finish(self, caught: Caught) -> Grads:
         """The total over all ranks' parts; None where all are absent.
 
         Args:
-            error: this rank has no sums to give, and will have no total: nobody has.
+            caught: with an error this rank has no sums to give, and nobody will have a total.
 
         Raises:
             RankError: another rank has failed, or does not answer.
-            BaseException: `error`, once the others know.
+            BaseException: what was caught, once the others know.
         """
         ranks, what, layout = self._ranks, self._what, self._layout
-        flags = [error is not None, *itertools.chain.from_iterable(self._has)]
+        flags = [caught.error is not None, *itertools.chain.from_iterable(self._has)]
         told = torch.tensor(flags, dtype=torch.uint8)
         if self._is_small:  # all in one message to everybody
             values = [
@@ -209,14 +209,11 @@ class Exchange:
             if self._begin is not None:
                 self._begin.finish()
         table = ranks.gather(told, what)
-        try:
-            if table[:, 0].any():
-                # Memory that messages are still on their way to is used by the next exchange.
-                for works in self._works:
-                    ranks.wait(works, what)
-                ranks.raise_errors(what, error)
-        finally:
-            del error  # its traceback owns this frame, and others that own this object
+        if table[:, 0].any():
+            # Memory that messages are still on their way to is used by the next exchange.
+            for works in self._works:
+                ranks.wait(works, what)
+            ranks.raise_errors(what, caught)
         count = len(layout.shapes)
         there = table[:, 1 : len(flags)].view(ranks.world, len(self._has), count)
         having = [there[:, :, i].nonzero().tolist() for i in range(count)]
@@ -319,7 +316,7 @@ def total_over_ranks(
     for p, part in enumerate(division.parts[ranks.rank]):
         own = {*division.in_part(part)}
         exchange.give(p, [[v if k in own else None for k, v in enumerate(c)] for c in wide])
-    found = exchange.finish()
+    found = exchange.finish(Caught())
     return [
         None if total is None else total.to(t.device) for total, t in zip(found, like, strict=True)
     ]

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_spheres.errors import Caught
 from torch_spheres.folding import Grads
-from torch_spheres.shard import Shard
+from torch_spheres.shard import Shard, in_shard
 from torch_spheres.shards import Call
+from torch_spheres.splitting import Split
 
 __all__ = ["forward_backward"]
 
@@ -21,7 +23,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     """See `SphereParallel.forward_backward`."""
     if not torch.is_grad_enabled():
         raise RuntimeError("forward_backward() under torch.no_grad() has no gradients to compute")
-    goal = call.targets(targets)
+    goals: list[Split] = []
     count = len(call.split.bounds)
     losses: list[Tensor | None] = [None] * count
     counts: list[Any] = [None] * count
@@ -32,50 +34,36 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
         try:
             with torch.enable_grad():
                 shard = call.forward_shard(k, replica)
-                with call.in_shard(k, "loss", shard):
+                with in_shard(call, k, "loss", shard):
                     output = shard.rebuild()
-                    target = goal.build([goal.part(i, k) for i in range(len(goal.flat))])
+                    target = goals[0].build(goals[0].parts(k))
                     loss, counts[k] = _checked(loss_fn(output, target), k)
                     if counts[k] is None:
                         loss = loss * call.split.weights[k]
             losses[k] = loss.detach()
             shard.outputs = []
             del output
-            with call.in_shard(k, "backward", shard):
+            with in_shard(call, k, "backward", shard):
                 found = shard.backward([loss], [torch.ones_like(loss)])
             shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
             return found
         finally:
             call.pool.give_back(replica)
 
-    sums, input_grads = call.fold(run)
+    grads = call.fold(run, lambda: goals.append(call.targets(targets)))
     done = [shard for shard in shards if shard is not None]
-    error = None
     counted = {c is not None for c in counts}
     # A process that ran no shard has to know what the losses are, to sum them.
     found, kinds = next((v for v in losses if v is not None), None), [0]
-    try:
+    with Caught() as caught:
         if found is not None:
             kinds = [1 + _DTYPES.index(found.dtype)]
         call.check_parameters()
         if len(counted) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
-    except Exception as caught:  # noqa: BLE001
-        error = caught
-    try:
-        (kind,) = call.finish_forward(done, error, kinds)
-    finally:
-        del error  # its traceback owns this frame
+    (kind,) = call.finish_forward(done, caught, kinds)
     like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
     with torch.no_grad():
-        grads = [
-            *sums,
-            *(
-                call.gather_input_grad(value, [g[i] for g in input_grads])
-                for i, value in enumerate(call.inputs_with_grad)
-            ),
-        ]
-        del sums  # from here on each goes when its quotient has taken its place
         numbers = [
             None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in counts
         ]
@@ -86,8 +74,10 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
             for i, g in enumerate(grads):
                 if g is not None:  # not in place: where one shard ran, they are that shard's own
                     grads[i] = g / total.to(g.device, g.dtype)
-    tensors = [*call.trainable, *call.inputs_with_grad]
-    _Given.apply(loss, grads, *tensors).backward()  # type: ignore[no-untyped-call]
+    # Autograd adds what is known to ``.grad``, and runs the hooks.
+    pairs = zip([*call.trainable, *call.inputs_with_grad], grads, strict=True)
+    known = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
+    torch.autograd.backward([t for t, _ in known], [g for _, g in known])
     return loss
 
 
@@ -101,17 +91,3 @@ def _checked(returned: Any, k: int) -> tuple[Tensor, Any]:
     if not loss.requires_grad:
         raise ValueError(f"loss_fn returned a loss without a graph for shard {k}: nothing to train")
     return loss.reshape(()), count
-
-
-class _Given(torch.autograd.Function):
-    """A scalar whose gradients are known: autograd adds them to ``.grad`` and runs the hooks."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Grads, *_: Tensor) -> Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        grads, ctx.grads = ctx.grads, None
-        return (None, None, *grads)

@@ -79,11 +79,7 @@ def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
     """The inverse of `flatten`, with other leaves; objects are copies of the first ones."""
     if nesting is _TENSOR and len(leaves) == 1:
         return leaves[0]
-    rest = iter(leaves)
-    value = _take(rest, nesting)
-    if next(rest, rest) is not rest:
-        raise ValueError(f"{len(leaves)} leaves are too many for {nesting}")
-    return value
+    return _take(iter(leaves), nesting)
 
 
 def _take(leaves: Iterator[Any], nesting: Nesting) -> Any:

@@ -17,8 +17,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_spheres import _compat
 from torch_spheres.advice import Adviser
 from torch_spheres.crew import Crew
-from torch_spheres.faces import face
-from torch_spheres.lazy import initialise
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -29,7 +27,7 @@ from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
-from torch_spheres.whole_batch import gather_rows
+from torch_spheres.whole_batch import face, gather_rows
 
 __all__ = ["SphereParallel"]
 
@@ -161,18 +159,16 @@ class SphereParallel(nn.Module):
     @_compat.disable_compiler  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
-        ways = reproducible_ways if self.reproducible or self._shares else all_ways
-        crew, trial = self._choose("forward", ways, args, kwargs)
+        crew, trial = self._choose("forward", all_ways, args, kwargs)
+        run = functools.partial(self._run, crew, args, kwargs)
         if trial is not None:
-            result = self._run(crew, args, kwargs)
+            result = run()
             trial.forward_done(flatten(result)[0])
             return result
-        alone = not self._shares
-        advise = alone and self.reproducible and self.training and torch.is_grad_enabled()
-        if advise and crew.plan.workers > 0:
-            run = functools.partial(self._run, crew, args, kwargs)
+        advise = self.reproducible and not self._shares and self.training
+        if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
             return self._adviser.watch(run, self.module, args, kwargs)
-        return self._run(crew, args, kwargs)
+        return run()
 
     def _choose(
         self,
@@ -188,6 +184,8 @@ class SphereParallel(nn.Module):
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
         concurrency = spheres.concurrency if on_cpu else 0
+        if self.reproducible or self._shares:
+            ways = reproducible_ways
         tuner = self._tuners.of(
             (rows.bit_length(), self.training, on_cpu, what),
             lambda: ways(spheres.leaves, concurrency),
@@ -220,24 +218,13 @@ class SphereParallel(nn.Module):
     def _call(
         self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
     ) -> Call:
-        def make() -> Call:
-            if self._ranks is None or not self._shares:
-                return Call(self.module, self._pool, crew, args, kwargs)
-            return SharedCall(self.module, self._pool, crew, args, kwargs, self._ranks, what)
-
+        ranks = self._ranks if self._shares else None
+        kind = Call if ranks is None else SharedCall
+        make = functools.partial(kind, self.module, self._pool, crew, args, kwargs, ranks, what)
         call = make()
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip
-            shared = self._ranks if isinstance(call, SharedCall) else None
-            error = initialise(self.module, call)
-            try:
-                if shared is not None:
-                    shared.meet("the initialisation of lazy modules", [], error)
-                    sync_module(self.module, shared, {})
-                elif error is not None:
-                    raise error
-            finally:
-                del error  # its traceback owns this frame
+            call.initialise_lazy_modules()
             call = make()
         return call
 
@@ -275,8 +262,7 @@ class SphereParallel(nn.Module):
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
         # Whole batches are no choice here: they would take the memory that this call saves.
-        ways = reproducible_ways if self.reproducible or self._shares else lean_ways
-        crew, trial = self._choose("forward_backward", ways, args, kwargs)
+        crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
         call = self._call(crew, args, kwargs, "forward_backward")
         loss = forward_backward(call, loss_fn, targets)
         if trial is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_spheres import _compat
 from torch_spheres.division import Division, divide, way_out
-from torch_spheres.errors import RankError
+from torch_spheres.errors import Caught, RankError
 from torch_spheres.meeting import Meeting
 from torch_spheres.swap import Swap
 
@@ -229,37 +229,33 @@ class Ranks:
                 if self.rank > 0:
                     tensor.copy_(sent)
 
-    def meet(self, what: str, values: Sequence[int], error: BaseException | None = None) -> Tensor:
+    def meet(self, what: str, values: Sequence[int], caught: Caught | None = None) -> Tensor:
         """Every rank's numbers, one row each, unless one of them has an error.
 
         Raises:
             RankError: another rank has.
-            BaseException: `error`, once the others know.
+            BaseException: this rank has, once the others know.
         """
-        told = torch.tensor([error is not None, *values], dtype=torch.int64)
+        caught = caught or Caught()
+        told = torch.tensor([caught.error is not None, *values], dtype=torch.int64)
         rows = self.gather(told, what)
-        try:
-            if rows[:, 0].any():
-                self.raise_errors(what, error)
-        finally:
-            del error  # its traceback owns this frame
+        if rows[:, 0].any():
+            self.raise_errors(what, caught)
         return rows[:, 1:]
 
-    def raise_errors(self, what: str, error: BaseException | None) -> NoReturn:
+    def raise_errors(self, what: str, caught: Caught) -> NoReturn:
         """When all know that one of them has an error: they learn which.
 
         Raises:
             RankError: another rank has one.
-            BaseException: `error`, this rank's own.
+            BaseException: this rank's own.
         """
-        described = None if error is None else f"{type(error).__name__}: {error}"
+        described = None
+        if caught.error is not None:
+            described = f"{type(caught.error).__name__}: {caught.error}"
         errors = dict(enumerate(self.objects(described, what)))
         failed = {r: text for r, text in errors.items() if text is not None}
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error  # its traceback owns this frame
+        caught.raise_if_any()
         texts = "; ".join(f"rank {r} of {self.world}: {text}" for r, text in failed.items())
         raise RankError(f"{what} failed on {texts}", tuple(failed))
 

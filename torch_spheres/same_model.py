@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NoReturn
 
 import torch
@@ -25,13 +26,9 @@ def sync_module(module: nn.Module, ranks: Ranks, settings: dict[str, Any]) -> No
         for key, value in theirs.items():
             if value != first[0][key]:
                 _refuse(f"{key} is {first[0][key]!r} on rank 0 and {value!r} on rank {rank}")
-        for mine, other in zip(first[1], names, strict=False):
+        for mine, other in itertools.zip_longest(first[1], names):
             if mine != other:
                 _refuse(f"rank 0 has {_shown(mine)} where rank {rank} has {_shown(other)}")
-        if len(names) != len(first[1]):
-            longer, more = (0, first[1]) if len(first[1]) > len(names) else (rank, names)
-            extra = more[min(len(names), len(first[1]))]
-            _refuse(f"rank {longer} has {_shown(extra)}, which the other has not")
     ranks.broadcast([t for _, t in _named(module)], "the broadcast of the model")
 
 
@@ -40,7 +37,9 @@ def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, t) for n, t in named if not nn.parameter.is_lazy(t)]
 
 
-def _shown(entry: tuple[str, tuple[int, ...], torch.dtype, bool]) -> str:
+def _shown(entry: tuple[str, tuple[int, ...], torch.dtype, bool] | None) -> str:
+    if entry is None:
+        return "nothing"
     name, shape, dtype, trainable = entry
     return f"{name!r} ({dtype}, {shape}{', trainable' if trainable else ''})"
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch_spheres import _compat
 from torch_spheres.context import CallerContext
 from torch_spheres.nesting import Nesting, unflatten
+from torch_spheres.phases import phase
 from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.replica import Buffer, Replica
+
+if TYPE_CHECKING:
+    from torch_spheres.shards import Call
 
 __all__ = ["Shard", "in_shard"]
 
@@ -66,37 +70,30 @@ class Shard:
 
 @contextlib.contextmanager
 def in_shard(
-    shard: Shard,
-    name: str,
-    place: str,
-    context: CallerContext,
-    gate: Any,
-    traced: contextlib.AbstractContextManager[None],
+    call: Call, k: int, what: str, shard: Shard, context: CallerContext | None = None
 ) -> Iterator[None]:
-    """A block in which a thread works for one shard.
+    """A block in which a thread works for shard `k`: `what` says how, for profiles and errors.
 
-    Args:
-        shard: whose random numbers are drawn in the block.
-        name: for profiles.
-        place: for errors: the note on them says "in" this.
-        context: what the caller has set.
-        gate: key of a compiled variant, whose first run is serialised; None: nothing is compiled.
-        traced: what has a trace show the block.
+    With the shard's random numbers, and the settings of the call or of another `context`.
     """
+    begin, end = call.split.bounds[k]
+    leaf = call.split.leaves[k]
+    # Key of a compiled variant, whose first run is serialised.
+    gate = call.compiled and (what, call.compiled, end - begin)
     first = gate is not None and gate not in shard.replica.warm
-    profiled = _compat.profiler_is_on()
+    name = f"SphereParallel shard {leaf} {what}"
     try:
         with (
-            traced,
+            phase(call.crew.spheres, what, leaf),
             _compiling if first else _NOTHING,
-            context(),
+            (context or call.context)(),
             _NOTHING if gate is None else _compat.static_shapes(),
             shard.random.active(),
-            torch.profiler.record_function(name) if profiled else _NOTHING,
+            torch.profiler.record_function(name) if _compat.profiler_is_on() else _NOTHING,
         ):
             yield
     except Exception as error:
-        error.add_note(f"in {place}")
+        error.add_note(f"in the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch")
         raise
     if first:
         shard.replica.warm.add(gate)

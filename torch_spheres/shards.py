@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from torch_spheres import _compat
 from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
-from torch_spheres.context import CallerContext
 from torch_spheres.crew import Crew
+from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
@@ -22,6 +21,7 @@ from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
+from torch_spheres.same_model import sync_module
 from torch_spheres.shard import Shard, in_shard
 from torch_spheres.splitting import Split, aligned
 from torch_spheres.tree import tree_sums
@@ -30,9 +30,14 @@ __all__ = ["Call"]
 
 
 class Call:
-    """One call's split, its shards, and what has to be put together from them."""
+    """One call's split, its shards, and what has to be put together from them.
 
-    ranks: Ranks | None = None  # who shares the batch
+    Args:
+        ranks: who shares the batch, in a `SharedCall`.
+        what: ``"forward"`` or ``"forward_backward"``.
+    """
+
+    base: int | None = None  # seed of the shards' random numbers, if it has been agreed on
 
     def __init__(
         self,
@@ -41,11 +46,14 @@ class Call:
         crew: Crew,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        ranks: Ranks | None = None,
+        what: str = "forward",
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
+        self.ranks, self.what = ranks, what
         self.context = crew.context()
         self.split = self._split((args, kwargs))
-        self.random = self._random()
+        self.random = CallRandom(self.base)
         self.shards: list[Shard | None] = []
         self._freed = False
         self.nesting: Nesting | None = None  # of the outputs
@@ -68,9 +76,6 @@ class Call:
         """The arguments, cut by rows."""
         return Split(value, self.crew.plan.shards, self.ranks)
 
-    def _random(self) -> CallRandom:
-        return CallRandom()
-
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""
         goal = Split(value, self.split.shards, self.ranks)
@@ -79,6 +84,8 @@ class Call:
                 f"forward_backward() got inputs of {self.split.rows} rows and targets of "
                 f"{goal.rows}"
             )
+        goal.bounds, goal.leaves = self.split.bounds, self.split.leaves
+        goal.total = self.split.total
         return goal
 
     def totals(
@@ -88,14 +95,10 @@ class Call:
         del like
         return tree_sums([self.padded(column) for column in columns])
 
-    def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
-        """Has an error raised wherever the batch is; the greatest of everybody's notes."""
+    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
+        """Raises what was caught on all ranks; the element-wise maximum of their notes."""
         del what
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error  # its traceback owns this frame: a cycle would keep the call's graph
+        caught.raise_if_any()
         return list(notes)
 
     def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -110,7 +113,7 @@ class Call:
     @property
     def ran(self) -> int:
         """Shards that run, in all processes."""
-        return len(self.split.bounds)
+        return min(self.split.total, self.split.shards)
 
     def _signature(self) -> tuple[Any, ...]:
         """What compiled code depends on, but for the rows: new ones are compiled anew."""
@@ -125,21 +128,6 @@ class Call:
         """Tensors among the arguments that require a gradient."""
         return [self.split.flat[i] for i in self.differentiable]
 
-    def in_shard(
-        self, k: int, what: str, shard: Shard, context: CallerContext | None = None
-    ) -> AbstractContextManager[None]:
-        """On a sphere's thread: the caller's settings and the shard's random numbers.
-
-        The settings are those of the call, unless others are given.
-        """
-        begin, end = self.split.bounds[k]
-        leaf = self.split.leaves[k]
-        name = f"SphereParallel shard {leaf} {what}"
-        place = f"the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch"
-        gate = self.compiled and (what, self.compiled, end - begin)
-        traced = phase(self.crew.spheres, what, leaf)
-        return in_shard(shard, name, place, context or self.context, gate, traced)
-
     # ---- forward ----
 
     def forward_shard(self, k: int, replica: Replica) -> Shard:
@@ -147,8 +135,8 @@ class Call:
         shard = Shard(ShardRandom(self.random, self.split.leaves[k]), replica)
         grad = torch.is_grad_enabled
         taken = replica.take_buffers()
-        with self.in_shard(k, "forward", shard):
-            values = [self.split.part(i, k) for i in range(len(self.split.flat))]
+        with in_shard(self, k, "forward", shard):
+            values = self.split.parts(k)
             for i in self.differentiable if grad() else ():
                 values[i] = values[i].detach().requires_grad_()
                 shard.inputs.append(values[i])
@@ -170,19 +158,17 @@ class Call:
                 self.pool.give_back(replica)
 
         shards: list[Shard] = []
-        try:
+        outputs: list[Any] = []
+        with Caught() as caught:
             shards = self.crew.map(run, len(self.split.bounds))
             self.shards = list(shards)
             self.check_parameters()
             outputs = self._gather(shards)
-        except Exception as error:
-            self.finish_forward(shards, error)  # raises it, when all know
-            raise
-        self.finish_forward(shards, None)
+        self.finish_forward(shards, caught)
         return self.share_structure(outputs)
 
     def finish_forward(
-        self, shards: Sequence[Shard], error: Exception | None, notes: Sequence[int] = ()
+        self, shards: Sequence[Shard], caught: Caught, notes: Sequence[int] = ()
     ) -> list[int]:
         """What comes after all shards' forward: buffers, random numbers, and who failed.
 
@@ -190,19 +176,37 @@ class Call:
             The greatest of all processes' notes.
         """
         buffers = buffers_of(self.module)
-        if error is None:
-            error = misshapen(shards)
+        if caught.error is None:
+            caught.error = misshapen(shards)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
-        try:
-            told = self.agree("the forward", error, [*notes, self.random.drew, *mine])
-        finally:
-            del error  # its traceback owns this frame
+        told = self.agree("the forward", caught, [*notes, self.random.drew, *mine])
         notes, (drew, *changed) = told[: len(notes)], told[len(notes) :]
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
         self.check_random()
         return notes
+
+    def initialise_lazy_modules(self) -> None:
+        """They take their shapes from a first run: on the first shard's rows, without a trace.
+
+        In evaluation mode, so that it leaves statistics and random numbers alone.
+        """
+        training = [m for m in self.module.modules() if m.training]
+        with Caught() as caught:
+            if not self.split.bounds:
+                raise ValueError("the first batch of a lazy module needs rows on every rank")
+            self.module.eval()
+            args, kwargs = self.split.build(self.split.parts(0))
+            try:
+                with torch.no_grad():
+                    self.module(*args, **kwargs)
+            finally:
+                for part in training:
+                    part.training = True
+        self.agree("the initialisation of lazy modules", caught)
+        if self.ranks is not None:
+            sync_module(self.module, self.ranks, {})
 
     def _parameter_versions(self) -> list[int]:
         parameters = self.module.parameters()
@@ -245,12 +249,11 @@ class Call:
                     f"the module returned {first.nesting} for shard 0, but {shard.nesting} for "
                     f"shard {k}: the outputs' structure must not depend on the rows"
                 )
+        columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
         self.differentiable_outputs = [
-            any(isinstance(v, Tensor) and v.requires_grad for v in values)
-            for values in zip(*(shard.outputs for shard in shards), strict=True)
+            any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
         ]
         with torch.no_grad():
-            columns = zip(*(shard.outputs for shard in shards), strict=True)
             return [
                 gather_output(i, values, self.split.sizes, self._mean)
                 for i, values in enumerate(columns)
@@ -287,7 +290,7 @@ class Call:
             self.shards, self._freed = [], True
         pieces = [self._cut_grad(g, i, shards) for i, g in enumerate(grads)]
 
-        def backward(k: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        def backward(k: int) -> tuple[Grads, Grads]:
             shard = shards[k]
             assert shard is not None
             if not keep:
@@ -299,22 +302,24 @@ class Call:
                     root_grads.append(cut[k])
             if not roots:
                 return [None] * len(shard.params), [None] * len(shard.inputs)
-            with self.in_shard(k, "backward", shard, context):
+            with in_shard(self, k, "backward", shard, context):
                 return shard.backward(roots, root_grads, keep)
 
-        sums, input_grads = self.fold(backward)
-        gathered = [
-            self.gather_input_grad(value, [g[i] for g in input_grads])
-            for i, value in enumerate(self.inputs_with_grad)
-        ]
-        return [*sums, *gathered]
+        return self.fold(backward)
 
     def fold(
-        self, work: Callable[[int], tuple[list[Tensor | None], list[Tensor | None]]]
-    ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
-        """Runs ``work(k)`` for every shard; the sum of what it returns first, the rest by shard."""
+        self,
+        work: Callable[[int], tuple[Grads, Grads]],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> Grads:
+        """The whole batch's gradients of `trainable`, then of `inputs_with_grad`.
+
+        Args:
+            work: returns both for shard *k*.
+            prepare: is called before; an error in it is everybody's.
+        """
         fold = self.new_fold()
-        rest: list[list[Tensor | None]] = [[] for _ in self.split.leaves]
+        rest: list[Grads] = [[] for _ in self.split.leaves]
         place = {leaf: k for k, leaf in enumerate(self.split.leaves)}
 
         def item(_: int) -> None:
@@ -330,8 +335,15 @@ class Call:
                 fold.fail()
                 raise
 
-        sums = self.finish_fold(fold, lambda: self.crew.map(item, len(rest)))
-        return sums, rest
+        def run() -> None:
+            prepare()
+            self.crew.map(item, len(rest))
+
+        sums = self.finish_fold(fold, run)
+        with torch.no_grad():
+            for i, value in enumerate(self.inputs_with_grad):
+                sums.append(self._gather_input_grad(value, [grads[i] for grads in rest]))
+        return sums
 
     def new_fold(self) -> GradientFold:
         """For this call's gradients."""
@@ -352,7 +364,7 @@ class Call:
         sizes = [0 if shard is None else shard.outputs[i].shape[0] for shard in shards]
         return [aligned(piece) for piece in grad.split(sizes)] if sizes else []
 
-    def gather_input_grad(self, value: Tensor, parts: list[Tensor | None]) -> Tensor | None:
+    def _gather_input_grad(self, value: Tensor, parts: list[Tensor | None]) -> Tensor | None:
         """The gradient of an argument from those of its parts."""
         if value.dim() == 0:
             return self.totals([parts], [value])[0]

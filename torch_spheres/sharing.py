@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_spheres.crew import Crew
+from torch_spheres.errors import Caught
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
-from torch_spheres.faces import own_rows_only
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.phases import phase
-from torch_spheres.random import CallRandom, next_base
+from torch_spheres.random import next_base
 from torch_spheres.ranks import Ranks
-from torch_spheres.replica import ReplicaPool
 from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
 from torch_spheres.tree import tree_sums
+from torch_spheres.whole_batch import own_rows_only
 
 __all__ = ["SharedCall"]
 
@@ -35,59 +34,33 @@ _PLAIN = (bool, int, float, complex, str, bytes)
 
 
 class SharedCall(Call):
-    """A call on this rank's part of a batch.
-
-    Args:
-        ranks: who shares it.
-        what: ``"forward"`` or ``"forward_backward"``.
-    """
+    """A call on this rank's part of a batch."""
 
     ranks: Ranks
-
-    def __init__(
-        self,
-        module: nn.Module,
-        pool: ReplicaPool,
-        crew: Crew,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        ranks: Ranks,
-        what: str = "forward",
-    ) -> None:
-        self.ranks, self._what = ranks, what
-        self._base = 0
-        self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
-        self._early: Exception | None = None  # to be told at the next meeting
-        super().__init__(module, pool, crew, args, kwargs)
 
     # ---- before the forward ----
 
     def _split(self, value: Any) -> Split:
-        error: Exception | None = None
+        self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
         split, rows, form = None, 0, 0
-        try:
+        with Caught() as caught:
             split = super()._split(value)
             rows = split.rows
             tensors = [v for v in split.flat if isinstance(v, Tensor)]
             shapes = [(v.dim(), v.shape[1:], v.dtype, v.requires_grad) for v in tensors]
             form = zlib.crc32(repr(shapes).encode())
-        except Exception as caught:  # noqa: BLE001
-            error = caught
         state = zlib.crc32(torch.get_rng_state().numpy().tobytes())
         mode = 2 * self.module.training + torch.is_grad_enabled()
         trained = [p.shape for p in self.module.parameters() if p.requires_grad]
         mode += 4 * zlib.crc32(repr(trained).encode())
         told = [
-            _WHAT.index(self._what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),
+            _WHAT.index(self.what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),
             state,
         ]  # fmt: skip
-        try:
-            table = self.ranks.meet("the start of forward", told, error).T.tolist()
-        finally:
-            del error  # its traceback owns this frame
+        table = self.ranks.meet("the start of forward", told, caught).T.tolist()
         assert split is not None
         self._check(table, split)
-        self._base = table[5][0]
+        self.base = table[5][0]
         split.share(table[2])
         split.flat = [own_rows_only(v, split.total) for v in split.flat]
         self._somebody_has_none = 0 in table[2]
@@ -127,9 +100,6 @@ class SharedCall(Call):
                 stacklevel=6,
             )
 
-    def _random(self) -> CallRandom:
-        return CallRandom(self._base)
-
     # ---- sums ----
 
     def totals(
@@ -137,15 +107,11 @@ class SharedCall(Call):
     ) -> list[Tensor | None]:
         """In the tree over all ranks' shards."""
         placed = [self.padded(column) for column in columns]
-        return total_over_ranks(placed, like, self.ranks, what=f"the sums after {self._what}")
+        return total_over_ranks(placed, like, self.ranks, what=f"the sums after {self.what}")
 
-    def agree(self, what: str, error: Exception | None, notes: Sequence[int] = ()) -> list[int]:
+    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
         """All ranks' greatest notes, unless one of them has an error."""
-        try:
-            table = self.ranks.meet(what, notes, error)
-        finally:
-            del error  # its traceback owns this frame
-        return [int(greatest) for greatest in table.amax(0)] if notes else []
+        return [int(greatest) for greatest in self.ranks.meet(what, notes, caught).amax(0)]
 
     def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
         """Rank 0's: it has shard 0, which has rows if there are any."""
@@ -156,11 +122,6 @@ class SharedCall(Call):
         first = self.ranks.gather(flat, "the exchange of buffers")[0]
         pieces = first.split([t.numel() for t in like])
         return [p.to(t.dtype).view(t.shape) for p, t in zip(pieces, like, strict=True)]
-
-    @property
-    def ran(self) -> int:
-        """Shards that run, on all ranks."""
-        return min(self.split.total, self.split.shards)
 
     # ---- outputs ----
 
@@ -250,20 +211,13 @@ class SharedCall(Call):
     def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Meets the other ranks, with an error too."""
         del fold  # it has given all it has to the exchange
-        error, self._early = self._early, None
-        try:
-            if error is None:
-                run()
-        except Exception as caught:
-            if self._exchange.is_broken:
-                raise
-            error = caught
-        try:
-            with phase(self.crew.spheres, "sum"):
-                found = dict(zip(self._dense, self._exchange.finish(error), strict=True))
-                found.update(self._total_of_sparse())
-        finally:
-            del error  # its traceback owns this frame
+        with Caught() as caught:
+            run()
+        if self._exchange.is_broken:
+            caught.raise_if_any()
+        with phase(self.crew.spheres, "sum"):
+            found = dict(zip(self._dense, self._exchange.finish(caught), strict=True))
+            found.update(self._total_of_sparse())
         totals = [found.get(i) for i in range(len(self.trainable))]
         return [
             None if t is None else t.to(p.device)
@@ -286,17 +240,6 @@ class SharedCall(Call):
             assert total is not None
             totals[i] = total.to(self.trainable[i].dtype)
         return totals
-
-    def targets(self, value: Any) -> Split:
-        """Cut as the inputs; an error in them is everybody's."""
-        try:
-            goal = super().targets(value)
-        except Exception as error:  # noqa: BLE001
-            self._early = error
-            return self.split
-        goal.bounds, goal.leaves = self.split.bounds, self.split.leaves
-        goal.total = self.split.total
-        return goal
 
 
 def _without_rows(output: Any) -> Any:

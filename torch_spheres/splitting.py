@@ -119,13 +119,13 @@ class Split:
         """Each shard's share of the rows."""
         return [size / self.total for size in self.sizes]
 
-    def part(self, i: int, shard: int) -> Any:
-        """Leaf `i` of the values for one shard."""
-        value = self.flat[i]
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
+    def parts(self, shard: int) -> list[Any]:
+        """The leaves of the values for one shard."""
         begin, end = self.bounds[shard]
-        return aligned(value.detach()[begin:end])
+        return [
+            aligned(v.detach()[begin:end]) if isinstance(v, Tensor) and v.dim() > 0 else v
+            for v in self.flat
+        ]
 
     def build(self, leaves: list[Any]) -> Any:
         """The nested values with other leaves."""

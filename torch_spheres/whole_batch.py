@@ -1,14 +1,23 @@
-"""All ranks' rows of a tensor, for losses over the whole batch."""
+"""Gradients of the whole batch, from losses over all ranks' rows or over this rank's own.
+
+A loss that a rank computes from its own rows is a mean over them, so the gradient that it sends
+back has to be multiplied by the rank's share of the batch. What comes back from all rows (by
+`gather`), or from another model on the same ranks, is the batch's gradient already, and must keep
+its bits. So an output has two faces: users get one whose gradient is multiplied, and where it goes
+straight into a `gather` or another model, the other is taken. What was computed from an output
+first went through the one, and is made up for, which rounds.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_spheres.faces import own_rows_only
 from torch_spheres.ranks import Ranks
 
-__all__ = ["gather_rows"]
+__all__ = ["face", "gather_rows", "own_rows_only"]
 
 
 def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
@@ -48,3 +57,56 @@ def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
         return whole
     own = own_rows_only(rows, total).reshape(len(rows), *shape).to(dtype)
     return whole.index_copy_(0, places[ranks.rank].to(rows.device), own)
+
+
+class _Face(torch.autograd.Function):
+    """The same values; the gradient is multiplied by the rank's share of the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, share: float) -> Tensor:
+        ctx.raw, ctx.share = raw, share
+        return raw.clone()  # (a view of it could not be changed in place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None
+
+
+def face(raw: Any, share: float) -> Any:
+    """What users get of an output."""
+    if not isinstance(raw, Tensor) or raw.dim() == 0 or not raw.requires_grad:
+        return raw
+    return _Face.apply(raw, share)  # type: ignore[no-untyped-call]
+
+
+def own_rows_only(value: Any, total: int) -> Any:
+    """A rank's rows, to be used where the gradient that comes back is that of all `total` rows."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or not value.requires_grad:
+        return value
+    node: Any = value.grad_fn
+    if _is_face(node):
+        return node.raw
+    if len(value) == 0 or not torch.is_grad_enabled() or not _has_face(node):
+        return value
+    # What comes back is the gradient of the whole batch, on its way to a `_Face`.
+    made_up, times = value.view_as(value), total / len(value)
+    made_up.register_hook(lambda grad: grad * times)
+    return made_up
+
+
+def _is_face(node: Any) -> bool:
+    return type(node).__name__ == "_FaceBackward" and isinstance(getattr(node, "raw", None), Tensor)
+
+
+def _has_face(node: Any) -> bool:
+    """Whether an output is behind it, which has not been through another model since."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if _is_face(node):
+            return True
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
