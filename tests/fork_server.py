@@ -277,21 +277,23 @@ def left_behind() -> list[int]:
 
 def serve(requests: socket.socket) -> dict[str, Any]:
     """Forks a child for each request, and returns in the child what it is to run."""
-    children: dict[int, tuple[int, socket.socket]] = {}  # by file descriptors of processes
+    children: dict[int, socket.socket] = {}  # by process
+    # A byte comes here when a child has ended. (Not every Python has `os.pidfd_open`.)
+    ended, ends = os.pipe()
+    os.set_blocking(ends, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(ends, warn_on_full_buffer=False)
     while True:
-        ready = select.select([requests, *children], [], [])[0]
-        for ended in [fd for fd in ready if fd is not requests]:
-            pid, channel = children.pop(ended)
-            os.close(ended)
-            os.killpg(pid, signal.SIGKILL)  # those that it has started
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            with channel, contextlib.suppress(BrokenPipeError):
-                channel.sendall(b"%d\n" % status)
+        ready = select.select([requests, ended], [], [])[0]
+        if ended in ready:
+            os.read(ended, 4096)
+            for pid in [*children]:
+                _tell_if_ended(pid, children)
         if requests not in ready:
             continue
         message, files, *_ = socket.recv_fds(requests, 1 << 20, 4)
         if not message:  # the tests have ended
-            for pid, _ in children.values():
+            for pid in children:
                 os.killpg(pid, signal.SIGKILL)
             sys.exit()
         channel = socket.socket(fileno=files.pop())
@@ -301,19 +303,31 @@ def serve(requests: socket.socket) -> dict[str, Any]:
         with contextlib.suppress(PermissionError):  # both do so: neither knows who comes first
             os.setpgid(pid, pid)
         if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for number, file in enumerate(files):
                 os.dup2(file, number)
         for file in files:
             os.close(file)
         if pid == 0:
-            for fd, (_, other) in children.items():
-                os.close(fd)
+            for other in (*children.values(), channel, requests):
                 other.close()
-            channel.close()
-            requests.close()
+            os.close(ended)
+            os.close(ends)
             return json.loads(message)
-        children[os.pidfd_open(pid)] = pid, channel
+        children[pid] = channel
         channel.sendall(b"%d\n" % pid)
+
+
+def _tell_if_ended(pid: int, children: dict[int, socket.socket]) -> None:
+    # Looked at before it is waited for: until then the number is nobody else's.
+    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # those that it has started
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with children.pop(pid) as channel, contextlib.suppress(BrokenPipeError):
+        channel.sendall(b"%d\n" % status)
 
 
 def become(request: dict[str, Any]) -> None:
