@@ -7,6 +7,7 @@ shows, with limits that only a hang reaches.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from system_support import eventually
 from terminal import Program, Screen, script
 
 import torch_spheres as ts
+from torch_spheres.watching import displays
 
 SUBTREES = ["root", *map(str, range(12)), "all"]
 HEADER = """
@@ -378,3 +380,14 @@ def test_files_that_are_none(file: Any) -> None:
         spheres.live(file=file)
     with pytest.raises(TypeError, match="plain must be True, False or None, got 'no'"):
         spheres.live(plain="no")  # type: ignore[arg-type]
+
+
+def test_handlers_that_ask_for_stderr_each_time_are_left_alone():
+    before, above = io.StringIO(), io.StringIO()
+    logger, kept = logging.getLogger("of this test"), logging.StreamHandler(before)
+    logger.handlers = [logging.lastResort, kept]  # whose stream is a property without a setter
+    try:
+        displays._replace_streams_of_handlers(lambda stream: stream and above)
+        assert kept.stream is above and logging.lastResort.stream is sys.stderr
+    finally:
+        logger.handlers = []

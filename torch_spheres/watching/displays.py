@@ -192,7 +192,8 @@ def _replace_streams_of_handlers(other: Callable[[Any], Any]) -> None:
     """Handlers of logging have the stream that was there when they were made."""
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
-            stream = getattr(handler, "stream", None)
+            # (Not of those that look at sys.stderr each time, as logging.lastResort.)
+            stream = vars(handler).get("stream")
             if other(stream) is not stream:
                 handler.stream = other(stream)
 
