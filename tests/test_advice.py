@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import torch_spheres as ts
+from torch_spheres.advice import Adviser
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +117,20 @@ def test_evaluation_is_left_alone(mode):
         with torch.set_grad_enabled(mode != "no_grad"):
             for _ in range(20):
                 model(torch.ones(24, 3))
+
+
+def test_two_threads_at_once_do_not_keep_it_measuring(monkeypatch):
+    adviser, both = Adviser(), threading.Barrier(2)
+    monkeypatch.setattr(adviser, "_compare", lambda *_: None)
+    for _ in range(adviser._SAMPLES - 1):
+        adviser.watch(lambda: None, nn.Identity(), (), {})
+    threads = [
+        threading.Thread(target=adviser.watch, args=(both.wait, nn.Identity(), (), {}))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    adviser.watch(lambda: None, nn.Identity(), (), {})
+    assert len(adviser._seconds) == adviser._SAMPLES + 1

@@ -174,3 +174,10 @@ def test_mistakes(spheres):
 
     with pytest.raises(ValueError, match="Own makes its iterators itself"):
         ts.wrap(Own(torch.arange(4)), spheres)
+
+
+def test_a_context_for_processes_is_told_to_have_no_effect(spheres):
+    plain = DataLoader(range(8), 4, num_workers=2, multiprocessing_context="spawn")
+    with pytest.warns(UserWarning, match="multiprocessing_context has no effect"):
+        loader = ts.wrap(plain, spheres)
+    assert [b.tolist() for b in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -269,3 +269,10 @@ def in_use(iterator):
     if free:
         iterator._in_use.release()
     return not free
+
+
+def test_a_copy_of_a_loader_that_holds_itself_holds_the_copy(spheres):
+    loader = ts.wrap(DataLoader(Numbers(20), 4), spheres)
+    loader.dataset.loader = [loader]
+    copied = copy.deepcopy(loader)
+    assert copied.dataset.loader[0] is copied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from loader_support import Plain, flat, resumed
@@ -140,3 +142,29 @@ def test_iterable_datasets(spheres, kind, workers):
             if kind is Counter:  # nothing is read that was read before
                 rows = len(left) if batch_size is None else sum(len(b[0]) for b in left)
                 assert CounterIterator.replayed - before == rows
+
+
+def test_a_state_that_another_thread_asks_for_waits_for_the_batch(spheres):
+    entered, gate = threading.Event(), threading.Event()
+
+    class Held(IterableDataset):
+        def __iter__(self):
+            for i in range(8):
+                if i == 4:
+                    entered.set()
+                    assert gate.wait(60)
+                yield i
+
+    loader = ts.wrap(DataLoader(Held(), 4), spheres)
+    iterator = iter(loader)
+    next(iterator)
+    thread = threading.Thread(target=next, args=(iterator,))
+    thread.start()
+    assert entered.wait(60)
+    states = []
+    saving = threading.Thread(target=lambda: states.append(loader.state_dict()))
+    saving.start()
+    gate.set()
+    thread.join(60)
+    saving.join(60)
+    assert [state["tasks"] for state in states] == [2]

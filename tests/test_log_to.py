@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +288,34 @@ def test_arguments_of_log_to_are_checked() -> None:
     with pytest.raises(TypeError, match="tag"):
         spheres.log_to(writer, tag="")
     assert spheres._logs == []
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_step_that_calls_its_base_s_counts_once(spheres, given):
+    torch.optim.SGD([torch.zeros(1)])  # from here on torch runs hooks in both of the two below
+
+    class Derived(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    optimizer = Derived([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    hooks = [ts.GradientHook(optimizer, spheres) for _ in range(2)]
+    with spheres.log_to(Fake(), 1, optimizer=optimizer if given else None) as log:
+        for _ in range(3):
+            optimizer.step()
+        assert log.steps == 3
+        for hook in hooks:
+            hook.remove()
+        optimizer.step()
+        assert log.steps == (4 if given else 3)
+
+
+def test_a_hook_that_is_removed_leaves_the_spheres_to_their_end():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    spheres = ts.KissingSpheres()
+    there = weakref.ref(spheres)
+    hook = ts.GradientHook(optimizer, spheres)
+    hook.remove()
+    del hook, spheres
+    gc.collect()
+    assert there() is None

@@ -334,7 +334,7 @@ def test_paths(tmp_path):
     save_checkpoint(tmp_path / "new" / "folder" / "last.pt", step=1, model=SMALL)
     assert load_checkpoint(tmp_path / "new" / "folder" / "last.pt", model=SMALL) == 1
     for folder in (tmp_path, f"{tmp_path}/other/", ""):
-        with pytest.raises(IsADirectoryError, match="is a folder, and a checkpoint is a file"):
+        with pytest.raises(IsADirectoryError, match="a checkpoint is a file, not a folder"):
             save_checkpoint(folder, model=SMALL)
     with pytest.raises(IsADirectoryError):
         load_checkpoint(tmp_path, model=SMALL)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import os
 import secrets
 import shutil
@@ -215,7 +216,8 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
     _need_states(objects)
     if objects.keys() != state["objects"].keys():
         there = ", ".join(state["objects"])
-        raise ValueError(f"the checkpoint is of {there}, but was given {', '.join(objects)}")
+        given = ", ".join(objects) or "nothing: give the objects by those names"
+        raise ValueError(f"the checkpoint is of {there}, but was given {given}")
     for name, thing in objects.items():
         if misfit := _misfit(thing, _unpacked(state, name)):
             raise ValueError(f"the checkpoint's {name} is of another one: {misfit}")
@@ -283,7 +285,7 @@ def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
 def _write(name: str, state: Any) -> None:
     path = Path(name)
     if path.is_dir() or name.endswith(os.sep):
-        raise IsADirectoryError(f"{name!r} is a folder, and a checkpoint is a file")
+        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, not a folder", name)
     _refuse_sharded(state["objects"])
     path.parent.mkdir(parents=True, exist_ok=True)
     # (Not by `tempfile`, whose files are for their owner alone.)

@@ -71,8 +71,17 @@ class GradientHook:
         self._added: dict[int, list[Tensor | None]] = {}
         self._reported: dict[int, int] = {}
         # The optimizer keeps the function, and so the hook, even if nobody else does.
-        self._handle = optimizer.register_step_pre_hook(lambda *_: self.reduce())
-        self._spheres._count_steps_of(optimizer)
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._spheres._stepping.add(optimizer)
+        self.reduce()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._spheres._count_step(optimizer)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -199,6 +208,8 @@ class GradientHook:
 
         May be called more than once.
         """
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         with self._lock:
             self._added.clear()
+            self._reported.clear()

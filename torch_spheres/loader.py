@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -83,8 +84,20 @@ class SphereLoader(DataLoader[T]):
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        attributes = copy.deepcopy(self._own_attributes(), memo)
-        return _wrapped(_base_of(self), attributes, self.spheres, self._sphere_ranks)
+        made = memo[id(self)] = type(self).__new__(type(self))  # what it holds may refer to it
+        return made._fill(
+            copy.deepcopy(self._own_attributes(), memo), self.spheres, self._sphere_ranks
+        )
+
+    def _fill(
+        self, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
+    ) -> SphereLoader[T]:
+        """Gives a new loader these attributes, and what no two loaders share."""
+        # Past DataLoader.__setattr__, which would refuse some of them.
+        vars(self).update(attributes, spheres=spheres, _sphere_ranks=ranks)
+        meter = Meter(self.num_workers, spheres._rows.loaded)
+        vars(self).update(_iterator=None, _newest=None, _meter=meter)
+        return self
 
     def __reduce__(self) -> Any:
         # By the class that was wrapped: its sphere class is made when it is needed.
@@ -252,6 +265,12 @@ def wrap(
             "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
             "loader as it is"
         )
+    if loader.multiprocessing_context is not None and workers == "sphere":
+        warnings.warn(
+            "multiprocessing_context has no effect on a wrapped loader, which makes no processes",
+            UserWarning,
+            stacklevel=2,
+        )
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
@@ -304,14 +323,8 @@ def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ra
 def _wrapped(
     base: Any, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
 ) -> SphereLoader[Any]:
-    """A loader with these attributes, and what no two loaders share."""
     kind = _class_for(base)
-    made = kind.__new__(kind)
-    # Past DataLoader.__setattr__, which would refuse some of them.
-    vars(made).update(attributes, spheres=spheres, _sphere_ranks=ranks)
-    meter = Meter(made.num_workers, spheres._rows.loaded)
-    vars(made).update(_iterator=None, _newest=None, _meter=meter)
-    return made
+    return kind.__new__(kind)._fill(attributes, spheres, ranks)
 
 
 def _rebuild(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torch_spheres.errors import Caught
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
@@ -51,7 +52,8 @@ class SharedCall(Call):
             form = zlib.crc32(repr(shapes).encode())
         state = zlib.crc32(torch.get_rng_state().numpy().tobytes())
         mode = 2 * self.module.training + torch.is_grad_enabled()
-        trained = [p.shape for p in self.module.parameters() if p.requires_grad]
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        trained = [None if is_lazy(p) else p.shape for p in params]
         mode += 4 * zlib.crc32(repr(trained).encode())
         told = [
             _WHAT.index(self.what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),

@@ -71,12 +71,24 @@ class StatsLog:
         self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
         self._first = self._steps = self._written = first_step
         self._last = spheres.stats()
-        self._handle: Any = None  # of a given optimizer's hook
-        self._closed = self._spoke = False
+        self._closed = self._spoke = self._stepping = False
+        self._handles: tuple[Any, ...] = ()  # of a given optimizer's hooks
         if optimizer is None:
             spheres._logs.append(self)
         else:
-            self._handle = optimizer.register_step_post_hook(lambda *_: self.step())
+            self._handles = (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+
+    def _before_step(self, *_: object) -> None:
+        self._stepping = True
+
+    def _after_step(self, *_: object) -> None:
+        # (torch calls the hooks twice where a class's step() calls its base's.)
+        if self._stepping:
+            self._stepping = False
+            self.step()
 
     @property
     def steps(self) -> int:
@@ -130,10 +142,10 @@ class StatsLog:
         if self._closed:
             return
         self._closed = True
-        if self._handle is None:
+        for handle in self._handles:
+            handle.remove()
+        if not self._handles:
             self._spheres._logs.remove(self)
-        else:
-            self._handle.remove()
         if write:
             self.warn_if_silent()
             if self._steps > self._written:

@@ -46,22 +46,20 @@ class Views:
         # time.monotonic_ns() and time.process_time_ns() of the first start().
         self._began: tuple[int, int] | None = None
         self._logs: list[StatsLog] = []  # that count the steps of GradientHooks' optimizers
-        self._counted: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # Optimizers with a GradientHook whose step() has begun.
+        self._stepping: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._recording: Recording | None = None  # the trace that is under way
 
     @property
     def _spheres(self) -> KissingSpheres:
         return cast("KissingSpheres", self)
 
-    def _count_steps_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """It has a `GradientHook`: each of its steps counts, once however many hooks it has."""
-        if optimizer not in self._counted:
-            self._counted.add(optimizer)
-            optimizer.register_step_post_hook(self._count_step)
-
-    def _count_step(self, *_: object) -> None:
-        for log in tuple(self._logs):
-            log.step()
+    def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has stepped, and has a `GradientHook`; another one may have said so already."""
+        if optimizer in self._stepping:
+            self._stepping.discard(optimizer)
+            for log in tuple(self._logs):
+                log.step()
 
     def _warn_of_silent_logs(self) -> None:
         for log in self._logs:

@@ -71,7 +71,7 @@ class InlineIterator(SphereIterator):
     def progress(self) -> Progress:
         """After the batch that was handed out last; nothing was loaded ahead of it."""
         if self._iterable and self._at.tasks > 0:
-            with self._alone():
+            with self._in_use:  # a batch that another thread is in comes first
                 self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._at.tasks)}
         return super().progress()
 
