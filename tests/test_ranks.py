@@ -215,3 +215,24 @@ def test_the_readmes_script_prints_the_same_on_any_number_of_ranks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert printed(done.stdout) == alone.stdout
+
+
+LAZY = """
+import torch, torch.distributed as dist, torch_spheres as ts
+from torch import nn
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+x, y = torch.randn(48, 5), torch.randint(0, 3, (48,))
+with ts.KissingSpheres(concurrency=1) as spheres:
+    parallel = ts.SphereParallel(model, spheres)
+    mine = next(iter(ts.SphereBatchSampler(range(48), 48, spheres=spheres)))
+    loss = parallel.forward_backward(nn.functional.cross_entropy, x[mine], y[mine])
+print(loss.item().hex(), [p.grad.double().sum().item().hex() for p in model.parameters()])
+dist.destroy_process_group()
+"""
+
+
+def test_lazy_modules_learn_their_shapes_on_any_number_of_ranks():
+    seen = {r.stdout for world in (1, 3) for r in fork_server.run_ranks(world, LAZY)}
+    assert len(seen) == 1 and "0x" in seen.pop()
