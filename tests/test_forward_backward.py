@@ -177,6 +177,11 @@ def test_only_running_shards_have_activations(levels, concurrency):
     [
         (lambda out, y: out, ValueError, r"must return a scalar.*returned \(\d, 3\)"),
         (lambda out, y: None, ValueError, r"must return a scalar.*returned None"),
+        (
+            lambda out, y: (out.sum(),),
+            ValueError,
+            r"must return a scalar tensor, or \(sum, count\)",
+        ),
         (lambda out, y: (out, len(y)), ValueError, r"or \(sum, count\).*returned \(\d, 3\)"),
         (lambda out, y: out.sum().item(), ValueError, "must return a scalar tensor"),
         (lambda out, y: out.detach().mean(), ValueError, "without a graph"),

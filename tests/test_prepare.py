@@ -53,7 +53,9 @@ def test_spheres_and_mode_are_passed_on():
 
 def test_mistakes():
     model, optimizer, loader = parts()
-    with pytest.raises(TypeError, match=r"loader must be a torch\.utils\.data\.DataLoader, got \["):
+    with pytest.raises(
+        TypeError, match=r"loader must be a torch\.utils\.data\.DataLoader, got list;"
+    ):
         ts.prepare(model, optimizer, [1])
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Linear"):
         ts.prepare(model, model, loader)

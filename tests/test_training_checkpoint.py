@@ -263,7 +263,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path, name):
 
     before = everything()
     kind = ValueError if message else TypeError
-    message = message or "optimizer is a NoneType, without state_dict and load_state_dict"
+    message = message or "optimizer, NoneType, has no state_dict and load_state_dict"
     with pytest.raises(kind, match=message):
         load_checkpoint(tmp_path / "last.pt", **objects)
     with pytest.raises(kind, match=message):
@@ -291,7 +291,7 @@ def test_objects_without_a_state(spheres, tmp_path):
         "best": 0.5,
         "spheres": spheres,
     }.items():
-        with pytest.raises(TypeError, match=f"{name} is a .*, without state_dict"):
+        with pytest.raises(TypeError, match=f"{name}, .*, has no state_dict"):
             save_checkpoint(tmp_path / "last.pt", **{name: thing})
     with pytest.raises(TypeError, match="integer"):
         save_checkpoint(tmp_path / "last.pt", step=0.5, model=SMALL)

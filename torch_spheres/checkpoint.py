@@ -191,7 +191,7 @@ def _need_states(objects: Mapping[str, Any]) -> None:
     for name, thing in objects.items():
         if not all(callable(getattr(thing, m, None)) for m in ("state_dict", "load_state_dict")):
             raise TypeError(
-                f"{name} is a {type(thing).__name__}, without state_dict and load_state_dict; give "
+                f"{name}, {type(thing).__name__}, has no state_dict and load_state_dict; give "
                 "models, optimizers, wrapped loaders and the like, each by a name of its own"
             )
 

@@ -82,7 +82,8 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
 
 
 def _checked(returned: Any, k: int) -> tuple[Tensor, Any]:
-    loss, count = returned if isinstance(returned, tuple) else (returned, None)
+    is_pair = isinstance(returned, tuple) and len(returned) == 2
+    loss, count = returned if is_pair else (returned, None)
     if not isinstance(loss, Tensor) or (loss.dim() != 0 and loss.numel() != 1):
         raise ValueError(
             "loss_fn must return a scalar tensor, or (sum, count); for shard "

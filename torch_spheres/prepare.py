@@ -46,7 +46,10 @@ def prepare(
             gradient.
     """
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"loader must be a torch.utils.data.DataLoader, got {loader!r}")
+        raise TypeError(
+            f"loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}; for a "
+            "dataset: DataLoader(dataset, batch_size=...)"
+        )
     parallel = SphereParallel(
         model, spheres, reproducible=reproducible, process_group=process_group
     )
