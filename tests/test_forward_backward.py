@@ -192,7 +192,7 @@ def test_only_running_shards_have_activations(levels, concurrency):
         ),
         (lambda out, y: 1 / 0, ZeroDivisionError, "division by zero"),
     ],
-    ids=["rows", "None", "pair of rows", "float", "no graph", "mixed", "error"],
+    ids=["rows", "None", "tuple of one", "pair of rows", "float", "no graph", "mixed", "error"],
 )
 def test_losses_that_cannot_be_used(spheres, loss_fn, error, message):
     parallel = ts.SphereParallel(mlp().double(), spheres)
