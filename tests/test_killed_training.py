@@ -148,7 +148,8 @@ blocked = f"{path}/below.pt"
 expect(mine(FileExistsError, ts.errors.RankError), mine("File exists", "rank 0 of"),
        lambda: save_checkpoint(blocked, **parts))
 if world == 3:
-    expect(mine(ts.errors.RankError, TypeError), mine("rank 1 of 3: TypeError: x, Non", "x, NoneType"),
+    expect(mine(ts.errors.RankError, TypeError),
+           mine("rank 1 of 3: TypeError: x, NoneType", "x, NoneType"),
            lambda: save_checkpoint(path, x=mine(optimizer, None)))
     expect(ts.errors.RankError, "at different steps (by rank: 7, 8, 9)",
            lambda: save(7 + rank))
