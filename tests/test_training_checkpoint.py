@@ -342,6 +342,10 @@ def test_paths(tmp_path):
         save_checkpoint(tmp_path / "new" / "folder" / "last.pt" / "below.pt", model=SMALL)
     with pytest.raises(OSError, match="name too long"):
         save_checkpoint(tmp_path / ("n" * 300), model=SMALL)
+    os.mkfifo(tmp_path / "new" / "pipe")
+    with pytest.raises(OSError, match="would replace what is no file"):
+        save_checkpoint(tmp_path / "new" / "pipe", model=SMALL)
+    assert (tmp_path / "new" / "pipe").is_fifo()
     assert names(tmp_path) == ["new"]
     (tmp_path / "link.pt").symlink_to("new/folder/last.pt")
     save_checkpoint(tmp_path / "link.pt", step=2, model=SMALL)  # takes the place of the link

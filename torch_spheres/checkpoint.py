@@ -286,6 +286,8 @@ def _write(name: str, state: Any) -> None:
     path = Path(name)
     if path.is_dir() or name.endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, not a folder", name)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a checkpoint would replace what is no file (a device?)", name)
     _refuse_sharded(state["objects"])
     path.parent.mkdir(parents=True, exist_ok=True)
     # (Not by `tempfile`, whose files are for their owner alone.)

@@ -60,8 +60,9 @@ def picture(what: str, ax: object, theme: str, size: tuple[float, float]) -> Ite
     if theme not in ("light", "dark"):
         raise ValueError(f"theme must be one of 'light', 'dark', got {theme!r}")
     try:
-        from matplotlib import rc_context, rcParamsDefault, style
+        from matplotlib import rc_context, rcParamsDefault
         from matplotlib.axes import Axes
+        from matplotlib.style import library
     except ImportError as error:
         raise ImportError(
             f"{what} draws with matplotlib, which cannot be imported ({error}): "
@@ -72,7 +73,7 @@ def picture(what: str, ax: object, theme: str, size: tuple[float, float]) -> Ite
             f"{what}: ax must be None or matplotlib Axes with plain x and y, as "
             f"figure.add_subplot() makes, got {type(ax).__name__}"
         )
-    sheet = style.library["dark_background"]
+    sheet = library["dark_background"]
     settings = dict(sheet) if theme == "dark" else {key: rcParamsDefault[key] for key in sheet}
     settings["image.cmap"] = "YlGnBu_r" if theme == "dark" else "YlGnBu"
     settings["axes.grid"] = False
