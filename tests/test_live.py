@@ -387,7 +387,9 @@ def test_handlers_that_ask_for_stderr_each_time_are_left_alone():
     logger, kept = logging.getLogger("of this test"), logging.StreamHandler(before)
     logger.handlers = [logging.lastResort, kept]  # whose stream is a property without a setter
     try:
-        displays._replace_streams_of_handlers(lambda stream: above if stream is before else stream)
+        swapped = {id(before): above, id(sys.stderr): above}
+        displays._replace_streams_of_handlers(lambda stream: swapped.get(id(stream), stream))
         assert kept.stream is above and logging.lastResort.stream is sys.stderr
     finally:
         logger.handlers = []
+        displays._replace_streams_of_handlers(lambda s: sys.stderr if s is above else s)
