@@ -15,9 +15,6 @@
 // took longer, one of them counts with what is beyond the mean of those before.
 //
 // Owner: all of it; a Claimer lives on one sphere's stack for one visit.
-// Ordering: fetch_add on a cursor is relaxed; it only has to hand each position to one thread. What
-// the batch holds was seen on entering the slot, and what the items did is published on leaving it
-// (work_queue.h).
 #pragma once
 
 #include <algorithm>
@@ -208,23 +205,14 @@ class Claimer {
     return siblings_.base + (place + direction_) % siblings_.count * siblings_.step;
   }
   bool take_from(std::int32_t owner, Chunk& chunk) {
-    auto& word = slot_.cursors[static_cast<std::size_t>(owner)].word;
-    // Looking first keeps exhausted cursors unwritten, and the overshoot of `next` within one
-    // max_chunk per sphere, far from the half word's end.
-    const std::uint64_t seen = word.load(std::memory_order_relaxed);
-    const std::int64_t left = Slot::end(seen) - Slot::next(seen);
-    if (left <= 0) return false;
-    const std::int64_t want = std::clamp<std::int64_t>(left / 4, 1, size_);
-    const std::uint64_t old =
-        word.fetch_add(static_cast<std::uint64_t>(want), std::memory_order_relaxed);
-    const std::int64_t count = std::min(want, Slot::end(old) - Slot::next(old));
-    if (count <= 0) return false;
+    const Cursor::Taken taken = slot_.cursors[static_cast<std::size_t>(owner)].take(size_);
+    if (taken.count == 0) return false;
     if (owner != chunk_owner_) {
       tell_victim();
       chunk_group_ = static_cast<std::size_t>(owner / group_step_);
     }
-    chunk = {owner + Slot::next(old) * ring_.leaves(), ring_.leaves(), count};
-    chunk_count_ = count;
+    chunk = {owner + taken.first * ring_.leaves(), ring_.leaves(), taken.count};
+    chunk_count_ = taken.count;
     chunk_owner_ = owner;
     chunk_first_ = chunk.first;
     return true;

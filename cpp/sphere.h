@@ -53,8 +53,9 @@ inline bool is_of_meeting(MessageKind kind) {
 }
 
 /// Changes the state of a sphere, and records that the one before has ended.   Owner.
-inline void change_state(StateClock& clock, Recorder& recorder, State state) {
-  const StateClock::Ended ended = clock.transition(state);
+template <template <typename> class Atomic>
+void change_state(BasicStateClock<Atomic>& clock, BasicRecorder<Atomic>& recorder, State state) {
+  const EndedState ended = clock.transition(state);
   // Either this sees the trace that begins now, or the trace sees this state (Tracer::begin).
   if (ended.end == 0 || !recorder.on_after_store()) return;
   recorder.record({ended.begin, ended.end, -1, 1, static_cast<std::int16_t>(state),

@@ -52,17 +52,20 @@ inline bool transition_allowed(State from, State to) {
   return (to_states[static_cast<std::size_t>(from)] & bit(to)) != 0;
 }
 
+/// What ended with a transition of a StateClock; end 0: nothing did.
+struct EndedState {
+  State state = State::kTerminating;
+  std::uint64_t begin = 0;
+  std::uint64_t end = 0;
+};
+
 /// A sphere's state and the time spent in each.   Owner: transition.   Any thread: the rest.
-class StateClock {
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <template <typename> class Atomic>
+class BasicStateClock {
  public:
-  /// What ended with a transition; end 0: nothing did.
-  struct Ended {
-    State state = State::kTerminating;
-    std::uint64_t begin = 0;
-    std::uint64_t end = 0;
-  };
   /// Changes the state; the only place that does.  An illegal change is a bug of ours: abort.
-  Ended transition(State to) {
+  EndedState transition(State to) {
     const std::uint64_t packed = packed_.load(std::memory_order_relaxed);
     const State from = unpack_state(packed);
     if (from == to) return {};
@@ -131,11 +134,12 @@ class StateClock {
   static State unpack_state(std::uint64_t packed) {
     return static_cast<State>(packed & ((1u << kStateBits) - 1));
   }
-  std::atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
-  std::array<std::atomic<std::uint64_t>, kStates> ns_{};
-  std::atomic<std::uint32_t> changes_{0};                           // odd during a transition
-  mutable std::array<std::atomic<std::uint64_t>, kStates> told_{};  // the most that was read
+  Atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
+  std::array<Atomic<std::uint64_t>, kStates> ns_{};
+  Atomic<std::uint32_t> changes_{0};                           // odd during a transition
+  mutable std::array<Atomic<std::uint64_t>, kStates> told_{};  // the most that was read
 };
+using StateClock = BasicStateClock<std::atomic>;
 
 /// A count that any thread writes.
 class SharedCounter {

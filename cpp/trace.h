@@ -131,7 +131,9 @@ class TraceRing {
 };
 
 /// A thread's place for the ring that it records in, while there is one.
-class Recorder {
+/// Atomic: tests put another in its place, which gives other threads a chance at every access.
+template <template <typename> class Atomic>
+class BasicRecorder {
  public:
   bool on() const { return ring_.load(std::memory_order_relaxed) != nullptr; }
   /// The same, after a store that must not be missed by both sides, see the top.
@@ -152,9 +154,10 @@ class Recorder {
   }
 
  private:
-  std::atomic<TraceRing*> ring_{nullptr};
-  std::atomic<bool> writing_{false};
+  Atomic<TraceRing*> ring_{nullptr};
+  Atomic<bool> writing_{false};
 };
+using Recorder = BasicRecorder<std::atomic>;
 
 /// The kernel's number of the calling thread, by which profilers know it too.
 inline std::int64_t native_thread_id() {

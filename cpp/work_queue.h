@@ -1,7 +1,7 @@
 // Distributed batches of work items, and how leaves take from them.
 //
 // A batch of n items is never split into queue nodes.  Leaf j of L owns the items j, j+L, j+2L, ...
-// of every batch: a *slice*, of which one 64-bit cursor says what is left.  A leaf's queue is its
+// of every batch: a *slice*, of which a cursor (cursor.h) says what is left.  A leaf's queue is its
 // slices of the batches in flight, oldest first; owner and thief both take with one fetch_add, so
 // nothing is pushed or popped per item and there is no ABA.
 //
@@ -18,9 +18,6 @@
 // Ordering: publish stores pending (release) after everything else; entering is an acquire RMW of
 // it, so a visitor sees the batch whole.  Leaving is a release RMW; the last one to leave acquires,
 // so the completing thread, and whoever it tells, sees the effects of every item.
-// Invariant (cursor): low half next, high half end; `next` only grows within a batch, and fetch_add
-// hands each value to one thread, so no item is run twice; end is part of the same word, so a
-// claim is never judged by another batch's end.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +29,7 @@
 #include <memory>
 #include <mutex>
 
+#include "cursor.h"
 #include "stats.h"
 #include "topology.h"
 #include "trace.h"
@@ -108,9 +106,6 @@ class Batch {
 
 /// One place in the ring.
 struct Slot {
-  struct alignas(64) Cursor {
-    std::atomic<std::uint64_t> word{0};
-  };
   alignas(64) std::atomic<std::int64_t> pending{0};
   /// Ticket + 1 of the batch inside; 0 while the slot is free.
   std::atomic<std::uint64_t> ticket_plus_one{0};
@@ -118,14 +113,9 @@ struct Slot {
   std::shared_ptr<Batch> batch;  // written in publish and by the completing thread only
   std::unique_ptr<Cursor[]> cursors;
 
-  static std::int64_t end(std::uint64_t word) { return static_cast<std::int64_t>(word >> 32); }
-  static std::int64_t next(std::uint64_t word) {
-    return static_cast<std::int64_t>(word & 0xffffffffu);
-  }
   /// Items of one leaf's slice that nobody has taken yet.
   std::int64_t was_left(std::int32_t leaf) const {
-    const std::uint64_t word = cursors[static_cast<std::size_t>(leaf)].word.load();
-    return std::max<std::int64_t>(0, end(word) - next(word));
+    return cursors[static_cast<std::size_t>(leaf)].was_left();
   }
 };
 
@@ -171,12 +161,11 @@ class WorkRing {
     const std::uint64_t ticket = tail_.load();
     Slot& slot = slots_[ticket % kBatchesInFlight];
     if (slot.ticket_plus_one.load(std::memory_order_acquire) != 0) return false;
-    if (!slot.cursors) slot.cursors = std::make_unique<Slot::Cursor[]>(std::size_t(leaves_));
+    if (!slot.cursors) slot.cursors = std::make_unique<Cursor[]>(std::size_t(leaves_));
     const std::int64_t n = batch->items();
     for (std::int32_t leaf = 0; leaf < leaves_; ++leaf) {
       const std::int64_t count = n > leaf ? (n - leaf + leaves_ - 1) / leaves_ : 0;
-      slot.cursors[static_cast<std::size_t>(leaf)].word.store(static_cast<std::uint64_t>(count)
-                                                              << 32);
+      slot.cursors[static_cast<std::size_t>(leaf)].fill(count);
     }
     batch->ticket_ = ticket;
     slot.batch = batch;
@@ -225,10 +214,7 @@ class WorkRing {
   std::int64_t cancel_rest(Slot& slot) {
     std::int64_t cancelled = 0;
     for (std::int32_t leaf = 0; leaf < leaves_; ++leaf) {
-      auto& word = slot.cursors[static_cast<std::size_t>(leaf)].word;
-      const auto end = static_cast<std::uint64_t>(Slot::end(word.load()));
-      const std::uint64_t old = word.exchange((end << 32) | end);
-      cancelled += std::max<std::int64_t>(0, Slot::end(old) - Slot::next(old));
+      cancelled += slot.cursors[static_cast<std::size_t>(leaf)].cancel();
     }
     slot.batch->cancelled_.fetch_add(cancelled, std::memory_order_relaxed);
     return cancelled;

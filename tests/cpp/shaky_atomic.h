@@ -1,7 +1,6 @@
 // Forces races: an atomic whose every access lets another thread run first, sometimes.
 //
-//     BasicParker<ShakyAtomic> parker;   // what lies between two accesses is no longer a
-//     nanosecond
+//     BasicParker<ShakyAtomic> parker;   // two accesses are no longer a nanosecond apart
 //
 // On one core a yield hands over to another thread; on several, threads that yield at random drift
 // against each other.  Either way all orders of a few accesses come up within some hundred rounds.
@@ -53,9 +52,10 @@ class ShakyAtomic {
     shake();
     return value_.compare_exchange_weak(expected, desired, order...);
   }
-  T fetch_add(T value) {
+  template <typename... Order>
+  T fetch_add(T value, Order... order) {
     shake();
-    return value_.fetch_add(value);
+    return value_.fetch_add(value, order...);
   }
   T fetch_or(T value) {
     shake();

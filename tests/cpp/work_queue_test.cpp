@@ -3,6 +3,7 @@
 #include "work_queue.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -11,10 +12,12 @@
 
 #include "check.h"
 #include "claimer.h"
+#include "shaky_atomic.h"
 #include "start_line.h"
 
 using namespace torch_spheres;
 using torch_spheres::testing::rounds;
+using torch_spheres::testing::ShakyAtomic;
 using torch_spheres::testing::StartLine;
 
 namespace {
@@ -194,6 +197,51 @@ TEST(the_last_items_of_a_slice_are_not_taken_twice) {
   }
 }
 
+// Owner, thief and one who cancels, with other threads between any two of their accesses.
+TEST(what_is_taken_of_a_cursor_and_what_is_cancelled_make_up_its_items) {
+  const int turns = rounds(2'000);
+  BasicCursor<ShakyAtomic> cursor;
+  StartLine start(4), finish(4);
+  std::array<std::atomic<int>, 6> hits{};
+  std::atomic<std::int64_t> cancelled{0};
+  std::vector<std::thread> threads;
+  for (int taker = 0; taker < 2; ++taker) {
+    threads.emplace_back([&, taker] {
+      for (int round = 0; round < turns; ++round) {
+        start.wait();
+        for (auto taken = cursor.take(1 + taker); taken.count > 0; taken = cursor.take(1 + taker)) {
+          for (std::int64_t i = 0; i < taken.count; ++i) ++hits.at(std::size_t(taken.first + i));
+        }
+        finish.wait();
+      }
+    });
+  }
+  threads.emplace_back([&] {
+    for (int round = 0; round < turns; ++round) {
+      start.wait();
+      if (round % 2 == 0) cancelled += cursor.cancel();
+      finish.wait();
+    }
+  });
+  int twice = 0, lost = 0;
+  for (int round = 0; round < turns; ++round) {
+    const int items = 1 + round % static_cast<int>(hits.size());
+    cursor.fill(items);
+    start.wait();
+    finish.wait();
+    std::int64_t seen = cancelled.exchange(0);
+    for (std::atomic<int>& hit : hits) {
+      twice += hit.load() > 1;
+      seen += hit.exchange(0);
+    }
+    lost += seen != items;
+    CHECK_EQ(cursor.was_left(), 0);
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK_EQ(twice, 0);
+  CHECK_EQ(lost, 0);
+}
+
 TEST(a_late_visitor_finds_the_next_batch_of_the_slot) {
   Ring r(12);
   CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(5), 5)));
@@ -275,7 +323,6 @@ TEST(the_65th_batch_is_refused_until_one_is_done) {
   for (const auto& each : works) CHECK(each->least() == 1 && each->most() == 1);
 }
 
-// Nothing forces what may happen between two instructions here: that is for `pytest --long`.
 TEST(a_cancelled_rest_and_the_items_run_make_up_the_batch) {
   const std::int64_t n = 200;
   for (int round = 0; round < rounds(120); ++round) {
