@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from models import TASKS, Task
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_spheres as ts
+from torch_spheres.errors import Caught
 from torch_spheres.exchange import Exchange, Layout
 from torch_spheres.ranks import find_ranks
 
@@ -104,7 +106,7 @@ def exchanges(count: int) -> tuple[dict[str, Callable[[], object]], Callable[[],
         exchange = Exchange(ranks, division, layout, "benchmark")
         for p, sums in enumerate(parts):
             exchange.give(p, [[total] for total in sums])
-        exchange.finish()
+        exchange.finish(Caught())
 
     def sent() -> int:
         before = ranks.sent
@@ -142,7 +144,9 @@ def run(world: int, **work: Any) -> Any:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(world), __file__, "--rank", json.dumps(work), str(out)]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
         return json.loads(out.read_text())
 
 
