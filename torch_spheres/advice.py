@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,7 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
     The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
     """
     replica = Replica(module)
-    for part in replica.module.modules():
-        for name in _compat.FORWARD_HOOKS:
-            setattr(part, name, OrderedDict())
-    replica.take_buffers()
+    replica.begin_shard(hooks=False)
     seconds: list[float] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         while len(seconds) < 3 and sum(seconds) <= patience:

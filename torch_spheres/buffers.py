@@ -19,7 +19,7 @@ Place = tuple[nn.Module, str]
 
 
 def buffers_of(module: nn.Module) -> list[Place]:
-    """As `Replica.take_buffers` lists them."""
+    """As `Replica.begin_shard` lists them."""
     return [(m, name) for m in module.modules() for name, v in m._buffers.items() if v is not None]
 
 

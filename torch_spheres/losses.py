@@ -40,17 +40,23 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                     loss, counts[k] = _checked(loss_fn(output, target), k)
                     if counts[k] is None:
                         loss = loss * call.split.weights[k]
+            call.reached.look_at_first(shard, [loss])
             losses[k] = loss.detach()
             shard.outputs = []
             del output
             with in_shard(call, k, "backward", shard):
-                found = shard.backward([loss], [torch.ones_like(loss)])
+                found = call.reached.put_together(
+                    *shard.backward([loss], [torch.ones_like(loss)])
+                )
+            if call.is_first:
+                call.learn(shard)
+            call.reached.close()
             shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
             return found
         finally:
             call.pool.give_back(replica)
 
-    grads = call.fold(run, lambda: goals.append(call.targets(targets)))
+    grads = call.fold(run, lambda: goals.append(call.targets(targets)), one_first=call.is_first)
     done = [shard for shard in shards if shard is not None]
     counted = {c is not None for c in counts}
     # A process that ran no shard has to know what the losses are, to sum them.
@@ -58,7 +64,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     with Caught() as caught:
         if found is not None:
             kinds = [1 + _DTYPES.index(found.dtype)]
-        call.check_parameters()
+        call.effects.check()
         if len(counted) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
     (kind,) = call.finish_forward(done, caught, kinds)

@@ -21,7 +21,7 @@ from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.ranks import ProcessGroup, find_ranks
-from torch_spheres.replica import ReplicaPool
+from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
@@ -199,11 +199,11 @@ class SphereParallel(nn.Module):
         if crew.plan.shards == 1 and crew.plan.workers == 0:
             return self.module(*args, **kwargs)
         call = self._call(crew, args, kwargs)
-        if not torch.is_grad_enabled():
-            outputs = call.run_forward()
-        else:
+        outputs = call.run_forward()
+        if torch.is_grad_enabled():
+            # (After the forward, which finds what it reaches beside the parameters.)
             tensors = [*call.trainable, *call.inputs_with_grad]
-            outputs = list(_OnSpheres.apply(call, *tensors))  # type: ignore[no-untyped-call]
+            outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
             if isinstance(call, SharedCall):
                 share = call.split.rows / call.split.total
                 outputs = [face(o, share) for o in outputs]
@@ -343,8 +343,7 @@ class _OnSpheres(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *_: Tensor) -> tuple[Any, ...]:
-        outputs = call.run_forward()
+    def forward(ctx: Any, call: Call, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
         fixed = [
@@ -363,7 +362,7 @@ class _OnSpheres(torch.autograd.Function):
                 "need the shards' graphs a second time; compute such a loss on the bare "
                 "model.module"
             )
-        return (None, *ctx.call.run_backward(grads))
+        return (None, None, *ctx.call.run_backward(grads))
 
 
 def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,10 +1,22 @@
-"""What a running shard has of its own: everything of the module but the weights."""
+"""What a running shard has of its own: a shallow copy of the module tree.
+
+As `nn.DataParallel` makes them: the copy's attributes are the user's own objects, never copies, but
+for what has to be the shard's. Parameters are leaves of their own on the shared storage; buffers
+that the forward writes are the shard's, to be merged; and wherever the module holds one of its own
+parts once more (a list of layers, a bound method), the replica holds its own, see rebinding.py.
+
+Before each shard the replica gets the module's attributes anew, so that what a forward sets reaches
+neither another shard nor a later step.
+"""
 
 from __future__ import annotations
 
-import copy
 import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import is_
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,62 +24,74 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_spheres import _compat
+from torch_spheres.rebinding import rebound
 
-__all__ = ["Buffer", "Replica", "ReplicaPool"]
-
-_FOLLOWED = {
-    *_compat.FORWARD_HOOKS,
-    *_compat.OTHER_HOOKS,
-    "training",
-    "_parameters",
-    "_buffers",
-    "_modules",
-}
+__all__ = ["Buffer", "Replica"]
 
 
 class Replica:
-    """A copy of the module whose parameters are leaves of their own on the same storage."""
+    """A copy of the module whose parameters are leaves of their own on the same storage.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.params: list[tuple[nn.Parameter, nn.Parameter]] = []
-        memo: dict[int, Any] = {}
+    Args:
+        module: the user's.
+        outside: tensors that require a gradient and lie on attributes without being parameters:
+            the replica has leaves of its own for them too.
+    """
+
+    def __init__(self, module: nn.Module, outside: Iterable[Tensor] = ()) -> None:
+        self.grads = threading.Lock()  # held by who uses `.grad` of the replica's leaves
+        self._replacements: dict[int, Any] = {}
+        self.params: list[tuple[Tensor, Tensor]] = []
         for p in module.parameters():
-            with torch.inference_mode(p.is_inference()):
-                mine = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-            memo[id(p)] = mine
-            self.params.append((p, mine))
-        for part in module.modules():
-            # The original's own dicts of hooks, so that hooks are the objects that the user
-            # registered, and later ones are found too.
-            for name in _compat.FORWARD_HOOKS:
-                memo[id(part.__dict__[name])] = part.__dict__[name]
-            compiler = _compat.compiler_context(part)
-            if compiler is not None:
-                memo[id(compiler)] = compiler
-            for value in part.__dict__.values():
-                # What an earlier forward left there (weight_norm does) is not the user's to copy.
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach()
-        try:
-            self.module = copy.deepcopy(module, memo)
-        except Exception as error:
-            error.add_note(
-                "SphereParallel copies everything of the module but its parameters for each shard "
-                "that runs; give the attribute that cannot be copied (a lock, a file, a tensor "
-                "with a graph) a __deepcopy__, or keep it outside the module"
-            )
-            raise
-        self.modules = list(zip(module.modules(), self.module.modules(), strict=True))
-        for source, copied in self.modules:
-            _compat.compile_as(source, copied)
-        for part in filter(is_parametrized, self.module.modules()):
-            _compute_at_each_use(part)
+            self.params.append((p, self._leaf(p)))
+        self.outside = [(t, self._leaf(t)) for t in outside]
+        self.parts = [_Part(part) for part in module.modules()]
+        self._replacements.update((id(part.source), part.copied) for part in self.parts)
+        self.module: nn.Module = self.parts[0].copied
+        for part in self.parts:
+            part.connect(self._replacements)
+        self.rebind([[*vars(part.source)] for part in self.parts])
+        for part in self.parts:
+            part.begin_shard(hooks=True)
+        for part in self.parts:
+            part.compile()
+        for part in self.parts:
+            if is_parametrized(part.copied):
+                _compute_at_each_use(part.copied)
         self.warm: set[Any] = set()  # what compiled code has seen, see Call
-        self.grads = threading.Lock()  # held by who uses `.grad` of the copy's parameters
+        self.bound = 0  # see ReplicaPool
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        with torch.inference_mode(tensor.is_inference()):
+            if isinstance(tensor, nn.Parameter):
+                mine: Tensor = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+                vars(mine).update(vars(tensor))  # what users put on it
+            else:
+                mine = tensor.detach().requires_grad_(tensor.requires_grad)
+        if mine.requires_grad:
+            self._guard(mine)
+        self._replacements[id(tensor)] = mine
+        return mine
+
+    def _guard(self, mine: Tensor) -> None:
+        """Has a backward that comes to the leaf from outside of the shard's own raise."""
+        grads = self.grads
+
+        def refuse(leaf: Tensor) -> None:
+            if grads.locked():
+                return  # a reentrant checkpoint's, see Shard.backward
+            leaf.grad = None
+            raise RuntimeError(
+                "a loss was computed from a tensor that a shard of SphereParallel made inside the "
+                "model (a hook or an attribute had kept it): it has that shard's rows only, and "
+                "its gradient would be lost. Return the tensor from the model's forward"
+            )
+
+        mine.register_post_accumulate_grad_hook(refuse)
 
     def follow(self) -> bool:
         """Takes over what is cheap to; False if the parameters are no longer the same memory."""
-        for p, mine in self.params:
+        for p, mine in (*self.params, *self.outside):
             if (
                 p.data_ptr() != mine.data_ptr()
                 or p.dtype != mine.dtype
@@ -76,24 +100,170 @@ class Replica:
             ):
                 return False
             if mine.requires_grad != p.requires_grad:
+                if p.requires_grad:
+                    return False
                 with torch.inference_mode(p.is_inference()):
-                    mine.requires_grad_(p.requires_grad)
-        for source, copied in self.modules:
-            copied.training = source.training
+                    mine.requires_grad_(False)
         return True
 
-    def take_buffers(self) -> list[Buffer]:
-        """Gives the copy buffers of its own with the values of the original's."""
-        taken = []
-        for source, copied in self.modules:
-            for name, value in source._buffers.items():
-                if value is None:
-                    copied._buffers[name] = None
-                    continue
-                # A new tensor for every shard: the last one's may be saved in a graph.
-                copied._buffers[name] = value.detach().clone()
-                taken.append(Buffer(source, copied, name, value.detach()))
+    def rebind(self, names: Iterable[Iterable[str]]) -> None:
+        """Makes anew what holds parts of the module: the attributes of such names, of each part."""
+        for part, attributes in zip(self.parts, names, strict=True):
+            part.rebind(attributes, self._replacements)
+
+    def begin_shard(
+        self, *, hooks: bool = True, is_own: Callable[[nn.Module, str, Tensor], bool] | None = None
+    ) -> list[Buffer]:
+        """Gives the replica the attributes, hooks and buffers that the module has now.
+
+        Args:
+            hooks: False leaves the module's hooks out.
+            is_own: says of a buffer whether the shard gets a copy, and not the module's; None: all.
+        """
+        taken: list[Buffer] = []
+        copies: dict[int, Tensor] = {}  # one tensor under two names is one in the replica too
+        for part in self.parts:
+            part.begin_shard(hooks)
+            part.take_buffers(taken, copies, is_own)
         return taken
+
+    def changes(self) -> list[tuple[int, str]]:
+        """What the forward has set: number of the module in ``modules()``, name of the attribute."""
+        return [(i, name) for i, part in enumerate(self.parts) for name in part.changes()]
+
+
+class _Part:
+    """One module of the tree, and its copy."""
+
+    def __init__(self, source: nn.Module) -> None:
+        self.source = source
+        self.copied: nn.Module = object.__new__(type(source))
+        self._registries: dict[str, dict[str, Any]] = {}  # parameters and parts, the copy's own
+        self.own: dict[str, Any] = {
+            "_parameters": {},
+            "_buffers": {},
+            "_modules": {},
+            **{name: OrderedDict() for name in _compat.FORWARD_HOOKS},
+        }
+        self._slots = [name for kind in type(source).__mro__ for name in _slots(kind)]
+        self._rebound: dict[str, Any] = {}
+        self._given: list[Any] = []
+
+    def connect(self, replacements: dict[int, Any]) -> None:
+        """Fills the registries with the replica's parameters and parts."""
+        for registry in ("_parameters", "_modules"):
+            held = vars(self.source)[registry].items()
+            self._registries[registry] = {n: replacements.get(id(v), v) for n, v in held}
+
+    def rebind(self, names: Iterable[str], replacements: dict[int, Any]) -> None:
+        self._rebound = {}
+        for name in names:
+            value = vars(self.source).get(name)
+            new = value if name in self.own else rebound(value, replacements)
+            if new is not value:
+                self._rebound[name] = new
+
+    def begin_shard(self, hooks: bool) -> None:
+        source = vars(self.source)
+        for name in _compat.FORWARD_HOOKS:
+            # Own dicts: a hook that a forward installs is not the user's module's.
+            if self.own[name]:
+                self.own[name] = OrderedDict()
+            if hooks and source[name]:
+                self.own[name] = source[name].copy()
+        for registry, held in self._registries.items():
+            if not _same(self.own[registry], held):
+                self.own[registry].clear()
+                self.own[registry].update(held)
+        self.own["_non_persistent_buffers_set"] = source["_non_persistent_buffers_set"].copy()
+        given = {**source, **self._rebound, **self.own}
+        self._given = [*given.values()]
+        # In one step: a checkpoint may be computing with the replica in another thread.
+        before = vars(self.copied)
+        if [*before] == [*given]:
+            before.update(given)
+        else:
+            object.__setattr__(self.copied, "__dict__", given)
+        for name in self._slots:
+            if hasattr(self.source, name):
+                object.__setattr__(self.copied, name, getattr(self.source, name))
+
+    def take_buffers(
+        self,
+        taken: list[Buffer],
+        copies: dict[int, Tensor],
+        is_own: Callable[[nn.Module, str, Tensor], bool] | None,
+    ) -> None:
+        buffers = self.own["_buffers"]
+        source = self.source._buffers
+        if buffers.keys() != source.keys():
+            buffers.clear()
+        for name, value in source.items():
+            if value is None:
+                buffers[name] = None
+                continue
+            own = is_own is None or is_own(self.source, name, value)
+            if own:
+                # A new tensor for every shard: the last one's may be saved in a graph.
+                mine = copies.get(id(value))
+                if mine is None:
+                    mine = copies[id(value)] = value.detach().clone()
+            else:
+                mine = value.detach() if value.requires_grad else value
+            buffers[name] = mine
+            taken.append(Buffer(self.source, self.copied, name, value.detach(), mine, own))
+
+    def compile(self) -> None:
+        """Has compiled code of the module's be compiled for the copy."""
+        before = dict(vars(self.copied))
+        _compat.compile_as(self.source, self.copied)
+        for name, value in vars(self.copied).items():
+            if before.get(name) is not value:
+                self.own[name] = value
+
+    def changes(self) -> list[str]:
+        """Names of attributes, parts and parameters that the forward set on the copy."""
+        now = vars(self.copied)
+        found: list[str] = []
+        if len(now) != len(self._given) or not all(map(is_, now.values(), self._given)):
+            given = {**vars(self.source), **self._rebound, **self.own}
+            missing = object()
+            found = [n for n, v in now.items() if given.get(n, missing) is not v]
+            found += [n for n in given if n not in now]
+            found = [n for n in found if not self._is_harmless(n, now.get(n))]
+        for registry, held in self._registries.items():
+            if not _same(self.own[registry], held):
+                now = self.own[registry]
+                found += [n for n in {**held, **now} if now.get(n) is not held.get(n)]
+        source = self.source._buffers
+        for name, value in self.own["_buffers"].items():
+            if name not in source or (value is None and source[name] is not None):
+                found.append(name)
+        for name in _compat.FORWARD_HOOKS:
+            if len(self.own[name]) > len(vars(self.source)[name]):
+                found.append(name)
+        return found
+
+    def _is_harmless(self, name: str, value: Any) -> bool:
+        """A method put back where it was, and what torch's own hooks compute at each call."""
+        if type(value) is MethodType and value.__self__ is self.copied:
+            return getattr(type(self.copied), name, None) is value.__func__
+        hooks = self.source._forward_pre_hooks.values()
+        return any(
+            name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+            for hook in hooks
+        )
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether both hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a.values(), b.values())) and [*a] == [*b]
+
+
+def _slots(kind: type) -> Iterable[str]:
+    found = vars(kind).get("__slots__", ())
+    names = (found,) if isinstance(found, str) else found
+    return (n for n in names if n not in ("__dict__", "__weakref__"))
 
 
 def _compute_at_each_use(part: nn.Module) -> None:
@@ -115,90 +285,21 @@ def _compute_at_each_use(part: nn.Module) -> None:
 
 @dataclass
 class Buffer:
-    """One shard's own tensor for one of the module's buffers."""
+    """What one shard has for one of the module's buffers."""
 
     source: nn.Module
     copied: nn.Module
     name: str
     given: Tensor  # the original's own, which nobody writes while shards run
+    mine: Tensor
+    is_own: bool
 
     def changed_value(self) -> Tensor | None:
         """What the shard left in it, or None if it left it alone."""
-        # By value: batch_norm writes its statistics without raising the tensor's version.
-        now = self.copied._buffers[self.name]
+        now = self.copied._buffers.get(self.name)
+        if now is self.mine and not self.is_own:
+            return None  # whether it was written to is seen on the module's, once for all shards
         if now is None or now.shape != self.given.shape:
             return now
+        # By value: batch_norm writes its statistics without raising the tensor's version.
         return None if torch.equal(now, self.given) else now.detach()
-
-
-class ReplicaPool:
-    """The replicas that are not in use, at most one for each shard that runs at once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[Replica] = []
-        self._form: list[Any] = []
-        self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
-
-    def follow(self, module: nn.Module) -> None:
-        """To be called before shards are run: drops replicas that the module has outgrown."""
-        form = [_form(part) for part in module.modules()]
-        with self._lock:
-            if form != self._form:
-                self._idle.clear()
-                self._form = form
-            self._idle = [replica for replica in self._idle if replica.follow()]
-
-    def borrow(self, module: nn.Module) -> Replica:
-        """One for the calling thread alone, until `give_back`."""
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return Replica(module)
-
-    def give_back(self, replica: Replica) -> None:
-        """Ends a `borrow`."""
-        with self._lock:
-            self._idle.append(replica)
-
-    def __len__(self) -> int:
-        return len(self._idle)
-
-
-def _form(module: nn.Module) -> tuple[Any, ...]:
-    """What a replica has copied of one module, to find out whether it still holds."""
-    parts = {name: _Is(part) for name, part in module._modules.items()}
-    parameters = {name: _Is(parameter) for name, parameter in module._parameters.items()}
-    attributes = {k: _held(v) for k, v in module.__dict__.items() if k not in _FOLLOWED}
-    return _Is(module), parts, parameters, {*module._buffers}, attributes
-
-
-class _Is:
-    """Equal to what has the very same value."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Is) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_PLAIN = frozenset((type(None), bool, int, float, str))
-
-
-def _held(value: Any, depth: int = 3) -> Any:
-    """Equal for as long as `value` is the same, and what it holds: a config may change in place."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, (list, tuple)) and depth > 0:
-        return [v if type(v) in _PLAIN else _held(v, depth - 1) for v in value]
-    if isinstance(value, Tensor):
-        return _Is(value), 0 if value.is_inference() else value._version
-    inside = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-    if not inside or depth == 0 or callable(value):  # modules, classes, functions
-        return _Is(value)
-    return _Is(value), {k: _held(v, depth - 1) for k, v in list(inside.items())}

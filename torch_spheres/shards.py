@@ -8,25 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-
 from torch_spheres import _compat
 from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
+from torch_spheres.forward_effects import ForwardEffects
 from torch_spheres.nesting import Nesting, flatten
 from torch_spheres.outputs import gather_output
 from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
-from torch_spheres.replica import Replica, ReplicaPool
+from torch_spheres.reached import Reached
+from torch_spheres.replica import Replica
+from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shard import Shard, in_shard
 from torch_spheres.splitting import Split, aligned
 from torch_spheres.tree import tree_sums
 
 __all__ = ["Call"]
+
+_LARGE = 1 << 16  # bytes: a smaller buffer is copied in less time than it takes to think about it
 
 
 class Call:
@@ -62,8 +65,12 @@ class Call:
         self.compiled = (
             self._signature() if any(map(_compat.is_compiled, module.modules())) else None
         )
-        self._versions = self._parameter_versions()
-        self.trainable = [p for p in module.parameters() if p.requires_grad]
+        training = tuple(part.training for part in module.modules())
+        kind = what, torch.is_grad_enabled(), training
+        self.is_first, self.closely = pool.watches(kind)
+        self._learnt = not self.is_first  # which large buffers the forward writes to
+        self.effects = ForwardEffects(module, pool, self.closely)
+        self.reached = Reached(module, pool, self.closely, ranks is None)
         self.differentiable = [
             i
             for i, value in enumerate(self.split.flat)
@@ -113,7 +120,7 @@ class Call:
     @property
     def ran(self) -> int:
         """Shards that run, in all processes."""
-        return min(self.split.total, self.split.shards)
+        return len(self.split.bounds) if self.ranks is None else min(self.split.total, self.split.shards)
 
     def _signature(self) -> tuple[Any, ...]:
         """What compiled code depends on, but for the rows: new ones are compiled anew."""
@@ -122,6 +129,11 @@ class Call:
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         shapes = [(v.shape[1:], v.stride()[1:], v.dtype, v.requires_grad) for v in tensors]
         return (*modes, *autocast, *shapes)
+
+    @property
+    def trainable(self) -> list[Tensor]:
+        """Whose gradients are summed over the shards."""
+        return self.reached.tensors
 
     @property
     def inputs_with_grad(self) -> list[Tensor]:
@@ -134,7 +146,7 @@ class Call:
         """Runs one shard's forward in the calling thread's context, see `in_shard`."""
         shard = Shard(ShardRandom(self.random, self.split.leaves[k]), replica)
         grad = torch.is_grad_enabled
-        taken = replica.take_buffers()
+        taken = replica.begin_shard(is_own=self._has_own)
         with in_shard(self, k, "forward", shard):
             values = self.split.parts(k)
             for i in self.differentiable if grad() else ():
@@ -143,9 +155,30 @@ class Call:
             args, kwargs = self.split.build(values)
             output = replica.module(*args, **kwargs)
         shard.outputs, shard.nesting = flatten(output)
+        self.effects.look_at(replica)
         shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
-        shard.params = [mine for _, mine in replica.params if mine.requires_grad]
+        shard.params = self.reached.targets(replica)
         return shard
+
+    def _has_own(self, part: nn.Module, name: str, value: Tensor) -> bool:
+        """Whether each shard gets a copy of a buffer.
+
+        Small ones always; large ones where the first shard of the first call wrote to its own.
+        """
+        is_small = value.nbytes <= _LARGE
+        return is_small or not self._learnt or (id(part), name) in self.pool.written
+
+    def learn(self, shard: Shard) -> None:
+        """From the first shard: which large buffers have to be copied for the others."""
+        self._learnt = True
+        for buffer, value in shard.buffers:
+            if value is not None:
+                self.pool.written.add((id(buffer.source), buffer.name))
+
+    @property
+    def runs_one_first(self) -> bool:
+        """Whether one shard has to be looked at before others run."""
+        return self.is_first and any(b.nbytes > _LARGE for b in self.module.buffers())
 
     def run_forward(self) -> list[Any]:
         """All shards' forward on the spheres; the outputs put together, as flat leaves."""
@@ -160,9 +193,14 @@ class Call:
         shards: list[Shard] = []
         outputs: list[Any] = []
         with Caught() as caught:
-            shards = self.crew.map(run, len(self.split.bounds))
+            first = min(len(self.split.bounds), self.runs_one_first)
+            shards = self.crew.map(run, first)
+            for shard in shards:
+                self.learn(shard)
+            shards += self.crew.map(lambda k: run(k + first), len(self.split.bounds) - first)
             self.shards = list(shards)
-            self.check_parameters()
+            self.effects.check()
+            self.reached.look_at(shards)
             outputs = self._gather(shards)
         self.finish_forward(shards, caught)
         return self.share_structure(outputs)
@@ -185,6 +223,7 @@ class Call:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
         self.check_random()
+        self.effects.warn(stacklevel=5)
         return notes
 
     def initialise_lazy_modules(self) -> None:
@@ -207,23 +246,6 @@ class Call:
         self.agree("the initialisation of lazy modules", caught)
         if self.ranks is not None:
             sync_module(self.module, self.ranks, {})
-
-    def _parameter_versions(self) -> list[int]:
-        parameters = self.module.parameters()
-        return [0 if is_lazy(p) or p.is_inference() else p._version for p in parameters]
-
-    def check_parameters(self) -> None:
-        """Shards share the weights: what writes to one in a forward writes in every shard."""
-        versions = self._parameter_versions()
-        if versions == self._versions:
-            return
-        now = zip(self.module.named_parameters(), versions, self._versions, strict=True)
-        names = [name for (name, _), after, before in now if after != before]
-        raise RuntimeError(
-            f"the module's forward wrote to its parameters {names}, which has happened once for "
-            "each shard, and in several threads; make them buffers, whose new values "
-            "SphereParallel averages over the shards, or update them outside of the forward"
-        )
 
     def check_random(self) -> None:
         """Warns when random numbers were drawn that belong to no shard."""
@@ -301,9 +323,9 @@ class Call:
                     roots.append(output)
                     root_grads.append(cut[k])
             if not roots:
-                return [None] * len(shard.params), [None] * len(shard.inputs)
+                return [None] * len(self.trainable), [None] * len(shard.inputs)
             with in_shard(self, k, "backward", shard, context):
-                return shard.backward(roots, root_grads, keep)
+                return self.reached.put_together(*shard.backward(roots, root_grads, keep))
 
         return self.fold(backward)
 
@@ -311,12 +333,14 @@ class Call:
         self,
         work: Callable[[int], tuple[Grads, Grads]],
         prepare: Callable[[], object] = lambda: None,
+        one_first: bool = False,
     ) -> Grads:
         """The whole batch's gradients of `trainable`, then of `inputs_with_grad`.
 
         Args:
             work: returns both for shard *k*.
             prepare: is called before; an error in it is everybody's.
+            one_first: whether a shard runs alone before the others.
         """
         fold = self.new_fold()
         rest: list[Grads] = [[] for _ in self.split.leaves]
@@ -337,7 +361,9 @@ class Call:
 
         def run() -> None:
             prepare()
-            self.crew.map(item, len(rest))
+            first = min(len(rest), one_first)
+            self.crew.map(item, first)
+            self.crew.map(item, len(rest) - first)
 
         sums = self.finish_fold(fold, run)
         with torch.no_grad():

@@ -1,0 +1,240 @@
+"""What a forward changes beside its outputs: noticed, and merged, refused or reported.
+
+Shards run at once on shared weights. So a forward that writes to a parameter, or to anything that
+the replicas share, has written once for each shard, in no fixed order: that is an error. What it
+sets on the module is set on a replica and lost: that is a warning, once for each name.
+
+Versions of tensors are compared in every call, since it costs next to nothing. What is written past
+them (through ``.data``, numpy, batch norm's kernel) shows in the values, which are compared in the
+first calls of each kind and in those whose number is a power of two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torch_spheres.replica import Replica
+from torch_spheres.replica_pool import ELSEWHERE, ReplicaPool
+
+__all__ = ["ForwardEffects"]
+
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
+_MANY = 1000  # elements of a container that are compared
+_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ForwardEffects:
+    """Compares a module before the shards' forward with what it is afterwards.
+
+    Args:
+        module: the user's.
+        pool: has looked at its attributes.
+        closely: values too, not only versions.
+    """
+
+    def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool) -> None:
+        self._module, self._pool = module, pool
+        self._set: dict[str, None] = {}  # names of attributes, in order
+        self._parameters = [p for p in module.parameters() if not is_lazy(p)]
+        self._buffers = [
+            (part, name, value)
+            for part in itertools.chain(module.modules(), *(m.modules() for m in pool.strangers))
+            for name, value in part._buffers.items()
+            if value is not None and not is_lazy(value)
+        ]
+        self._loose = list(pool.loose)
+        self._versions = self._read_versions()
+        self._values = self._read_values() if closely else None
+        self._contents = self._read_contents() if closely else {}
+
+    def _read_versions(self) -> list[list[int]]:
+        return [
+            [_version(p) for p in self._parameters],
+            [_version(b) for _, _, b in self._buffers],
+            [_version(t) for _, _, t in self._loose],
+        ]
+
+    def _read_values(self) -> list[list[Any]]:
+        with torch.no_grad():
+            return [
+                [_checksum(p) for p in self._parameters],
+                [_checksum(b) for _, _, b in self._buffers],
+                [_checksum(t) for _, _, t in self._loose],
+            ]
+
+    def _read_contents(self) -> dict[tuple[int, str], tuple[Any, Any]]:
+        """Of objects on attributes that may change in place."""
+        found = {}
+        for i, part in enumerate(self._module.modules()):
+            for name, value in vars(part).items():
+                if name not in ELSEWHERE and type(value) not in _PLAIN:
+                    content = _content(value)
+                    if content is not None:
+                        found[i, name] = value, content
+        return found
+
+    # ---- shards ----
+
+    def look_at(self, replica: Replica) -> None:
+        """After a shard's forward: what it has set on its replica.
+
+        Raises:
+            RuntimeError: it gave a parameter other memory.
+        """
+        for i, name in replica.changes():
+            self._set[self._path(i, name)] = None
+        moved = [i for i, (p, mine) in enumerate(replica.params) if p.data_ptr() != mine.data_ptr()]
+        if moved:
+            names = [name for name, _ in self._module.named_parameters()]
+            raise RuntimeError(
+                f"the module's forward gave its parameters {[names[i] for i in moved]} new data, "
+                "which a shard's replica has and the module has not; do it after optimizer.step()"
+            )
+
+    def _path(self, i: int, name: str) -> str:
+        prefix = next(itertools.islice(self._module.named_modules(), i, None))[0]
+        return f"{prefix}.{name}" if prefix else name
+
+    # ---- afterwards ----
+
+    def check(self) -> None:
+        """After all shards' forward.
+
+        Raises:
+            RuntimeError: they have written to what they share.
+        """
+        parameters, buffers, loose = (
+            [a != b for a, b in zip(now, before, strict=True)]
+            for now, before in zip(self._read_versions(), self._versions, strict=True)
+        )
+        if self._values is not None:
+            for flags, now, before in zip(
+                (parameters, buffers, loose), self._read_values(), self._values, strict=True
+            ):
+                for i, (a, b) in enumerate(zip(now, before, strict=True)):
+                    flags[i] |= a != b
+        if any(parameters):
+            raise RuntimeError(self._of_parameters(parameters))
+        if any(buffers):
+            raise RuntimeError(self._of_buffers(buffers))
+        if any(loose):
+            names = [
+                self._path(i, name)
+                for (i, name, _), written in zip(self._loose, loose, strict=True)
+                if written
+            ]
+            raise RuntimeError(
+                f"the module's forward wrote in place to tensors on its attributes, {names}, which "
+                "all shards share, at once; make them buffers, whose new values SphereParallel "
+                "averages over the shards, or return what has to be kept"
+            )
+
+    def _of_parameters(self, flags: list[bool]) -> str:
+        written = {id(p) for p, flag in zip(self._parameters, flags, strict=True) if flag}
+        names = [name for name, p in self._module.named_parameters() if id(p) in written]
+        text = (
+            f"the module's forward wrote to its parameters {names}, which has happened once for "
+            "each shard, and in several threads, so that the weights are spoilt. "
+        )
+        normed = [
+            type(m).__name__
+            for m in self._module.modules()
+            if getattr(m, "max_norm", None) is not None
+            and any(id(p) in written for p in m.parameters(recurse=False))
+        ]
+        if normed:
+            return text + (
+                f"{normed[0]}(max_norm=...) normalises its weight in each forward: set "
+                "max_norm=None, and after optimizer.step() do the same once, under "
+                "torch.no_grad(): weight.copy_(torch.renorm(weight, 2, 0, max_norm))"
+            )
+        return text + (
+            "Update them outside of the forward, after optimizer.step() (averages of weights, "
+            "momentum encoders), on model.module; or make them buffers, whose new values "
+            "SphereParallel averages over the shards"
+        )
+
+    def _of_buffers(self, flags: list[bool]) -> str:
+        written = [b for b, flag in zip(self._buffers, flags, strict=True) if flag]
+        own = {id(part): name for name, part in self._module.named_modules()}
+        for part, name, _ in written:
+            self._pool.written.add((id(part), name))
+        names = [
+            f"{own[id(part)]}.{name}".lstrip(".") if id(part) in own else
+            f"{name} of a {type(part).__name__} that is registered nowhere"
+            for part, name, _ in written
+        ]  # fmt: skip
+        return (
+            f"the module's forward wrote to buffers, {names}, past the copy that each shard has: "
+            "by way of a layer that is no registered part of the module, of a function that holds "
+            "the original, or for the first time after many calls. All shards did so at once. "
+            "Register the layer (nn.ModuleList), and reach it by way of self"
+        )
+
+    def warn(self, stacklevel: int) -> None:
+        """Says which attributes were set, once for each name."""
+        new = [name for name in self._set if name not in self._pool.reported]
+        for (i, name), (value, before) in self._contents.items():
+            if _content(value) != before:
+                path = self._path(i, name)
+                if path not in self._pool.reported and path not in new:
+                    new.append(path)
+        if not new:
+            return
+        self._pool.reported.update(new)
+        warnings.warn(
+            f"the module's forward changes attributes of the module: {', '.join(new)}. Each shard "
+            "begins with the module's own attributes, and what it sets on them is lost; objects "
+            "that it changes in place are changed by all shards, in no fixed order. Return what "
+            "the loop needs from forward, or make it a buffer, which is merged over the shards",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _checksum(tensor: Tensor) -> Any:
+    """Changes with the tensor's bits; None where they cannot be read as integers."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return None
+    bits = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    kind = _AS_INTEGERS.get(bits.element_size())
+    if kind is None or bits.is_quantized:
+        return None
+    if bits.dtype is not torch.bool:
+        bits = bits.view(kind)
+    return bits.data_ptr(), int(bits.sum(dtype=torch.int64))
+
+
+def _content(value: Any, depth: int = 2) -> Any:
+    """Equal for as long as an object was not changed in place; None: it holds nothing."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or callable(value):
+        return None
+    if isinstance(value, np.ndarray):
+        return value.tobytes() if value.nbytes <= _MANY * 8 else value.shape
+    items: Any = value
+    if isinstance(value, Mapping):
+        items = itertools.chain.from_iterable(value.items())
+    elif not isinstance(value, (list, tuple, set, frozenset, deque)):
+        inside = getattr(value, "__dict__", None)
+        if not inside:
+            return None
+        value, items = inside, itertools.chain.from_iterable([*inside.items()])
+    found = [
+        v if type(v) in _PLAIN else (id(v), _content(v, depth - 1) if depth > 0 else None)
+        for v in itertools.islice(items, _MANY)
+    ]
+    return len(value), found

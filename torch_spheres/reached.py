@@ -1,0 +1,166 @@
+"""The tensors whose gradients a call sums: parameters, and whatever else the forward reaches.
+
+A forward may compute with tensors that are no parameters of the module: with a layer that is kept
+in a list, with a function that holds the original of a layer, with a tensor on an attribute. Plain
+torch gives them gradients. So the shards' graphs are searched for leaves that are no replica's: in
+the first calls of a kind, in those whose number is a power of two, and in every call of a module
+that is known to have such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torch_spheres.folding import Grads
+from torch_spheres.graph_leaves import ShardGraph
+from torch_spheres.replica import Replica
+from torch_spheres.replica_pool import ReplicaPool
+from torch_spheres.shard import Shard
+
+__all__ = ["Reached"]
+
+
+class Reached:
+    """What one call's shards reach.
+
+    Args:
+        module: the user's.
+        pool: has looked at its attributes.
+        closely: graphs are searched, whatever is known.
+        alone: this process has the whole batch.
+
+    Attributes:
+        tensors: whose gradients are summed: the module's parameters, then the others.
+    """
+
+    def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool, alone: bool) -> None:
+        self._pool, self._alone = pool, alone
+        params = [p for p in module.parameters() if p.requires_grad]
+        self._place = {id(p): i for i, p in enumerate(params)}
+        # (One that is computed from others counts only where a graph has it: it may be a rest.)
+        self._outside = [t for t in pool.outside if t.is_leaf]
+        self._strange: list[Tensor] = []  # leaves that are no replica's
+        self._originals: list[int] = []  # of parameters that are reached past the replicas
+        self.tensors: list[Tensor] = [*params, *self._outside]
+        self._searches = closely or bool(pool.outside)
+        known = pool.strange_leaves()
+        if known:
+            self._searches = True
+            self._add(known)
+        self._is_open = True
+
+    def _add(self, leaves: Iterable[Tensor]) -> None:
+        for leaf in leaves:
+            _refuse_hooks(leaf)
+            place = self._place.get(id(leaf))
+            if place is None:
+                self._place[id(leaf)] = len(self.tensors)
+                self._strange.append(leaf)
+                self.tensors.append(leaf)
+            elif place not in self._originals:
+                self._originals.append(place)
+
+    def targets(self, replica: Replica) -> list[Tensor]:
+        """The leaves of a shard's graph, as `put_together` wants their gradients."""
+        mine = {id(t): leaf for t, leaf in (*replica.params, *replica.outside)}
+        originals = [self.tensors[i] for i in self._originals]
+        return [*(mine.get(id(t), t) for t in self.tensors), *originals]
+
+    def put_together(self, grads: Grads, inputs: Grads) -> tuple[Grads, Grads]:
+        """One gradient for each of `tensors`, of those for `targets`."""
+        count = len(self.tensors)
+        if len(grads) > count:
+            grads, more = grads[:count], grads[count:]
+            for i, grad in zip(self._originals, more, strict=True):
+                own = grads[i]
+                grads[i] = own if grad is None else grad if own is None else own + grad
+        return grads, inputs
+
+    # ---- searching ----
+
+    def look_at(self, shards: Sequence[Shard]) -> None:
+        """After the shards' forward: finds what their graphs reach.
+
+        Raises:
+            RuntimeError: there is something whose gradient could not be given back.
+        """
+        if self._searches and torch.is_grad_enabled():
+            graphs = [ShardGraph(shard.outputs) for shard in shards]
+            _refuse_shared_nodes(graphs)
+            self._take(shards, graphs)
+            for shard in shards:
+                shard.params = self.targets(shard.replica)
+        self._refuse_what_ranks_cannot()
+
+    def look_at_first(self, shard: Shard, roots: Sequence[Tensor]) -> None:
+        """The same for one shard, before its backward: while it is alone, tensors can be added."""
+        if self._searches:
+            self._take([shard], [ShardGraph(roots)])
+            shard.params = self.targets(shard.replica)
+        self._refuse_what_ranks_cannot()
+
+    def close(self) -> None:
+        """From now on shards run whose gradients are summed at once."""
+        self._is_open = False
+
+    def _take(self, shards: Sequence[Shard], graphs: Sequence[ShardGraph]) -> None:
+        outside = {id(leaf): t for s in shards for t, leaf in s.replica.outside}
+        own = {id(leaf) for s in shards for _, leaf in s.replica.params}
+        own.update(id(leaf) for s in shards for leaf in s.inputs)
+        found = {i: leaf for graph in graphs for i, leaf in graph.leaves.items() if i not in own}
+        computed = [outside[i] for i in found if i in outside and id(outside[i]) not in self._place]
+        known = {*map(id, self._strange), *(id(self.tensors[i]) for i in self._originals)}
+        strange = [t for i, t in found.items() if i not in outside and i not in known]
+        if not computed and not strange:
+            return
+        self._pool.remember(strange)
+        if not self._is_open:
+            raise RuntimeError(
+                f"a tensor of shape {tuple((computed + strange)[0].shape)} that is no parameter of "
+                "the module was used in a shard's forward for the first time, after other shards' "
+                "gradients had been summed without it; it is known from the next call on. Make it "
+                "a parameter"
+            )
+        for tensor in computed:
+            self._place[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+        self._add(strange)
+
+    def _refuse_what_ranks_cannot(self) -> None:
+        more = [*self._outside, *self._strange, *(self.tensors[i] for i in self._originals)]
+        if more and not self._alone:
+            shapes = [tuple(t.shape) for t in more]
+            raise RuntimeError(
+                "the forward computes with tensors that require a gradient and are reached "
+                f"past the module's parameters, of shapes {shapes}; in several processes they "
+                "have to be parameters of registered layers (nn.ModuleList, nn.ParameterList), "
+                "reached by way of self"
+            )
+
+
+def _refuse_hooks(leaf: Tensor) -> None:
+    if leaf._backward_hooks:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(leaf.shape)} has a hook (register_hook), and the forward "
+            "reaches it past the module's own parameters, by a function or a layer that is "
+            "registered nowhere: the hook would run for each shard. Register the layer, and reach "
+            "it by way of self"
+        )
+
+
+def _refuse_shared_nodes(graphs: Sequence[ShardGraph]) -> None:
+    """Part of a graph that two shards have was computed before them."""
+    seen: set[object] = set()
+    for graph in graphs:
+        if not seen.isdisjoint(graph.nodes):
+            names = sorted({type(node).__name__ for node in seen & graph.nodes})
+            raise RuntimeError(
+                "the forward uses a tensor that was computed outside of it from something that "
+                f"requires a gradient ({', '.join(names)}), and all shards' backward passes would "
+                "go through that one graph. Compute it inside the forward, or pass it as an "
+                "argument, or keep it on an attribute of the module"
+            )
+        seen |= graph.nodes

@@ -1,0 +1,102 @@
+"""Values that hold parts of a module, with the replica's parts in their place.
+
+A module keeps its own parts in many places beside its registries: a list of layers that are
+registered as well, a bound method of its own that was put on an attribute, a weak reference to a
+parameter. In a replica these have to be the replica's. Everything else is the user's own object,
+never a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["held_by", "rebound"]
+
+_PLAIN = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+)
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+_MAPPINGS = (dict, OrderedDict)
+_DEPTH = 5
+
+
+def held_by(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """The modules, tensors and owners of bound methods in plain containers of the library.
+
+    Of containers inside each other so many levels are looked at.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return
+    if isinstance(value, (nn.Module, Tensor)):
+        yield value
+    elif kind is MethodType:
+        yield from held_by(value.__self__, 1)
+    elif kind is weakref.ref:
+        yield from held_by(value(), 1)
+    elif depth > 0:
+        for inner in _inside(value):
+            yield from held_by(inner, depth - 1)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if type(value) in _MAPPINGS:
+        return itertools.chain(value.keys(), value.values())
+    if type(value) in _SEQUENCES or _is_named_tuple(value):
+        return iter(value)
+    if type(value) is functools.partial:
+        return iter((value.func, *value.args, *value.keywords.values()))
+    return iter(())
+
+
+def rebound(value: Any, replacements: Mapping[int, Any], depth: int = _DEPTH) -> Any:
+    """The value with what `replacements` has, by id, in place of it; itself if it holds nothing."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    found = replacements.get(id(value))
+    if found is not None:
+        return found
+    if kind is MethodType:
+        owner = replacements.get(id(value.__self__))
+        return value if owner is None else MethodType(value.__func__, owner)
+    if kind is weakref.ref:
+        found = replacements.get(id(value()))
+        return value if found is None else weakref.ref(found)
+    if depth == 0:
+        return value
+    inside = [*_inside(value)]
+    if not inside:
+        return value
+    new = [rebound(inner, replacements, depth - 1) for inner in inside]
+    if all(a is b for a, b in zip(new, inside, strict=True)):
+        return value
+    return _rebuilt(value, new)
+
+
+def _rebuilt(value: Any, inside: list[Any]) -> Any:
+    """A container like `value`, of what `_inside` would list."""
+    kind = type(value)
+    if kind in _MAPPINGS:
+        half = len(inside) // 2
+        return kind(zip(inside[:half], inside[half:], strict=True))
+    if kind is functools.partial:
+        args, names = inside[1 : 1 + len(value.args)], value.keywords
+        rest = inside[1 + len(value.args) :]
+        return kind(inside[0], *args, **dict(zip(names, rest, strict=True)))
+    if kind is deque:
+        return deque(inside, value.maxlen)
+    return kind(*inside) if _is_named_tuple(value) else kind(inside)
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(type(value), "_fields")

@@ -1,0 +1,152 @@
+"""The replicas of a module that are not in use, and what has been found out about the module."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_spheres import _compat
+from torch_spheres.rebinding import held_by
+from torch_spheres.replica import Replica
+
+__all__ = ["ELSEWHERE", "ReplicaPool"]
+
+ELSEWHERE = frozenset((
+    *_compat.FORWARD_HOOKS, *_compat.OTHER_HOOKS, "_parameters", "_buffers", "_modules",
+    "_compiled_call_impl",
+))  # fmt: skip
+"""Attributes that replicas have their own of, or that no forward looks at."""
+_FIRST = 3  # calls of a kind that are watched closely; later ones only if their number is 2^k
+_MANY = 256  # elements of a container that is not looked through at every call
+
+
+class ReplicaPool:
+    """The replicas that are not in use, at most one for each shard that runs at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[Replica] = []
+        self._form: list[Any] = []
+        self._follows = 0
+        self._calls: dict[Hashable, int] = {}
+        self._large: dict[tuple[int, str], tuple[Any, int]] = {}  # containers without parts
+        self._found: list[weakref.ref[Tensor]] = []
+        self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
+        self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
+        self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py
+        self.attributes: list[list[str]] = []
+        """Of each module: those that hold parts of it, and are the replica's own."""
+        self.outside: list[Tensor] = []
+        """On attributes, with a gradient, and no parameters: replicas have leaves for them."""
+        self.loose: list[tuple[int, str, Tensor]] = []
+        """Tensors on attributes without a gradient: number of the module, name, tensor."""
+        self.strangers: list[nn.Module] = []
+        """Modules on attributes that are registered nowhere."""
+
+    def follow(self, module: nn.Module) -> None:
+        """To be called before shards are run: drops replicas that the module has outgrown."""
+        parts = [*module.modules()]
+        with self._lock:
+            self._look_at_attributes(parts)
+            form = [_form(part) for part in parts]
+            form.append([id(t) for t in self.outside])
+            if form != self._form:
+                self._idle.clear()
+                self._form = form
+            self._idle = [replica for replica in self._idle if replica.follow()]
+            self._follows += 1
+
+    def _look_at_attributes(self, parts: list[nn.Module]) -> None:
+        known = {id(part) for part in parts}
+        parameters = {id(p) for part in parts for p in part._parameters.values() if p is not None}
+        self.attributes, self.loose = [[] for _ in parts], []
+        outside: dict[int, Tensor] = {}
+        strangers: dict[int, nn.Module] = {}
+        for i, part in enumerate(parts):
+            for name, value in vars(part).items():
+                if type(value) in _PLAIN or name in ELSEWHERE:
+                    continue
+                for held in self._held(i, name, value):
+                    if id(held) in known or id(held) in parameters:
+                        self.attributes[i].append(name)
+                    elif isinstance(held, nn.Module):
+                        strangers[id(held)] = held
+                    elif held.requires_grad:
+                        self.attributes[i].append(name)
+                        outside[id(held)] = held
+                    else:
+                        self.loose.append((i, name, held))
+        self.outside, self.strangers = [*outside.values()], [*strangers.values()]
+
+    def _held(self, i: int, name: str, value: Any) -> Iterator[Any]:
+        """What an attribute holds; a large container without anything is not looked at again."""
+        size = len(value) if type(value) in (list, tuple, dict, set) else 0
+        if size < _MANY:
+            return held_by(value)
+        seen, length = self._large.get((i, name), (None, -1))
+        if seen is value and length == size:
+            return iter(())
+        found = [*held_by(value)]
+        if not found:
+            self._large[i, name] = value, size
+        return iter(found)
+
+    def watches(self, kind: Hashable) -> tuple[bool, bool]:
+        """Whether a call of a kind is the first one, and whether it is to be watched closely."""
+        with self._lock:
+            number = self._calls[kind] = self._calls.get(kind, 0) + 1
+        return number == 1, number <= _FIRST or number & (number - 1) == 0
+
+    def remember(self, leaves: list[Tensor]) -> None:
+        """Leaves that the forward reaches past the replicas."""
+        with self._lock:
+            known = {id(leaf()) for leaf in self._found}
+            self._found += [weakref.ref(leaf) for leaf in leaves if id(leaf) not in known]
+
+    def strange_leaves(self) -> list[Tensor]:
+        """Leaves with a gradient that are no replica's: found in graphs, or in strange modules."""
+        with self._lock:
+            found = [leaf() for leaf in self._found]
+            self._found = [r for r, leaf in zip(self._found, found, strict=True) if leaf is not None]
+        held = [p for module in self.strangers for p in module.parameters()]
+        leaves = {id(t): t for t in (*found, *held) if t is not None and t.requires_grad}
+        return [*leaves.values()]
+
+    def borrow(self, module: nn.Module) -> Replica:
+        """One for the calling thread alone, until `give_back`."""
+        with self._lock:
+            replica = self._idle.pop() if self._idle else None
+            attributes, number = self.attributes, self._follows
+        if replica is None:
+            replica = Replica(module, self.outside)
+        elif replica.bound != number:
+            replica.rebind(attributes)
+        replica.bound = number
+        return replica
+
+    def give_back(self, replica: Replica) -> None:
+        """Ends a `borrow`."""
+        with self._lock:
+            self._idle.append(replica)
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+def _form(module: nn.Module) -> list[Any]:
+    """What a replica is made after: while it is the same, the replica holds.
+
+    By id: replicas keep the objects alive.
+    """
+    parts, parameters = module._modules, module._parameters
+    return [
+        id(module), type(module), id(module._compiled_call_impl),
+        *parts, *map(id, parts.values()), *parameters, *map(id, parameters.values()),
+    ]  # fmt: skip
