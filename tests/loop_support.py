@@ -8,7 +8,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,20 @@ from torch import Tensor, nn
 import torch_spheres as ts
 
 T = TypeVar("T")
+
+
+class W(nn.Module):
+    """A layer `n` and any attributes; its forward calls ``f(self, *args)``."""
+
+    def __init__(self, f: Callable[..., Any], **attributes: Any) -> None:
+        super().__init__()
+        self.n = nn.Linear(4, 4)
+        self.f = f
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, *args: Any) -> Any:
+        return self.f(self, *args)
 
 
 def pair(module: nn.Module, spheres: ts.KissingSpheres) -> tuple[ts.SphereParallel, nn.Module]:

@@ -39,12 +39,12 @@ class Reached:
     def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool, alone: bool) -> None:
         self._pool, self._alone = pool, alone
         params = [p for p in module.parameters() if p.requires_grad]
-        self._place = {id(p): i for i, p in enumerate(params)}
         # (One that is computed from others counts only where a graph has it: it may be a rest.)
         self._outside = [t for t in pool.outside if t.is_leaf]
         self._strange: list[Tensor] = []  # leaves that are no replica's
         self._originals: list[int] = []  # of parameters that are reached past the replicas
         self.tensors: list[Tensor] = [*params, *self._outside]
+        self._place = {id(t): i for i, t in enumerate(self.tensors)}
         self._searches = closely or bool(pool.outside)
         known = pool.strange_leaves()
         if known:

@@ -33,6 +33,7 @@ class ReplicaPool:
         self._form: list[Any] = []
         self._follows = 0
         self._calls: dict[Hashable, int] = {}
+        self._callables: list[Any] = []  # on attributes: new ones may reach new tensors
         self._large: dict[tuple[int, str], tuple[Any, int]] = {}  # containers without parts
         self._found: list[weakref.ref[Tensor]] = []
         self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
@@ -66,10 +67,13 @@ class ReplicaPool:
         self.attributes, self.loose = [[] for _ in parts], []
         outside: dict[int, Tensor] = {}
         strangers: dict[int, nn.Module] = {}
+        callables: list[Any] = []
         for i, part in enumerate(parts):
             for name, value in vars(part).items():
                 if type(value) in _PLAIN or name in ELSEWHERE:
                     continue
+                if callable(value):
+                    callables.append(value)
                 for held in self._held(i, name, value):
                     if id(held) in known or id(held) in parameters:
                         self.attributes[i].append(name)
@@ -81,6 +85,9 @@ class ReplicaPool:
                     else:
                         self.loose.append((i, name, held))
         self.outside, self.strangers = [*outside.values()], [*strangers.values()]
+        if [*map(id, callables)] != [*map(id, self._callables)]:
+            self._callables = callables
+            self._calls.clear()
 
     def _held(self, i: int, name: str, value: Any) -> Iterator[Any]:
         """What an attribute holds; a large container without anything is not looked at again."""
