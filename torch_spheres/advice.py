@@ -21,7 +21,7 @@ import torch_spheres
 from torch_spheres import _compat
 from torch_spheres.replica import Replica
 
-__all__ = ["Adviser"]
+__all__ = ["Adviser", "users_level"]
 
 
 class Adviser:
@@ -60,11 +60,11 @@ class Adviser:
             "batches make shards worth it; SphereParallel(..., reproducible=False) chooses the "
             "faster way by itself; ignore this if it is the same bits that you are here for",
             UserWarning,
-            stacklevel=_users_level(),
+            stacklevel=users_level(),
         )
 
 
-def _users_level() -> int:
+def users_level() -> int:
     """The stack level, for the caller, of the line that called the model: beyond torch and us."""
     ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, torch_spheres))
     level, frame = 1, sys._getframe(1)

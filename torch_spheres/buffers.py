@@ -13,7 +13,7 @@ from torch_spheres.shard import Shard
 if TYPE_CHECKING:
     from torch_spheres.shards import Call
 
-__all__ = ["buffers_of", "merge_buffers", "misshapen"]
+__all__ = ["buffers_of", "merge_buffers", "take_new_shapes"]
 
 Place = tuple[nn.Module, str]
 
@@ -23,15 +23,34 @@ def buffers_of(module: nn.Module) -> list[Place]:
     return [(m, name) for m in module.modules() for name, v in m._buffers.items() if v is not None]
 
 
-def misshapen(shards: Sequence[Shard]) -> ValueError | None:
-    """The error of a buffer that cannot be merged, if there is one."""
-    for shard in shards:
-        for buffer, value in shard.buffers:
-            if value is not None and value.shape != buffer.given.shape:
-                return ValueError(
-                    f"buffer {buffer.name!r} of {type(buffer.source).__name__} was given another "
-                    "shape while a shard ran; SphereParallel merges buffers by value"
-                )
+def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
+    """Buffers that were given another shape: the module's own become what all shards agree on.
+
+    Args:
+        shards: of this process.
+        alone: there is no other process that would have to agree.
+
+    Returns:
+        The error of a buffer on which they do not agree.
+    """
+    for i, (buffer, _) in enumerate(shards[0].buffers if shards else ()):
+        values = [shard.buffers[i][1] for shard in shards]
+        if all(v is None or v.shape == buffer.given.shape for v in values):
+            continue
+        first = values[0]
+        if not alone or first is None or any(v is None or not torch.equal(v, first) for v in values):
+            shapes = sorted({tuple(v.shape) for v in values if v is not None})
+            return ValueError(
+                f"buffer {buffer.name!r} of {type(buffer.source).__name__}, of shape "
+                f"{tuple(buffer.given.shape)}, was given others while the shards ran: {shapes}. "
+                "SphereParallel takes the mean of the shards' buffers, which have to have one "
+                "shape: run a batch through model.module first where the first batch gives a "
+                "buffer its shape (observers of quantization), and return from forward what grows "
+                "with the rows"
+            )
+        buffer.source._buffers[buffer.name] = first.clone()
+        for shard in shards:
+            shard.buffers[i] = (shard.buffers[i][0], None)
     return None
 
 

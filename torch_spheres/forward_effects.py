@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torch_spheres.advice import users_level
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ELSEWHERE, ReplicaPool
 
@@ -181,7 +182,7 @@ class ForwardEffects:
             "Register the layer (nn.ModuleList), and reach it by way of self"
         )
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Says which attributes were set, once for each name."""
         new = [name for name in self._set if name not in self._pool.reported]
         for (i, name), (value, before) in self._contents.items():
@@ -198,7 +199,7 @@ class ForwardEffects:
             "that it changes in place are changed by all shards, in no fixed order. Return what "
             "the loop needs from forward, or make it a buffer, which is merged over the shards",
             UserWarning,
-            stacklevel=stacklevel,
+            stacklevel=users_level(),
         )
 
 
@@ -230,7 +231,7 @@ def _content(value: Any, depth: int = 2) -> Any:
         items = itertools.chain.from_iterable(value.items())
     elif not isinstance(value, (list, tuple, set, frozenset, deque)):
         inside = getattr(value, "__dict__", None)
-        if not inside:
+        if inside is None:
             return None
         value, items = inside, itertools.chain.from_iterable([*inside.items()])
     found = [

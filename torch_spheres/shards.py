@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch_spheres import _compat
-from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
+from torch_spheres.buffers import buffers_of, merge_buffers, take_new_shapes
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
@@ -81,7 +81,8 @@ class Call:
 
     def _split(self, value: Any) -> Split:
         """The arguments, cut by rows."""
-        return Split(value, self.crew.plan.shards, self.ranks)
+        least = 2 if any(map(_needs_two_rows, self.module.modules())) else 1
+        return Split(value, self.crew.plan.shards, self.ranks, least)
 
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""
@@ -215,7 +216,7 @@ class Call:
         """
         buffers = buffers_of(self.module)
         if caught.error is None:
-            caught.error = misshapen(shards)
+            caught.error = take_new_shapes(shards, self.ranks is None)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
         told = self.agree("the forward", caught, [*notes, self.random.drew, *mine])
         notes, (drew, *changed) = told[: len(notes)], told[len(notes) :]
@@ -223,7 +224,7 @@ class Call:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
         self.check_random()
-        self.effects.warn(stacklevel=5)
+        self.effects.warn()
         return notes
 
     def initialise_lazy_modules(self) -> None:
@@ -401,3 +402,8 @@ class Call:
             for (begin, end), part in zip(self.split.bounds, parts, strict=True)
         ]
         return torch.cat(filled)
+
+
+def _needs_two_rows(part: nn.Module) -> bool:
+    """Batch norm over rows alone cannot train on one."""
+    return part.training and isinstance(part, nn.BatchNorm1d)

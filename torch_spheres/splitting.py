@@ -27,19 +27,21 @@ class Split:
         shards: how many pieces to cut at most.
         ranks: with whom the batch is shared; `value` is this rank's part of it, and `share` has to
             be told how many rows there are in all.
+        least: rows that a shard needs; fewer shards run where there are too few for all.
 
     Raises:
         ValueError: no tensor has rows, or not all have as many.
         TypeError: a tensor of a kind that cannot be cut by rows.
     """
 
-    def __init__(self, value: Any, shards: int, ranks: Ranks | None = None) -> None:
+    def __init__(self, value: Any, shards: int, ranks: Ranks | None = None, least: int = 1) -> None:
         self.flat, self.nesting = flatten(value)
         self.shards = shards
         self._ranks = ranks
         self.rows = self._count_rows()
         self.total = self.rows  # of all ranks
-        self.bounds = [(a, b) for a, b in shard_bounds(self.rows, shards) if b > a]
+        pieces = max(1, min(shards, self.rows // least))
+        self.bounds = [(a, b) for a, b in shard_bounds(self.rows, pieces) if b > a]
         self.leaves = [*range(len(self.bounds))]  # of the tree, of each shard that runs
 
     def share(self, rows: list[int]) -> None:

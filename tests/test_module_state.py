@@ -1,0 +1,296 @@
+"""What a forward finds on its module, and what becomes of what it sets there."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import re
+import threading
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from loop_support import W
+from torch import Tensor, nn
+
+import torch_spheres as ts
+
+X = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=[1, 12], scope="module")
+def spheres(request):
+    with ts.KissingSpheres(concurrency=request.param) as running:
+        yield running
+
+
+def shard_by_shard(model: nn.Module, x: Tensor = X) -> Tensor:
+    """Plain torch, with a module as it is for each shard."""
+    return torch.cat([copy.deepcopy(model)(rows) for rows in x.tensor_split(12) if len(rows)])
+
+
+def changes(*names: str) -> str:
+    return re.escape(f"the module's forward changes attributes of the module: {', '.join(names)}.")
+
+
+# ---- what a forward sets ----
+
+
+def count(s: Any, x: Tensor) -> Tensor:
+    s.step += 1
+    return s.n(x) * s.step
+
+
+def remember(s: Any, x: Tensor) -> Tensor:
+    s.h = s.n(x) if s.h is None else s.n(x) + s.h
+    return s.h
+
+
+def make_cache(s: Any, x: Tensor) -> Tensor:
+    if not hasattr(s, "cache"):
+        s.cache = torch.arange(4.0)
+    return s.n(x) + s.cache
+
+
+def forget(s: Any, x: Tensor) -> Tensor:
+    if hasattr(s, "first"):
+        del s.first
+        return s.n(x) * 2
+    return s.n(x)
+
+
+def set_deep(s: Any, x: Tensor) -> Tensor:
+    s.n.scale = getattr(s.n, "scale", 0) + 1
+    return s.n(x) * s.n.scale
+
+
+def register_buffer(s: Any, x: Tensor) -> Tensor:
+    s.register_buffer("late", torch.ones(4), persistent=False)
+    return s.n(x) + s.late
+
+
+def register_layer(s: Any, x: Tensor) -> Tensor:
+    s.act = nn.Tanh()
+    return s.act(s.n(x))
+
+
+def drop_buffer(s: Any, x: Tensor) -> Tensor:
+    scale = 1 if s.b is None else 2
+    s.b = None
+    return s.n(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("forward", "attributes", "name"),
+    [
+        (count, {"step": 0}, "step"),
+        (remember, {"h": None}, "h"),
+        (make_cache, {}, "cache"),
+        (forget, {"first": True}, "first"),
+        (set_deep, {}, "n.scale"),
+        (register_buffer, {}, "late"),
+        (register_layer, {}, "act"),
+        (drop_buffer, {}, "b"),
+    ],
+)
+def test_what_a_forward_sets_reaches_nobody_and_is_reported_once(
+    spheres, forward, attributes, name
+):
+    model = W(forward, **attributes)
+    if forward is drop_buffer:
+        model.register_buffer("b", torch.ones(4))
+    expected = shard_by_shard(model)
+    before = [*vars(model)], copy.deepcopy(model.state_dict())
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=changes(name)) as told:
+        out = parallel(X)
+    assert "Return what the loop needs from forward, or make it a buffer" in str(told[0].message)
+    assert told[0].filename == __file__
+    assert torch.equal(out, expected)
+    for _ in range(3):  # and there is no second warning
+        assert torch.equal(parallel(X), expected)
+    with torch.no_grad():
+        assert torch.equal(parallel(X), expected)
+    assert [*vars(model)] == before[0]
+    torch.testing.assert_close(model.state_dict(), before[1], rtol=0, atol=0)
+    for attribute, value in attributes.items():
+        assert getattr(model, attribute) == value
+
+
+def test_each_name_is_reported_when_it_comes(spheres):
+    model = W(lambda s, x: setattr(s, s.which, 1) or s.n(x), which="a")
+    parallel = ts.SphereParallel(model, spheres)
+    for which in ("a", "b"):
+        model.which = which
+        with pytest.warns(UserWarning, match=changes(which)):
+            parallel(X)
+    parallel(X)
+
+
+def test_forward_backward_reports_too(spheres):
+    parallel = ts.SphereParallel(W(count, step=0), spheres)
+    with pytest.warns(UserWarning, match=changes("step")):
+        parallel.forward_backward(nn.functional.mse_loss, X, X)
+    parallel.forward_backward(nn.functional.mse_loss, X, X)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (list, lambda v: v.append(1)),
+        (dict, lambda v: v.update({len(v): 1})),
+        (set, lambda v: v.add(len(v))),
+        (collections.deque, lambda v: v.append(1)),
+        (types.SimpleNamespace, lambda v: setattr(v, "a", getattr(v, "a", 0) + 1)),
+        (lambda: np.zeros(3), lambda v: np.add(v, 1, out=v) is None),
+        (lambda: {"a": []}, lambda v: v["a"].append(1)),
+    ],
+    ids=["list", "dict", "set", "deque", "object", "array", "deep"],
+)
+def test_what_a_forward_changes_in_place_is_reported(spheres, make, change):
+    model = W(lambda s, x: change(s.seen) or s.n(x), seen=make())
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=changes("seen")):
+        parallel(X)
+    parallel(X)
+
+
+def test_tensors_on_attributes_that_a_forward_writes_to_are_refused(spheres):
+    """As the state of a metric is, which all shards would add to at once."""
+    for write in (
+        lambda s, x: s.total.add_(x.detach().sum()),
+        lambda s, x: s.total.data.add_(1),
+        lambda s, x: s.total.numpy().__iadd__(1),
+        lambda s, x: setattr(s, "total", s.total.add_(1)),
+    ):
+        model = W(lambda s, x, write=write: (write(s, x), s.n(x))[1], total=torch.zeros(()))
+        parallel = ts.SphereParallel(model, spheres)
+        with pytest.raises(RuntimeError, match=r"in place to tensors .*\['total'\].*buffers"):
+            parallel(X)
+
+
+def test_methods_that_are_put_back_are_no_change(spheres):
+    def forward(s: Any, x: Tensor) -> Tensor:
+        plain = s.n.forward
+        s.n.forward = lambda x: 2 * plain(x)
+        try:
+            return s.n(x)
+        finally:
+            s.n.forward = plain
+
+    model = W(forward)
+    expected = 2 * model.n(X)
+    torch.testing.assert_close(ts.SphereParallel(model, spheres)(X), expected)
+
+
+# ---- hooks ----
+
+
+def test_hooks_that_a_forward_installs_are_a_shards_own(spheres):
+    calls: list[int] = []
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        s.n.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+        handle = s.register_forward_pre_hook(lambda m, args: None)
+        out = s.n(x)
+        handle.remove()
+        return out
+
+    model = W(forward)
+    expected = model.n(X)
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=changes("n._forward_hooks")):
+        torch.testing.assert_close(parallel(X), expected)
+    assert calls == [4] * 12
+    parallel(X)
+    assert calls == [4] * 24
+    assert not model.n._forward_hooks and not model._forward_pre_hooks
+
+
+# ---- what the loop changes between steps ----
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+class Scale:
+    def __init__(self) -> None:
+        self.by = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+@pytest.mark.parametrize(
+    ("value", "change", "read"),
+    [
+        ({1}, lambda v: v.add(2), lambda v: sum(v)),
+        (collections.deque([1.0]), lambda v: v.append(2.0), lambda v: sum(v)),
+        (np.ones(4, np.float32), lambda v: v.__imul__(3), torch.from_numpy),
+        (Slotted(1.0), lambda v: setattr(v, "value", 3.0), lambda v: v.value),
+        (Scale(), lambda v: setattr(v, "by", 3.0), lambda v: v(1.0)),
+        (
+            {"a": {"b": {"c": {"d": {"e": [1.0]}}}}},
+            lambda v: v["a"]["b"]["c"]["d"]["e"].append(2.0),
+            lambda v: sum(v["a"]["b"]["c"]["d"]["e"]),
+        ),
+        (torch.ones(4), lambda v: v.mul_(3), lambda v: v),
+        (bytearray(b"a"), lambda v: v.extend(b"b"), len),
+        ([[1.0]], lambda v: v[0].append(2.0), lambda v: sum(v[0])),
+    ],
+    ids=["set", "deque", "array", "slots", "callable", "deep", "tensor", "bytearray", "list"],
+)
+def test_objects_that_the_loop_changes_in_place_are_seen(spheres, value, change, read):
+    model = W(lambda s, x: s.n(x) * read(s.value), value=value)
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(2):
+        torch.testing.assert_close(parallel(X), model(X), rtol=1e-5, atol=1e-6)
+        change(value)
+
+
+def test_the_replicas_have_the_users_own_objects(spheres):
+    lock, seen = threading.Lock(), []
+    model = W(lambda s, x: (seen.append(s.lock is lock and s.config is config), s.n(x))[1])
+    config = model.config = {"a": [1]}
+    model.lock = lock  # which cannot be copied
+    ts.SphereParallel(model, spheres)(X)
+    assert seen == [True] * 12
+
+
+def test_classes_with_slots_and_with_arguments_for_new(spheres):
+    class Odd(nn.Module):
+        __slots__ = ("factor",)
+
+        def __new__(cls, factor: float) -> Odd:
+            return super().__new__(cls)
+
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    model = nn.Sequential(nn.Linear(4, 4), Odd(3.0))
+    parallel = ts.SphereParallel(model, spheres)
+    torch.testing.assert_close(parallel(X), model(X))
+    model[1].factor = 5.0
+    torch.testing.assert_close(parallel(X), model(X))
+
+
+def test_nothing_is_reported_of_a_forward_that_changes_nothing(spheres):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1))
+        parallel = ts.SphereParallel(model, spheres)
+        for _ in range(3):
+            parallel(X).sum().backward()
+        lstm = W(lambda s, x: s.lstm(s.n(x)[:, None])[0], lstm=nn.LSTM(4, 4, batch_first=True))
+        ts.SphereParallel(lstm, spheres)(X).sum().backward()
