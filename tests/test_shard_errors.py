@@ -182,20 +182,6 @@ def test_a_loss_that_fails_leaves_no_graph_behind(spheres):
     step(parallel, "backward")
 
 
-def test_attributes_that_cannot_be_copied_are_named_as_such(spheres):
-    class Locked(nn.Linear):
-        def __init__(self):
-            super().__init__(4, 4)
-            self.lock = threading.Lock()
-
-    parallel = ts.SphereParallel(Locked(), spheres)
-    with pytest.raises(TypeError, match="cannot pickle") as caught:
-        parallel(X)
-    assert any("keep it outside the module" in note for note in caught.value.__notes__)
-    parallel.module.lock = None
-    assert parallel(X).shape == (50, 4)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_script_modules_are_refused(spheres):
     with pytest.raises(TypeError, match=r"RecursiveScriptModule in it.*torch\.compile"):

@@ -38,7 +38,11 @@ def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
         if all(v is None or v.shape == buffer.given.shape for v in values):
             continue
         first = values[0]
-        if not alone or first is None or any(v is None or not torch.equal(v, first) for v in values):
+        if (
+            not alone
+            or first is None
+            or any(v is None or not torch.equal(v, first) for v in values)
+        ):
             shapes = sorted({tuple(v.shape) for v in values if v is not None})
             return ValueError(
                 f"buffer {buffer.name!r} of {type(buffer.source).__name__}, of shape "

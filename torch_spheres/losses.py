@@ -45,9 +45,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
             shard.outputs = []
             del output
             with in_shard(call, k, "backward", shard):
-                found = call.reached.put_together(
-                    *shard.backward([loss], [torch.ones_like(loss)])
-                )
+                found = call.reached.put_together(*shard.backward([loss], [torch.ones_like(loss)]))
             if call.is_first:
                 call.learn(shard)
             call.reached.close()

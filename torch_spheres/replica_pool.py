@@ -118,7 +118,9 @@ class ReplicaPool:
         """Leaves with a gradient that are no replica's: found in graphs, or in strange modules."""
         with self._lock:
             found = [leaf() for leaf in self._found]
-            self._found = [r for r, leaf in zip(self._found, found, strict=True) if leaf is not None]
+            self._found = [
+                r for r, leaf in zip(self._found, found, strict=True) if leaf is not None
+            ]
         held = [p for module in self.strangers for p in module.parameters()]
         leaves = {id(t): t for t in (*found, *held) if t is not None and t.requires_grad}
         return [*leaves.values()]

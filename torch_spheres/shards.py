@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from torch_spheres import _compat
 from torch_spheres.buffers import buffers_of, merge_buffers, take_new_shapes
 from torch_spheres.crew import Crew
@@ -121,7 +122,11 @@ class Call:
     @property
     def ran(self) -> int:
         """Shards that run, in all processes."""
-        return len(self.split.bounds) if self.ranks is None else min(self.split.total, self.split.shards)
+        return (
+            len(self.split.bounds)
+            if self.ranks is None
+            else min(self.split.total, self.split.shards)
+        )
 
     def _signature(self) -> tuple[Any, ...]:
         """What compiled code depends on, but for the rows: new ones are compiled anew."""
