@@ -38,11 +38,8 @@ def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
         if all(v is None or v.shape == buffer.given.shape for v in values):
             continue
         first = values[0]
-        if (
-            not alone
-            or first is None
-            or any(v is None or not torch.equal(v, first) for v in values)
-        ):
+        agree = first is not None and all(v is not None and torch.equal(v, first) for v in values)
+        if first is None or not agree or not alone:
             shapes = sorted({tuple(v.shape) for v in values if v is not None})
             return ValueError(
                 f"buffer {buffer.name!r} of {type(buffer.source).__name__}, of shape "

@@ -103,7 +103,7 @@ class Replica:
                 if p.requires_grad:
                     return False
                 with torch.inference_mode(p.is_inference()):
-                    mine.requires_grad_(False)
+                    mine.requires_grad_(requires_grad=False)
         return True
 
     def rebind(self, names: Iterable[Iterable[str]]) -> None:
@@ -128,7 +128,7 @@ class Replica:
         return taken
 
     def changes(self) -> list[tuple[int, str]]:
-        """What the forward has set: number of the module in ``modules()``, name of the attribute."""
+        """What the forward has set: the module's number in ``modules()``, the attribute's name."""
         return [(i, name) for i, part in enumerate(self.parts) for name in part.changes()]
 
 
