@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from loop_support import no_graph_left_behind
+from loop_support import W, no_graph_left_behind
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -129,6 +129,19 @@ def mistakes(spheres):
     expect_everywhere(
         model, lambda: train([1] if second else None), "found no tensor with rows", ValueError
     )
+
+    # Gradients that the ranks have no place for, and buffers that they could not agree on.
+    strange = W(lambda s, x: s.h[0](s.n(x)), h=[nn.Linear(4, 4)])
+    grown = W(lambda s, x: setattr(s, "b", x[:, 0].detach()) or s.n(x))
+    grown.register_buffer("b", torch.zeros(0))
+    for module, kind, match in (
+        (strange, RuntimeError, "have to be parameters of registered layers"),
+        (grown, ValueError, "was given others while the shards ran"),
+    ):
+        with pytest.raises(kind, match=match):
+            ts.SphereParallel(module, spheres)(part())
+    with torch.no_grad():
+        ts.SphereParallel(strange, spheres)(part())
 
     # Models and settings.
     for make, match in (

@@ -131,7 +131,7 @@ class Reached:
 
     def _refuse_what_ranks_cannot(self) -> None:
         more = [*self._outside, *self._strange, *(self.tensors[i] for i in self._originals)]
-        if more and not self._alone:
+        if more and not self._alone and torch.is_grad_enabled():
             shapes = [tuple(t.shape) for t in more]
             raise RuntimeError(
                 "the forward computes with tensors that require a gradient and are reached "

@@ -101,9 +101,9 @@ class Replica:
                 return False
             if mine.requires_grad != p.requires_grad:
                 if p.requires_grad:
-                    return False
+                    return False  # (it needs what guards a leaf)
                 with torch.inference_mode(p.is_inference()):
-                    mine.requires_grad_(requires_grad=False)
+                    mine.requires_grad = False
         return True
 
     def rebind(self, names: Iterable[Iterable[str]]) -> None:
