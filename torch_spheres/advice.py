@@ -79,7 +79,8 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
     The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
     """
     replica = Replica(module)
-    replica.begin_shard(hooks=False)
+    replica.rebind([[*vars(part)] for part in module.modules()], hooks=False)
+    replica.begin_shard()
     seconds: list[float] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         while len(seconds) < 3 and sum(seconds) <= patience:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch_spheres.advice import users_level
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ELSEWHERE, ReplicaPool
+from torch_spheres.shard import Shard
 
 __all__ = ["ForwardEffects"]
 
@@ -46,10 +47,10 @@ class ForwardEffects:
     def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool) -> None:
         self._module, self._pool = module, pool
         self._set: dict[str, None] = {}  # names of attributes, in order
-        self._parameters = [p for p in module.parameters() if not is_lazy(p)]
+        self._parameters = [p for p in pool.parameters if not is_lazy(p)]
         self._buffers = [
             (part, name, value)
-            for part in itertools.chain(module.modules(), *(m.modules() for m in pool.strangers))
+            for part in itertools.chain(pool.parts, *(m.modules() for m in pool.strangers))
             for name, value in part._buffers.items()
             if value is not None and not is_lazy(value)
         ]
@@ -76,7 +77,7 @@ class ForwardEffects:
     def _read_contents(self) -> dict[tuple[int, str], tuple[Any, Any]]:
         """Of objects on attributes that may change in place."""
         found = {}
-        for i, part in enumerate(self._module.modules()):
+        for i, part in enumerate(self._pool.parts):
             for name, value in vars(part).items():
                 if name not in ELSEWHERE and type(value) not in _PLAIN:
                     content = _content(value)
@@ -87,20 +88,9 @@ class ForwardEffects:
     # ---- shards ----
 
     def look_at(self, replica: Replica) -> None:
-        """After a shard's forward: what it has set on its replica.
-
-        Raises:
-            RuntimeError: it gave a parameter other memory.
-        """
+        """After a shard's forward: what it has set on its replica."""
         for i, name in replica.changes():
             self._set[self._path(i, name)] = None
-        moved = [i for i, (p, mine) in enumerate(replica.params) if p.data_ptr() != mine.data_ptr()]
-        if moved:
-            names = [name for name, _ in self._module.named_parameters()]
-            raise RuntimeError(
-                f"the module's forward gave its parameters {[names[i] for i in moved]} new data, "
-                "which a shard's replica has and the module has not; do it after optimizer.step()"
-            )
 
     def _path(self, i: int, name: str) -> str:
         prefix = next(itertools.islice(self._module.named_modules(), i, None))[0]
@@ -108,12 +98,23 @@ class ForwardEffects:
 
     # ---- afterwards ----
 
-    def check(self) -> None:
+    def check(self, shards: Sequence[Shard]) -> None:
         """After all shards' forward.
 
         Raises:
-            RuntimeError: they have written to what they share.
+            RuntimeError: they have written to what they share, or gave a parameter other memory.
         """
+        replicas = {id(shard.replica): shard.replica for shard in shards}
+        for replica in replicas.values():
+            pairs = enumerate(replica.params)
+            moved = [i for i, (p, mine) in pairs if p.data_ptr() != mine.data_ptr()]
+            if moved:
+                names = [name for name, _ in self._module.named_parameters()]
+                raise RuntimeError(
+                    f"the module's forward gave its parameters {[names[i] for i in moved]} new "
+                    "data, which a shard's replica has and the module has not; do it after "
+                    "optimizer.step()"
+                )
         parameters, buffers, loose = (
             [a != b for a, b in zip(now, before, strict=True)]
             for now, before in zip(self._read_versions(), self._versions, strict=True)

@@ -62,7 +62,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     with Caught() as caught:
         if found is not None:
             kinds = [1 + _DTYPES.index(found.dtype)]
-        call.effects.check()
+        call.effects.check(done)
         if len(counted) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
     (kind,) = call.finish_forward(done, caught, kinds)

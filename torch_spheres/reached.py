@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_spheres.folding import Grads
 from torch_spheres.graph_leaves import ShardGraph
@@ -27,8 +27,7 @@ class Reached:
     """What one call's shards reach.
 
     Args:
-        module: the user's.
-        pool: has looked at its attributes.
+        pool: has looked at the module.
         closely: graphs are searched, whatever is known.
         alone: this process has the whole batch.
 
@@ -36,9 +35,10 @@ class Reached:
         tensors: whose gradients are summed: the module's parameters, then the others.
     """
 
-    def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool, alone: bool) -> None:
+    def __init__(self, pool: ReplicaPool, closely: bool, alone: bool) -> None:
         self._pool, self._alone = pool, alone
-        params = [p for p in module.parameters() if p.requires_grad]
+        params = [p for p in pool.parameters if p.requires_grad]
+        self._registered = len(params)
         # (One that is computed from others counts only where a graph has it: it may be a rest.)
         self._outside = [t for t in pool.outside if t.is_leaf]
         self._strange: list[Tensor] = []  # leaves that are no replica's
@@ -65,6 +65,8 @@ class Reached:
 
     def targets(self, replica: Replica) -> list[Tensor]:
         """The leaves of a shard's graph, as `put_together` wants their gradients."""
+        if len(self.tensors) == self._registered and not self._originals:
+            return [mine for _, mine in replica.params if mine.requires_grad]
         mine = {id(t): leaf for t, leaf in (*replica.params, *replica.outside)}
         originals = [self.tensors[i] for i in self._originals]
         return [*(mine.get(id(t), t) for t in self.tensors), *originals]

@@ -50,9 +50,11 @@ def held_by(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
 
 def _inside(value: Any) -> Iterator[Any]:
     if type(value) in _MAPPINGS:
+        if _PLAIN.issuperset(map(type, value.values())) and _PLAIN.issuperset(map(type, value)):
+            return iter(())
         return itertools.chain(value.keys(), value.values())
     if type(value) in _SEQUENCES or _is_named_tuple(value):
-        return iter(value)
+        return iter(() if _PLAIN.issuperset(map(type, value)) else value)
     if type(value) is functools.partial:
         return iter((value.func, *value.args, *value.keywords.values()))
     return iter(())

@@ -11,6 +11,7 @@ neither another shard nor a later step.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -27,6 +28,9 @@ from torch_spheres import _compat
 from torch_spheres.rebinding import rebound
 
 __all__ = ["Buffer", "Replica"]
+
+_CHANGING = ("_parameters", "_modules", "_non_persistent_buffers_set", *_compat.FORWARD_HOOKS)
+"""Containers on a module of its own, into which a forward may put something."""
 
 
 class Replica:
@@ -50,16 +54,17 @@ class Replica:
         self.module: nn.Module = self.parts[0].copied
         for part in self.parts:
             part.connect(self._replacements)
-        self.rebind([[*vars(part.source)] for part in self.parts])
-        for part in self.parts:
-            part.begin_shard(hooks=True)
+        everything = [[*vars(part.source)] for part in self.parts]
+        self.rebind(everything)
         for part in self.parts:
             part.compile()
+        self.rebind(everything)
         for part in self.parts:
             if is_parametrized(part.copied):
                 _compute_at_each_use(part.copied)
         self.warm: set[Any] = set()  # what compiled code has seen, see Call
         self.bound = 0  # see ReplicaPool
+        self._is_dirty = False
 
     def _leaf(self, tensor: Tensor) -> Tensor:
         with torch.inference_mode(tensor.is_inference()):
@@ -106,30 +111,45 @@ class Replica:
                     mine.requires_grad = False
         return True
 
-    def rebind(self, names: Iterable[Iterable[str]]) -> None:
-        """Makes anew what holds parts of the module: the attributes of such names, of each part."""
-        for part, attributes in zip(self.parts, names, strict=True):
-            part.rebind(attributes, self._replacements)
-
-    def begin_shard(
-        self, *, hooks: bool = True, is_own: Callable[[nn.Module, str, Tensor], bool] | None = None
-    ) -> list[Buffer]:
-        """Gives the replica the attributes, hooks and buffers that the module has now.
+    def rebind(self, names: Iterable[Iterable[str]], *, hooks: bool = True) -> None:
+        """Takes over the module's attributes and hooks, for the shards of one call.
 
         Args:
+            names: of each part, the attributes that hold parts of the module.
             hooks: False leaves the module's hooks out.
+        """
+        for part, attributes in zip(self.parts, names, strict=True):
+            part.rebind(attributes, self._replacements, hooks)
+
+    def begin_shard(
+        self, is_own: Callable[[nn.Module, str, Tensor], bool] | None = None
+    ) -> list[Buffer]:
+        """Gives the replica the attributes that it was bound to, and the module's buffers.
+
+        Args:
             is_own: says of a buffer whether the shard gets a copy, and not the module's; None: all.
         """
+        if self._is_dirty:
+            for part in self.parts:
+                if part.is_changed():
+                    part.restore()
+        self._is_dirty = True  # until `changes` knows better: the forward may raise
         taken: list[Buffer] = []
         copies: dict[int, Tensor] = {}  # one tensor under two names is one in the replica too
         for part in self.parts:
-            part.begin_shard(hooks)
-            part.take_buffers(taken, copies, is_own)
+            if part.source._buffers or part.buffers:
+                part.take_buffers(taken, copies, is_own)
         return taken
 
     def changes(self) -> list[tuple[int, str]]:
         """What the forward has set: the module's number in ``modules()``, the attribute's name."""
-        return [(i, name) for i, part in enumerate(self.parts) for name in part.changes()]
+        changed = [
+            (i, part)
+            for i, part in enumerate(self.parts)
+            if part.is_changed() or (part.buffers and part.lost_buffers())
+        ]
+        self._is_dirty = bool(changed)
+        return [(i, name) for i, part in changed for name in part.changes()]
 
 
 class _Part:
@@ -138,52 +158,70 @@ class _Part:
     def __init__(self, source: nn.Module) -> None:
         self.source = source
         self.copied: nn.Module = object.__new__(type(source))
-        self._registries: dict[str, dict[str, Any]] = {}  # parameters and parts, the copy's own
-        self.own: dict[str, Any] = {
-            "_parameters": {},
-            "_buffers": {},
-            "_modules": {},
-            **{name: OrderedDict() for name in _compat.FORWARD_HOOKS},
-        }
+        self.buffers: dict[str, Tensor | None] = {}
+        self.own: dict[str, Any] = {"_parameters": {}, "_buffers": self.buffers, "_modules": {}}
+        self._held: dict[str, dict[str, Any]] = {}  # what belongs into the registries
+        self._given: dict[str, Any] = {}
+        # What `_given` holds, the registries' entries, and the sizes of all that may grow.
+        self._values: list[Any] = []
+        self._containers: list[Any] = []
+        self._sizes: list[int] = []
+        self._has_hooks = True
         self._slots = [name for kind in type(source).__mro__ for name in _slots(kind)]
-        self._rebound: dict[str, Any] = {}
-        self._given: list[Any] = []
 
     def connect(self, replacements: dict[int, Any]) -> None:
         """Fills the registries with the replica's parameters and parts."""
         for registry in ("_parameters", "_modules"):
             held = vars(self.source)[registry].items()
-            self._registries[registry] = {n: replacements.get(id(v), v) for n, v in held}
+            self._held[registry] = {n: replacements.get(id(v), v) for n, v in held}
+            self.own[registry].update(self._held[registry])
 
-    def rebind(self, names: Iterable[str], replacements: dict[int, Any]) -> None:
-        self._rebound = {}
-        for name in names:
-            value = vars(self.source).get(name)
-            new = value if name in self.own else rebound(value, replacements)
-            if new is not value:
-                self._rebound[name] = new
-
-    def begin_shard(self, hooks: bool) -> None:
+    def rebind(self, names: Iterable[str], replacements: dict[int, Any], hooks: bool) -> None:
         source = vars(self.source)
+        self._given = {**source, **self.own}
+        for name in names:
+            if name not in self.own and name in source:
+                self._given[name] = rebound(source[name], replacements)
+        self._has_hooks = hooks
+        self._copy_containers()
+        self.restore()
+
+    def _copy_containers(self) -> None:
+        """Gives the copy its own: a hook that a forward installs is not the user's module's."""
         for name in _compat.FORWARD_HOOKS:
-            # Own dicts: a hook that a forward installs is not the user's module's.
-            if self.own[name]:
-                self.own[name] = OrderedDict()
-            if hooks and source[name]:
-                self.own[name] = source[name].copy()
-        for registry, held in self._registries.items():
-            if not _same(self.own[registry], held):
-                self.own[registry].clear()
-                self.own[registry].update(held)
-        self.own["_non_persistent_buffers_set"] = source["_non_persistent_buffers_set"].copy()
-        given = {**source, **self._rebound, **self.own}
-        self._given = [*given.values()]
+            hooks = vars(self.source)[name]
+            self._given[name] = hooks.copy() if self._has_hooks else OrderedDict()
+        name = "_non_persistent_buffers_set"
+        self._given[name] = vars(self.source)[name].copy()
+        registered = itertools.chain.from_iterable(held.values() for held in self._held.values())
+        self._values = [*self._given.values(), *registered]
+        self._containers = [self._given[name] for name in _CHANGING]
+        self._sizes = [*map(len, self._containers)]
+
+    def is_changed(self) -> bool:
+        """Whether the copy has not what it was bound to."""
+        now, own = self.copied.__dict__, self.own
+        if len(now) != len(self._given) or [*map(len, self._containers)] != self._sizes:
+            return True
+        registered = own["_parameters"].values(), own["_modules"].values()
+        return not all(map(is_, itertools.chain(now.values(), *registered), self._values))
+
+    def lost_buffers(self) -> list[str]:
+        """Names of buffers that are new, or are None now."""
+        source = self.source._buffers
+        return [n for n, v in self.buffers.items() if v is None and source.get(n) is not None] + (
+            [] if len(self.buffers) == len(source) else [n for n in self.buffers if n not in source]
+        )
+
+    def restore(self) -> None:
+        """Gives the copy what it was bound to."""
+        for registry, held in self._held.items():
+            self.own[registry].clear()
+            self.own[registry].update(held)
+        if [*map(len, self._containers)] != self._sizes:
+            self._copy_containers()
         # In one step: a checkpoint may be computing with the replica in another thread.
-        before = vars(self.copied)
-        if [*before] == [*given]:
-            before.update(given)
-        else:
-            object.__setattr__(self.copied, "__dict__", given)
+        object.__setattr__(self.copied, "__dict__", self._given.copy())
         for name in self._slots:
             if hasattr(self.source, name):
                 object.__setattr__(self.copied, name, getattr(self.source, name))
@@ -194,8 +232,7 @@ class _Part:
         copies: dict[int, Tensor],
         is_own: Callable[[nn.Module, str, Tensor], bool] | None,
     ) -> None:
-        buffers = self.own["_buffers"]
-        source = self.source._buffers
+        buffers, source = self.buffers, self.source._buffers
         if buffers.keys() != source.keys():
             buffers.clear()
         for name, value in source.items():
@@ -222,26 +259,17 @@ class _Part:
                 self.own[name] = value
 
     def changes(self) -> list[str]:
-        """Names of attributes, parts and parameters that the forward set on the copy."""
-        now = vars(self.copied)
-        found: list[str] = []
-        if len(now) != len(self._given) or not all(map(is_, now.values(), self._given)):
-            given = {**vars(self.source), **self._rebound, **self.own}
-            missing = object()
-            found = [n for n, v in now.items() if given.get(n, missing) is not v]
-            found += [n for n in given if n not in now]
-            found = [n for n in found if not self._is_harmless(n, now.get(n))]
-        for registry, held in self._registries.items():
-            if not _same(self.own[registry], held):
-                now = self.own[registry]
-                found += [n for n in {**held, **now} if now.get(n) is not held.get(n)]
-        source = self.source._buffers
-        for name, value in self.own["_buffers"].items():
-            if name not in source or (value is None and source[name] is not None):
-                found.append(name)
-        for name in _compat.FORWARD_HOOKS:
-            if len(self.own[name]) > len(vars(self.source)[name]):
-                found.append(name)
+        """Names of attributes, parts, parameters and hooks that the forward set on the copy."""
+        now, given, missing = vars(self.copied), self._given, object()
+        found = [n for n, v in now.items() if given.get(n, missing) is not v]
+        found += [n for n in given if n not in now]
+        found = [n for n in found if not self._is_harmless(n, now.get(n))]
+        for registry, held in self._held.items():
+            entries = self.own[registry]
+            found += [n for n in {**held, **entries} if entries.get(n) is not held.get(n)]
+        found += self.lost_buffers()
+        lengths = zip(_CHANGING, self._containers, self._sizes, strict=True)
+        found += [name for name, held, before in lengths if len(held) > before and "_hook" in name]
         return found
 
     def _is_harmless(self, name: str, value: Any) -> bool:
@@ -253,11 +281,6 @@ class _Part:
             name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
             for hook in hooks
         )
-
-
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether both hold the same objects in the same order."""
-    return len(a) == len(b) and all(map(is_, a.values(), b.values())) and [*a] == [*b]
 
 
 def _slots(kind: type) -> Iterable[str]:

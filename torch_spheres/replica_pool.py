@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class ReplicaPool:
         self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
         self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
         self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py
+        self.parts: list[nn.Module] = []
+        """The module's, as ``modules()`` lists them."""
+        self.parameters: list[nn.Parameter] = []
         self.attributes: list[list[str]] = []
         """Of each module: those that hold parts of it, and are the replica's own."""
         self.outside: list[Tensor] = []
@@ -52,6 +55,7 @@ class ReplicaPool:
         """To be called before shards are run: drops replicas that the module has outgrown."""
         parts = [*module.modules()]
         with self._lock:
+            self.parts, self.parameters = parts, [*module.parameters()]
             self._look_at_attributes(parts)
             form = [_form(part) for part in parts]
             form.append([id(t) for t in self.outside])
@@ -63,7 +67,7 @@ class ReplicaPool:
 
     def _look_at_attributes(self, parts: list[nn.Module]) -> None:
         known = {id(part) for part in parts}
-        parameters = {id(p) for part in parts for p in part._parameters.values() if p is not None}
+        parameters = {id(p) for p in self.parameters}
         self.attributes, self.loose = [[] for _ in parts], []
         outside: dict[int, Tensor] = {}
         strangers: dict[int, nn.Module] = {}
@@ -89,18 +93,19 @@ class ReplicaPool:
             self._callables = callables
             self._calls.clear()
 
-    def _held(self, i: int, name: str, value: Any) -> Iterator[Any]:
+    def _held(self, i: int, name: str, value: Any) -> Iterable[Any]:
         """What an attribute holds; a large container without anything is not looked at again."""
-        size = len(value) if type(value) in (list, tuple, dict, set) else 0
+        size = len(value) if type(value) in _SIZED else 0
         if size < _MANY:
-            return held_by(value)
+            simple = type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value))
+            return () if simple else held_by(value)
         seen, length = self._large.get((i, name), (None, -1))
         if seen is value and length == size:
-            return iter(())
+            return ()
         found = [*held_by(value)]
         if not found:
             self._large[i, name] = value, size
-        return iter(found)
+        return found
 
     def watches(self, kind: Hashable) -> tuple[bool, bool]:
         """Whether a call of a kind is the first one, and whether it is to be watched closely."""
@@ -147,6 +152,7 @@ class ReplicaPool:
 
 
 _PLAIN = frozenset((type(None), bool, int, float, str))
+_SIZED = frozenset((list, tuple, dict, set))
 
 
 def _form(module: nn.Module) -> list[Any]:

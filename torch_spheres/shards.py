@@ -66,12 +66,12 @@ class Call:
         self.compiled = (
             self._signature() if any(map(_compat.is_compiled, module.modules())) else None
         )
-        training = tuple(part.training for part in module.modules())
+        training = tuple(part.training for part in pool.parts)
         kind = what, torch.is_grad_enabled(), training
         self.is_first, self.closely = pool.watches(kind)
         self._learnt = not self.is_first  # which large buffers the forward writes to
         self.effects = ForwardEffects(module, pool, self.closely)
-        self.reached = Reached(module, pool, self.closely, ranks is None)
+        self.reached = Reached(pool, self.closely, ranks is None)
         self.differentiable = [
             i
             for i, value in enumerate(self.split.flat)
@@ -152,7 +152,7 @@ class Call:
         """Runs one shard's forward in the calling thread's context, see `in_shard`."""
         shard = Shard(ShardRandom(self.random, self.split.leaves[k]), replica)
         grad = torch.is_grad_enabled
-        taken = replica.begin_shard(is_own=self._has_own)
+        taken = replica.begin_shard(self._has_own)
         with in_shard(self, k, "forward", shard):
             values = self.split.parts(k)
             for i in self.differentiable if grad() else ():
@@ -205,7 +205,7 @@ class Call:
                 self.learn(shard)
             shards += self.crew.map(lambda k: run(k + first), len(self.split.bounds) - first)
             self.shards = list(shards)
-            self.effects.check()
+            self.effects.check(shards)
             self.reached.look_at(shards)
             outputs = self._gather(shards)
         self.finish_forward(shards, caught)
