@@ -151,6 +151,18 @@ def profiler_is_on() -> bool:
     return bool(getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
 
 
+_look_up(
+    "torch.autograd.forward_ad._current_level",
+    without="forward-mode AD is not noticed, and the tangent is None",
+)
+
+
+def forward_ad_is_on() -> bool:
+    """Whether there are dual tensors."""
+    # (The name holds a value, which torch replaces.)
+    return bool(getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0)
+
+
 # ---- torch.compile ----
 
 disable_compiler: Callable[[Any], Any] = _look_up(
@@ -357,6 +369,13 @@ _look_at(
     "_compiled_call_impl", "_call_impl", *FORWARD_HOOKS, *OTHER_HOOKS,
 )  # fmt: skip
 _look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version")
+_look_at(
+    "Distribution", torch.distributions.Distribution(validate_args=False), (PARALLEL,),
+    "_batch_shape",
+)  # fmt: skip
+_look_at(
+    "Transform", torch.distributions.Transform(cache_size=1), (PARALLEL,), "_inv", "_cached_x_y"
+)
 _look_at("Generator", torch.default_generator, (PARALLEL, LOADER), "_cdata")
 
 

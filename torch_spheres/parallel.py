@@ -6,8 +6,8 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_spheres import _compat
 from torch_spheres.advice import Adviser
 from torch_spheres.crew import Crew
+from torch_spheres.cutting import Cutting
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -25,6 +26,7 @@ from torch_spheres.replica import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
+from torch_spheres.splitting import refuse_tracing, rows_to_tune_by
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 from torch_spheres.whole_batch import face, gather_rows
@@ -100,6 +102,9 @@ class SphereParallel(nn.Module):
         *,
         reproducible: bool = True,
         process_group: ProcessGroup | bool | None = None,
+        batch_dim: int | Mapping[str, int] = 0,
+        whole: Sequence[str] = (),
+        scalars: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
         _compat.require(_compat.PARALLEL)
@@ -123,6 +128,8 @@ class SphereParallel(nn.Module):
             raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
         if not isinstance(reproducible, bool):
             raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+        self._cutting = Cutting(batch_dim, whole, scalars)  # type: ignore[arg-type]
+        self._cutting.check_names(module)
         keep_freed_memory(spheres.levels)
         self.module = module
         self.reproducible = reproducible
@@ -159,6 +166,7 @@ class SphereParallel(nn.Module):
     @_compat.disable_compiler  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
+        refuse_tracing()
         crew, trial = self._choose("forward", all_ways, args, kwargs)
         run = functools.partial(self._run, crew, args, kwargs)
         if trial is not None:
@@ -179,7 +187,7 @@ class SphereParallel(nn.Module):
     ) -> tuple[Crew, Trial | None]:
         spheres = self._spheres
         tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        rows = max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))
+        rows = rows_to_tune_by(tensors, self._cutting)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
@@ -220,7 +228,8 @@ class SphereParallel(nn.Module):
     ) -> Call:
         ranks = self._ranks if self._shares else None
         kind = Call if ranks is None else SharedCall
-        make = functools.partial(kind, self.module, self._pool, crew, args, kwargs, ranks, what)
+        make = functools.partial(kind, self.module, self._pool, crew, args, kwargs, ranks, what,
+                                 cutting=self._cutting)  # fmt: skip
         call = make()
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip

@@ -79,17 +79,18 @@ def face(raw: Any, share: float) -> Any:
     return _Face.apply(raw, share)  # type: ignore[no-untyped-call]
 
 
-def own_rows_only(value: Any, total: int) -> Any:
+def own_rows_only(value: Any, total: int, dim: int = 0) -> Any:
     """A rank's rows, to be used where the gradient that comes back is that of all `total` rows."""
     if not isinstance(value, Tensor) or value.dim() == 0 or not value.requires_grad:
         return value
     node: Any = value.grad_fn
     if _is_face(node):
         return node.raw
-    if len(value) == 0 or not torch.is_grad_enabled() or not _has_face(node):
+    rows = value.shape[dim]
+    if rows == 0 or not torch.is_grad_enabled() or not _has_face(node):
         return value
     # What comes back is the gradient of the whole batch, on its way to a `_Face`.
-    made_up, times = value.view_as(value), total / len(value)
+    made_up, times = value.view_as(value), total / rows
     made_up.register_hook(lambda grad: grad * times)
     return made_up
 

@@ -1,0 +1,317 @@
+"""Compares a model's shards with the bare module, once for each form of call.
+
+Whether a batch can be cut into shards is a property of the model that its shapes do not tell: it
+may look across rows, as contrastive losses do, or its batch may be another dimension. So the rows
+of the first two shards are run together and alone. Which dimension of an output has changed is the
+one along which shards are put together, and values that have changed beyond rounding show a model
+that is not row-wise.
+
+That happens in evaluation mode on a copy of the module, without gradients and hooks, and leaves no
+trace in buffers or random numbers. What cannot be compared so is put together by its shapes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_spheres import _compat
+from torch_spheres.advice import _users_level
+from torch_spheres.nesting import Nesting, flatten_output
+from torch_spheres.objects import is_sequence
+from torch_spheres.outputs import ONCE, ROWS, SCALAR, Refused, Way, is_array, same
+from torch_spheres.random import RandomSource, random_states, restore_random_states
+from torch_spheres.replica import Replica
+from torch_spheres.rounding import differs, rounding_of
+
+if TYPE_CHECKING:
+    from torch_spheres.shards import Call
+
+__all__ = ["Comparison", "compared"]
+
+_FORMS = 64  # calls of more forms than these are put together by their shapes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the outputs of one form of call are: for outputs of this nesting and dimensions."""
+
+    nesting: Nesting | None
+    dims: tuple[int | None, ...]
+    ways: tuple[Way, ...]
+
+    def fits(self, nesting: Nesting | None, dims: tuple[int | None, ...]) -> bool:
+        """Whether it is about such outputs; without outputs, it is about any."""
+        return nesting is None or (dims == self.dims and nesting == self.nesting)
+
+
+def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = None) -> Comparison:
+    """How the outputs are put together; warns once if the module is not row-wise.
+
+    Args:
+        call: whose rows are taken.
+        outputs: of one shard, as flat leaves.
+        nesting: theirs; None: nothing will be put together.
+    """
+    dims = tuple(len(o.shape) if is_array(o) else None for o in outputs)
+    unknown = Comparison(nesting, dims, (None,) * len(dims))
+    ranges = _two_ranges(call)
+    if ranges is None:
+        return unknown
+    learned = call.cutting.learned
+    with learned.lock:
+        known = learned.comparisons.setdefault(_form(call), [])
+        for comparison in known:
+            if comparison.fits(nesting, dims):
+                return comparison
+        if len(learned.comparisons) > _FORMS or len(known) >= _FORMS:
+            return unknown
+        if any(map(_compat.is_compiled, call.module.modules())):
+            found = unknown  # it would be compiled for other rows, which can take minutes
+        elif _compat.dispatch_modes():
+            return unknown  # they would see, and count, what is no part of the call
+        else:
+            found = _compare(call, ranges, unknown)
+        known.append(found)
+        return found
+
+
+def _form(call: Call) -> Hashable:
+    """What may change what the module returns, but for sizes: those of sequences are many."""
+    values = [
+        (v.dim(), v.dtype) if isinstance(v, Tensor) else v if isinstance(v, _PLAIN) else type(v)
+        for v in call.split.flat
+    ]
+    return call.module.training, call.sums, call.keys, (*values,)
+
+
+_PLAIN = (bool, type(None))
+
+
+def _two_ranges(call: Call) -> tuple[int, int, int] | None:
+    """Two neighbouring ranges of rows: two shards, or the halves of a process's only one."""
+    bounds = call.split.bounds
+    if len(bounds) > 1:
+        return bounds[0][0], bounds[0][1], bounds[1][1]
+    if call.ranks is None or not bounds or bounds[0][1] - bounds[0][0] < 2:
+        return None
+    begin, end = bounds[0]
+    return begin, (begin + end) // 2, end
+
+
+class _Drawn(Exception):  # noqa: N818  # no error: the module draws from a generator of its own
+    pass
+
+
+class _Draws(RandomSource):
+    """Random numbers that are nobody's; and whether there were any."""
+
+    def __init__(self) -> None:
+        super().__init__(self._seed)
+        self.any = False
+
+    def _seed(self) -> int:
+        self.any = True
+        return 0
+
+    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
+        raise _Drawn
+
+
+def _compare(call: Call, ranges: tuple[int, int, int], unknown: Comparison) -> Comparison:
+    begin, middle, end = ranges
+    replica = Replica(call.module)
+    for part in replica.module.modules():
+        for name in _compat.FORWARD_HOOKS:
+            setattr(part, name, OrderedDict())
+    modes = [(part, part.training) for part in replica.module.modules()]
+    draws = _Draws()
+
+    def run(first: int, last: int) -> tuple[list[Any], Nesting]:
+        values = [v.clone() if isinstance(v, Tensor) else v for v in call.split.cut(first, last)]
+        replica.take_buffers()
+        args, kwargs = call.arguments([v.detach() if isinstance(v, Tensor) else v for v in values])
+        with torch.no_grad(), draws.active():
+            return flatten_output(replica.module(*args, **kwargs))
+
+    before = random_states()
+    try:
+        for training in (False, True):  # the latter for shapes, where the former has others
+            for part, was in modes:
+                part.training = training and was
+            whole, *alone = run(begin, end), run(begin, middle), run(middle, end)
+            if unknown.nesting is None or _alike(unknown, *alone[0]) or not call.module.training:
+                break
+    except Exception:  # noqa: BLE001
+        return unknown  # it cannot run so; whatever is wrong shows in the shards
+    finally:
+        after = random_states()
+        drew = draws.any or not _equal_states(before, after)
+        restore_random_states(before)
+    if not _alike(unknown, *alone[0]) or alone[0][1] != alone[1][1]:
+        return unknown
+    if whole[1] != alone[0][1]:
+        why = (
+            "has another structure for more rows, such as a list with tensors for each row; "
+            "stack or pad them into one tensor"
+        )
+        return Comparison(unknown.nesting, unknown.dims, (Refused(why),) * len(unknown.dims))
+    rows = end - begin, middle - begin, end - middle
+    values = [*zip(whole[0], alone[0][0], alone[1][0], strict=True)]
+    ways = tuple(_way(three, rows) for three in values)
+    if not drew and not training:
+        _check_values(call, values, ways, rows)
+    return Comparison(unknown.nesting, unknown.dims, ways)
+
+
+def _alike(expected: Comparison, outputs: Sequence[Any], nesting: Nesting) -> bool:
+    dims = tuple(len(o.shape) if is_array(o) else None for o in outputs)
+    return expected.nesting is None or expected.fits(nesting, dims)
+
+
+def _equal_states(before: Any, after: Any) -> bool:
+    return torch.equal(before["torch"], after["torch"]) and all(
+        before[name] == after[name] for name in ("python", "numpy")
+    )
+
+
+# ---- shapes ----
+
+Three = tuple[Any, Any, Any]  # of an output: of both ranges together, of the first, of the second
+_SQUEEZED = (
+    "has another number of dimensions for one row than for several, as squeeze() gives it; "
+    "squeeze a dimension by its number, squeeze(-1)"
+)
+_BY_PAIRS = (
+    "depends on pairs of rows, or on all of them: more than its batch dimension grows with the "
+    "rows, as in a matrix of similarities. Shards know their own rows alone: return what it is "
+    "computed from, and compute it outside of the module"
+)
+_STATISTIC = (
+    "has no rows and differs from shard to shard, as a statistic over the batch does: each shard "
+    "knows its own rows alone. Compute it from the outputs that have rows, outside of the module, "
+    "or return one value for each row (expand it)"
+)
+_NO_TENSOR = (
+    "is no tensor and depends on the rows; return a tensor: one value for each row is put "
+    "together, one without dimensions is averaged or summed"
+)
+
+
+def _way(three: Three, rows: tuple[int, int, int]) -> Way:
+    """How an output is put together."""
+    whole, *alone = three
+    if any(isinstance(v, PackedSequence) for v in three):
+        return None  # gather_output says what is the matter
+    if not all(map(is_array, three)):
+        if any(map(is_array, three)):
+            return None
+        return _way_of_others(three, rows)
+    if any(len(v.shape) != len(whole.shape) for v in alone):
+        return Refused(_SQUEEZED)
+    if not len(whole.shape):
+        return SCALAR
+    changed = [d for d, n in enumerate(whole.shape) if any(v.shape[d] != n for v in alone)]
+    if not changed:
+        return ONCE if same(*alone) else Refused(_STATISTIC)
+    if len(changed) > 1:
+        return Refused(_BY_PAIRS)
+    (dim,) = changed
+    lengths = [v.shape[dim] for v in three]
+    if all(n * rows[0] == lengths[0] * r for n, r in zip(lengths, rows, strict=True)):
+        return dim
+    # As many as there are (a selection of rows): refused, unless shapes fit by chance.
+    return None if lengths[0] == lengths[1] + lengths[2] else Refused(_BY_PAIRS)
+
+
+def _way_of_others(three: Three, rows: tuple[int, int, int]) -> Way:
+    whole, *_ = three
+    if is_sequence(whole) and all(map(is_sequence, three)):
+        if len({len(v) for v in three}) > 1:
+            fits = all(len(v) == r for v, r in zip(three, rows, strict=True))
+            return ROWS if fits else Refused(_NO_TENSOR)
+        return ONCE
+    if isinstance(whole, float) and all(isinstance(v, float) for v in three):
+        return None  # the shards' own have to be equal
+    return None if same(whole, three[1]) and same(whole, three[2]) else Refused(_NO_TENSOR)
+
+
+# ---- values ----
+
+
+def _check_values(
+    call: Call, values: Sequence[Three], ways: Sequence[Way], rows: tuple[int, int, int]
+) -> None:
+    """Warns, once, if the rows together are not what they are alone."""
+    learned = call.cutting.learned
+    if learned.warned:
+        return
+    inside = call.in_objects() if call.what == "forward" else ()
+    eps = rounding_of(call)
+    for i, (three, way) in enumerate(zip(values, ways, strict=True)):
+        text = None
+        if isinstance(way, int):
+            text = _rows_differ(three, way, eps)
+        elif way == SCALAR and call.what == "forward" and not (i < len(inside) and inside[i]):
+            text = _scalars_differ(three, rows, eps, call.sums)
+        elif way == ROWS and not same([*three[0]], [*three[1], *three[2]]):
+            text = _NOT_ROW_WISE
+        if text is not None:
+            learned.warned = True
+            warnings.warn(f"output {i} of the module {text}", UserWarning, _users_level())
+            return
+
+
+_NOT_ROW_WISE = (
+    "is not the same for rows that are alone in a shard and for rows together with others: the "
+    "module looks across the rows of a batch, or its batch is not dimension 0, as in layers that "
+    "have batch_first=False. Shards know their own rows alone, so the result is not that of the "
+    "bare module. SphereParallel(..., batch_dim=1), or batch_dim={'name': 1}, says where the batch "
+    "is, and whole=('name',) which arguments every shard needs all of, such as a mask; what looks "
+    "across rows (a contrastive loss, for one) belongs outside of the module"
+)
+
+
+def _rows_differ(three: Three, dim: int, eps: float) -> str | None:
+    whole, *alone = (torch.from_numpy(v) if _is_numeric(v) else v for v in three)
+    if not isinstance(whole, Tensor):
+        same_rows = same(whole, np.concatenate(alone, dim))
+        return None if same_rows else _NOT_ROW_WISE
+    return _NOT_ROW_WISE if differs(whole, torch.cat(alone, dim), eps) else None
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+
+
+def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: bool) -> str | None:
+    whole, *alone = (v.detach().to(torch.complex128 if v.is_complex() else torch.float64)
+                     for v in three)  # fmt: skip
+    mean = sum(v * (r / rows[0]) for v, r in zip(alone, rows[1:], strict=True))
+    total = sum(alone)
+    assert isinstance(mean, Tensor) and isinstance(total, Tensor)
+    ours, other = (total, mean) if sums else (mean, total)
+    if not differs(whole, ours, eps):
+        return None
+    if not differs(whole, other, eps):
+        now, then = ("sum", "mean") if sums else ("mean", "sum")
+        return (
+            f"has no dimensions and is a {then} over rows, but the shards' are put together as a "
+            f"{now}: SphereParallel(..., scalars={then!r}) makes it right"
+            + (" (num_items_in_batch= makes it a sum; leave it out)" if sums else "")
+        )
+    return (
+        "has no dimensions, and is neither the mean nor the sum of the shards': it is a mean over "
+        "something else than rows (tokens that are not padding, for one), or looks across rows. "
+        f"The shards' {'sum' if sums else 'mean, weighted by their rows'}, is what comes out. "
+        "Return a value for each row, or a sum and a count with scalars='sum'; or compute it "
+        "outside of the module, with forward_backward() and a loss that returns (sum, count)"
+    )
