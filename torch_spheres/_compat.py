@@ -163,6 +163,11 @@ def forward_ad_is_on() -> bool:
     return bool(getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0)
 
 
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` records what the calling thread does."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
+
+
 # ---- torch.compile ----
 
 disable_compiler: Callable[[Any], Any] = _look_up(

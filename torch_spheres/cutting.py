@@ -72,11 +72,12 @@ class Cutting:
             dims = {name: int(dim) for name, dim in dims.items()}
         else:
             dims = as_index("batch_dim", dims, 0)
-        if isinstance(self.whole, str) or not all(isinstance(name, str) for name in self.whole):
+        names: Any = self.whole
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(
-                f"whole must be names of arguments, such as whole=('mask',), got {self.whole!r}"
+                f"whole must be names of arguments, such as whole=('mask',), got {names!r}"
             )
-        whole = tuple(self.whole)
+        whole = tuple(names)
         twice = [name for name in whole if isinstance(dims, dict) and name in dims]
         if twice:
             raise ValueError(f"arguments {twice} are in batch_dim and in whole")
@@ -149,13 +150,8 @@ def _parameters(module: nn.Module) -> _Parameters | None:
             _known[function] = found
     if not bound:
         return found
-    own = found.positional[:1]  # self
-    return _Parameters(
-        found.positional[1:],
-        found.rest,
-        found.any_keyword,
-        tuple(n for n in found.all if n not in own),
-    )
+    others = tuple(name for name in found.all if name not in found.positional[:1])  # but self
+    return _Parameters(found.positional[1:], found.rest, found.any_keyword, others)
 
 
 def _read(signature: inspect.Signature) -> _Parameters:

@@ -151,7 +151,7 @@ def _state(value: Any) -> dict[str, Any]:
 def _made(kind: type, state: dict[str, Any]) -> Any:
     if kind is _Inverse:
         return state["inv"].inv
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     if isinstance(made, Distribution):
         state["_batch_shape"] = state["_batch_shape"].shape
     vars(made).update(state)

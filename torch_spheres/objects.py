@@ -1,4 +1,4 @@
-"""What lies inside values that are no tensors: sequences of plain values, and tensors in objects."""
+"""What lies inside values that are no tensors: plain sequences, and tensors in objects."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 __all__ = ["is_sequence", "row_sequences", "tensor_inside"]
 
 _DEPTH, _VALUES = 8, 2000  # of a search
-_CLOSED = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, torch.dtype,
-           torch.device, np.ndarray, np.generic, range)  # fmt: skip
+_CLOSED = (
+    *(str, bytes, bytearray, int, float, complex, range, type(None), type, types.ModuleType),
+    *(torch.dtype, torch.device, np.ndarray, np.generic),
+)
 
 
 def is_sequence(value: Any) -> bool:
@@ -91,4 +93,4 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", getattr(value, name)
 
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))

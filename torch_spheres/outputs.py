@@ -15,7 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres.objects import is_sequence, tensor_inside
 
-__all__ = ["FIRST", "ONCE", "ROWS", "SCALAR", "Refused", "Way", "gather_output", "is_array", "same"]
+__all__ = [
+    "FIRST", "ONCE", "ROWS", "SCALAR", "STATISTIC", "Refused", "Way", "gather_output", "is_array",
+    "same",
+]  # fmt: skip
 
 SCALAR, ONCE, ROWS, FIRST = "scalar", "once", "rows", "first"
 
@@ -84,13 +87,15 @@ def gather_output(
                 "on the rows"
             )
     if isinstance(way, Refused):
-        raise ValueError(f"output {i} of the module {way.why}")
+        raise ValueError(
+            f"output {i} of the module, {_described(first)} for {sizes[0]} rows, {way.why}"
+        )
     if not is_array(first):
         return _gather_others(i, values, sizes, way)
     if not len(first.shape) and isinstance(first, Tensor) and way != ONCE:
         return total(values), SCALAR
     if way == ONCE or not len(first.shape):
-        return _once(i, values), ONCE
+        return _once(i, values, sizes), ONCE
     dim = way if isinstance(way, int) else _dim_by_shape(values, sizes, preferred)
     _check_rows(i, values, sizes, dim)
     if isinstance(first, Tensor):
@@ -98,16 +103,20 @@ def gather_output(
     return np.concatenate(values, dim), dim
 
 
-def _once(i: int, values: Sequence[Any]) -> Any:
+STATISTIC = (
+    "has no rows and differs from shard to shard, as a statistic over the batch does: each shard "
+    "knows its own rows alone. Compute it from the outputs that have rows, outside of the module, "
+    "or return one value for each row (expand it); tensors without dimensions are averaged or "
+    "summed, see scalars="
+)
+
+
+def _once(i: int, values: Sequence[Any], sizes: Sequence[int]) -> Any:
     """What does not depend on the rows."""
     first = values[0]
     if not all(same(value, first) for value in values):
         raise ValueError(
-            f"output {i} of the module, {_described(first)}, has no rows and differs from shard to "
-            "shard, as a statistic over the batch does: each shard knows its own rows alone. "
-            "Compute it from the outputs that have rows, outside of the module, or return one value "
-            "for each row (expand it); tensors without dimensions are averaged or summed, see "
-            "scalars="
+            f"output {i} of the module, {_described(first)} for {sizes[0]} rows, {STATISTIC}"
         )
     return first.detach().clone() if isinstance(first, Tensor) else first
 
@@ -170,15 +179,15 @@ def _gather_others(
     if len(values) == 1:
         return first, ROWS if way == ROWS else FIRST
     equal = all(same(value, first) for value in values)
-    if is_sequence(first) and way != ONCE and not (equal and way is None and not len(first)):
-        if all(len(v) == n for v, n in zip(values, sizes, strict=True)):
-            if way == ROWS or not equal:
-                return _joined(values), ROWS
-            raise ValueError(
-                f"output {i} of the module is a {type(first).__name__} of {len(first)} elements, "
-                "as many as a shard has rows, and the same for all shards: it is not clear whether "
-                "it has one for each row; return a tensor"
-            )
+    by_rows = is_sequence(first) and all(map(is_sequence, values)) and way != ONCE
+    if by_rows and all(len(v) == n for v, n in zip(values, sizes, strict=True)):
+        if way == ROWS or not equal:
+            return _joined(values), ROWS
+        raise ValueError(
+            f"output {i} of the module is a {type(first).__name__} of {len(first)} elements, "
+            "as many as a shard has rows, and the same for all shards: it is not clear whether "
+            "it has one for each row; return a tensor"
+        )
     if not equal:
         raise ValueError(
             f"output {i} of the module, {_described(first)}, is no tensor and differs from shard "
@@ -218,6 +227,5 @@ def same(a: Any, b: Any) -> bool:
         return False
     if is_sequence(a):
         return len(a) == len(b) and all(map(same, a, b))
-    if type(a).__eq__ is object.__eq__:
-        return True  # it has nothing to compare by
-    return bool(a == b)
+    # (An object without a comparison of its own has nothing to differ by.)
+    return getattr(type(a), "__eq__", None) is object.__eq__ or bool(a == b)

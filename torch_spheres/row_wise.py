@@ -27,7 +27,7 @@ from torch_spheres import _compat
 from torch_spheres.advice import _users_level
 from torch_spheres.nesting import Nesting, flatten_output
 from torch_spheres.objects import is_sequence
-from torch_spheres.outputs import ONCE, ROWS, SCALAR, Refused, Way, is_array, same
+from torch_spheres.outputs import ONCE, ROWS, SCALAR, STATISTIC, Refused, Way, is_array, same
 from torch_spheres.random import RandomSource, random_states, restore_random_states
 from torch_spheres.replica import Replica
 from torch_spheres.rounding import differs, rounding_of
@@ -76,11 +76,12 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
             return unknown
         if any(map(_compat.is_compiled, call.module.modules())):
             found = unknown  # it would be compiled for other rows, which can take minutes
-        elif _compat.dispatch_modes():
+        elif _compat.dispatch_modes() or _compat.profiler_is_on():
             return unknown  # they would see, and count, what is no part of the call
         else:
             found = _compare(call, ranges, unknown)
-        known.append(found)
+        if not any(isinstance(way, Refused) for way in found.ways):  # (they are looked at anew)
+            known.append(found)
         return found
 
 
@@ -123,6 +124,7 @@ class _Draws(RandomSource):
         return 0
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
+        del given, op
         raise _Drawn
 
 
@@ -195,11 +197,6 @@ _BY_PAIRS = (
     "rows, as in a matrix of similarities. Shards know their own rows alone: return what it is "
     "computed from, and compute it outside of the module"
 )
-_STATISTIC = (
-    "has no rows and differs from shard to shard, as a statistic over the batch does: each shard "
-    "knows its own rows alone. Compute it from the outputs that have rows, outside of the module, "
-    "or return one value for each row (expand it)"
-)
 _NO_TENSOR = (
     "is no tensor and depends on the rows; return a tensor: one value for each row is put "
     "together, one without dimensions is averaged or summed"
@@ -221,7 +218,7 @@ def _way(three: Three, rows: tuple[int, int, int]) -> Way:
         return SCALAR
     changed = [d for d, n in enumerate(whole.shape) if any(v.shape[d] != n for v in alone)]
     if not changed:
-        return ONCE if same(*alone) else Refused(_STATISTIC)
+        return ONCE if same(*alone) else Refused(STATISTIC)
     if len(changed) > 1:
         return Refused(_BY_PAIRS)
     (dim,) = changed
@@ -295,9 +292,8 @@ def _is_numeric(value: Any) -> bool:
 def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: bool) -> str | None:
     whole, *alone = (v.detach().to(torch.complex128 if v.is_complex() else torch.float64)
                      for v in three)  # fmt: skip
-    mean = sum(v * (r / rows[0]) for v, r in zip(alone, rows[1:], strict=True))
-    total = sum(alone)
-    assert isinstance(mean, Tensor) and isinstance(total, Tensor)
+    mean = alone[0] * (rows[1] / rows[0]) + alone[1] * (rows[2] / rows[0])
+    total = alone[0] + alone[1]
     ours, other = (total, mean) if sums else (mean, total)
     if not differs(whole, ours, eps):
         return None

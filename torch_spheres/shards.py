@@ -144,7 +144,7 @@ class Call:
         """The module's arguments, with other leaves."""
         values = self.split.build(leaves)
         first, rest = values[: self._positional], values[self._positional :]
-        return tuple(first), dict(zip(self.keys[self._positional :], rest, strict=True))  # type: ignore[arg-type]
+        return tuple(first), dict(zip(self.keys[self._positional :], rest, strict=True))
 
     @property
     def inputs_with_grad(self) -> list[Tensor]:
@@ -158,17 +158,17 @@ class Call:
         shard = Shard(ShardRandom(self.random, self.split.leaves[k]), replica)
         grad = torch.is_grad_enabled
         taken = replica.take_buffers()
-        with in_shard(self, k, "forward", shard):
-            values = self.split.parts(k)
-            for i in self.differentiable if grad() else ():
-                values[i] = values[i].detach().requires_grad_()
-                shard.inputs.append(values[i])
-            args, kwargs = self.arguments(values)
-            try:
+        try:
+            with in_shard(self, k, "forward", shard):
+                values = self.split.parts(k)
+                for i in self.differentiable if grad() else ():
+                    values[i] = values[i].detach().requires_grad_()
+                    shard.inputs.append(values[i])
+                args, kwargs = self.arguments(values)
                 output = replica.module(*args, **kwargs)
-            except Exception as error:
-                error.add_note(self.split.described())
-                raise
+        except Exception as error:
+            error.add_note(self.split.described())
+            raise
         shard.outputs, shard.nesting = flatten_output(output)
         shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
         shard.params = [mine for _, mine in replica.params if mine.requires_grad]

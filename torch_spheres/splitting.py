@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Sequence
@@ -125,9 +126,9 @@ class Split:
             return None
         if value.is_nested or value.layout is not torch.strided:
             raise TypeError(
-                f"SphereParallel splits dense tensors by rows, but argument {self._name(key)!r} has "
-                f"one of layout {value.layout}{' (nested)' if value.is_nested else ''}; convert it "
-                "inside the module"
+                f"SphereParallel splits dense tensors by rows, but argument {self._name(key)!r} "
+                f"has one of layout {value.layout}{' (nested)' if value.is_nested else ''}; "
+                "convert it inside the module"
             )
         if value.dim() == 0:
             return None
@@ -198,7 +199,7 @@ class Split:
             if dim is not None and not isinstance(value, Tensor):
                 self._refuse_objects(key, leaves, dim)
                 if self._has_row_sequence(key, value, dim, said):
-                    leaves, nesting = flatten(value, lambda v, d=dim: self._is_cut(v, d))
+                    leaves, nesting = flatten(value, functools.partial(self._is_cut, dim=dim))
                     cuts = [
                         dim if self._is_cut(v, dim) else
                         self._dim_of(key, i, v, dim, said) for i, v in enumerate(leaves)
@@ -229,8 +230,8 @@ class Split:
             elif self.rows > 1 and (key, path) not in settled:
                 name = self._name(key)
                 raise ValueError(
-                    f"argument {name + path!r} is a {type(sequence).__name__} of {length} elements, "
-                    f"as many as the batch has rows: say whether it is to be cut, "
+                    f"argument {name + path!r} is a {type(sequence).__name__} of {length} "
+                    f"elements, as many as the batch has rows: say whether it is to be cut, "
                     f"SphereParallel(..., batch_dim={{{name!r}: 0}}), or every shard needs all of "
                     f"it: whole=({name!r},)"
                 )
@@ -317,7 +318,7 @@ def rows_to_tune_by(tensors: Sequence[Tensor], cutting: Cutting) -> int:
 
 def refuse_tracing() -> None:
     """Raises a RuntimeError while torch records what a model does: shards are no part of it."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if _compat.is_tracing() or torch.compiler.is_compiling():
         raise RuntimeError(
             "SphereParallel cannot be traced, exported or drawn as a graph (torch.jit.trace, "
             "torch.onnx.export, torch.export, SummaryWriter.add_graph): shards run in other "
