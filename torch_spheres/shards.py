@@ -15,16 +15,16 @@ from torch_spheres.buffers import buffers_of, merge_buffers, misshapen
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
+from torch_spheres.gathering import cut_grad, gather, gather_input_grad
 from torch_spheres.nesting import Nesting, flatten_output
-from torch_spheres.outputs import FIRST, ONCE, SCALAR, Way, gather_output
+from torch_spheres.outputs import Way
 from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
-from torch_spheres.row_wise import compared
 from torch_spheres.same_model import sync_module
 from torch_spheres.shard import Shard, in_shard
-from torch_spheres.splitting import Cutting, Split, aligned, refuse_dual, without_dim
+from torch_spheres.splitting import Cutting, Split, refuse_dual, without_dim
 from torch_spheres.tree import tree_sums
 
 __all__ = ["Call"]
@@ -190,7 +190,7 @@ class Call:
             shards = self.crew.map(run, len(self.split.bounds))
             self.shards = list(shards)
             self.check_parameters()
-            outputs = self._gather(shards)
+            outputs = gather(self, shards)
         self.finish_forward(shards, caught)
         return self.share_structure(outputs)
 
@@ -265,35 +265,6 @@ class Call:
                 stacklevel=4,
             )
 
-    def _gather(self, shards: Sequence[Shard]) -> list[Any]:
-        if not shards:
-            return []
-        first = shards[0]
-        self.nesting = first.nesting
-        for k, shard in enumerate(shards):
-            if shard.nesting != first.nesting:
-                raise ValueError(
-                    f"the module returned {first.nesting} for shard 0, but {shard.nesting} for "
-                    f"shard {k}: the outputs' structure must not depend on the rows"
-                )
-        columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
-        self.differentiable_outputs = [
-            any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
-        ]
-        found = compared(self, first.outputs, first.nesting).ways
-        inside = self.in_objects()
-        outputs: list[Any] = []
-        with torch.no_grad():
-            for i, values in enumerate(columns):
-                way = found[i]
-                if inside[i] and way == SCALAR:
-                    way = ONCE  # a parameter of a distribution, and no loss
-                sizes, dim = self.split.sizes, self.cutting.default_dim
-                output, way = gather_output(i, values, sizes, way, dim, self._total)
-                outputs.append(output)
-                self.ways.append(way)
-        return outputs
-
     def in_objects(self) -> list[bool]:
         """Of each output, whether it is part of a distribution or the like."""
         assert self.nesting is not None
@@ -305,7 +276,7 @@ class Call:
             return [*values]
         return [v * w for v, w in zip(values, self.split.weights, strict=True)]
 
-    def _total(self, values: Sequence[Tensor]) -> Tensor:
+    def scalars_total(self, values: Sequence[Tensor]) -> Tensor:
         """The shards' scalars put together."""
         total = self.totals([self.weighted(values)], values[:1])[0]
         assert total is not None
@@ -332,7 +303,7 @@ class Call:
             )
         if not keep:
             self.shards, self._freed = [], True
-        pieces = [self._cut_grad(g, i, shards) for i, g in enumerate(grads)]
+        pieces = [cut_grad(self, g, i, shards) for i, g in enumerate(grads)]
 
         def backward(k: int) -> tuple[Grads, Grads]:
             shard = shards[k]
@@ -388,7 +359,7 @@ class Call:
         with torch.no_grad():
             for i, leaf in enumerate(self.differentiable):
                 value, dim = self.split.flat[leaf], self.split.dims[leaf]
-                sums.append(self._gather_input_grad(value, dim, [grads[i] for grads in rest]))
+                sums.append(gather_input_grad(self, value, dim, [grads[i] for grads in rest]))
         return sums
 
     def new_fold(self) -> GradientFold:
@@ -401,33 +372,3 @@ class Call:
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
             return rounded(fold.finish(), self.trainable)
-
-    def _cut_grad(
-        self, grad: Tensor | None, i: int, shards: list[Shard | None]
-    ) -> list[Tensor | None] | None:
-        """The gradient of output `i`, for each shard."""
-        way = self.ways[i]
-        if grad is None or way == FIRST:
-            return None
-        if way == SCALAR:
-            return [*self.weighted([grad] * len(shards))]
-        if way == ONCE:
-            return [grad, *[None] * (len(shards) - 1)]
-        assert isinstance(way, int)
-        sizes = [0 if shard is None else shard.outputs[i].shape[way] for shard in shards]
-        pieces = grad.split(sizes, way) if sizes else ()
-        return [aligned(piece if way == 0 else piece.contiguous()) for piece in pieces]
-
-    def _gather_input_grad(
-        self, value: Tensor, dim: int | None, parts: list[Tensor | None]
-    ) -> Tensor | None:
-        """The gradient of an argument from those of its parts."""
-        if dim is None:
-            return self.totals([parts], [value])[0]
-        if all(part is None for part in parts):
-            return None
-        filled = [
-            torch.zeros_like(value.narrow(dim, begin, end - begin)) if part is None else part
-            for (begin, end), part in zip(self.split.bounds, parts, strict=True)
-        ]
-        return torch.cat(filled, dim)

@@ -135,8 +135,8 @@ class SharedCall(Call):
 
     # ---- outputs ----
 
-    def _total(self, values: Sequence[Tensor]) -> Tensor:
-        # The other ranks' come in `share_structure`: this one only stands for it.
+    def scalars_total(self, values: Sequence[Tensor]) -> Tensor:
+        """Stands for it: the other ranks' come in `share_structure`."""
         weighted = self.weighted(values)
         self._scalars.append(weighted)
         return weighted[0].detach()
