@@ -28,8 +28,9 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
     for k, shard in enumerate(shards):
         if shard.nesting != first.nesting:
             raise ValueError(
-                f"the module returned {first.nesting} for shard 0, but {shard.nesting} for "
-                f"shard {k}: the outputs' structure must not depend on the rows"
+                f"the module returned {_described(first)} for shard 0, but {_described(shard)} for "
+                f"shard {k}: the outputs' structure must not depend on the rows, as that of a list "
+                "with tensors for each row does; stack or pad them into one tensor"
             )
     columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
     call.differentiable_outputs = [
@@ -48,6 +49,11 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
             outputs.append(output)
             call.ways.append(way)
     return outputs
+
+
+def _described(shard: Shard) -> str:
+    nesting = "" if shard.nesting is None else repr(shard.nesting.spec)
+    return f"{len(shard.outputs)} values ({' '.join(nesting.split())[:100]})"
 
 
 def cut_grad(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_spheres import _compat
 from torch_spheres.advice import _users_level
 from torch_spheres.nesting import Nesting, flatten_output
-from torch_spheres.objects import is_sequence
+from torch_spheres.objects import is_sequence, tensor_inside
 from torch_spheres.outputs import ONCE, ROWS, SCALAR, STATISTIC, Refused, Way, is_array, same
 from torch_spheres.random import RandomSource, random_states, restore_random_states
 from torch_spheres.replica import Replica
@@ -231,6 +231,8 @@ def _way(three: Three, rows: tuple[int, int, int]) -> Way:
 
 def _way_of_others(three: Three, rows: tuple[int, int, int]) -> Way:
     whole, *_ = three
+    if isinstance(whole, Iterator) or tensor_inside(whole) is not None:
+        return None  # gather_output says what is the matter
     if is_sequence(whole) and all(map(is_sequence, three)):
         if len({len(v) for v in three}) > 1:
             fits = all(len(v) == r for v, r in zip(three, rows, strict=True))

@@ -24,7 +24,7 @@ from torch_spheres.ranks import Ranks
 from torch_spheres.replica import Replica, ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shard import Shard, in_shard
-from torch_spheres.splitting import Cutting, Split, refuse_dual, without_dim
+from torch_spheres.splitting import Cutting, Split, refuse_forward_ad, without_dim
 from torch_spheres.tree import tree_sums
 
 __all__ = ["Call"]
@@ -84,10 +84,8 @@ class Call:
 
     def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         """The arguments, cut by rows."""
-        shards = self.crew.plan.shards
-        split = Split(arguments, shards, self.ranks, self.cutting, self.module)
-        refuse_dual(split.flat)
-        return split
+        refuse_forward_ad()
+        return Split(arguments, self.crew.plan.shards, self.ranks, self.cutting, self.module)
 
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""

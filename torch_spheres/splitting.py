@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _compat, _core
@@ -21,7 +20,7 @@ from torch_spheres.nesting import Nesting, flatten, unflatten
 from torch_spheres.objects import is_sequence, row_sequences, tensor_inside
 from torch_spheres.ranks import Ranks
 
-__all__ = ["Cutting", "Split", "aligned", "refuse_dual", "refuse_tracing",
+__all__ = ["Cutting", "Split", "aligned", "refuse_forward_ad", "refuse_tracing",
            "rows_to_tune_by", "without_dim"]  # fmt: skip
 
 _ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
@@ -326,16 +325,13 @@ def refuse_tracing() -> None:
         )
 
 
-def refuse_dual(values: Sequence[Any]) -> None:
-    """Raises a NotImplementedError for dual tensors: shards have no tangents."""
-    if not _compat.forward_ad_is_on():
-        return
-    for value in values:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError(
-                "SphereParallel has no forward-mode AD: a dual tensor came in, and its tangent "
-                "would be lost; use the bare model.module"
-            )
+def refuse_forward_ad() -> None:
+    """Raises a NotImplementedError for dual tensors, wherever they are: shards have no tangents."""
+    if _compat.forward_ad_is_on():
+        raise NotImplementedError(
+            "SphereParallel has no forward-mode AD: inside torch.autograd.forward_ad.dual_level() "
+            "tangents of inputs or weights would be lost; use the bare model.module"
+        )
 
 
 def _cut_text(value: Any, dim: int | None) -> str:
