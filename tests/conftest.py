@@ -61,7 +61,7 @@ def no_comparison(monkeypatch):
     """The bare module is not called to be compared with: for tests that count calls."""
     from torch_spheres import row_wise
 
-    monkeypatch.setattr(row_wise, "_compare", lambda _call, _ranges, unknown: unknown)
+    monkeypatch.setattr(row_wise, "_compare", lambda _call, _ranges, unknown, _outputs: unknown)
 
 
 @pytest.fixture(autouse=True)

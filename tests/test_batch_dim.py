@@ -98,9 +98,7 @@ def test_attention(spheres, batch_first):
     judged(attention, spheres, (x, x, x), batch_dim=dims)  # the weights have the batch first
     judged(attention, spheres, (x, x, x), {"need_weights": False}, batch_dim=dims)
     mask = torch.randn(5, 5)
-    judged(
-        attention, spheres, (x, x, x), {"attn_mask": mask}, batch_dim=dims, whole=("attn_mask",)
-    )
+    judged(attention, spheres, (x, x, x), {"attn_mask": mask}, batch_dim=dims, whole=("attn_mask",))
 
 
 def test_a_gradient_for_what_every_shard_has(spheres):
@@ -125,7 +123,9 @@ def test_rows_along_any_dimension(spheres, dim):
     judged(Calls(fn), spheres, (x,), batch_dim=dim)
     expected = [ROWS // 12 + (k < ROWS % 12) for k in range(12)]
     seen = []
-    model = ts.SphereParallel(Calls(lambda s, x: seen.append(x) or fn(s, x)), spheres, batch_dim=dim)
+    model = ts.SphereParallel(
+        Calls(lambda s, x: seen.append(x) or fn(s, x)), spheres, batch_dim=dim
+    )
     model(x)
     assert sorted(t.shape[dim] for t in seen[:12]) == sorted(expected)
     assert all(t.is_contiguous() and t.data_ptr() % 64 == 0 for t in seen[:12])
@@ -175,7 +175,9 @@ class Masked(nn.Module):
 def test_a_square_mask_is_refused_until_it_is_said(spheres):
     x, mask = torch.randn(5, 5, 4), torch.randn(5, 5)
     model = ts.SphereParallel(Masked(), spheres)
-    with pytest.raises(ValueError, match=r"argument 'mask' has shape \(5, 5\), .*whole=\('mask',\)"):
+    with pytest.raises(
+        ValueError, match=r"argument 'mask' has shape \(5, 5\), .*whole=\('mask',\)"
+    ):
         model(x, mask)
     with pytest.raises(ValueError, match=r"batch_dim=\{'gate': 0\}"):
         model(x, gate=mask)
@@ -193,9 +195,7 @@ def test_what_was_once_no_square_may_be_one_later(spheres):
     model = ts.SphereParallel(Masked(), spheres)
     x = torch.randn(6, 3, 4)
     model(x, gate=torch.ones(6, 5))
-    torch.testing.assert_close(
-        model(x, gate=torch.ones(6, 6)), 6 * model(x), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(model(x, gate=torch.ones(6, 6)), 6 * model(x), rtol=1e-4, atol=1e-5)
 
 
 # ---- sequences ----
@@ -389,8 +389,7 @@ class Named(nn.Module):
         ({"batch_dim": True}, TypeError, "batch_dim must be an integer, got True"),
         ({"batch_dim": {"x": "1"}}, TypeError, r"batch_dim\['x'\] must be an integer, got '1'"),
         ({"batch_dim": {0: 1}}, TypeError, "batch_dim must have names of arguments, got 0"),
-        ({"batch_dim": {"xx": 1}}, ValueError, r"'xx', which is no argument of Named\.forward; it "
-         r"has \['x', 'mask', 'rest', 'gate'\]"),
+        ({"batch_dim": {"xx": 1}}, ValueError, r"'xx', .* it has \['x', 'mask', 'rest', 'gate'\]"),
         ({"whole": "mask"}, TypeError, r"such as whole=\('mask',\), got 'mask'"),
         ({"whole": [1]}, TypeError, r"whole must be names of arguments.*got \[1\]"),
         ({"whole": ["masks"]}, ValueError, "'masks', which is no argument of"),

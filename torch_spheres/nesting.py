@@ -20,6 +20,7 @@ from torch_spheres.objects import is_sequence, tensor_inside
 
 __all__ = ["Nesting", "flatten", "flatten_output", "unflatten"]
 
+_LEAVES = (PackedSequence, torch.Size)
 Keep = Callable[[Any], bool]
 
 
@@ -69,7 +70,7 @@ def flatten(value: Any, keep: Keep | None = None) -> tuple[list[Any], Nesting]:
         return [value], _TENSOR
     # (A PackedSequence is a named tuple, but its parts mean nothing by themselves.)
     flat, spec = _compat.pytree.tree_flatten(
-        value, is_leaf=lambda v: isinstance(v, PackedSequence) or (keep is not None and keep(v))
+        value, is_leaf=lambda v: isinstance(v, _LEAVES) or (keep is not None and keep(v))
     )
     leaves: list[Any] = []
     opened: list[_Opened | None] = []
@@ -86,7 +87,11 @@ def flatten(value: Any, keep: Keep | None = None) -> tuple[list[Any], Nesting]:
 
 def flatten_output(value: Any) -> tuple[list[Any], Nesting]:
     """As `flatten`; a list or tuple without tensors is a leaf: it may have an element per row."""
-    return flatten(value, lambda v: is_sequence(v) and tensor_inside(v) is None)
+    return flatten(value, _is_plain_sequence)
+
+
+def _is_plain_sequence(value: Any) -> bool:
+    return is_sequence(value) and tensor_inside(value, (Tensor, np.ndarray)) is None
 
 
 def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:

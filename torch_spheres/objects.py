@@ -48,7 +48,7 @@ def row_sequences(value: Any, path: str = "", depth: int = _DEPTH) -> Iterator[t
         yield from row_sequences(part, f"{path}[{name}]", depth - 1)
 
 
-def tensor_inside(value: Any) -> tuple[str, Tensor] | None:
+def tensor_inside(value: Any, kinds: type | tuple[type, ...] = Tensor) -> tuple[str, Any] | None:
     """The first tensor that an object holds, and by which attributes it is reached.
 
     In containers, attributes, slots, closures and partial functions, to a bounded depth. Modules
@@ -58,7 +58,7 @@ def tensor_inside(value: Any) -> tuple[str, Tensor] | None:
     seen: set[int] = set()
     while waiting and len(seen) < _VALUES:
         path, here, depth = waiting.popleft()
-        if isinstance(here, Tensor):
+        if isinstance(here, kinds):
             return path, here
         if isinstance(here, _CLOSED) or id(here) in seen or depth > _DEPTH:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,8 @@ STATISTIC = (
     "has no rows and differs from shard to shard, as a statistic over the batch does: each shard "
     "knows its own rows alone. Compute it from the outputs that have rows, outside of the module, "
     "or return one value for each row (expand it); tensors without dimensions are averaged or "
-    "summed, see scalars="
+    "summed, see scalars=. If the batch is not dimension 0 of the arguments (batch_first=False), "
+    "SphereParallel(..., batch_dim=1) says so"
 )
 
 
@@ -227,5 +229,7 @@ def same(a: Any, b: Any) -> bool:
         return False
     if is_sequence(a):
         return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, enum.Enum):
+        return False  # another member
     # (An object without a comparison of its own has nothing to differ by.)
     return getattr(type(a), "__eq__", None) is object.__eq__ or bool(a == b)

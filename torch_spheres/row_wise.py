@@ -61,7 +61,7 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         outputs: of one shard, as flat leaves.
         nesting: theirs; None: nothing will be put together.
     """
-    dims = tuple(len(o.shape) if is_array(o) else None for o in outputs)
+    dims = _dims(outputs)
     unknown = Comparison(nesting, dims, (None,) * len(dims))
     ranges = _two_ranges(call)
     if ranges is None:
@@ -79,7 +79,7 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         elif _compat.dispatch_modes() or _compat.profiler_is_on():
             return unknown  # they would see, and count, what is no part of the call
         else:
-            found = _compare(call, ranges, unknown)
+            found = _compare(call, ranges, unknown, outputs)
         if not any(isinstance(way, Refused) for way in found.ways):  # (they are looked at anew)
             known.append(found)
         return found
@@ -128,44 +128,35 @@ class _Draws(RandomSource):
         raise _Drawn
 
 
-def _compare(call: Call, ranges: tuple[int, int, int], unknown: Comparison) -> Comparison:
+Run = tuple[list[Any], Nesting]  # what a forward returned
+
+
+def _compare(
+    call: Call, ranges: tuple[int, int, int], unknown: Comparison, outputs: Sequence[Any]
+) -> Comparison:
+    """The comparison; `unknown` if there is none that means anything."""
     begin, middle, end = ranges
-    replica = Replica(call.module)
-    for part in replica.module.modules():
-        for name in _compat.FORWARD_HOOKS:
-            setattr(part, name, OrderedDict())
-    modes = [(part, part.training) for part in replica.module.modules()]
-    draws = _Draws()
-
-    def run(first: int, last: int) -> tuple[list[Any], Nesting]:
-        values = [v.clone() if isinstance(v, Tensor) else v for v in call.split.cut(first, last)]
-        replica.take_buffers()
-        args, kwargs = call.arguments([v.detach() if isinstance(v, Tensor) else v for v in values])
-        with torch.no_grad(), draws.active():
-            return flatten_output(replica.module(*args, **kwargs))
-
-    before = random_states()
+    spans = (begin, end), (begin, middle), (middle, end)
+    draws, before = _Draws(), random_states()
+    runs: list[Run] = []
+    training = False
     try:
-        for training in (False, True):  # the latter for shapes, where the former has others
-            for part, was in modes:
-                part.training = training and was
-            whole, *alone = run(begin, end), run(begin, middle), run(middle, end)
-            if unknown.nesting is None or _alike(unknown, *alone[0]) or not call.module.training:
+        replica = Replica(call.module)
+        # Shapes are seen in training too, where the evaluation returns something else.
+        for training in (False, True) if call.module.training else (False,):
+            runs = _runs(call, replica, draws, training, spans)
+            if runs and _alike(unknown, outputs, runs[1], exact=len(call.split.bounds) > 1):
                 break
-    except Exception:  # noqa: BLE001
-        return unknown  # it cannot run so; whatever is wrong shows in the shards
+        else:
+            return unknown
     finally:
-        after = random_states()
-        drew = draws.any or not _equal_states(before, after)
+        drew = draws.any or not _equal_states(before, random_states())
         restore_random_states(before)
-    if not _alike(unknown, *alone[0]) or alone[0][1] != alone[1][1]:
+    whole, *alone = runs
+    if alone[0][1] != alone[1][1]:
         return unknown
     if whole[1] != alone[0][1]:
-        why = (
-            "has another structure for more rows, such as a list with tensors for each row; "
-            "stack or pad them into one tensor"
-        )
-        return Comparison(unknown.nesting, unknown.dims, (Refused(why),) * len(unknown.dims))
+        return Comparison(unknown.nesting, unknown.dims, (Refused(_STRUCTURE),) * len(unknown.dims))
     rows = end - begin, middle - begin, end - middle
     values = [*zip(whole[0], alone[0][0], alone[1][0], strict=True)]
     ways = tuple(_way(three, rows) for three in values)
@@ -174,9 +165,44 @@ def _compare(call: Call, ranges: tuple[int, int, int], unknown: Comparison) -> C
     return Comparison(unknown.nesting, unknown.dims, ways)
 
 
-def _alike(expected: Comparison, outputs: Sequence[Any], nesting: Nesting) -> bool:
-    dims = tuple(len(o.shape) if is_array(o) else None for o in outputs)
-    return expected.nesting is None or expected.fits(nesting, dims)
+def _runs(
+    call: Call, replica: Replica, draws: _Draws, training: bool, ranges: Sequence[tuple[int, int]]
+) -> list[Run]:
+    """The forward of each range of rows, without a trace; nothing if it cannot run so."""
+    for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
+        part.training = training and source.training
+        for name in _compat.FORWARD_HOOKS:
+            setattr(part, name, OrderedDict())
+    found = []
+    try:
+        for first, last in ranges:
+            values = call.split.cut(first, last)
+            own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+            args, kwargs = call.arguments(own)
+            replica.take_buffers()
+            with torch.no_grad(), draws.active():
+                found.append(flatten_output(replica.module(*args, **kwargs)))
+    except Exception:  # noqa: BLE001
+        return []  # whatever is wrong shows in the shards, or is wrong in this mode alone
+    return found
+
+
+def _alike(expected: Comparison, outputs: Sequence[Any], run: Run, *, exact: bool) -> bool:
+    """Whether the first range's outputs are such as the first shard's: else they tell nothing."""
+    found, nesting = run
+    if expected.nesting is None:
+        return True
+    if nesting != expected.nesting or _dims(found) != expected.dims:
+        return False
+    return not exact or _shapes(found) == _shapes(outputs)
+
+
+def _dims(outputs: Sequence[Any]) -> tuple[int | None, ...]:
+    return tuple(len(o.shape) if is_array(o) else None for o in outputs)
+
+
+def _shapes(outputs: Sequence[Any]) -> list[Any]:
+    return [tuple(o.shape) if is_array(o) else None for o in outputs]
 
 
 def _equal_states(before: Any, after: Any) -> bool:
@@ -188,6 +214,10 @@ def _equal_states(before: Any, after: Any) -> bool:
 # ---- shapes ----
 
 Three = tuple[Any, Any, Any]  # of an output: of both ranges together, of the first, of the second
+_STRUCTURE = (
+    "has another structure for more rows, as a list with tensors for each row does; stack "
+    "or pad them into one tensor"
+)
 _SQUEEZED = (
     "has another number of dimensions for one row than for several, as squeeze() gives it; "
     "squeeze a dimension by its number, squeeze(-1)"
