@@ -63,6 +63,8 @@ class Split:
         self.rows = self._counted()
         if not all(isinstance(v, Tensor) for v in self.flat):
             self._look_at_the_rest(arguments)
+        inside = itertools.chain(*(nesting.in_objects() for _, _, nesting in self._spans))
+        self._in_objects = [i for i, is_in in enumerate(inside) if is_in]
         self.total = self.rows  # of all ranks
         self.bounds = [(a, b) for a, b in shard_bounds(self.rows, shards) if b > a]
         self.leaves = [*range(len(self.bounds))]  # of the tree, of each shard that runs
@@ -276,10 +278,14 @@ class Split:
 
     def cut(self, begin: int, end: int) -> list[Any]:
         """The leaves of the values for some of the rows."""
-        return [
+        values = [
             v if d is None else _rows_of(v, d, begin, end)
             for v, d in zip(self.flat, self.dims, strict=True)
         ]
+        for i in self._in_objects:
+            if self.dims[i] is None and isinstance(values[i], Tensor):
+                values[i] = values[i].clone()  # an object's method may write to it (a cache's does)
+        return values
 
     def build(self, leaves: list[Any]) -> list[Any]:
         """The arguments with other leaves."""
