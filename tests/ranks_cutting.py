@@ -42,7 +42,15 @@ def time_major(spheres, rows):
     (expected.square().mean() + eh.square().mean()).backward()
     for a, b in zip(model.module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-    target = torch.randn(5, rows, 3)
+    target = torch.randn(5, rows, 3, generator=torch.Generator().manual_seed(2))
+    plain.zero_grad()
+    model.zero_grad()
+    whole = model.gather(model(x[:, own], (hidden[:, own],) * 2)[0])
+    torch.testing.assert_close(whole, plain(x, (hidden, hidden))[0])
+    F.mse_loss(whole, target).backward()
+    F.mse_loss(plain(x, (hidden, hidden))[0], target).backward()
+    for a, b in zip(model.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
     model.zero_grad()
     loss = model.forward_backward(
         lambda out, t: F.mse_loss(out[0], t), (x[:, own], (hidden[:, own],) * 2), target[:, own]

@@ -53,6 +53,13 @@ class SphereParallel(nn.Module):
         process_group: with `torch.distributed` initialised, the processes that share each batch:
             None: all of them. False: none, this process is alone with its batch (inside
             `DistributedDataParallel`, for one).
+        batch_dim: the dimension of the batch's rows: of all arguments, or a dict from names of
+            arguments of the module's forward to theirs (others have 0). It also says that a list,
+            or a square matrix, has the batch's rows.
+        whole: names of arguments that every shard gets as they are: a mask over positions, a table.
+        scalars: how outputs without dimensions are put together: ``"mean"``, weighted by the
+            shards' rows, or ``"sum"``. A call with ``num_items_in_batch=`` (Hugging Face's models
+            divide their loss by it) sums.
 
     Several processes (as many as divide the leaves: twelve, 144 with ``levels=3``): each gets its
     rows of one batch, see `wrap`, and runs the shards of its groups. Rank 0's parameters and
@@ -63,13 +70,24 @@ class SphereParallel(nn.Module):
     mode, are for all ranks together; an evaluation under ``no_grad`` in evaluation mode is this
     process's own.
 
-    Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
-    arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
-    to every shard as they are. Rows are split as `torch.tensor_split` does; with fewer rows than
-    leaves only so many shards run. Outputs: tensors with rows, or with a fixed number of rows for
-    each of the batch's, are put together again, in order; tensors without dimensions (a loss
-    computed inside the model) are averaged, weighted by the shards' rows; of anything else the
-    first shard's is returned.
+    Inputs: every tensor with dimensions is cut along its first, or along `batch_dim`, anywhere in
+    positional and keyword arguments, lists, tuples, dicts, dataclasses, distributions and key-value
+    caches; tensors without dimensions and other objects go to every shard as they are. What may
+    have the batch's rows by chance (a square matrix, a list with as many elements) is refused until
+    `batch_dim` or `whole` says what it is. Rows are split as `torch.tensor_split` does; with fewer
+    rows than leaves only so many shards run.
+
+    Outputs are put together in order, each along the dimension that follows the rows; tensors
+    without dimensions (a loss computed inside the model) as `scalars` says. What is the same
+    whatever the rows are (a weight) is returned once. Distributions, key-value caches, numpy arrays
+    and lists with an element for each row are put together too; other objects that hold tensors,
+    and values that are no tensors and differ, are refused.
+
+    The first call of each form (flags and numbers of dimensions) is compared with the bare module:
+    the rows of two shards are run together and alone, in evaluation mode and without a trace in
+    buffers and random numbers. A UserWarning says once if the model is not row-wise: if it looks
+    across the rows of a batch, or its batch is another dimension. A module that draws random
+    numbers in evaluation mode, or is compiled, is not compared.
 
     Parameters: hooks on them, and what `torch.autograd.grad` returns, see the whole batch's
     gradient, once. Hooks on modules run in each shard, with the shard's rows.
@@ -90,8 +108,9 @@ class SphereParallel(nn.Module):
 
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
-            `KissingSpheres`, or `reproducible` not a bool.
-        ValueError: the processes cannot share the leaves evenly, or have different models.
+            `KissingSpheres`, or another argument of the wrong type.
+        ValueError: the processes cannot share the leaves evenly, or have different models; or
+            `batch_dim` or `whole` has the name of no argument.
         RankError: another process does not come, or has failed (in any call that they share).
     """
 
@@ -256,7 +275,8 @@ class SphereParallel(nn.Module):
                 gradients and loss are those of the total sum over the total count.
             inputs: of the model: one tensor or other value, a tuple of positional arguments, or a
                 dict of keyword arguments; split as by `forward`.
-            targets: anything nested, split by rows as well.
+            targets: anything nested, split by rows as well: along dimension 0, or `batch_dim` if
+                that is one number.
 
         Returns:
             The whole batch's loss, a scalar without a graph. Gradients have been added to
@@ -288,14 +308,15 @@ class SphereParallel(nn.Module):
 
         Args:
             rows: outputs of this model, or what came from them row by row, or anything else that
-                has this rank's rows, such as targets.
+                has this rank's rows, such as targets: in the first dimension, or in `batch_dim`.
 
         Raises:
             ValueError: the ranks do not have their groups' rows of one batch.
         """
         if self._ranks is None:
             return rows
-        return gather_rows(rows, self._ranks, self._spheres.leaves)
+        dim = max(0, min(self._cutting.default_dim, rows.dim() - 1))
+        return gather_rows(rows, self._ranks, self._spheres.leaves, dim)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -141,10 +141,9 @@ def _compare(
     runs: list[Run] = []
     training = False
     try:
-        replica = Replica(call.module)
         # Shapes are seen in training too, where the evaluation returns something else.
         for training in (False, True) if call.module.training else (False,):
-            runs = _runs(call, replica, draws, training, spans)
+            runs = _runs(call, draws, training, spans)
             if runs and _alike(unknown, outputs, runs[1], exact=len(call.split.bounds) > 1):
                 break
         else:
@@ -166,16 +165,17 @@ def _compare(
 
 
 def _runs(
-    call: Call, replica: Replica, draws: _Draws, training: bool, ranges: Sequence[tuple[int, int]]
+    call: Call, draws: _Draws, training: bool, ranges: Sequence[tuple[int, int]]
 ) -> list[Run]:
     """The forward of each range of rows, without a trace; nothing if it cannot run so."""
-    for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
-        part.training = training and source.training
-        for name in _compat.FORWARD_HOOKS:
-            setattr(part, name, OrderedDict())
     found = []
     try:
         for first, last in ranges:
+            replica = Replica(call.module)  # a new one: what the last one's forward set is gone
+            for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
+                part.training = training and source.training
+                for name in _compat.FORWARD_HOOKS:
+                    setattr(part, name, OrderedDict())
             values = call.split.cut(first, last)
             own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
             args, kwargs = call.arguments(own)

@@ -20,12 +20,13 @@ from torch_spheres.ranks import Ranks
 __all__ = ["face", "gather_rows", "own_rows_only"]
 
 
-def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
-    """All ranks' rows, in the order of the batch.
+def gather_rows(rows: Tensor, ranks: Ranks, leaves: int, dim: int = 0) -> Tensor:
+    """All ranks' rows, in the order of the batch, along a dimension.
 
     In the backward pass, this rank's part of the gradient is that of its rows, as it is.
     """
-    mine = rows.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    front = rows.movedim(dim, 0) if dim else rows
+    mine = front.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # As bytes, since numpy does not have every type.
     told = ranks.objects(
         (tuple(mine.shape), mine.dtype, mine.view(-1).view(torch.uint8).numpy()), "gather"
@@ -53,10 +54,10 @@ def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
         if len(where):  # numpy has no memory where there is none
             whole[where] = torch.from_numpy(values).view(dtype).view(len(where), *shape)
     whole = whole.to(rows.device)
-    if not rows.requires_grad:
-        return whole
-    own = own_rows_only(rows, total).reshape(len(rows), *shape).to(dtype)
-    return whole.index_copy_(0, places[ranks.rank].to(rows.device), own)
+    if rows.requires_grad:
+        own = own_rows_only(rows, total, dim).movedim(dim, 0).reshape(len(front), *shape).to(dtype)
+        whole = whole.index_copy_(0, places[ranks.rank].to(rows.device), own)
+    return whole.movedim(0, dim) if dim else whole
 
 
 class _Face(torch.autograd.Function):
