@@ -152,6 +152,31 @@ def test_what_comes_once_is_no_view_of_the_weights(spheres):
     assert torch.equal(model.module.matrix, before)
 
 
+def test_kinds_of_tensors_that_have_no_values_to_compare(spheres):
+    def fn(s, x):
+        return s.layer(x), s.vector, (x * 2).T
+
+    out = ts.SphereParallel(Calls(fn).to("meta"), spheres)(X.to("meta"))
+    assert [tuple(t.shape) for t in out] == [(ROWS, 4), (3,), (4, ROWS)]
+    eye = torch.eye(3).to_sparse()
+    _, sparse, same = parallel(lambda s, x: (s.layer(x), x.to_sparse(), eye), spheres)(X)
+    assert torch.equal(sparse.to_dense(), X)
+    assert torch.equal(same.to_dense(), torch.eye(3))
+    eighths = X.to(torch.float8_e4m3fn)
+    found = parallel(lambda s, x: x.to(torch.float8_e4m3fn), spheres)(X)
+    assert torch.equal(found.view(torch.uint8), eighths.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(spheres, layout):
+    def fn(s, x):
+        return torch.nested.nested_tensor([*x], layout=layout)
+
+    with pytest.raises(TypeError, match=r"output 0 of the module is a nested tensor.*pad it in"):
+        parallel(fn, spheres)(X)
+
+
 # ---- refused ----
 
 REFUSED = {

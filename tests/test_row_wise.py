@@ -257,6 +257,35 @@ def test_each_form_is_compared_once(spheres):
     assert sorted(set(calls)) == [2]
 
 
+def test_flags_are_of_the_form_and_steps_are_not(spheres):
+    """Numbers that change with every call, such as a time step, are not compared for ever."""
+    calls = []
+
+    def fn(s, x, how, step=0):
+        calls.append(len(x))
+        return s.layer(x) if how == "first" else s.layer(x).T
+
+    model = parallel(fn, spheres)
+    x = X[:24, 0]
+    for how in ("first", "last", "first"):
+        torch.testing.assert_close(model(x, how), model.module(x, how))
+    calls.clear()
+    for step in range(20):
+        assert model(x, "last", step).shape == (4, 24)
+    assert len(calls) < 20 * 12 + 3 * 10
+
+
+def test_what_a_forward_sets_does_not_reach_the_next_run(spheres):
+    class Steps(nn.Linear):
+        step = 0
+
+        def forward(self, x):
+            self.step = self.step + 1
+            return super().forward(x) * self.step
+
+    assert told(ts.SphereParallel(Steps(4, 4), spheres), X[:24, 0]) == []
+
+
 def test_two_rows_of_shards_are_all_that_is_run(spheres):
     """Not the whole batch, which may not fit into memory."""
     most = []

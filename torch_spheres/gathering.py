@@ -32,6 +32,12 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
                 f"shard {k}: the outputs' structure must not depend on the rows, as that of a list "
                 "with tensors for each row does; stack or pad them into one tensor"
             )
+    for i, value in enumerate(first.outputs):
+        if isinstance(value, Tensor) and value.is_nested:
+            raise TypeError(
+                f"output {i} of the module is a nested tensor, which SphereParallel cannot put "
+                "together; pad it inside the module (torch.nested.to_padded_tensor, output_size=)"
+            )
     columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
     call.differentiable_outputs = [
         any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns

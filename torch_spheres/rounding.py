@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torch_spheres.context import AUTOCAST_DEVICES
+
 if TYPE_CHECKING:
     from torch_spheres.shards import Call
 
 __all__ = ["differs", "rounding_of"]
 
+_PIECE = 1 << 20  # elements
 _COARSE = torch.finfo(torch.float16).eps  # a mantissa of ten bits, which TF32 has too
 
 
@@ -25,8 +28,9 @@ def rounding_of(call: Call) -> float:
             continue
         if value.is_floating_point() or value.is_complex():
             eps = max(eps, torch.finfo(value.dtype).eps)
-        if torch.is_autocast_enabled(value.device.type):
-            eps = max(eps, torch.finfo(torch.get_autocast_dtype(value.device.type)).eps)
+        kind = value.device.type
+        if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
+            eps = max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
         if not value.is_cpu:
             eps = max(eps, _COARSE)  # convolutions take TF32 for float32 by default
     if torch.get_float32_matmul_precision() != "highest":
@@ -47,15 +51,22 @@ def differs(a: Tensor, b: Tensor, eps: float) -> bool:
     if not (a.is_floating_point() or a.is_complex()):
         return eps < _COARSE and not torch.equal(a, b)
     eps = max(eps, torch.finfo(a.dtype).eps)
-    kind = torch.complex128 if a.is_complex() else torch.float64
-    a, b = a.detach().to(kind), b.detach().to(kind)
-    finite = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return True
-    a, b = a[finite], b[finite]
-    if a.numel() == 0:
-        return False
-    largest = float(torch.maximum(a.abs(), b.abs()).max())
+    largest = most = 0.0
+    # In pieces: logits of a language model fill the memory, and more so in double precision.
+    for p, q in zip(
+        a.detach().flatten().split(_PIECE), b.detach().flatten().split(_PIECE), strict=True
+    ):
+        p, q = _double(p), _double(q)
+        finite = p.isfinite() & q.isfinite()
+        if not torch.equal(p.isfinite(), q.isfinite()):
+            return True
+        p, q = p[finite], q[finite]
+        if p.numel():
+            largest = max(largest, float(torch.maximum(p.abs(), q.abs()).max()))
+            most = max(most, float((p - q).abs().max()))
     # Values that cancel leave what is rounding of larger ones.
-    allowed = max(math.sqrt(eps) * largest, 32 * eps)
-    return bool((a - b).abs().max() > allowed)
+    return most > max(math.sqrt(eps) * largest, 32 * eps)
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)

@@ -12,6 +12,7 @@ trace in buffers or random numbers. What cannot be compared so is put together b
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "compared"]
 
 _FORMS = 64  # calls of more forms than these are put together by their shapes
+_FLAGGED = 6  # numbers and texts that have changed so often change nothing: a step is among them
+_FLAGS = (bool, int, str)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What the outputs of one form of call are: for outputs of this nesting and dimensions."""
 
+    flags: tuple[Any, ...]  # numbers and texts among the arguments
     nesting: Nesting | None
     dims: tuple[int | None, ...]
     ways: tuple[Way, ...]
@@ -62,17 +66,19 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         nesting: theirs; None: nothing will be put together.
     """
     dims = _dims(outputs)
-    unknown = Comparison(nesting, dims, (None,) * len(dims))
+    flags = tuple(v for v in call.split.flat if isinstance(v, _FLAGS))
+    unknown = Comparison(flags, nesting, dims, (None,) * len(dims))
     ranges = _two_ranges(call)
     if ranges is None:
         return unknown
     learned = call.cutting.learned
     with learned.lock:
         known = learned.comparisons.setdefault(_form(call), [])
-        for comparison in known:
-            if comparison.fits(nesting, dims):
+        fitting = [c for c in known if c.fits(nesting, dims)]
+        for comparison in fitting:
+            if comparison.flags == flags or len(fitting) >= _FLAGGED:
                 return comparison
-        if len(learned.comparisons) > _FORMS or len(known) >= _FORMS:
+        if len(learned.comparisons) > _FORMS:
             return unknown
         if any(map(_compat.is_compiled, call.module.modules())):
             found = unknown  # it would be compiled for other rows, which can take minutes
@@ -88,13 +94,10 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
 def _form(call: Call) -> Hashable:
     """What may change what the module returns, but for sizes: those of sequences are many."""
     values = [
-        (v.dim(), v.dtype) if isinstance(v, Tensor) else v if isinstance(v, _PLAIN) else type(v)
+        (v.dim(), v.dtype) if isinstance(v, Tensor) else v if type(v) is bool else type(v)
         for v in call.split.flat
     ]
     return call.module.training, call.sums, call.keys, (*values,)
-
-
-_PLAIN = (bool, type(None))
 
 
 def _two_ranges(call: Call) -> tuple[int, int, int] | None:
@@ -155,13 +158,13 @@ def _compare(
     if alone[0][1] != alone[1][1]:
         return unknown
     if whole[1] != alone[0][1]:
-        return Comparison(unknown.nesting, unknown.dims, (Refused(_STRUCTURE),) * len(unknown.dims))
+        return dataclasses.replace(unknown, ways=(Refused(_STRUCTURE),) * len(unknown.dims))
     rows = end - begin, middle - begin, end - middle
     values = [*zip(whole[0], alone[0][0], alone[1][0], strict=True)]
     ways = tuple(_way(three, rows) for three in values)
     if not drew and not training:
         _check_values(call, values, ways, rows)
-    return Comparison(unknown.nesting, unknown.dims, ways)
+    return dataclasses.replace(unknown, ways=ways)
 
 
 def _runs(
@@ -223,9 +226,10 @@ _SQUEEZED = (
     "squeeze a dimension by its number, squeeze(-1)"
 )
 _BY_PAIRS = (
-    "depends on pairs of rows, or on all of them: more than its batch dimension grows with the "
-    "rows, as in a matrix of similarities. Shards know their own rows alone: return what it is "
-    "computed from, and compute it outside of the module"
+    "depends on pairs of rows, or on all of them: more than its batch dimension changes with the "
+    "rows, as in a matrix of similarities, or where rows are padded to the longest of them. Shards "
+    "know their own rows alone: return what it is computed from, and compute it outside of the "
+    "module; pad to a fixed length (pad_packed_sequence has total_length=)"
 )
 _NO_TENSOR = (
     "is no tensor and depends on the rows; return a tensor: one value for each row is put "
@@ -289,7 +293,7 @@ def _check_values(
         text = None
         if isinstance(way, int):
             text = _rows_differ(three, way, eps)
-        elif way == SCALAR and call.what == "forward" and not (i < len(inside) and inside[i]):
+        elif way == SCALAR and all(map(_has_values, three)) and inside and not inside[i]:
             text = _scalars_differ(three, rows, eps, call.sums)
         elif way == ROWS and not same([*three[0]], [*three[1], *three[2]]):
             text = _NOT_ROW_WISE
@@ -314,7 +318,18 @@ def _rows_differ(three: Three, dim: int, eps: float) -> str | None:
     if not isinstance(whole, Tensor):
         same_rows = same(whole, np.concatenate(alone, dim))
         return None if same_rows else _NOT_ROW_WISE
-    return _NOT_ROW_WISE if differs(whole, torch.cat(alone, dim), eps) else None
+    if not all(map(_has_values, three)):
+        return None
+    parts = whole.split([v.shape[dim] for v in alone], dim)
+    far = any(differs(a, b, eps) for a, b in zip(parts, alone, strict=True))
+    return _NOT_ROW_WISE if far else None
+
+
+def _has_values(value: Any) -> bool:
+    """Whether it can be compared by value."""
+    if not isinstance(value, Tensor):
+        return True
+    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _is_numeric(value: Any) -> bool:
