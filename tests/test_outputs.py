@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import functools
@@ -110,20 +111,49 @@ def test_aux_outputs_of_training_alone(spheres):
 
 
 def test_shapes_alone_where_nothing_can_be_compared(spheres):
-    """Compiled code is not run for other rows: what it returns is put together as ever."""
+    """A module that runs for few rows alone: what it returns is put together as ever."""
 
-    def compiled(fn):
-        return torch.compile(Calls(fn), backend=lambda graph, _: graph.forward)
+    def few(fn):
+        def limited(s, x):
+            assert len(x) < 4
+            return fn(s, x)
 
-    model = ts.SphereParallel(compiled(lambda s, x: s.layer(x)), spheres)
-    torch.testing.assert_close(model(EVEN), model.module(EVEN))
-    torch._dynamo.reset()
-    model = ts.SphereParallel(compiled(lambda s, x: s.layer(x).T), spheres)
-    torch.testing.assert_close(model(X), model.module(X))  # shards of two sizes tell
-    torch._dynamo.reset()
-    model = ts.SphereParallel(compiled(lambda s, x: s.layer(x).T[:3]), spheres)
+        return parallel(limited, spheres), Calls(fn)
+
+    model, plain = few(lambda s, x: s.layer(x))
+    torch.testing.assert_close(model(EVEN), plain(EVEN))
+    model, plain = few(lambda s, x: s.layer(x).T)
+    torch.testing.assert_close(model(X), plain(X))  # shards of two sizes tell
+    model, _ = few(lambda s, x: s.layer(x).T[:3])
     with pytest.raises(ValueError, match=r"along dimension 0, which must be the batch's rows"):
         model(EVEN)
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["the whole", "a part"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "Module.compile"])
+def test_compiled_modules_are_compared_as_they_were(spheres, in_place, part):
+    """Nothing is compiled for it, and nothing is left of it."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    torch.manual_seed(0)
+    rnn = nn.GRU(4, 2, 2, batch_first=True)  # whose state could be two layers, or two rows
+    plain = copy.deepcopy(rnn)
+    if in_place:
+        rnn.compile(backend=backend)
+    else:
+        rnn = torch.compile(rnn, backend=backend)
+    model = ts.SphereParallel(nn.Sequential(rnn) if part else rnn, spheres)
+    x = torch.randn(24, 3, 4)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x))
+        count = len(compiled)
+    assert len(compiled) == count
+    (found,) = [m for m in model.module.modules() if isinstance(m, nn.GRU)]
+    assert (found._compiled_call_impl is not None) == in_place
     torch._dynamo.reset()
 
 
@@ -334,17 +364,14 @@ def test_sequences_where_nothing_can_be_compared(spheres):
     assert model(X) == ["a"] * ROWS
 
 
-def test_sequences_of_compiled_modules(spheres):
-    def model(fn):
-        module = Calls(fn)
-        module.compile(backend=lambda graph, _: graph.forward)
-        return ts.SphereParallel(module, spheres)
+def test_sequences_that_may_have_an_element_for_each_row(spheres):
+    def fn(s, x):
+        assert len(x) < 4  # it cannot be compared
+        return s.layer(x), ["0", "1"]
 
-    texts = model(lambda s, x: (s.layer(x), [f"{k}" for k in range(2)]))
     with pytest.raises(ValueError, match="not clear whether it has one for each row"):
-        texts(EVEN)
-    assert texts(X[:13])[1] == ["0", "1"], "shards of one row and of two have the same"
-    torch._dynamo.reset()
+        parallel(fn, spheres)(EVEN)
+    assert parallel(fn, spheres)(X[:13])[1] == ["0", "1"], "shards of one row and of two have both"
 
 
 # ---- distributions ----

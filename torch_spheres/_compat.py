@@ -194,6 +194,16 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module without what `torch.compile` has made of it and its parts; it is changed."""
+    module = getattr(module, "_orig_mod", module)
+    for part in module.modules():
+        part._compiled_call_impl = None
+        for name, child in part._modules.items():
+            part._modules[name] = getattr(child, "_orig_mod", child)
+    return module
+
+
 def compiler_context(module: nn.Module) -> Any:
     """What `torch.compile` keeps on the module that it returns, and nobody may copy; or None."""
     return vars(module).get("dynamo_ctx")

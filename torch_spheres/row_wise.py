@@ -80,12 +80,9 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
                 return comparison
         if len(learned.comparisons) > _FORMS:
             return unknown
-        if any(map(_compat.is_compiled, call.module.modules())):
-            found = unknown  # it would be compiled for other rows, which can take minutes
-        elif _compat.dispatch_modes() or _compat.profiler_is_on():
+        if _compat.dispatch_modes() or _compat.profiler_is_on():
             return unknown  # they would see, and count, what is no part of the call
-        else:
-            found = _compare(call, ranges, unknown, outputs)
+        found = _compare(call, ranges, unknown, outputs)
         if not any(isinstance(way, Refused) for way in found.ways):  # (they are looked at anew)
             known.append(found)
         return found
@@ -179,12 +176,14 @@ def _runs(
                 part.training = training and source.training
                 for name in _compat.FORWARD_HOOKS:
                     setattr(part, name, OrderedDict())
+            # (To compile it for other rows can take minutes.)
+            module = _compat.uncompiled(replica.module)
             values = call.split.cut(first, last)
             own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
             args, kwargs = call.arguments(own)
             replica.take_buffers()
             with torch.no_grad(), draws.active():
-                found.append(flatten_output(replica.module(*args, **kwargs)))
+                found.append(flatten_output(module(*args, **kwargs)))
     except Exception:  # noqa: BLE001
         return []  # whatever is wrong shows in the shards, or is wrong in this mode alone
     return found
