@@ -220,7 +220,7 @@ def test_an_error_in_the_model_comes_back_whole():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((torch.zeros(4, 2), torch.zeros(5)), "There are 4 rows, but .* of shape \\(5,\\), 5"),
+        ((torch.zeros(4, 2), torch.zeros(5)), "There are 4 rows, .* but .* of shape \\(5,\\), 5"),
         ((torch.tensor(1.0),), "no tensor with rows"),
         ((torch.zeros(0, 2),), "0 rows"),
     ],

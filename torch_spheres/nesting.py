@@ -20,7 +20,8 @@ from torch_spheres.objects import is_sequence, tensor_inside
 
 __all__ = ["Nesting", "flatten", "flatten_output", "unflatten"]
 
-_LEAVES = (PackedSequence, torch.Size)
+_LEAVES = (Tensor, PackedSequence, torch.Size)
+_PLAIN = (type(None), bool, int, float, str)
 Keep = Callable[[Any], bool]
 
 
@@ -66,7 +67,7 @@ def flatten(value: Any, keep: Keep | None = None) -> tuple[list[Any], Nesting]:
         value: anything.
         keep: tells which containers are to be leaves.
     """
-    if isinstance(value, Tensor):  # what most modules return
+    if isinstance(value, Tensor) or type(value) in _PLAIN:  # what most arguments are
         return [value], _TENSOR
     # (A PackedSequence is a named tuple, but its parts mean nothing by themselves.)
     flat, spec = _compat.pytree.tree_flatten(
@@ -91,7 +92,11 @@ def flatten_output(value: Any) -> tuple[list[Any], Nesting]:
 
 
 def _is_plain_sequence(value: Any) -> bool:
-    return is_sequence(value) and tensor_inside(value, (Tensor, np.ndarray)) is None
+    if not is_sequence(value) or isinstance(value, np.ndarray):
+        return False
+    if any(isinstance(v, Tensor) for v in value):
+        return False  # (the usual case, in less time)
+    return tensor_inside(value, (Tensor, np.ndarray)) is None
 
 
 def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:

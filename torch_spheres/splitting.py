@@ -23,6 +23,7 @@ from torch_spheres.ranks import Ranks
 __all__ = ["Cutting", "Split", "aligned", "refuse_forward_ad", "refuse_tracing",
            "rows_to_tune_by", "without_dim"]  # fmt: skip
 
+_NOTHING_INSIDE = (Tensor, type(None), bool, int, float, str)
 _ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
 
 
@@ -55,6 +56,7 @@ class Split:
         self.shards = shards
         self._ranks, self._module = ranks, module
         self._rows: int | None = None
+        self._counted_by: int | str = 0  # the argument that has shown how many there are
         self.flat: list[Any] = []
         self.dims: list[int | None] = []  # along which each leaf is cut
         self._spans: list[tuple[int | str, int, Nesting]] = []  # arguments, and where they end
@@ -142,13 +144,14 @@ class Split:
                     f"argument {self._name(key)!r} has shape {tuple(value.shape)} and no dimension "
                     f"{dim}, which is the batch's; {self._way_out(key)}"
                 )
-            self._rows = rows
+            self._rows, self._counted_by = rows, key
         elif rows != self._rows:
-            found = "none" if rows is None else rows
+            found, first = "none" if rows is None else rows, self._name(self._counted_by)
             raise ValueError(
                 f"SphereParallel cuts every tensor among the arguments by rows. There are "
-                f"{self._rows} rows, but argument {self._name(key)!r} has a tensor of shape "
-                f"{tuple(value.shape)}, {found} along dimension {dim}; {self._way_out(key)}"
+                f"{self._rows} rows, of argument {first!r}, but argument {self._name(key)!r} has "
+                f"a tensor of shape {tuple(value.shape)}, {found} along dimension {dim}; "
+                f"{self._way_out(key)}; or is {first!r} the one that has no rows?"
             )
         elif value.dim() == 2 and not said:
             self._refuse_square(key, i, value)
@@ -197,7 +200,7 @@ class Split:
             dim, said = self._rule(key)
             leaves, cuts = flat[begin:end], dims[begin:end]
             begin = end
-            if dim is not None and not isinstance(value, Tensor):
+            if dim is not None and not isinstance(value, _NOTHING_INSIDE):
                 self._refuse_objects(key, leaves, dim)
                 if self._has_row_sequence(key, value, dim, said):
                     leaves, nesting = flatten(value, functools.partial(self._is_cut, dim=dim))
