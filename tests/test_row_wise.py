@@ -274,6 +274,20 @@ def test_flags_are_of_the_form_and_steps_are_not(spheres):
     assert len(calls) < 20 * 12 + 3 * 10
 
 
+def test_texts_in_lists_are_no_flags(spheres):
+    calls = []
+
+    class Texts(nn.Linear):
+        def forward(self, x, texts):
+            calls.append(len(x))
+            return super().forward(x)
+
+    model = ts.SphereParallel(Texts(4, 4), spheres, whole=("texts",))
+    for n in range(1, 10):
+        model(X[:24, 0], [f"text {n}"] * n)
+    assert len(calls) == 9 * 12 + 3
+
+
 def test_what_a_forward_sets_does_not_reach_the_next_run(spheres):
     class Steps(nn.Linear):
         step = 0

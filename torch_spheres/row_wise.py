@@ -40,7 +40,6 @@ __all__ = ["Comparison", "compared"]
 
 _FORMS = 64  # calls of more forms than these are put together by their shapes
 _FLAGGED = 6  # numbers and texts that have changed so often change nothing: a step is among them
-_FLAGS = (bool, int, str)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         nesting: theirs; None: nothing will be put together.
     """
     dims = _dims(outputs)
-    flags = tuple(v for v in call.split.flat if isinstance(v, _FLAGS))
+    flags = call.split.flags
     unknown = Comparison(flags, nesting, dims, (None,) * len(dims))
     ranges = _two_ranges(call)
     if ranges is None:
@@ -89,12 +88,15 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
 
 
 def _form(call: Call) -> Hashable:
-    """What may change what the module returns, but for sizes: those of sequences are many."""
+    """What may change what the module returns, but for sizes: those of sequences are many.
+
+    (Of several values of a kind, as lists have, one counts.)
+    """
     values = [
         (v.dim(), v.dtype) if isinstance(v, Tensor) else v if type(v) is bool else type(v)
         for v in call.split.flat
     ]
-    return call.module.training, call.sums, call.keys, (*values,)
+    return call.module.training, call.sums, call.keys, tuple(dict.fromkeys(values))
 
 
 def _two_ranges(call: Call) -> tuple[int, int, int] | None:

@@ -60,6 +60,7 @@ class Split:
         self.flat: list[Any] = []
         self.dims: list[int | None] = []  # along which each leaf is cut
         self._spans: list[tuple[int | str, int, Nesting]] = []  # arguments, and where they end
+        self._values = [value for _, value in arguments]
         for key, value in arguments:
             self._add(key, value)
         self.rows = self._counted()
@@ -297,6 +298,11 @@ class Split:
             values.append(unflatten(leaves[begin:end], nesting))
             begin = end
         return values
+
+    @property
+    def flags(self) -> tuple[bool | int | str, ...]:
+        """Numbers and texts that are arguments, which may say what the module returns."""
+        return tuple(value for value in self._values if isinstance(value, (bool, int, str)))
 
     def described(self) -> str:
         """For errors in a shard: how each argument was cut."""
