@@ -86,8 +86,8 @@ class SphereParallel(nn.Module):
     The first call of each form (flags and numbers of dimensions) is compared with the bare module:
     the rows of two shards are run together and alone, in evaluation mode and without a trace in
     buffers and random numbers. A UserWarning says once if the model is not row-wise: if it looks
-    across the rows of a batch, or its batch is another dimension. A module that draws random
-    numbers in evaluation mode, or is compiled, is not compared.
+    across the rows of a batch, or its batch is another dimension. Of a module that draws random
+    numbers in evaluation mode, shapes alone are compared.
 
     Parameters: hooks on them, and what `torch.autograd.grad` returns, see the whole batch's
     gradient, once. Hooks on modules run in each shard, with the shard's rows.
