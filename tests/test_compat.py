@@ -267,6 +267,7 @@ ALTERNATIVES = [
     ("torch.utils.data._utils.worker._RNG", "_RNG"),
     ("torch.Tensor.__dlpack_c_exchange_api__", "dlpack_exchange"),
     ("torch.autograd.profiler._is_profiler_enabled", "profiler_is_on"),
+    ("torch.autograd.forward_ad._current_level", "forward_ad_is_on"),
 ]
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_spheres as ts
 
+pytestmark = pytest.mark.usefixtures("no_comparison")
 X = torch.randn(36, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -124,6 +124,7 @@ def test_flatten_is_undone_by_unflatten(value):
     assert all(a is b for a, b in zip(leaves, flatten(value)[0], strict=True)), "not changed"
 
 
+@pytest.mark.usefixtures("no_comparison")
 def test_inputs_of_every_nesting_are_split_and_the_rest_goes_to_every_shard(spheres):
     seen = []
 
@@ -221,7 +222,8 @@ def test_outputs_of_every_nesting(spheres):
         return Frozen([w * x, {"deep": Point(x, "text")}], Batch(2 * x, lengths=w * x.sum()))
 
     x = column(25)
-    out = ts.SphereParallel(Applies(fn), spheres)(x)
+    with pytest.warns(UserWarning, match="output 4 of the module has no dimensions and is a sum"):
+        out = ts.SphereParallel(Applies(fn), spheres)(x)
     assert type(out) is Frozen and torch.equal(out.a[0], 2 * x)
     assert torch.equal(out.a[1]["deep"].x, x) and out.a[1]["deep"].y == "text"
     assert not out.a[1]["deep"].x.requires_grad
@@ -287,8 +289,7 @@ def fifth(x, other, one):
 @pytest.mark.parametrize(
     ("fn", "error", "message"),
     [
-        (lambda w, x: (w * x).T, ValueError, r"shape \(1, \d\).*transpose it inside the module"),
-        (lambda w, x: x.new_zeros(7), ValueError, "put together|must be the batch's rows"),
+        (lambda w, x: x[x != 5], ValueError, "must be the batch's rows, .*transpose it inside"),
         (lambda w, x: x.new_zeros(len(x), int(x[0, 0]) + 1), ValueError, r"shape \(\d, \d\)"),
         (lambda w, x: fifth(x, None, w * x), ValueError, "None for shard"),
         (lambda w, x: fifth(x, w * x, None), ValueError, "None for shard 0"),

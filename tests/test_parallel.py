@@ -68,7 +68,8 @@ def test_inputs_outputs_and_their_gradients():
         parallel = ts.SphereParallel(Nested(), spheres)
         a, b = torch.randn(31, 3, requires_grad=True), torch.randn(31, 3)
         scale = torch.tensor(3.0, requires_grad=True)
-        result = parallel((a, {"b": b}), scale=scale, tag="x")
+        with pytest.warns(UserWarning, match="output 1 of the module is not the same"):
+            result = parallel((a, {"b": b}), scale=scale, tag="x")  # the rows' numbers
         torch.testing.assert_close(result["out"], 6 * (a + b))
         assert result["tag"] == "x"
         assert len(result["rows"]) == 31 and not result["rows"].requires_grad
@@ -124,6 +125,7 @@ def test_state_dict_has_the_bare_keys_also_inside_another_module():
         assert torch.equal(model[0].weight, bare["net"][0].weight)
 
 
+@pytest.mark.usefixtures("no_comparison")
 def test_shards_and_their_gradients_start_at_aligned_storage():
     """Kernels choose their path by it, and so their bits."""
     seen = []
@@ -211,14 +213,14 @@ def test_an_error_in_the_model_comes_back_whole():
             parallel(torch.arange(12.0)[:, None])
         notes = caught.value.__notes__
         assert notes[0] == "in the forward of shard 5, rows 5 to 5 of the batch"
-        assert "work item 5 (5) on sphere" in notes[1]
+        assert "work item 5 (5) on sphere" in notes[-1]
         assert torch.equal(parallel(torch.zeros(12, 1)), torch.zeros(12, 1))
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((torch.zeros(4, 2), torch.zeros(5)), "one has 4 rows and another, of shape \\(5,\\), 5"),
+        ((torch.zeros(4, 2), torch.zeros(5)), "There are 4 rows, .* but .* of shape \\(5,\\), 5"),
         ((torch.tensor(1.0),), "no tensor with rows"),
         ((torch.zeros(0, 2),), "0 rows"),
     ],

@@ -151,6 +151,23 @@ def profiler_is_on() -> bool:
     return bool(getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
 
 
+_look_up(
+    "torch.autograd.forward_ad._current_level",
+    without="forward-mode AD is not noticed, and the tangent is None",
+)
+
+
+def forward_ad_is_on() -> bool:
+    """Whether there are dual tensors."""
+    # (The name holds a value, which torch replaces.)
+    return bool(getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0)
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` records what the calling thread does."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
+
+
 # ---- torch.compile ----
 
 disable_compiler: Callable[[Any], Any] = _look_up(
@@ -175,6 +192,16 @@ def static_shapes() -> contextlib.AbstractContextManager[None]:
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile was called on it, not on a part of it."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module without what `torch.compile` has made of it and its parts; it is changed."""
+    module = getattr(module, "_orig_mod", module)
+    for part in module.modules():
+        part._compiled_call_impl = None
+        for name, child in part._modules.items():
+            part._modules[name] = getattr(child, "_orig_mod", child)
+    return module
 
 
 def compiler_context(module: nn.Module) -> Any:
@@ -357,6 +384,13 @@ _look_at(
     "_compiled_call_impl", "_call_impl", *FORWARD_HOOKS, *OTHER_HOOKS,
 )  # fmt: skip
 _look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version")
+_look_at(
+    "Distribution", torch.distributions.Distribution(validate_args=False), (PARALLEL,),
+    "_batch_shape",
+)  # fmt: skip
+_look_at(
+    "Transform", torch.distributions.Transform(cache_size=1), (PARALLEL,), "_inv", "_cached_x_y"
+)
 _look_at("Generator", torch.default_generator, (PARALLEL, LOADER), "_cdata")
 
 

@@ -11,10 +11,10 @@ import torch.utils.checkpoint
 
 from torch_spheres import _compat
 
-__all__ = ["CallerContext", "caller_context", "unset"]
+__all__ = ["AUTOCAST_DEVICES", "CallerContext", "caller_context", "unset"]
 
 CallerContext = Callable[[], AbstractContextManager[None]]
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def caller_context() -> CallerContext:
@@ -36,7 +36,7 @@ def caller_context() -> CallerContext:
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     autocast = {
         device: torch.get_autocast_dtype(device)
-        for device in _AUTOCAST_DEVICES
+        for device in AUTOCAST_DEVICES
         if torch.is_autocast_enabled(device)
     }
     function_modes = _compat.function_modes()
@@ -86,7 +86,7 @@ def unset() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        for device in _AUTOCAST_DEVICES:
+        for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         for mode in reversed(_compat.dispatch_modes()):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_spheres.errors import Caught
 from torch_spheres.folding import Grads
+from torch_spheres.row_wise import compared
 from torch_spheres.shard import Shard, in_shard
 from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
@@ -36,7 +37,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                 shard = call.forward_shard(k, replica)
                 with in_shard(call, k, "loss", shard):
                     output = shard.rebuild()
-                    target = goals[0].build(goals[0].parts(k))
+                    (target,) = goals[0].build(goals[0].parts(k))
                     loss, counts[k] = _checked(loss_fn(output, target), k)
                     if counts[k] is None:
                         loss = loss * call.split.weights[k]
@@ -63,6 +64,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
         if found is not None:
             kinds = [1 + _DTYPES.index(found.dtype)]
         call.effects.check(done)
+        compared(call)
         if len(counted) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
     (kind,) = call.finish_forward(done, caught, kinds)

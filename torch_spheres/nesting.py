@@ -1,19 +1,28 @@
-"""Nested values as a flat list of leaves: what pytree knows, and dataclasses and mappings."""
+"""Nested values as a flat list of leaves: what pytree knows, and other things that hold tensors."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.distributions import AffineTransform, Distribution, Transform
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _compat
+from torch_spheres.objects import is_sequence, tensor_inside
 
-__all__ = ["Nesting", "flatten", "unflatten"]
+__all__ = ["Nesting", "flatten", "flatten_output", "unflatten"]
+
+_LEAVES = (Tensor, PackedSequence, torch.Size)
+_PLAIN = (type(None), bool, int, float, str)
+Keep = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -23,34 +32,51 @@ class Nesting:
     spec: Any  # pytree's TreeSpec
     opened: tuple[_Opened | None, ...]  # for each leaf of `spec`
 
+    def in_objects(self) -> list[bool]:
+        """Of each leaf, whether it is part of a distribution or the like."""
+        found: list[bool] = []
+        for opened in self.opened:
+            if opened is None:
+                found.append(False)
+            else:
+                inside = opened.inside.in_objects()
+                found += [True] * len(inside) if opened.example is None else inside
+        return found
+
 
 @dataclass(frozen=True)
 class _Opened:
     """An object that pytree takes for a leaf, and that holds tensors nevertheless."""
 
-    example: Any = dataclasses.field(compare=False)
+    example: Any = dataclasses.field(compare=False)  # None: it is made anew, from all it has
     kind: type
-    names: tuple[Any, ...]  # fields, or keys of a mapping
+    names: tuple[Any, ...]  # fields, attributes, or keys of a mapping
     inside: Nesting
 
 
 _TENSOR = Nesting(_compat.pytree and _compat.pytree.tree_flatten(0)[1], (None,))
 
 
-def flatten(value: Any) -> tuple[list[Any], Nesting]:
+def flatten(value: Any, keep: Keep | None = None) -> tuple[list[Any], Nesting]:
     """The leaves of lists, tuples, dicts, dataclasses, mappings and what pytree has registered.
 
-    A dataclass or an unregistered mapping is opened if there is a tensor in it, else it is a leaf.
-    A PackedSequence is a leaf.
+    Distributions and key-value caches are opened; a dataclass or an unregistered mapping is if
+    there is a tensor in it, else it is a leaf. A PackedSequence is a leaf.
+
+    Args:
+        value: anything.
+        keep: tells which containers are to be leaves.
     """
-    if isinstance(value, Tensor):  # what most modules return
+    if isinstance(value, Tensor) or type(value) in _PLAIN:  # what most arguments are
         return [value], _TENSOR
     # (A PackedSequence is a named tuple, but its parts mean nothing by themselves.)
-    flat, spec = _compat.pytree.tree_flatten(value, is_leaf=lambda v: isinstance(v, PackedSequence))
+    flat, spec = _compat.pytree.tree_flatten(
+        value, is_leaf=lambda v: isinstance(v, _LEAVES) or (keep is not None and keep(v))
+    )
     leaves: list[Any] = []
     opened: list[_Opened | None] = []
     for leaf in flat:
-        found = None if isinstance(leaf, Tensor) else _open(leaf)
+        found = None if isinstance(leaf, Tensor) else _open(leaf, keep)
         if found is None:
             leaves.append(leaf)
             opened.append(None)
@@ -60,8 +86,25 @@ def flatten(value: Any) -> tuple[list[Any], Nesting]:
     return leaves, Nesting(spec, tuple(opened))
 
 
-def _open(leaf: Any) -> tuple[list[Any], _Opened] | None:
+def flatten_output(value: Any) -> tuple[list[Any], Nesting]:
+    """As `flatten`; a list or tuple without tensors is a leaf: it may have an element per row."""
+    return flatten(value, _is_plain_sequence)
+
+
+def _is_plain_sequence(value: Any) -> bool:
+    if not is_sequence(value) or isinstance(value, np.ndarray):
+        return False
+    if any(isinstance(v, Tensor) for v in value):
+        return False  # (the usual case, in less time)
+    return tensor_inside(value, (Tensor, np.ndarray)) is None
+
+
+def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:
     names: tuple[Any, ...]
+    if isinstance(leaf, _OBJECTS) or _is_cache(leaf):
+        state = _state(leaf)
+        leaves, inside = _flatten_fields([*state.values()], keep)
+        return leaves, _Opened(None, type(leaf), tuple(state), inside)
     if isinstance(leaf, Mapping):
         names, values = tuple(leaf.keys()), list(leaf.values())
     elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -69,10 +112,63 @@ def _open(leaf: Any) -> tuple[list[Any], _Opened] | None:
         values = [getattr(leaf, name) for name in names]
     else:
         return None
-    leaves, inside = flatten(values)
-    if not any(isinstance(v, Tensor) for v in leaves):
+    leaves, inside = _flatten_fields(values, keep)
+    if not any(isinstance(v, Tensor) or (keep is not None and _has_rows(v)) for v in leaves):
         return None
     return leaves, _Opened(leaf, type(leaf), names, inside)
+
+
+def _flatten_fields(values: list[Any], keep: Keep | None) -> tuple[list[Any], Nesting]:
+    # (This list is ours, and no leaf.)
+    return flatten(values, keep and (lambda v: v is not values and keep(v)))
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, list, tuple)) and len(leaf) > 0
+
+
+# ---- objects of which all is known ----
+
+_OBJECTS = (Distribution, Transform)
+_Inverse = type(AffineTransform(0.0, 1.0).inv)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is a key-value cache of Hugging Face's transformers, or a layer of one."""
+    module = sys.modules.get("transformers.cache_utils")
+    if module is None:
+        return False
+    kinds = (getattr(module, name, None) for name in ("Cache", "CacheLayerMixin"))
+    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """All that an object has, as values to be put together."""
+    if isinstance(value, _Inverse):
+        return {"inv": value.inv}
+    state = dict(vars(value))
+    if isinstance(value, Distribution):
+        # As a tensor of this shape, without memory: its rows are found as those of others.
+        shape = torch.zeros((), dtype=torch.bool, device="cpu").expand(value.batch_shape)
+        state["_batch_shape"] = shape
+    elif isinstance(value, Transform):
+        state["_inv"] = None
+        if "_cached_x_y" in state:
+            state["_cached_x_y"] = None, None
+    return state
+
+
+def _made(kind: type, state: dict[str, Any]) -> Any:
+    if kind is _Inverse:
+        return state["inv"].inv
+    made: Any = object.__new__(kind)
+    if isinstance(made, Distribution):
+        state["_batch_shape"] = state["_batch_shape"].shape
+    vars(made).update(state)
+    return made
+
+
+# ---- back again ----
 
 
 def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
@@ -91,6 +187,8 @@ def _take(leaves: Iterator[Any], nesting: Nesting) -> Any:
 
 
 def _close(opened: _Opened, values: list[Any]) -> Any:
+    if opened.example is None:
+        return _made(opened.kind, dict(zip(opened.names, values, strict=True)))
     made = copy.copy(opened.example)
     for name, value in zip(opened.names, values, strict=True):
         if isinstance(made, Mapping):

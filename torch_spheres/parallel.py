@@ -6,8 +6,8 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_spheres import _compat
 from torch_spheres.advice import Adviser
 from torch_spheres.crew import Crew
+from torch_spheres.cutting import Cutting
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -25,6 +26,7 @@ from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
+from torch_spheres.splitting import refuse_tracing, rows_to_tune_by
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 from torch_spheres.whole_batch import face, gather_rows
@@ -51,6 +53,13 @@ class SphereParallel(nn.Module):
         process_group: with `torch.distributed` initialised, the processes that share each batch:
             None: all of them. False: none, this process is alone with its batch (inside
             `DistributedDataParallel`, for one).
+        batch_dim: the dimension of the batch's rows: of all arguments, or a dict from names of
+            arguments of the module's forward to theirs (others have 0). It also says that a list,
+            or a square matrix, has the batch's rows.
+        whole: names of arguments that every shard gets as they are: a mask over positions, a table.
+        scalars: how outputs without dimensions are put together: ``"mean"``, weighted by the
+            shards' rows, or ``"sum"``. A call with ``num_items_in_batch=`` (Hugging Face's models
+            divide their loss by it) sums.
 
     Several processes (as many as divide the leaves: twelve, 144 with ``levels=3``): each gets its
     rows of one batch, see `wrap`, and runs the shards of its groups. Rank 0's parameters and
@@ -61,13 +70,24 @@ class SphereParallel(nn.Module):
     mode, are for all ranks together; an evaluation under ``no_grad`` in evaluation mode is this
     process's own.
 
-    Inputs: tensors whose first dimension is the batch's rows, anywhere in positional and keyword
-    arguments, lists, tuples, dicts and dataclasses; tensors without dimensions and other objects go
-    to every shard as they are. Rows are split as `torch.tensor_split` does; with fewer rows than
-    leaves only so many shards run. Outputs: tensors with rows, or with a fixed number of rows for
-    each of the batch's, are put together again, in order; tensors without dimensions (a loss
-    computed inside the model) are averaged, weighted by the shards' rows; of anything else the
-    first shard's is returned.
+    Inputs: every tensor with dimensions is cut along its first, or along `batch_dim`, anywhere in
+    positional and keyword arguments, lists, tuples, dicts, dataclasses, distributions and key-value
+    caches; tensors without dimensions and other objects go to every shard as they are. What may
+    have the batch's rows by chance (a square matrix, a list with as many elements) is refused until
+    `batch_dim` or `whole` says what it is. Rows are split as `torch.tensor_split` does; with fewer
+    rows than leaves only so many shards run.
+
+    Outputs are put together in order, each along the dimension that follows the rows; tensors
+    without dimensions (a loss computed inside the model) as `scalars` says. What is the same
+    whatever the rows are (a weight) is returned once. Distributions, key-value caches, numpy arrays
+    and lists with an element for each row are put together too; other objects that hold tensors,
+    and values that are no tensors and differ, are refused.
+
+    The first call of each form (flags and numbers of dimensions) is compared with the bare module:
+    the rows of two shards are run together and alone, in evaluation mode and without a trace in
+    buffers and random numbers. A UserWarning says once if the model is not row-wise: if it looks
+    across the rows of a batch, or its batch is another dimension. Of a module that draws random
+    numbers in evaluation mode, shapes alone are compared.
 
     Parameters: hooks on them, and what `torch.autograd.grad` returns, see the whole batch's
     gradient, once. Hooks on modules run in each shard, with the shard's rows.
@@ -88,8 +108,9 @@ class SphereParallel(nn.Module):
 
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
-            `KissingSpheres`, or `reproducible` not a bool.
-        ValueError: the processes cannot share the leaves evenly, or have different models.
+            `KissingSpheres`, or another argument of the wrong type.
+        ValueError: the processes cannot share the leaves evenly, or have different models; or
+            `batch_dim` or `whole` has the name of no argument.
         RankError: another process does not come, or has failed (in any call that they share).
     """
 
@@ -100,6 +121,9 @@ class SphereParallel(nn.Module):
         *,
         reproducible: bool = True,
         process_group: ProcessGroup | bool | None = None,
+        batch_dim: int | Mapping[str, int] = 0,
+        whole: Sequence[str] = (),
+        scalars: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
         _compat.require(_compat.PARALLEL)
@@ -123,6 +147,8 @@ class SphereParallel(nn.Module):
             raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
         if not isinstance(reproducible, bool):
             raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+        self._cutting = Cutting(batch_dim, whole, scalars)  # type: ignore[arg-type]
+        self._cutting.check_names(module)
         keep_freed_memory(spheres.levels)
         self.module = module
         self.reproducible = reproducible
@@ -159,6 +185,7 @@ class SphereParallel(nn.Module):
     @_compat.disable_compiler  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
+        refuse_tracing()
         crew, trial = self._choose("forward", all_ways, args, kwargs)
         run = functools.partial(self._run, crew, args, kwargs)
         if trial is not None:
@@ -179,7 +206,7 @@ class SphereParallel(nn.Module):
     ) -> tuple[Crew, Trial | None]:
         spheres = self._spheres
         tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        rows = max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))
+        rows = rows_to_tune_by(tensors, self._cutting)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
@@ -220,7 +247,8 @@ class SphereParallel(nn.Module):
     ) -> Call:
         ranks = self._ranks if self._shares else None
         kind = Call if ranks is None else SharedCall
-        make = functools.partial(kind, self.module, self._pool, crew, args, kwargs, ranks, what)
+        make = functools.partial(kind, self.module, self._pool, crew, args, kwargs, ranks, what,
+                                 cutting=self._cutting)  # fmt: skip
         call = make()
         if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
                for m in self.module.modules()):  # fmt: skip
@@ -247,7 +275,8 @@ class SphereParallel(nn.Module):
                 gradients and loss are those of the total sum over the total count.
             inputs: of the model: one tensor or other value, a tuple of positional arguments, or a
                 dict of keyword arguments; split as by `forward`.
-            targets: anything nested, split by rows as well.
+            targets: anything nested, split by rows as well: along dimension 0, or `batch_dim` if
+                that is one number.
 
         Returns:
             The whole batch's loss, a scalar without a graph. Gradients have been added to
@@ -279,14 +308,15 @@ class SphereParallel(nn.Module):
 
         Args:
             rows: outputs of this model, or what came from them row by row, or anything else that
-                has this rank's rows, such as targets.
+                has this rank's rows, such as targets: in the first dimension, or in `batch_dim`.
 
         Raises:
             ValueError: the ranks do not have their groups' rows of one batch.
         """
         if self._ranks is None:
             return rows
-        return gather_rows(rows, self._ranks, self._spheres.leaves)
+        dim = max(0, min(self._cutting.default_dim, rows.dim() - 1))
+        return gather_rows(rows, self._ranks, self._spheres.leaves, dim)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

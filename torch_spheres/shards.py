@@ -15,8 +15,9 @@ from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
 from torch_spheres.forward_effects import ForwardEffects
-from torch_spheres.nesting import Nesting, flatten
-from torch_spheres.outputs import gather_output
+from torch_spheres.gathering import cut_grad, gather, gather_input_grad
+from torch_spheres.nesting import Nesting, flatten_output
+from torch_spheres.outputs import Way
 from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
@@ -25,7 +26,7 @@ from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shard import Shard, in_shard
-from torch_spheres.splitting import Split, aligned
+from torch_spheres.splitting import Cutting, Split, refuse_forward_ad, without_dim
 from torch_spheres.tree import tree_sums
 
 __all__ = ["Call"]
@@ -39,6 +40,7 @@ class Call:
     Args:
         ranks: who shares the batch, in a `SharedCall`.
         what: ``"forward"`` or ``"forward_backward"``.
+        cutting: which arguments are cut, and how outputs without dimensions are put together.
     """
 
     base: int | None = None  # seed of the shards' random numbers, if it has been agreed on
@@ -52,16 +54,24 @@ class Call:
         kwargs: dict[str, Any],
         ranks: Ranks | None = None,
         what: str = "forward",
+        *,
+        cutting: Cutting | None = None,
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
         self.ranks, self.what = ranks, what
+        self.cutting = Cutting() if cutting is None else cutting
+        # (Hugging Face's models divide their loss by it: of the whole batch, in each shard.)
+        self.sums = self.cutting.scalars == "sum" or kwargs.get("num_items_in_batch") is not None
+        self._positional = len(args)
+        self.keys = (*range(len(args)), *kwargs)
         self.context = crew.context()
-        self.split = self._split((args, kwargs))
+        self.split = self._split([*zip(self.keys, (*args, *kwargs.values()), strict=True)])
         self.random = CallRandom(self.base)
         self.shards: list[Shard | None] = []
         self._freed = False
         self.nesting: Nesting | None = None  # of the outputs
         self.differentiable_outputs: list[bool] = []
+        self.ways: list[Way] = []  # how each output is put together
         pool.follow(module)
         self.compiled = (
             self._signature() if any(map(_compat.is_compiled, module.modules())) else None
@@ -80,14 +90,16 @@ class Call:
 
     # What SharedCall does in another way.
 
-    def _split(self, value: Any) -> Split:
+    def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         """The arguments, cut by rows."""
+        refuse_forward_ad()
         least = 2 if any(map(_needs_two_rows, self.module.modules())) else 1
-        return Split(value, self.crew.plan.shards, self.ranks, least)
+        shards = self.crew.plan.shards
+        return Split(arguments, shards, self.ranks, self.cutting, self.module, least)
 
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""
-        goal = Split(value, self.split.shards, self.ranks)
+        goal = Split([("targets", value)], self.split.shards, self.ranks, self.cutting)
         if goal.rows != self.split.rows:
             raise ValueError(
                 f"forward_backward() got inputs of {self.split.rows} rows and targets of "
@@ -130,11 +142,21 @@ class Call:
 
     def _signature(self) -> tuple[Any, ...]:
         """What compiled code depends on, but for the rows: new ones are compiled anew."""
-        tensors = [v for v in self.split.flat if isinstance(v, Tensor)]
+        leaves = zip(self.split.flat, self.split.dims, strict=True)
+        tensors = [(v, d) for v, d in leaves if isinstance(v, Tensor)]
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        shapes = [(v.shape[1:], v.stride()[1:], v.dtype, v.requires_grad) for v in tensors]
+        shapes = [
+            (without_dim(v.shape, d), without_dim(v.stride(), d), v.dtype, v.requires_grad)
+            for v, d in tensors
+        ]
         return (*modes, *autocast, *shapes)
+
+    def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The module's arguments, with other leaves."""
+        values = self.split.build(leaves)
+        first, rest = values[: self._positional], values[self._positional :]
+        return tuple(first), dict(zip(self.keys[self._positional :], rest, strict=True))
 
     @property
     def trainable(self) -> list[Tensor]:
@@ -153,14 +175,18 @@ class Call:
         shard = Shard(ShardRandom(self.random, self.split.leaves[k]), replica)
         grad = torch.is_grad_enabled
         taken = replica.begin_shard(self._has_own)
-        with in_shard(self, k, "forward", shard):
-            values = self.split.parts(k)
-            for i in self.differentiable if grad() else ():
-                values[i] = values[i].detach().requires_grad_()
-                shard.inputs.append(values[i])
-            args, kwargs = self.split.build(values)
-            output = replica.module(*args, **kwargs)
-        shard.outputs, shard.nesting = flatten(output)
+        try:
+            with in_shard(self, k, "forward", shard):
+                values = self.split.parts(k)
+                for i in self.differentiable if grad() else ():
+                    values[i] = values[i].detach().requires_grad_()
+                    shard.inputs.append(values[i])
+                args, kwargs = self.arguments(values)
+                output = replica.module(*args, **kwargs)
+        except Exception as error:
+            error.add_note(self.split.described())
+            raise
+        shard.outputs, shard.nesting = flatten_output(output)
         self.effects.look_at(replica)
         shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
         shard.params = self.reached.targets(replica)
@@ -207,7 +233,7 @@ class Call:
             self.shards = list(shards)
             self.effects.check(shards)
             self.reached.look_at(shards)
-            outputs = self._gather(shards)
+            outputs = gather(self, shards)
         self.finish_forward(shards, caught)
         return self.share_structure(outputs)
 
@@ -242,7 +268,7 @@ class Call:
             if not self.split.bounds:
                 raise ValueError("the first batch of a lazy module needs rows on every rank")
             self.module.eval()
-            args, kwargs = self.split.build(self.split.parts(0))
+            args, kwargs = self.arguments(self.split.parts(0))
             try:
                 with torch.no_grad():
                     self.module(*args, **kwargs)
@@ -266,32 +292,20 @@ class Call:
                 stacklevel=4,
             )
 
-    def _gather(self, shards: Sequence[Shard]) -> list[Any]:
-        if not shards:
-            return []
-        first = shards[0]
-        self.nesting = first.nesting
-        for k, shard in enumerate(shards):
-            if shard.nesting != first.nesting:
-                raise ValueError(
-                    f"the module returned {first.nesting} for shard 0, but {shard.nesting} for "
-                    f"shard {k}: the outputs' structure must not depend on the rows"
-                )
-        columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
-        self.differentiable_outputs = [
-            any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
-        ]
-        with torch.no_grad():
-            return [
-                gather_output(i, values, self.split.sizes, self._mean)
-                for i, values in enumerate(columns)
-            ]
+    def in_objects(self) -> list[bool]:
+        """Of each output, whether it is part of a distribution or the like."""
+        assert self.nesting is not None
+        return self.nesting.in_objects()
 
-    def _mean(self, values: Sequence[Tensor]) -> Tensor:
-        """Of the shards' scalars, weighted by their rows."""
-        total = self.totals(
-            [[v * w for v, w in zip(values, self.split.weights, strict=True)]], values[:1]
-        )[0]
+    def weighted(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The shards' scalars, to be summed."""
+        if self.sums:
+            return [*values]
+        return [v * w for v, w in zip(values, self.split.weights, strict=True)]
+
+    def scalars_total(self, values: Sequence[Tensor]) -> Tensor:
+        """The shards' scalars put together."""
+        total = self.totals([self.weighted(values)], values[:1])[0]
         assert total is not None
         return total
 
@@ -316,7 +330,7 @@ class Call:
             )
         if not keep:
             self.shards, self._freed = [], True
-        pieces = [self._cut_grad(g, i, shards) for i, g in enumerate(grads)]
+        pieces = [cut_grad(self, g, i, shards) for i, g in enumerate(grads)]
 
         def backward(k: int) -> tuple[Grads, Grads]:
             shard = shards[k]
@@ -325,9 +339,10 @@ class Call:
                 shards[k] = None  # frees the graph as soon as this shard is done
             roots, root_grads = [], []
             for output, cut in zip(shard.outputs, pieces, strict=True):
-                if cut is not None and isinstance(output, Tensor) and output.requires_grad:
+                grad = None if cut is None else cut[k]
+                if grad is not None and isinstance(output, Tensor) and output.requires_grad:
                     roots.append(output)
-                    root_grads.append(cut[k])
+                    root_grads.append(grad)
             if not roots:
                 return [None] * len(self.trainable), [None] * len(shard.inputs)
             with in_shard(self, k, "backward", shard, context):
@@ -373,8 +388,9 @@ class Call:
 
         sums = self.finish_fold(fold, run)
         with torch.no_grad():
-            for i, value in enumerate(self.inputs_with_grad):
-                sums.append(self._gather_input_grad(value, [grads[i] for grads in rest]))
+            for i, leaf in enumerate(self.differentiable):
+                value, dim = self.split.flat[leaf], self.split.dims[leaf]
+                sums.append(gather_input_grad(self, value, dim, [grads[i] for grads in rest]))
         return sums
 
     def new_fold(self) -> GradientFold:
@@ -387,26 +403,6 @@ class Call:
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
             return rounded(fold.finish(), self.trainable)
-
-    def _cut_grad(self, grad: Tensor | None, i: int, shards: list[Shard | None]) -> Any:
-        if grad is None:
-            return None
-        if grad.dim() == 0:
-            return [grad * weight for weight in self.split.weights]
-        sizes = [0 if shard is None else shard.outputs[i].shape[0] for shard in shards]
-        return [aligned(piece) for piece in grad.split(sizes)] if sizes else []
-
-    def _gather_input_grad(self, value: Tensor, parts: list[Tensor | None]) -> Tensor | None:
-        """The gradient of an argument from those of its parts."""
-        if value.dim() == 0:
-            return self.totals([parts], [value])[0]
-        if all(part is None for part in parts):
-            return None
-        filled = [
-            torch.zeros_like(value[begin:end]) if part is None else part
-            for (begin, end), part in zip(self.split.bounds, parts, strict=True)
-        ]
-        return torch.cat(filled)
 
 
 def _needs_two_rows(part: nn.Module) -> bool:

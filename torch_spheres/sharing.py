@@ -19,11 +19,12 @@ from torch.nn.parameter import is_lazy
 from torch_spheres.errors import Caught
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.folding import GradientFold, Grads
+from torch_spheres.outputs import FIRST, ONCE, ROWS, SCALAR, Way, same
 from torch_spheres.phases import phase
 from torch_spheres.random import next_base
 from torch_spheres.ranks import Ranks
 from torch_spheres.shards import Call
-from torch_spheres.splitting import Split
+from torch_spheres.splitting import Split, without_dim
 from torch_spheres.tree import tree_sums
 from torch_spheres.whole_batch import own_rows_only
 
@@ -41,14 +42,18 @@ class SharedCall(Call):
 
     # ---- before the forward ----
 
-    def _split(self, value: Any) -> Split:
+    def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
         split, rows, form = None, 0, 0
         with Caught() as caught:
-            split = super()._split(value)
+            split = super()._split(arguments)
             rows = split.rows
-            tensors = [v for v in split.flat if isinstance(v, Tensor)]
-            shapes = [(v.dim(), v.shape[1:], v.dtype, v.requires_grad) for v in tensors]
+            tensors = [
+                (v, d) for v, d in zip(split.flat, split.dims, strict=True) if isinstance(v, Tensor)
+            ]
+            shapes = [
+                (v.dim(), without_dim(v.shape, d), v.dtype, v.requires_grad) for v, d in tensors
+            ]
             form = zlib.crc32(repr(shapes).encode())
         state = zlib.crc32(torch.get_rng_state().numpy().tobytes())
         mode = 2 * self.module.training + torch.is_grad_enabled()
@@ -64,7 +69,10 @@ class SharedCall(Call):
         self._check(table, split)
         self.base = table[5][0]
         split.share(table[2])
-        split.flat = [own_rows_only(v, split.total) for v in split.flat]
+        split.flat = [
+            v if d is None else own_rows_only(v, split.total, d)
+            for v, d in zip(split.flat, split.dims, strict=True)
+        ]
         self._somebody_has_none = 0 in table[2]
         return split
 
@@ -127,9 +135,9 @@ class SharedCall(Call):
 
     # ---- outputs ----
 
-    def _mean(self, values: Sequence[Tensor]) -> Tensor:
-        # The other ranks' come in `share_structure`: this one only stands for it.
-        weighted = [v * w for v, w in zip(values, self.split.weights, strict=True)]
+    def scalars_total(self, values: Sequence[Tensor]) -> Tensor:
+        """Stands for it: the other ranks' come in `share_structure`."""
+        weighted = self.weighted(values)
         self._scalars.append(weighted)
         return weighted[0].detach()
 
@@ -140,10 +148,15 @@ class SharedCall(Call):
         plain = [i for i, o in enumerate(outputs) if isinstance(o, _PLAIN)]
         if plain:  # those of the batch's first shard, as in one process
             said = [outputs[i] for i in plain]
-            first = self.ranks.objects(said, "the exchange of outputs that are no tensors")[0]
-            for i, value in zip(plain, first, strict=True):
-                outputs[i] = value
-        scalars = [i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.dim() == 0]
+            found = self.ranks.objects(said, "the exchange of outputs that are no tensors")
+            for i, *values in zip(plain, *found, strict=True):
+                if not all(same(value, values[0]) for value in values):
+                    raise ValueError(
+                        f"output {i} of the module is no tensor and differs between the ranks: "
+                        f"{_by_rank(values)}; return a tensor"
+                    )
+                outputs[i] = values[0]
+        scalars = [i for i, way in enumerate(self.ways) if way == SCALAR]
         if scalars:
             like = [outputs[i].detach() for i in scalars]
             columns = self._scalars or [[] for _ in scalars]
@@ -154,12 +167,12 @@ class SharedCall(Call):
     def _from_others(self, outputs: list[Any]) -> list[Any]:
         mine = None
         if self.split.bounds:
-            empty = [_without_rows(o) for o in outputs]
-            mine = self.nesting, self.differentiable_outputs, empty
+            empty = [_without_rows(o, way) for o, way in zip(outputs, self.ways, strict=True)]
+            mine = self.nesting, self.differentiable_outputs, self.ways, empty
         first = self.ranks.objects(mine, "the exchange of outputs' shapes")[0]
         if self.split.bounds:
             return outputs
-        self.nesting, self.differentiable_outputs, outputs = first
+        self.nesting, self.differentiable_outputs, self.ways, outputs = first
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         return [o.to(device) if isinstance(o, Tensor) else o for o in outputs]
 
@@ -244,10 +257,18 @@ class SharedCall(Call):
         return totals
 
 
-def _without_rows(output: Any) -> Any:
-    if not isinstance(output, Tensor):
+def _without_rows(output: Any, way: Way) -> Any:
+    """For a rank that has none."""
+    if way == ROWS:
+        return type(output)()
+    if not isinstance(output, Tensor) or way == FIRST:
         return output
-    return torch.zeros((0, *output.shape[1:]) if output.dim() else (), dtype=output.dtype)
+    if way == ONCE:
+        return output.detach().cpu()
+    shape = [*output.shape]
+    if isinstance(way, int):
+        shape[way] = 0
+    return torch.zeros(shape, dtype=output.dtype)
 
 
 def _sparse_parameters(module: nn.Module) -> set[int]:

@@ -20,12 +20,13 @@ from torch_spheres.ranks import Ranks
 __all__ = ["face", "gather_rows", "own_rows_only"]
 
 
-def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
-    """All ranks' rows, in the order of the batch.
+def gather_rows(rows: Tensor, ranks: Ranks, leaves: int, dim: int = 0) -> Tensor:
+    """All ranks' rows, in the order of the batch, along a dimension.
 
     In the backward pass, this rank's part of the gradient is that of its rows, as it is.
     """
-    mine = rows.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    front = rows.movedim(dim, 0) if dim else rows
+    mine = front.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # As bytes, since numpy does not have every type.
     told = ranks.objects(
         (tuple(mine.shape), mine.dtype, mine.view(-1).view(torch.uint8).numpy()), "gather"
@@ -53,10 +54,10 @@ def gather_rows(rows: Tensor, ranks: Ranks, leaves: int) -> Tensor:
         if len(where):  # numpy has no memory where there is none
             whole[where] = torch.from_numpy(values).view(dtype).view(len(where), *shape)
     whole = whole.to(rows.device)
-    if not rows.requires_grad:
-        return whole
-    own = own_rows_only(rows, total).reshape(len(rows), *shape).to(dtype)
-    return whole.index_copy_(0, places[ranks.rank].to(rows.device), own)
+    if rows.requires_grad:
+        own = own_rows_only(rows, total, dim).movedim(dim, 0).reshape(len(front), *shape).to(dtype)
+        whole = whole.index_copy_(0, places[ranks.rank].to(rows.device), own)
+    return whole.movedim(0, dim) if dim else whole
 
 
 class _Face(torch.autograd.Function):
@@ -79,17 +80,18 @@ def face(raw: Any, share: float) -> Any:
     return _Face.apply(raw, share)  # type: ignore[no-untyped-call]
 
 
-def own_rows_only(value: Any, total: int) -> Any:
+def own_rows_only(value: Any, total: int, dim: int = 0) -> Any:
     """A rank's rows, to be used where the gradient that comes back is that of all `total` rows."""
     if not isinstance(value, Tensor) or value.dim() == 0 or not value.requires_grad:
         return value
     node: Any = value.grad_fn
     if _is_face(node):
         return node.raw
-    if len(value) == 0 or not torch.is_grad_enabled() or not _has_face(node):
+    rows = value.shape[dim]
+    if rows == 0 or not torch.is_grad_enabled() or not _has_face(node):
         return value
     # What comes back is the gradient of the whole batch, on its way to a `_Face`.
-    made_up, times = value.view_as(value), total / len(value)
+    made_up, times = value.view_as(value), total / rows
     made_up.register_hook(lambda grad: grad * times)
     return made_up
 

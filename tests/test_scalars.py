@@ -1,0 +1,135 @@
+"""Outputs without dimensions are means or sums; what is neither is told of. What rounding is."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from judge import Calls, judged
+from torch import nn
+from torch.nn import functional as F
+
+import torch_spheres as ts
+from torch_spheres.rounding import differs
+
+X = torch.randn(26, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def told(model, *args, calls=1, **kwargs):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(calls):
+            model(*args, **kwargs)
+    return [w for w in caught if "of the module" in str(w.message)]
+
+
+def parallel(fn, spheres, **options):
+    return ts.SphereParallel(Calls(fn), spheres, **options)
+
+
+# ---- scalars ----
+
+
+def test_scalars_are_means_or_sums(spheres):
+    x = X[:, 0]
+    judged(Calls(lambda s, x: (s.layer(x) ** 2).mean()), spheres, (x,))
+    judged(Calls(lambda s, x: (s.layer(x) ** 2).sum()), spheres, (x,), scalars="sum")
+    judged(
+        Calls(lambda s, x: {"loss": (s.layer(x) ** 2).sum(), "rows": torch.tensor(len(x))}),
+        spheres, (x,), scalars="sum",
+    )  # fmt: skip
+    for fn in (lambda s, x: s.vector[0] * 2, lambda s, x: s.layer(x).mean() + s.vector.sum()):
+        judged(Calls(fn), spheres, (x,))
+
+
+SCALARS = {
+    "a sum taken for a mean": (
+        lambda s, x: s.layer(x).sum(), "mean", "is a sum over rows, .*scalars='sum'",
+    ),
+    "a mean taken for a sum": (
+        lambda s, x: s.layer(x).mean(), "sum", "is a mean over rows, .*scalars='mean'",
+    ),
+    "a weight taken for a sum": (
+        lambda s, x: s.vector[0] * 1, "sum", "is a mean over rows, .*scalars='mean'",
+    ),
+    "a mean over something else": (
+        lambda s, x: s.layer(x)[x > 0.7].mean(), "mean", "neither the .*forward_backward",
+    ),
+    "a deviation": (lambda s, x: s.layer(x).std(), "mean", "neither the mean nor the sum"),
+    "a maximum": (lambda s, x: x.max(), "sum", "neither the mean nor the sum"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalars_that_are_something_else_are_told(spheres, name):
+    fn, scalars, message = SCALARS[name]
+    model = parallel(fn, spheres, scalars=scalars)
+    with pytest.warns(UserWarning, match=f"output 0 of the module has no dimensions.*{message}"):
+        model(X[:, 0])
+    assert told(model, X[:, 0]) == []
+
+
+class Counted(nn.Module):
+    """As Hugging Face's models: the loss is divided by the whole batch's count if it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, labels=None, num_items_in_batch=None):
+        logits = self.layer(x)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits, labels, reduction=reduction)
+        return {"loss": loss / (num_items_in_batch or 1), "logits": logits}
+
+
+@pytest.mark.parametrize("count", [None, 26, torch.tensor(26)], ids=str)
+@pytest.mark.parametrize("scalars", ["mean", "sum"])
+def test_losses_that_are_divided_by_the_batchs_count(spheres, count, scalars):
+    x, labels = X[:, 0], torch.arange(26) % 4
+    kwargs = {"labels": labels, "num_items_in_batch": count}
+    if count is None and scalars == "sum":
+        with pytest.warns(UserWarning, match="scalars='mean'"):
+            ts.SphereParallel(Counted(), spheres, scalars="sum")(x, **kwargs)
+    else:
+        judged(Counted(), spheres, (x,), kwargs, scalars=scalars)
+
+
+def test_a_count_that_the_model_does_not_use_is_told(spheres):
+    model = parallel(lambda s, x, num_items_in_batch: s.layer(x).mean(), spheres)
+    with pytest.warns(UserWarning, match=r"scalars='mean'\) makes it right \(num_items_in_batch="):
+        model(X[:, 0], num_items_in_batch=26)
+
+
+# ---- rounding ----
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.0001], False),
+        ([1.0, 2.0], [1.0, 2.01], True),
+        ([1e-3, 2e3], [2e-3, 2e3], False),
+        ([float("nan"), 1.0], [float("nan"), 1.0], False),
+        ([float("nan"), 1.0], [1.0, 1.0], True),
+        ([float("inf")], [float("inf")], False),
+        ([], [], False),
+        ([1e-9], [2e-9], False),
+        ([1e-3], [2e-3], True),
+    ],
+)
+def test_what_is_rounding(a, b, expected):
+    assert differs(torch.tensor(a), torch.tensor(b), torch.finfo(torch.float32).eps) == expected
+
+
+def test_rounding_of_other_types():
+    eps = torch.finfo(torch.float32).eps
+    half = torch.finfo(torch.bfloat16).eps
+    assert differs(torch.tensor([1, 2]), torch.tensor([1, 3]), eps)
+    assert not differs(torch.tensor([1, 2]), torch.tensor([1, 3]), half), "ties fall either way"
+    assert not differs(torch.tensor([1.0]), torch.tensor([1.05]), half)
+    assert differs(torch.ones(2), torch.ones(3), eps)
+    one = torch.tensor([1.0], dtype=torch.float64)
+    assert differs(one, one + 1e-6, torch.finfo(torch.float64).eps)

@@ -1,0 +1,72 @@
+"""How far two results may differ when kernels of other shapes have computed them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_spheres.context import AUTOCAST_DEVICES
+
+if TYPE_CHECKING:
+    from torch_spheres.shards import Call
+
+__all__ = ["differs", "rounding_of"]
+
+_PIECE = 1 << 20  # elements
+_COARSE = torch.finfo(torch.float16).eps  # a mantissa of ten bits, which TF32 has too
+
+
+def rounding_of(call: Call) -> float:
+    """The relative precision in which a call's results are computed: of the coarsest type."""
+    tensors = [*call.module.parameters(), *call.split.flat]
+    eps = 0.0
+    for value in tensors:
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() or value.is_complex():
+            eps = max(eps, torch.finfo(value.dtype).eps)
+        kind = value.device.type
+        if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
+            eps = max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+        if not value.is_cpu:
+            eps = max(eps, _COARSE)  # convolutions take TF32 for float32 by default
+    if torch.get_float32_matmul_precision() != "highest":
+        eps = max(eps, torch.finfo(torch.bfloat16).eps)
+    return eps or torch.finfo(torch.get_default_dtype()).eps
+
+
+def differs(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Whether they differ by more than rounding.
+
+    Half of the digits may be lost on the way through a deep network, each of whose sums is made in
+    another order: the square root of the precision, relative to the largest value. (A model that
+    looks across rows differs by far more.) Integers have to be equal, unless they are made of
+    numbers of half precision, whose ties fall either way.
+    """
+    if a.shape != b.shape:
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return eps < _COARSE and not torch.equal(a, b)
+    eps = max(eps, torch.finfo(a.dtype).eps)
+    largest = most = 0.0
+    # In pieces: logits of a language model fill the memory, and more so in double precision.
+    for p, q in zip(
+        a.detach().flatten().split(_PIECE), b.detach().flatten().split(_PIECE), strict=True
+    ):
+        p, q = _double(p), _double(q)
+        finite = p.isfinite() & q.isfinite()
+        if not torch.equal(p.isfinite(), q.isfinite()):
+            return True
+        p, q = p[finite], q[finite]
+        if p.numel():
+            largest = max(largest, float(torch.maximum(p.abs(), q.abs()).max()))
+            most = max(most, float((p - q).abs().max()))
+    # Values that cancel leave what is rounding of larger ones.
+    return most > max(math.sqrt(eps) * largest, 32 * eps)
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
