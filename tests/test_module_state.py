@@ -189,6 +189,7 @@ def test_methods_that_are_put_back_are_no_change(spheres):
 # ---- hooks ----
 
 
+@pytest.mark.usefixtures("no_comparison")
 def test_hooks_that_a_forward_installs_are_a_shards_own(spheres):
     calls: list[int] = []
 
@@ -256,6 +257,7 @@ def test_objects_that_the_loop_changes_in_place_are_seen(spheres, value, change,
         change(value)
 
 
+@pytest.mark.usefixtures("no_comparison")
 def test_the_replicas_have_the_users_own_objects(spheres):
     lock, seen = threading.Lock(), []
     model = W(lambda s, x: (seen.append(s.lock is lock and s.config is config), s.n(x))[1])

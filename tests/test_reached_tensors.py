@@ -258,6 +258,7 @@ def test_a_graph_that_all_shards_would_share_is_refused(spheres):
         ts.SphereParallel(model, spheres)(X)
 
 
+@pytest.mark.usefixtures("no_comparison")
 @pytest.mark.parametrize("how", ["hook", "attribute"])
 def test_a_loss_of_what_a_shard_left_behind_is_refused(how, spheres):
     """A tensor of one shard, that a hook has caught: its gradient would go to a replica."""

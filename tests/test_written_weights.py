@@ -177,6 +177,7 @@ class Table(nn.Module):
         return x * self.table[3]
 
 
+@pytest.mark.usefixtures("no_comparison")
 @pytest.mark.filterwarnings("ignore:the module's forward changes attributes.*addresses")
 @pytest.mark.parametrize("way", ["forward", "forward_backward"])
 def test_large_buffers_are_copied_once_to_find_out_whether_they_are_written(spheres, way):
@@ -193,6 +194,7 @@ def test_large_buffers_are_copied_once_to_find_out_whether_they_are_written(sphe
         assert len(model.addresses) == 12 and len(own) == shards_with_copies
 
 
+@pytest.mark.usefixtures("no_comparison")  # it is no row-wise model
 @pytest.mark.filterwarnings("ignore:the module's forward changes attributes.*addresses")
 @pytest.mark.parametrize("in_place", [True, False])
 def test_large_buffers_that_are_written_become_the_mean_of_the_shards(spheres, in_place):

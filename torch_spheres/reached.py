@@ -113,7 +113,9 @@ class Reached:
         own = {id(leaf) for s in shards for _, leaf in s.replica.params}
         own.update(id(leaf) for s in shards for leaf in s.inputs)
         found = {i: leaf for graph in graphs for i, leaf in graph.leaves.items() if i not in own}
-        computed = [outside[i] for i in found if i in outside and id(outside[i]) not in self._place]
+        # (Each replica has a leaf of its own for it.)
+        reached = {id(outside[i]): outside[i] for i in found if i in outside}
+        computed = [t for i, t in reached.items() if i not in self._place]
         known = {*map(id, self._strange), *(id(self.tensors[i]) for i in self._originals)}
         strange = [t for i, t in found.items() if i not in outside and i not in known]
         if not computed and not strange:
