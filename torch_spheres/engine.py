@@ -1,0 +1,326 @@
+"""`Engine`: runs a model's calls in shards, for `SphereParallel` and for `parallelize_`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from torch_spheres import _compat
+from torch_spheres.advice import Adviser
+from torch_spheres.crew import Crew
+from torch_spheres.losses import forward_backward
+from torch_spheres.memory import keep_freed_memory
+from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.ranks import ProcessGroup, find_ranks
+from torch_spheres.replica import ReplicaPool
+from torch_spheres.same_model import sync_module
+from torch_spheres.shards import Call
+from torch_spheres.sharing import SharedCall
+from torch_spheres.system import KissingSpheres
+from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
+from torch_spheres.whole_batch import face
+
+__all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "is_lazy", "start_engine"]
+
+
+class Engine:
+    """What a model that runs in shards has beside its weights: spheres, replicas, measurements.
+
+    A deep copy has the same spheres; one that was unpickled has made its own. Neither has a module
+    until whoever copied it assigns that.
+    """
+
+    module: nn.Module
+    """What the shards run."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spheres: KissingSpheres,
+        *,
+        reproducible: bool,
+        process_group: ProcessGroup | bool | None,
+    ) -> None:
+        self.module, self.reproducible = module, reproducible
+        self._take(spheres)
+        self.ranks = find_ranks(process_group, spheres.leaves)
+
+    def _take(self, spheres: KissingSpheres) -> None:
+        self.spheres = spheres
+        self.pool = ReplicaPool()
+        self._tuners = Tuners()
+        self._adviser = Adviser()
+
+    @property
+    def plan(self) -> str | None:
+        """How batches are run in training; None while that is being measured."""
+        latest = self._tuners.latest
+        return None if latest is None or latest.chosen is None else latest.chosen.name
+
+    @property
+    def plan_costs(self) -> dict[str, float]:
+        """What each way to run a batch in training took so far, in seconds per row."""
+        latest = self._tuners.latest
+        return {} if latest is None else latest.costs
+
+    def forward(
+        self, whole: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs the shards and puts their outputs together.
+
+        Args:
+            whole: called instead, if a batch that is not split is the fastest way.
+            args: positional arguments of the module.
+            kwargs: keyword arguments of the module.
+        """
+        crew, trial = self._choose("forward", all_ways, args, kwargs)
+        run = functools.partial(self._run, crew, whole, args, kwargs)
+        if trial is not None:
+            result = run()
+            trial.forward_done(flatten(result)[0])
+            return result
+        advise = self.reproducible and not self._shares and self.module.training
+        if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
+            return self._adviser.watch(run, self.module, args, kwargs)
+        return run()
+
+    def forward_backward(
+        self, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
+    ) -> Tensor:
+        """See `SphereParallel.forward_backward`."""
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+        if isinstance(inputs, Mapping):
+            args, kwargs = (), dict(inputs)
+        # Whole batches are no choice here: they would take the memory that this call saves.
+        crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
+        call = self._call(crew, args, kwargs, "forward_backward")
+        loss = forward_backward(call, loss_fn, targets)
+        if trial is not None:
+            trial.done()
+        return loss
+
+    def _choose(
+        self,
+        what: str,
+        ways: Callable[[int, int], list[Plan]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Crew, Trial | None]:
+        spheres = self.spheres
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        rows = max(1, next((t.shape[0] for t in tensors if t.dim() > 0), 1))
+        # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
+        # device's own, for which threads that it waits for would wait in turn.
+        on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
+        concurrency = spheres.concurrency if on_cpu else 0
+        if self.reproducible or self._shares:
+            ways = reproducible_ways
+        tuner = self._tuners.of(
+            (rows.bit_length(), self.module.training, on_cpu, what),
+            lambda: ways(spheres.leaves, concurrency),
+        )
+        trial = tuner.trial(rows)
+        plan = tuner.chosen if trial is None else trial.plan
+        assert plan is not None
+        return Crew(spheres, plan), trial
+
+    def _run(
+        self, crew: Crew, whole: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if crew.plan.shards == 1 and crew.plan.workers == 0:
+            return whole(*args, **kwargs)
+        call = self._call(crew, args, kwargs)
+        if not torch.is_grad_enabled():
+            outputs = call.run_forward()
+        else:
+            tensors = [*call.trainable, *call.inputs_with_grad]
+            outputs = list(_OnSpheres.apply(call, *tensors))  # type: ignore[no-untyped-call]
+            if isinstance(call, SharedCall):
+                share = call.split.rows / call.split.total
+                outputs = [face(o, share) for o in outputs]
+        assert call.nesting is not None
+        return unflatten(outputs, call.nesting)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the call that is made now is one of all ranks."""
+        return self.ranks is not None and (torch.is_grad_enabled() or self.module.training)
+
+    def _call(
+        self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
+    ) -> Call:
+        ranks = self.ranks if self._shares else None
+        kind = Call if ranks is None else SharedCall
+        make = functools.partial(kind, self.module, self.pool, crew, args, kwargs, ranks, what)
+        call = make()
+        if any(map(is_lazy, self.module.modules())):
+            call.initialise_lazy_modules()
+            call = make()
+        return call
+
+    # ---- copies ----
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.reproducible, made.ranks = self.reproducible, self.ranks
+        made._take(self.spheres)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads stay behind, and groups: what is unpickled shares with the default one."""
+        return {
+            "reproducible": self.reproducible,
+            "spheres": (self.spheres.levels, self.spheres.concurrency),
+            "shares": self.ranks is not None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        levels, concurrency = state["spheres"]
+        self.reproducible = state["reproducible"]
+        self._take(KissingSpheres(levels, concurrency=concurrency))
+        self.ranks = find_ranks(None if state["shares"] else False, self.spheres.leaves)
+
+
+class ParallelForward:
+    """The forward that callers see: it runs the engine, and has the module's own signature."""
+
+    engine: Engine
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @_compat.disable_compiler  # compiled code around has a gap here
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call does."""
+        return self.engine.forward(self.engine.module, args, kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """As `functools.wraps` sets it, but looked up when somebody asks: the module may change."""
+        return self.engine.module.forward
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__wrapped__.__doc__
+
+    def __getattr__(self, name: str) -> Any:
+        if name in functools.WRAPPER_ASSIGNMENTS:
+            return getattr(self.__wrapped__, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _OnSpheres(torch.autograd.Function):
+    """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
+
+    Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what
+    ``torch.autograd.grad`` asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *_: Tensor) -> tuple[Any, ...]:
+        outputs = call.run_forward()
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        fixed = [
+            o
+            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
+            if isinstance(o, Tensor) and not differs
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) through SphereParallel: gradients of gradients would "
+                "need the shards' graphs a second time; compute such a loss on the bare "
+                "model.module"
+            )
+        return (None, *ctx.call.run_backward(grads))
+
+
+# ---- arguments ----
+
+
+def start_engine(
+    model: nn.Module,
+    spheres: KissingSpheres | None,
+    *,
+    reproducible: bool,
+    process_group: ProcessGroup | bool | None,
+) -> Engine:
+    """For `SphereParallel` and `parallelize_`: checks their arguments, and has all ranks agree."""
+    _compat.require(_compat.PARALLEL)
+    check_model(model)
+    if spheres is None:
+        spheres = KissingSpheres()
+    elif not isinstance(spheres, KissingSpheres):
+        raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
+    if not isinstance(reproducible, bool):
+        raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+    keep_freed_memory(spheres.levels)
+    engine = Engine(model, spheres, reproducible=reproducible, process_group=process_group)
+    if engine.ranks is not None:
+        settings = {"levels": spheres.levels, "reproducible": reproducible}
+        sync_module(model, engine.ranks, settings)
+    return engine
+
+
+def check_model(model: Any) -> None:
+    """Whether a model can be run in shards.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(model).__name__}")
+    for part in _parts(model):
+        name = type(part).__name__
+        if isinstance(part, (DataParallel, DistributedDataParallel)) or engine_of(part) is not None:
+            raise TypeError(
+                f"module has a {name} in it, which runs in parallel already and does not work "
+                "inside another parallel module; wrap the bare module, and put "
+                "DistributedDataParallel around the SphereParallel"
+            )
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module has a {name} in it, whose copies cannot share its parameters; use the "
+                "module that it was made of, or torch.compile"
+            )
+
+
+def engine_of(module: object) -> Engine | None:
+    """The engine of a `SphereParallel`, or of a model that `parallelize_` was called on."""
+    if not isinstance(module, nn.Module):
+        return None
+    if isinstance(found := vars(module).get("_engine"), Engine):
+        return found
+    # Others may have put functions of their own around it (accelerate does, for autocast).
+    forward = vars(module).get("forward")
+    while forward is not None and not isinstance(forward, ParallelForward):
+        forward = getattr(forward, "__wrapped__", None)
+    return None if forward is None else forward.engine
+
+
+def is_lazy(module: Any) -> bool:
+    """Whether a module takes its shapes from the first batch, which has not come yet."""
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())  # type: ignore[misc]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all in it, with `SphereParallel` itself, which `modules()` leaves out."""
+    yield module
+    for part in module.children():
+        yield from _parts(part)
