@@ -76,6 +76,8 @@ class InPlaceForward(ParallelForward):
     without this forward and without the model's hooks, which its call has run by then.
     """
 
+    __doc__ = ParallelForward.__doc__  # a property: for callers it is the model's own
+
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         super().__init__(engine)
         self._own = vars(model).get("forward")
