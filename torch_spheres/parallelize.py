@@ -105,9 +105,12 @@ class InPlaceForward(ParallelForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With the attributes that the model has now."""
         model, bare = self.model, self._bare
-        attributes = vars(model).copy()
-        for name in ("forward", *_compat.COMPILED):
-            attributes.pop(name, None)
+        left_out = ("forward", *_compat.COMPILED)
+        attributes = {
+            name: value
+            for name, value in vars(model).items()
+            if name not in left_out and not isinstance(value, ParallelForward)
+        }
         if type(bare) is not type(model):  # parametrizations and lazy modules change it
             bare.__class__ = type(model)
         object.__setattr__(bare, "__dict__", attributes | self._instead)
