@@ -10,6 +10,7 @@ import pickle
 import types
 import weakref
 
+import fork_server
 import pytest
 import torch
 from loop_support import assert_same_gradients
@@ -282,6 +283,34 @@ def test_the_hook_takes_a_parallelized_model(spheres):
         opt.step()
     torch.testing.assert_close(model.state_dict(), bare.state_dict())
     hook.remove()
+
+
+RANK = """
+import torch, torch.distributed as dist, torch_spheres as ts
+from torch import nn
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())  # rank 0's weights are everybody's
+model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+torch.manual_seed(0)
+x, y = torch.randn(48, 5), torch.randint(0, 3, (48,))
+with ts.KissingSpheres(concurrency=1) as spheres:
+    ts.parallelize_(model, spheres)
+    mine = next(iter(ts.SphereBatchSampler(range(48), 48, spheres=spheres)))
+    nn.functional.cross_entropy(model(x[mine]), y[mine]).backward()
+    try:
+        ts.parallelize_(nn.LazyLinear(3), spheres)
+    except ValueError as error:
+        assert "each rank's rows; call it once before parallelize_" in str(error), error
+    else:
+        assert dist.get_world_size() == 1
+print([round(p.grad.double().square().sum().item(), 5) for p in model.parameters()])
+dist.destroy_process_group()
+"""
+
+
+def test_any_number_of_processes_shares_a_batch():
+    seen = {r.stdout for world in (1, 3) for r in fork_server.run_ranks(world, RANK)}
+    assert len(seen) == 1 and "[0." in seen.pop()
 
 
 def test_mistakes(spheres):

@@ -240,8 +240,10 @@ def test_attributes_and_methods_are_the_modules(spheres):
     out = parallel(X)
     torch.testing.assert_close(out, module(X))
     assert {"custom", "fc", "gather", "spheres"} <= {*dir(parallel)}
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="has no setter"):
         parallel.plan = "faster"
+    with pytest.raises(AttributeError, match="module of a SphereParallel cannot be replaced"):
+        parallel.module = Head()
     assert repr(parallel).startswith("SphereParallel(\n  (module): Head(\n    (fc): Linear")
 
 

@@ -18,7 +18,8 @@ class Delegating(nn.Module):
 
     It has the inner module's own dicts of parameters, buffers, parts and state-dict hooks, and
     torch's methods are called on the inner module, which may have overridden them. So names are
-    those of the inner module, and whoever walks over the modules meets the inner one, not this one.
+    those of the inner module, and `modules()`, here and of a larger module, has the inner one in
+    the place of this one.
     """
 
     module: nn.Module
@@ -42,6 +43,10 @@ class Delegating(nn.Module):
         return getattr(module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "module":
+            raise AttributeError(
+                f"the module of a {type(self).__name__} cannot be replaced; make another one"
+            )
         if name == "__class__":  # torch's parametrizations do that
             raise TypeError(
                 f"the class of a {type(self).__name__} cannot be changed (to {value.__name__}); "

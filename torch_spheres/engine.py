@@ -246,7 +246,7 @@ class _OnSpheres(torch.autograd.Function):
             raise RuntimeError(
                 "backward(create_graph=True) through SphereParallel: gradients of gradients would "
                 "need the shards' graphs a second time; compute such a loss on the bare "
-                "model.module"
+                "model.module, or after model.forward.remove() where parallelize_ was called"
             )
         return (None, *ctx.call.run_backward(grads))
 

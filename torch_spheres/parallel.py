@@ -21,7 +21,9 @@ class SphereParallel(Delegating):
     """Runs a module on the spheres: the rows of each batch are split over the leaves.
 
     Use it in place of the module; the loop stays as it is, and ``.grad`` is complete when
-    ``backward()`` returns.
+    ``backward()`` returns. Names of parameters, buffers and parts are those of the module, and so
+    are its attributes and methods, which are read and set here as there; ``.module`` is the module
+    itself. For frameworks that look at the class there is `parallelize_`.
 
     Args:
         module: the model. Its parameters are shared by all shards, never copied; each of the at
@@ -55,7 +57,8 @@ class SphereParallel(Delegating):
     first shard's is returned.
 
     Parameters: hooks on them, and what `torch.autograd.grad` returns, see the whole batch's
-    gradient, once. Hooks on modules run in each shard, with the shard's rows.
+    gradient, once. Hooks on modules run in each shard, with the shard's rows; those on this object
+    run once, with the whole batch.
 
     Buffers: every shard starts from the same values; of those that changed, floating-point ones
     become the mean over the shards that ran (summed in the tree), others those of the first shard.

@@ -85,14 +85,12 @@ class InPlaceForward(ParallelForward):
 
     def _attach(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)  # the model has this object, and is freed when it goes
-        self.engine.module = self._bare = object.__new__(type(model))
+        self.engine.module = bare = object.__new__(type(model))
         self._instead: dict[str, Any] = {name: OrderedDict() for name in _compat.FORWARD_HOOKS}
         own = self._own
         if own is not None:
             is_method = isinstance(own, types.MethodType) and own.__self__ is model
-            self._instead["forward"] = (
-                types.MethodType(own.__func__, self._bare) if is_method else own
-            )
+            self._instead["forward"] = types.MethodType(own.__func__, bare) if is_method else own
 
     @property
     def model(self) -> nn.Module:
@@ -104,12 +102,12 @@ class InPlaceForward(ParallelForward):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With the attributes that the model has now."""
-        model, bare = self.model, self._bare
+        model, bare = self.model, self.engine.module
         left_out = ("forward", *_compat.COMPILED)
         attributes = {
             name: value
             for name, value in vars(model).items()
-            if name not in left_out and not isinstance(value, ParallelForward)
+            if name not in left_out and type(value) is not InPlaceForward
         }
         if type(bare) is not type(model):  # parametrizations and lazy modules change it
             bare.__class__ = type(model)
