@@ -143,6 +143,9 @@ def test_the_way_back(spheres):
     with pytest.raises(RuntimeError, match="is another one by now"):
         forward.remove()
     assert items_run(spheres, lambda: ts.parallelize_(model, spheres)(X)) == 12
+    del model.forward  # as of any attribute
+    assert items_run(spheres, lambda: model(X)) == 0
+    assert items_run(spheres, lambda: ts.SphereParallel(model, spheres)(X)) == 12
 
 
 def saved_and_loaded(model):
@@ -259,15 +262,25 @@ def test_compiled_code_around_runs_the_shards(spheres):
     assert items_run(spheres, lambda: model(X)) == 12
 
 
-def test_autocast_functions_that_are_put_around_it(spheres):
-    """As accelerate does for mixed precision."""
-    model = ts.parallelize_(Net(), spheres)
+@pytest.mark.parametrize("make", [ts.parallelize_, ts.SphereParallel])
+def test_autocast_that_accelerate_puts_around_the_forward(spheres, make):
+    model = make(Net(), spheres)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    original = model.forward
+    model._original_forward = original
+    model.forward = types.MethodType(
+        torch.autocast("cpu", torch.bfloat16)(original.__func__), model
+    )
     assert str(inspect.signature(model.forward)) == "(x, mask=None, *, labels=None)"
     assert items_run(spheres, lambda: model(X)) == 12
+    other = copy.deepcopy(model)  # whose forward has to be its own
+    with torch.no_grad():
+        other.fc.weight.zero_()
+    out = other(X)
+    assert items_run(spheres, lambda: other(X)) == 12
+    torch.testing.assert_close(out, (other.fc.bias.tanh() * 2).expand(24, 2))
     ts.GradientHook(optimizer, model).remove()
-    with pytest.raises(TypeError, match="has a Net in it, which runs in parallel already"):
+    with pytest.raises(TypeError, match="in it, which runs in parallel already"):
         ts.parallelize_(model, spheres)
 
 

@@ -50,7 +50,7 @@ class Head(nn.Module):
     def custom(self, more):
         return self.factor + more
 
-    def forward(self, x, mask=None, *, labels=None):
+    def forward(self, x: torch.Tensor, mask=None, *, labels=None):
         """What it computes."""
         return self.fc(x) * self.factor
 
@@ -311,8 +311,12 @@ def test_the_signature_of_forward_is_the_modules(spheres):
     parallel = ts.SphereParallel(Head(), spheres)
     copies = copy.deepcopy(parallel), pickle.loads(pickle.dumps(parallel))
     for model in (parallel, *copies):
-        assert str(inspect.signature(model.forward)) == "(x, mask=None, *, labels=None)"
+        assert (
+            str(inspect.signature(model.forward))
+            == "(x: 'torch.Tensor', mask=None, *, labels=None)"
+        )
         assert model.forward.__doc__ == "What it computes." and model.forward.__name__ == "forward"
+        assert model.forward.__annotations__ == {"x": "torch.Tensor"}
         torch.testing.assert_close(model.forward(X), parallel.module(X))
     with pytest.raises(AttributeError, match="'ParallelForward' object has no attribute 'spam'"):
         _ = parallel.forward.spam

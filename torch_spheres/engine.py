@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -28,6 +29,9 @@ from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, repro
 from torch_spheres.whole_batch import face
 
 __all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "is_lazy", "start_engine"]
+
+PARALLEL_FORWARD = "_parallel_forward"
+"""The attribute of a parallel model that has its `ParallelForward`."""
 
 
 class Engine:
@@ -190,9 +194,7 @@ class Engine:
 
 
 class ParallelForward:
-    """The forward that callers see: it runs the engine, and has the module's own signature."""
-
-    engine: Engine
+    """The forward that callers see: it runs the engine, and looks like the module's own."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -205,6 +207,10 @@ class ParallelForward:
         """What a call does."""
         return self.engine.forward(self.engine.module, args, kwargs)
 
+    def is_used_by(self, model: nn.Module) -> bool:
+        """Whether calls of the model come here."""
+        return vars(model).get(PARALLEL_FORWARD) is self
+
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """As `functools.wraps` sets it, but looked up when somebody asks: the module may change."""
@@ -214,10 +220,33 @@ class ParallelForward:
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.__wrapped__.__doc__
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As of a bound method: accelerate puts autocast around it and binds that to the model."""
+        return _Unbound(self)
+
     def __getattr__(self, name: str) -> Any:
         if name in functools.WRAPPER_ASSIGNMENTS:
             return getattr(self.__wrapped__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Unbound:
+    """The parallel forward of whatever model it is called with, such as a copy of the first one."""
+
+    __slots__ = ("_bound",)
+
+    def __init__(self, bound: ParallelForward) -> None:
+        self._bound = bound
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(model)[PARALLEL_FORWARD](*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self._bound)
+        first = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[first, *bound.parameters.values()])
 
 
 class _OnSpheres(torch.autograd.Function):
@@ -303,15 +332,8 @@ def check_model(model: Any) -> None:
 
 def engine_of(module: object) -> Engine | None:
     """The engine of a `SphereParallel`, or of a model that `parallelize_` was called on."""
-    if not isinstance(module, nn.Module):
-        return None
-    if isinstance(found := vars(module).get("_engine"), Engine):
-        return found
-    # Others may have put functions of their own around it (accelerate does, for autocast).
-    forward = vars(module).get("forward")
-    while forward is not None and not isinstance(forward, ParallelForward):
-        forward = getattr(forward, "__wrapped__", None)
-    return None if forward is None else forward.engine
+    forward = vars(module).get(PARALLEL_FORWARD) if isinstance(module, nn.Module) else None
+    return forward.engine if forward is not None and forward.is_used_by(module) else None
 
 
 def is_lazy(module: Any) -> bool:

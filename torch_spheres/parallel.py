@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_spheres.delegation import Delegating
-from torch_spheres.engine import Engine, ParallelForward, start_engine
+from torch_spheres.engine import PARALLEL_FORWARD, Engine, ParallelForward, start_engine
 from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
 from torch_spheres.whole_batch import gather_rows
@@ -81,8 +81,6 @@ class SphereParallel(Delegating):
         RankError: another process does not come, or has failed (in any call that they share).
     """
 
-    _engine: Engine
-
     def __init__(
         self,
         module: nn.Module,
@@ -95,10 +93,14 @@ class SphereParallel(Delegating):
             module, spheres, reproducible=reproducible, process_group=process_group
         )
         super().__init__(module)
-        own = vars(self)
-        own["_engine"] = engine
+        forward = vars(self)[PARALLEL_FORWARD] = ParallelForward(engine)
         if type(self).forward is SphereParallel.forward:
-            own["forward"] = ParallelForward(engine)
+            vars(self)["forward"] = forward  # where it has the signature of the module's own
+
+    @property
+    def _engine(self) -> Engine:
+        forward: ParallelForward = vars(self)[PARALLEL_FORWARD]
+        return forward.engine
 
     @property
     def spheres(self) -> KissingSpheres:
@@ -122,7 +124,7 @@ class SphereParallel(Delegating):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
-        return ParallelForward(self._engine)(*args, **kwargs)
+        return vars(self)[PARALLEL_FORWARD](*args, **kwargs)
 
     def forward_backward(
         self,

@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torch_spheres import _compat
-from torch_spheres.engine import Engine, ParallelForward, check_model, is_lazy, start_engine
+from torch_spheres.engine import (
+    PARALLEL_FORWARD,
+    Engine,
+    ParallelForward,
+    check_model,
+    is_lazy,
+    start_engine,
+)
 from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
 
@@ -65,7 +72,8 @@ def parallelize_(
             f"the {type(model).__name__} would take its shapes and values from each rank's rows; "
             "call it once before parallelize_, or use SphereParallel"
         )
-    vars(model)["forward"] = InPlaceForward(model, engine)
+    forward = InPlaceForward(model, engine)
+    vars(model).update({"forward": forward, PARALLEL_FORWARD: forward})
     return model
 
 
@@ -103,7 +111,7 @@ class InPlaceForward(ParallelForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With the attributes that the model has now."""
         model, bare = self.model, self.engine.module
-        left_out = ("forward", *_compat.COMPILED)
+        left_out = ("forward", PARALLEL_FORWARD, *_compat.COMPILED)
         attributes = {
             name: value
             for name, value in vars(model).items()
@@ -113,6 +121,10 @@ class InPlaceForward(ParallelForward):
             bare.__class__ = type(model)
         object.__setattr__(bare, "__dict__", attributes | self._instead)
         return self.engine.forward(self.__wrapped__, args, kwargs)
+
+    def is_used_by(self, model: nn.Module) -> bool:
+        """Not if ``del model.forward`` was the way back."""
+        return super().is_used_by(model) and "forward" in vars(model)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -130,7 +142,7 @@ class InPlaceForward(ParallelForward):
             raise RuntimeError(
                 "the model's forward is another one by now, which has to be taken off before"
             )
-        del attributes["forward"]
+        del attributes["forward"], attributes[PARALLEL_FORWARD]
         if self._own is not None:
             attributes["forward"] = self._own
 
