@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
 
-lightning = pytest.importorskip("lightning", reason="not there for every Python and torch")
-
 pytestmark = pytest.mark.filterwarnings(
     # Its advice on loaders and loggers, and a name that it has of torch's.
     "ignore:The '.*_dataloader' does not have many workers",
@@ -25,29 +23,39 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Classifier(lightning.LightningModule):
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.seen = net, []
+@pytest.fixture(scope="module")
+def lightning():
+    """Imported when a test runs, not when tests are collected: it takes seconds."""
+    return pytest.importorskip("lightning", reason="not there for every Python and torch")
 
-    def forward(self, x):
-        return self.net(x)
 
-    def loss(self, batch, name):
-        x, y = batch
-        loss = F.cross_entropy(self(x), y)
-        self.seen.append((name, loss.item()))
-        self.log(name, loss)
-        return loss
+@pytest.fixture(scope="module")
+def classifier(lightning):
+    class Classifier(lightning.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.seen = net, []
 
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch, "train")
+        def forward(self, x):
+            return self.net(x)
 
-    def validation_step(self, batch, batch_idx):
-        self.loss(batch, "validation")
+        def loss(self, batch, name):
+            x, y = batch
+            loss = F.cross_entropy(self(x), y)
+            self.seen.append((name, loss.item()))
+            self.log(name, loss)
+            return loss
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch, "train")
+
+        def validation_step(self, batch, batch_idx):
+            self.loss(batch, "validation")
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    return Classifier
 
 
 def network():
@@ -55,7 +63,7 @@ def network():
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-def fit(model, folder):
+def fit(lightning, model, folder):
     data = torch.Generator().manual_seed(1)
     x, y = torch.randn(60, 8, generator=data), torch.randint(0, 3, (60,), generator=data)
     loader = DataLoader(TensorDataset(x, y), 20)
@@ -66,35 +74,28 @@ def fit(model, folder):
     )  # fmt: skip
     trainer.fit(model, loader, loader)
     trainer.save_checkpoint(folder / "saved.ckpt")
-    return trainer
 
 
-def inner(net, spheres):
-    return Classifier(ts.SphereParallel(net, spheres))
+MAKERS = {
+    "wrapped inside": lambda kind, spheres: kind(ts.SphereParallel(network(), spheres)),
+    "in place inside": lambda kind, spheres: kind(ts.parallelize_(network(), spheres)),
+    "in place": lambda kind, spheres: ts.parallelize_(kind(network()), spheres),
+}
 
 
-def inner_in_place(net, spheres):
-    return Classifier(ts.parallelize_(net, spheres))
-
-
-def outer_in_place(net, spheres):
-    return ts.parallelize_(Classifier(net), spheres)
-
-
-@pytest.mark.parametrize("make", [inner, inner_in_place, outer_in_place])
-def test_training_is_that_of_the_bare_network(spheres, tmp_path, make):
-    bare, rows = Classifier(network()), []
-    model = make(network(), spheres)
+@pytest.mark.parametrize("make", MAKERS)
+def test_training_is_that_of_the_bare_network(spheres, tmp_path, lightning, classifier, make):
+    model, bare, rows = MAKERS[make](classifier, spheres), classifier(network()), []
     part = model.get_submodule("net.0")
     part.register_forward_hook(lambda m, args, out: rows.append(len(out)))
-    fit(model, tmp_path)
-    fit(bare, tmp_path / "bare")
+    fit(lightning, model, tmp_path)
+    fit(lightning, bare, tmp_path / "bare")
     assert {*rows} == {1, 2}  # of twenty rows in twelve shards
     assert [name for name, _ in model.seen] == [name for name, _ in bare.seen]
     assert len(bare.seen) == 2 + 2 * (3 + 3)  # two batches of a check beforehand
     assert [loss for _, loss in model.seen] == pytest.approx([loss for _, loss in bare.seen])
     torch.testing.assert_close(model.state_dict(), bare.state_dict())
     # The checkpoint is one of the bare network's.
-    loaded = Classifier.load_from_checkpoint(tmp_path / "saved.ckpt", net=network())
+    loaded = classifier.load_from_checkpoint(tmp_path / "saved.ckpt", net=network())
     torch.testing.assert_close(loaded.state_dict(), model.state_dict())
     assert list(copy.deepcopy(model).state_dict()) == list(bare.state_dict())

@@ -326,6 +326,18 @@ def test_any_number_of_processes_shares_a_batch():
     assert len(seen) == 1 and "[0." in seen.pop()
 
 
+def test_checkpoints_are_exchanged_with_the_bare_model(spheres, tmp_path):
+    model, bare = ts.parallelize_(Net(), spheres), Net()
+    path = tmp_path / "train.pt"
+    ts.save_checkpoint(path, step=3, model=model)
+    assert ts.load_checkpoint(path, model=bare) == 3
+    torch.testing.assert_close(bare.state_dict(), model.state_dict())
+    parallel = ts.SphereParallel(Net(), spheres)
+    ts.load_checkpoint(path, model=parallel)
+    ts.save_checkpoint(path, step=4, model=parallel)
+    assert ts.load_checkpoint(path, model=ts.parallelize_(Net(), spheres)) == 4
+
+
 def test_mistakes(spheres):
     model = ts.parallelize_(Net(), spheres)
     refused = "runs in parallel already and does not work inside another parallel module"
