@@ -31,6 +31,7 @@ def bert():
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=16, num_labels=3,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        problem_type="single_label_classification",  # or the first forward sets it
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
 
