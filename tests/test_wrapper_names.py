@@ -316,6 +316,7 @@ def test_the_signature_of_forward_is_the_modules(spheres):
             == "(x: 'torch.Tensor', mask=None, *, labels=None)"
         )
         assert model.forward.__doc__ == "What it computes." and model.forward.__name__ == "forward"
+        assert model.forward.__code__ is Head.forward.__code__
         assert model.forward.__annotations__ == {"x": "torch.Tensor"}
         torch.testing.assert_close(model.forward(X), parallel.module(X))
     with pytest.raises(AttributeError, match="'ParallelForward' object has no attribute 'spam'"):

@@ -226,7 +226,7 @@ class ParallelForward:
         return _Unbound(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in functools.WRAPPER_ASSIGNMENTS:
+        if name in (*functools.WRAPPER_ASSIGNMENTS, "__code__"):  # torch.export looks at it
             return getattr(self.__wrapped__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
