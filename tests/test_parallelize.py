@@ -125,7 +125,7 @@ def test_a_forward_that_was_set_before_runs_in_the_shards_and_comes_back(spheres
     ts.parallelize_(model, spheres)
     assert str(inspect.signature(model.forward)) == "(x)"
     out = model(X)
-    assert rows.count(2) == 12
+    assert rows.count(2) >= 12  # and what is compared in advance
     out.sum().backward()
     (bare(X) + 1).sum().backward()
     assert_same_gradients(model, bare)
