@@ -75,17 +75,17 @@ class Engine:
         return {} if latest is None else latest.costs
 
     def forward(
-        self, whole: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Runs the shards and puts their outputs together.
 
         Args:
-            whole: called instead, if a batch that is not split is the fastest way.
+            unsplit: called instead, if a batch that is not split is the fastest way.
             args: positional arguments of the module.
             kwargs: keyword arguments of the module.
         """
         crew, trial = self._choose("forward", all_ways, args, kwargs)
-        run = functools.partial(self._run, crew, whole, args, kwargs)
+        run = functools.partial(self._run, crew, unsplit, args, kwargs)
         if trial is not None:
             result = run()
             trial.forward_done(flatten(result)[0])
@@ -136,10 +136,10 @@ class Engine:
         return Crew(spheres, plan), trial
 
     def _run(
-        self, crew: Crew, whole: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, crew: Crew, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if crew.plan.shards == 1 and crew.plan.workers == 0:
-            return whole(*args, **kwargs)
+            return unsplit(*args, **kwargs)
         call = self._call(crew, args, kwargs)
         if not torch.is_grad_enabled():
             outputs = call.run_forward()
