@@ -75,7 +75,7 @@ def train(how, spheres):
         optimizer.step()
         parallel.forward_backward(lambda out, y: out.square().mean(), X, X)
         optimizer.step()
-    for replica in parallel._pool._idle:
+    for replica in parallel._engine.pool._idle:
         assert all(p.grad is None for p in replica.module.parameters())
     return digest([*model.parameters(), *(p.grad for p in model.parameters())])
 

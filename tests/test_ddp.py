@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 import torch_spheres as ts
 
-folder = sys.argv[1]
+folder, make = sys.argv[1], getattr(ts, sys.argv[2])
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 bare = zoo.make("tied, unused, frozen").double()
 plain = DDP(copy.deepcopy(bare), find_unused_parameters=True)
 with ts.KissingSpheres(concurrency=2) as spheres:
-    model = DDP(ts.SphereParallel(bare, spheres, process_group=False), find_unused_parameters=True)
+    model = DDP(make(bare, spheres, process_group=False), find_unused_parameters=True)
     both = (plain, model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in both]
     for step, (x, y) in enumerate(zoo.batches(50, 4)):
@@ -47,7 +47,8 @@ os._exit(0)  # with a DDP model about, gloo's thread can abort a process that en
 
 
 @pytest.mark.timeout(110)
-def test_gradients_and_weights_are_those_of_ddp(tmp_path):
-    fork_server.run_ranks(2, RANK, tmp_path, env={"PYTHONPATH": str(Path(__file__).parent)})
+@pytest.mark.parametrize("make", ["SphereParallel", "parallelize_"])
+def test_gradients_and_weights_are_those_of_ddp(tmp_path, make):
+    fork_server.run_ranks(2, RANK, tmp_path, make, env={"PYTHONPATH": str(Path(__file__).parent)})
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -328,7 +328,7 @@ def test_weights_are_never_copied():
                 lambda out, y: out.mean(), torch.randn(200, 64), torch.ones(200)
             )
         assert seen == {(model.weight.data_ptr(), model.bias.data_ptr())}
-        assert 1 <= len(parallel._pool) <= 5
-        for replica in parallel._pool._idle:
+        assert 1 <= len(parallel._engine.pool) <= 5
+        for replica in parallel._engine.pool._idle:
             assert all(p.grad is None for p in replica.module.parameters())
             assert digest(list(replica.module.parameters())) == digest(list(model.parameters()))

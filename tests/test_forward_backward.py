@@ -200,7 +200,7 @@ def test_losses_that_cannot_be_used(spheres, loss_fn, error, message):
         parallel.forward_backward(loss_fn, X, Y)
     assert all(p.grad is None for p in parallel.parameters())
     parallel.forward_backward(F.cross_entropy, X, Y)
-    assert len(parallel._pool) <= spheres.concurrency
+    assert len(parallel._engine.pool) <= spheres.concurrency
 
 
 def test_an_error_in_the_loss_names_its_shard(spheres):

@@ -226,10 +226,10 @@ def test_what_a_newcomer_gets_wrong_or_right(spheres):
     assert list(map(id, parallel.parameters())) == list(map(id, model.parameters()))
     assert parallel.to(torch.float64) is parallel
     assert parallel(X).dtype == model[0].weight.dtype == torch.float64
-    model.note = "attributes stay with the module, as in DistributedDataParallel"
-    assert parallel.module.note == model.note
-    with pytest.raises(AttributeError, match="'SphereParallel' object has no attribute 'note'"):
-        _ = parallel.note
+    model.note = "attributes are the module's"
+    assert parallel.note == model.note
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'notes'"):
+        _ = parallel.notes
     with pytest.raises(TypeError, match="wrap the bare module"):
         ts.SphereParallel(parallel, spheres)
     with pytest.raises(TypeError, match="has a DataParallel in it"):

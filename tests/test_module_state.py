@@ -153,6 +153,7 @@ def test_forward_backward_reports_too(spheres):
 def test_what_a_forward_changes_in_place_is_reported(spheres, make, change):
     model = W(lambda s, x: change(s.seen) or s.n(x), seen=make())
     parallel = ts.SphereParallel(model, spheres)
+    parallel(X)  # might only set something up
     with pytest.warns(UserWarning, match=changes("seen")):
         parallel(X)
     parallel(X)

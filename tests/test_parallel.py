@@ -172,8 +172,8 @@ def test_weights_are_shared_not_copied():
     with ts.KissingSpheres() as spheres:
         parallel = ts.SphereParallel(model, spheres)
         parallel(torch.randn(12, 1000)).sum().backward()
-        assert 0 < len(parallel._pool) <= spheres.concurrency
-        for replica in parallel._pool._idle:
+        assert 0 < len(parallel._engine.pool) <= spheres.concurrency
+        for replica in parallel._engine.pool._idle:
             assert replica.module.weight.data_ptr() == model.weight.data_ptr()
 
 

@@ -88,7 +88,7 @@ def test_the_same_object_with_notes_and_a_model_that_goes_on(spheres, plan, way,
             assert "x: (50, 4) along dimension 0" in error.__notes__[1]
         assert "raised by work item" in error.__notes__[-1] and "on sphere" in error.__notes__[-1]
         assert all(p.grad is None for p in parallel.parameters())
-        assert len(parallel._pool) <= spheres.concurrency
+        assert len(parallel._engine.pool) <= spheres.concurrency
     if where == "forward" or way == "forward_backward":
         assert digest(list(parallel.buffers())) == digest(list(other.buffers())), "not merged"
     plan.clear()
@@ -112,7 +112,7 @@ def test_several_shards_fail_at_once(spheres):
     with pytest.raises(PlannedError) as caught:
         parallel(X)
     assert sum(note.startswith("also: PlannedError") for note in caught.value.__notes__) == 2
-    assert len(parallel._pool) == 3
+    assert len(parallel._engine.pool) == 3
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
@@ -124,7 +124,7 @@ def test_what_is_no_error_comes_out_as_well(spheres, plan, kind):
             step(parallel, way)
         plan.clear()
         step(parallel, way)
-        assert len(parallel._pool) <= spheres.concurrency
+        assert len(parallel._engine.pool) <= spheres.concurrency
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -22,6 +22,7 @@ from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
 from torch_spheres.loading.stats import LoaderStats
 from torch_spheres.parallel import SphereParallel
+from torch_spheres.parallelize import parallelize_
 from torch_spheres.plots import plot_loader, plot_timeline
 from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler
@@ -55,6 +56,7 @@ __all__ = [
     "Work",
     "checkpoint_state",
     "load_checkpoint",
+    "parallelize_",
     "plot_loader",
     "plot_timeline",
     "prepare",

@@ -378,6 +378,10 @@ OTHER_HOOKS = (
     "_non_persistent_buffers_set",
 )
 """What an `nn.Module` keeps, and its forward does not look at."""
+SHARED_REGISTRIES = ("_parameters", "_buffers", "_modules", *OTHER_HOOKS)
+"""What `SphereParallel` has in common with its module: all that is not about calls."""
+COMPILED = ("_compiled_call_impl",)
+"""What `nn.Module.compile` leaves on a module."""
 
 _look_at(
     "nn.Module", nn.Module(), (PARALLEL,), "_parameters", "_buffers", "_modules",

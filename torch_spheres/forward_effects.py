@@ -42,9 +42,10 @@ class ForwardEffects:
         module: the user's.
         pool: has looked at its attributes.
         closely: values too, not only versions.
+        again: there has been such a call: what a first one sets up, as caches, is no change.
     """
 
-    def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool) -> None:
+    def __init__(self, module: nn.Module, pool: ReplicaPool, *, closely: bool, again: bool) -> None:
         self._module, self._pool = module, pool
         self._set: dict[str, None] = {}  # names of attributes, in order
         self._parameters = [p for p in pool.parameters if not is_lazy(p)]
@@ -57,7 +58,7 @@ class ForwardEffects:
         self._loose = list(pool.loose)
         self._versions = self._read_versions()
         self._values = self._read_values() if closely else None
-        self._contents = self._read_contents() if closely else {}
+        self._contents = self._read_contents() if closely and again else {}
 
     def _read_versions(self) -> list[list[int]]:
         return [
@@ -76,10 +77,11 @@ class ForwardEffects:
 
     def _read_contents(self) -> dict[tuple[int, str], tuple[Any, Any]]:
         """Of objects on attributes that may change in place."""
-        found = {}
+        found, seen = {}, set()
         for i, part in enumerate(self._pool.parts):
             for name, value in vars(part).items():
-                if name not in ELSEWHERE and type(value) not in _PLAIN:
+                if name not in ELSEWHERE and type(value) not in _PLAIN and id(value) not in seen:
+                    seen.add(id(value))
                     content = _content(value)
                     if content is not None:
                         found[i, name] = value, content

@@ -42,7 +42,10 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
     call.differentiable_outputs = [
         any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
     ]
-    found = compared(call, first.outputs, first.nesting).ways
+    comparison = compared(call, first.outputs, first.nesting)
+    found = comparison.ways
+    if comparison.means:
+        call.sums = False
     inside = call.in_objects()
     sizes, dim = call.split.sizes, call.cutting.default_dim
     outputs: list[Any] = []

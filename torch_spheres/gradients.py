@@ -6,11 +6,11 @@ import threading
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_spheres.arguments import as_index
+from torch_spheres.engine import engine_of
 from torch_spheres.exchange import total_over_ranks
-from torch_spheres.parallel import SphereParallel
 from torch_spheres.phases import phase
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.system import KissingSpheres
@@ -24,9 +24,9 @@ class GradientHook:
 
     Args:
         optimizer: any `torch.optim.Optimizer`; a step pre-hook is registered on it.
-        model_or_spheres: a `SphereParallel` model, whose ``backward()`` completes ``.grad`` by
-            itself (the hook then only has what `add` brings), or a `KissingSpheres` for loops that
-            compute gradients in work functions.
+        model_or_spheres: a `SphereParallel` model, or one that `parallelize_` was called on, whose
+            ``backward()`` completes ``.grad`` by itself (the hook then only has what `add` brings),
+            or a `KissingSpheres` for loops that compute gradients in work functions.
 
     In such a loop a work function calls ``hook.add(shard, grads)`` and `optimizer.step()` does the
     rest: all shards' gradients are added in the fixed tree (see `torch_spheres.tree`) and the sum
@@ -46,7 +46,7 @@ class GradientHook:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model_or_spheres: SphereParallel | KissingSpheres,
+        model_or_spheres: nn.Module | KissingSpheres,
         *,
         process_group: ProcessGroup | bool | None = None,
     ) -> None:
@@ -55,16 +55,16 @@ class GradientHook:
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
         self._by_hand = isinstance(model_or_spheres, KissingSpheres)
-        if isinstance(model_or_spheres, SphereParallel):
-            self._spheres = model_or_spheres.spheres
-            self._ranks = model_or_spheres._ranks
+        engine = engine_of(model_or_spheres)
+        if engine is not None:
+            self._spheres, self._ranks = engine.spheres, engine.ranks
         elif isinstance(model_or_spheres, KissingSpheres):
             self._spheres = model_or_spheres
             self._ranks = find_ranks(process_group, model_or_spheres.leaves)
         else:
             raise TypeError(
-                "model_or_spheres must be a SphereParallel or a KissingSpheres, got "
-                f"{type(model_or_spheres).__name__}"
+                "model_or_spheres must be a SphereParallel, a model that parallelize_() was called "
+                f"on, or a KissingSpheres, got {type(model_or_spheres).__name__}"
             )
         self._optimizer = optimizer
         self._lock = threading.Lock()

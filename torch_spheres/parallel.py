@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from torch_spheres import _compat
-from torch_spheres.advice import Adviser
-from torch_spheres.crew import Crew
-from torch_spheres.cutting import Cutting
-from torch_spheres.losses import forward_backward
-from torch_spheres.memory import keep_freed_memory
-from torch_spheres.nesting import flatten, unflatten
-from torch_spheres.ranks import ProcessGroup, find_ranks
-from torch_spheres.replica_pool import ReplicaPool
-from torch_spheres.same_model import sync_module
-from torch_spheres.shards import Call
-from torch_spheres.sharing import SharedCall
-from torch_spheres.splitting import refuse_tracing, rows_to_tune_by
+from torch_spheres.delegation import Delegating
+from torch_spheres.engine import PARALLEL_FORWARD, Engine, ParallelForward, start_engine
+from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
-from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
-from torch_spheres.whole_batch import face, gather_rows
+from torch_spheres.whole_batch import gather_rows
 
 __all__ = ["SphereParallel"]
 
 
-class SphereParallel(nn.Module):
+class SphereParallel(Delegating):
     """Runs a module on the spheres: the rows of each batch are split over the leaves.
 
     Use it in place of the module; the loop stays as it is, and ``.grad`` is complete when
-    ``backward()`` returns.
+    ``backward()`` returns. Names of parameters, buffers and parts are those of the module, and so
+    are its attributes and methods, which are read and set here as there; ``.module`` is the module
+    itself. For frameworks that look at the class there is `parallelize_`.
 
     Args:
         module: the model. Its parameters are shared by all shards, never copied; each of the at
@@ -86,11 +71,12 @@ class SphereParallel(nn.Module):
     The first call of each form (flags and numbers of dimensions) is compared with the bare module:
     the rows of two shards are run together and alone, in evaluation mode and without a trace in
     buffers and random numbers. A UserWarning says once if the model is not row-wise: if it looks
-    across the rows of a batch, or its batch is another dimension. Of a module that draws random
-    numbers in evaluation mode, shapes alone are compared.
+    across the rows of a batch, or its batch is another dimension. A module that draws random
+    numbers in evaluation mode, or is compiled, is not compared.
 
     Parameters: hooks on them, and what `torch.autograd.grad` returns, see the whole batch's
-    gradient, once. Hooks on modules run in each shard, with the shard's rows.
+    gradient, once. Hooks on modules run in each shard, with the shard's rows; those on this object
+    run once, with the whole batch.
 
     Buffers: every shard starts from the same values; of those that changed, floating-point ones
     become the mean over the shards that ran (summed in the tree), others those of the first shard.
@@ -125,136 +111,43 @@ class SphereParallel(nn.Module):
         whole: Sequence[str] = (),
         scalars: Literal["mean", "sum"] = "mean",
     ) -> None:
-        super().__init__()
-        _compat.require(_compat.PARALLEL)
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        for part in module.modules():
-            if isinstance(part, (DataParallel, DistributedDataParallel, SphereParallel)):
-                raise TypeError(
-                    f"module has a {type(part).__name__} in it, which does not work inside "
-                    "SphereParallel; wrap the bare module, and put DistributedDataParallel around "
-                    "the SphereParallel"
-                )
-            if isinstance(part, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"module has a {type(part).__name__} in it, whose copies cannot share its "
-                    "parameters; use the module that it was made of, or torch.compile"
-                )
-        if spheres is None:
-            spheres = KissingSpheres()
-        elif not isinstance(spheres, KissingSpheres):
-            raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
-        if not isinstance(reproducible, bool):
-            raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
-        self._cutting = Cutting(batch_dim, whole, scalars)  # type: ignore[arg-type]
-        self._cutting.check_names(module)
-        keep_freed_memory(spheres.levels)
-        self.module = module
-        self.reproducible = reproducible
-        self._take(spheres)
-        self._ranks = find_ranks(process_group, spheres.leaves)
-        if self._ranks is not None:
-            settings = {"levels": spheres.levels, "reproducible": reproducible}
-            sync_module(module, self._ranks, settings)
-        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+        engine = start_engine(
+            module, spheres, reproducible=reproducible, process_group=process_group,
+            batch_dim=batch_dim, whole=whole, scalars=scalars,
+        )  # fmt: skip
+        super().__init__(module)
+        forward = vars(self)[PARALLEL_FORWARD] = ParallelForward(engine)
+        if type(self).forward is SphereParallel.forward:
+            vars(self)["forward"] = forward  # where it has the signature of the module's own
 
-    def _take(self, spheres: KissingSpheres) -> None:
-        self._spheres = spheres
-        self._pool = ReplicaPool()
-        self._tuners = Tuners()
-        self._adviser = Adviser()
+    @property
+    def _engine(self) -> Engine:
+        forward: ParallelForward = vars(self)[PARALLEL_FORWARD]
+        return forward.engine
 
     @property
     def spheres(self) -> KissingSpheres:
         """The hierarchy that runs the shards."""
-        return self._spheres
+        return self._engine.spheres
+
+    @property
+    def reproducible(self) -> bool:
+        """As it was given."""
+        return self._engine.reproducible
 
     @property
     def plan(self) -> str | None:
         """How batches are run in training; None while that is being measured."""
-        latest = self._tuners.latest
-        return None if latest is None or latest.chosen is None else latest.chosen.name
+        return self._engine.plan
 
     @property
     def plan_costs(self) -> dict[str, float]:
         """What each way to run a batch in training took so far, in seconds per row."""
-        latest = self._tuners.latest
-        return {} if latest is None else latest.costs
+        return self._engine.plan_costs
 
-    @_compat.disable_compiler  # compiled code around has a gap here
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the shards; see the class for what is split and how outputs are put together."""
-        refuse_tracing()
-        crew, trial = self._choose("forward", all_ways, args, kwargs)
-        run = functools.partial(self._run, crew, args, kwargs)
-        if trial is not None:
-            result = run()
-            trial.forward_done(flatten(result)[0])
-            return result
-        advise = self.reproducible and not self._shares and self.training
-        if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
-            return self._adviser.watch(run, self.module, args, kwargs)
-        return run()
-
-    def _choose(
-        self,
-        what: str,
-        ways: Callable[[int, int], list[Plan]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Crew, Trial | None]:
-        spheres = self._spheres
-        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        rows = rows_to_tune_by(tensors, self._cutting)
-        # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
-        # device's own, for which threads that it waits for would wait in turn.
-        on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
-        concurrency = spheres.concurrency if on_cpu else 0
-        if self.reproducible or self._shares:
-            ways = reproducible_ways
-        tuner = self._tuners.of(
-            (rows.bit_length(), self.training, on_cpu, what),
-            lambda: ways(spheres.leaves, concurrency),
-        )
-        trial = tuner.trial(rows)
-        plan = tuner.chosen if trial is None else trial.plan
-        assert plan is not None
-        return Crew(spheres, plan), trial
-
-    def _run(self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if crew.plan.shards == 1 and crew.plan.workers == 0:
-            return self.module(*args, **kwargs)
-        call = self._call(crew, args, kwargs)
-        outputs = call.run_forward()
-        if torch.is_grad_enabled():
-            # (After the forward, which finds what it reaches beside the parameters.)
-            tensors = [*call.trainable, *call.inputs_with_grad]
-            outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
-            if isinstance(call, SharedCall):
-                share = call.split.rows / call.split.total
-                outputs = [face(o, share) for o in outputs]
-        assert call.nesting is not None
-        return unflatten(outputs, call.nesting)
-
-    @property
-    def _shares(self) -> bool:
-        """Whether the call that is made now is one of all ranks."""
-        return self._ranks is not None and (torch.is_grad_enabled() or self.training)
-
-    def _call(
-        self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
-    ) -> Call:
-        ranks = self._ranks if self._shares else None
-        kind = Call if ranks is None else SharedCall
-        make = functools.partial(kind, self.module, self._pool, crew, args, kwargs, ranks, what,
-                                 cutting=self._cutting)  # fmt: skip
-        call = make()
-        if any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
-               for m in self.module.modules()):  # fmt: skip
-            call.initialise_lazy_modules()
-            call = make()
-        return call
+        return vars(self)[PARALLEL_FORWARD](*args, **kwargs)
 
     def forward_backward(
         self,
@@ -287,16 +180,7 @@ class SphereParallel(nn.Module):
                 in their rows.
             RuntimeError: called under ``torch.no_grad()``.
         """
-        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
-        if isinstance(inputs, Mapping):
-            args, kwargs = (), dict(inputs)
-        # Whole batches are no choice here: they would take the memory that this call saves.
-        crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
-        call = self._call(crew, args, kwargs, "forward_backward")
-        loss = forward_backward(call, loss_fn, targets)
-        if trial is not None:
-            trial.done()
-        return loss
+        return self._engine.forward_backward(loss_fn, inputs, targets)
 
     def gather(self, rows: Tensor) -> Tensor:
         """All ranks' rows of a tensor, in the batch's order; in one process, the tensor itself.
@@ -313,10 +197,10 @@ class SphereParallel(nn.Module):
         Raises:
             ValueError: the ranks do not have their groups' rows of one batch.
         """
-        if self._ranks is None:
+        if self._engine.ranks is None:
             return rows
-        dim = max(0, min(self._cutting.default_dim, rows.dim() - 1))
-        return gather_rows(rows, self._ranks, self._spheres.leaves, dim)
+        dim = max(0, min(self._engine.cutting.default_dim, rows.dim() - 1))
+        return gather_rows(rows, self._engine.ranks, self._engine.spheres.leaves, dim)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -327,75 +211,7 @@ class SphereParallel(nn.Module):
         """
         yield
 
-    # The bare module's keys, so that checkpoints can be exchanged with it.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The bare module's `state_dict`."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Loads a `state_dict` of the bare module or of a `SphereParallel` around it."""
-        return self.module.load_state_dict(state_dict, strict, assign)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SphereParallel:
-        """A copy of the module on the same spheres."""
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self._own(), memo))
-        made._take(self._spheres)
-        made._ranks = self._ranks
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Threads stay behind, and groups: what is unpickled shares with the default one."""
-        spheres = self._spheres.levels, self._spheres.concurrency
-        return {**self._own(), "_spheres": spheres, "_ranks": self._ranks is not None}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        levels, concurrency = state["_spheres"]
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._take(KissingSpheres(levels, concurrency=concurrency))
-        self._ranks = find_ranks(None if state["_ranks"] else False, self._spheres.leaves)
-
-    def _own(self) -> dict[str, Any]:
-        """Everything but what belongs to the threads."""
-        threads = ("_spheres", "_pool", "_tuners", "_adviser", "_ranks")
-        return {k: v for k, v in self.__dict__.items() if k not in threads}
-
-
-class _OnSpheres(torch.autograd.Function):
-    """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
-
-    Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what
-    ``torch.autograd.grad`` asks for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        fixed = [
-            o
-            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
-            if isinstance(o, Tensor) and not differs
-        ]
-        ctx.mark_non_differentiable(*fixed)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "backward(create_graph=True) through SphereParallel: gradients of gradients would "
-                "need the shards' graphs a second time; compute such a loss on the bare "
-                "model.module"
-            )
-        return (None, None, *ctx.call.run_backward(grads))
-
-
-def _add_prefix(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """When a `SphereParallel` is part of a larger module: its keys have no ``module.`` in them."""
-    for key in [k for k in state_dict if k.startswith(prefix)]:
-        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+        """For deep copies, on the same spheres, and for what is unpickled, on its own."""
+        super().__setstate__(state)
+        self._engine.module = self.module

@@ -50,6 +50,7 @@ class Comparison:
     nesting: Nesting | None
     dims: tuple[int | None, ...]
     ways: tuple[Way, ...]
+    means: bool = False  # scalars are means over rows, although num_items_in_batch= was there
 
     def fits(self, nesting: Nesting | None, dims: tuple[int | None, ...]) -> bool:
         """Whether it is about such outputs; without outputs, it is about any."""
@@ -161,9 +162,11 @@ def _compare(
     rows = end - begin, middle - begin, end - middle
     values = [*zip(whole[0], alone[0][0], alone[1][0], strict=True)]
     ways = tuple(_way(three, rows) for three in values)
+    means = False
     if not drew and not training:
-        _check_values(call, values, ways, rows)
-    return dataclasses.replace(unknown, ways=ways)
+        means = call.sums_by_argument and _are_means(call, values, ways, rows)
+        _check_values(call, values, ways, rows, call.sums and not means)
+    return dataclasses.replace(unknown, ways=ways, means=means)
 
 
 def _runs(
@@ -281,8 +284,26 @@ def _way_of_others(three: Three, rows: tuple[int, int, int]) -> Way:
 # ---- values ----
 
 
-def _check_values(
+def _are_means(
     call: Call, values: Sequence[Three], ways: Sequence[Way], rows: tuple[int, int, int]
+) -> bool:
+    """Whether scalars are means over rows, and no sums."""
+    pairs = zip(values, ways, strict=True)
+    scalars = [three for three, way in pairs if way == SCALAR and all(map(_has_values, three))]
+    eps = rounding_of(call)
+    return any(
+        _scalars_differ(three, rows, eps, sums=False) is None
+        and _scalars_differ(three, rows, eps, sums=True) is not None
+        for three in scalars
+    )
+
+
+def _check_values(
+    call: Call,
+    values: Sequence[Three],
+    ways: Sequence[Way],
+    rows: tuple[int, int, int],
+    sums: bool,
 ) -> None:
     """Warns, once, if the rows together are not what they are alone."""
     learned = call.cutting.learned
@@ -295,7 +316,7 @@ def _check_values(
         if isinstance(way, int):
             text = _rows_differ(three, way, eps)
         elif way == SCALAR and all(map(_has_values, three)) and inside and not inside[i]:
-            text = _scalars_differ(three, rows, eps, call.sums)
+            text = _scalars_differ(three, rows, eps, sums)
         elif way == ROWS and not same([*three[0]], [*three[1], *three[2]]):
             text = _NOT_ROW_WISE
         if text is not None:
@@ -350,7 +371,6 @@ def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: 
         return (
             f"has no dimensions and is a {then} over rows, but the shards' are put together as a "
             f"{now}: SphereParallel(..., scalars={then!r}) makes it right"
-            + (" (num_items_in_batch= makes it a sum; leave it out)" if sums else "")
         )
     return (
         "has no dimensions, and is neither the mean nor the sum of the shards': it is a mean over "

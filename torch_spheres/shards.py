@@ -61,7 +61,11 @@ class Call:
         self.ranks, self.what = ranks, what
         self.cutting = Cutting() if cutting is None else cutting
         # (Hugging Face's models divide their loss by it: of the whole batch, in each shard.)
-        self.sums = self.cutting.scalars == "sum" or kwargs.get("num_items_in_batch") is not None
+        # A model may ignore the argument, which the comparison with the bare module shows.
+        self.sums_by_argument = (
+            self.cutting.scalars != "sum" and kwargs.get("num_items_in_batch") is not None
+        )
+        self.sums = self.sums_by_argument or self.cutting.scalars == "sum"
         self._positional = len(args)
         self.keys = (*range(len(args)), *kwargs)
         self.context = crew.context()
@@ -80,7 +84,7 @@ class Call:
         kind = what, torch.is_grad_enabled(), training
         self.is_first, self.closely = pool.watches(kind)
         self._learnt = not self.is_first  # which large buffers the forward writes to
-        self.effects = ForwardEffects(module, pool, self.closely)
+        self.effects = ForwardEffects(module, pool, closely=self.closely, again=not self.is_first)
         self.reached = Reached(pool, self.closely, ranks is None)
         self.differentiable = [
             i
@@ -249,8 +253,20 @@ class Call:
         if caught.error is None:
             caught.error = take_new_shapes(shards, self.ranks is None)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
-        told = self.agree("the forward", caught, [*notes, self.random.drew, *mine])
-        notes, (drew, *changed) = told[: len(notes)], told[len(notes) :]
+        has_rows = bool(self.split.bounds)
+        told = self.agree(
+            "the forward",
+            caught,
+            [*notes, has_rows and self.sums, has_rows and not self.sums, self.random.drew, *mine],
+        )
+        notes, (sums, means, drew, *changed) = told[: len(notes)], told[len(notes) :]
+        if sums and means:
+            raise ValueError(
+                "the ranks do not agree whether outputs without dimensions are sums or means over "
+                "the rows, which a call with num_items_in_batch= leaves open: say scalars='sum', "
+                "or leave the argument out"
+            )
+        self.sums = bool(sums)
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})

@@ -1,0 +1,111 @@
+"""`Delegating`: a module around another one, whose names, modes and methods are the other one's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from torch_spheres import _compat
+
+__all__ = ["Delegating"]
+
+
+class Delegating(nn.Module):
+    """Everything that a module has is the inner module's, but how it is called and hooks on that.
+
+    It has the inner module's own dicts of parameters, buffers, parts and state-dict hooks, and
+    torch's methods are called on the inner module, which may have overridden them. So names are
+    those of the inner module, and `modules()`, here and of a larger module, has the inner one in
+    the place of this one.
+    """
+
+    module: nn.Module
+    """The inner module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        own = vars(self)
+        own["module"] = module
+        del own["training"]
+        self._share()
+
+    def _share(self) -> None:
+        inner = vars(self.module)
+        vars(self).update({name: inner[name] for name in _compat.SHARED_REGISTRIES})
+
+    def __getattr__(self, name: str) -> Any:
+        module = self.__dict__.get("module")
+        if module is None:  # while it is being unpickled
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "module":
+            raise AttributeError(
+                f"the module of a {type(self).__name__} cannot be replaced; make another one"
+            )
+        if name == "__class__":  # torch's parametrizations do that
+            raise TypeError(
+                f"the class of a {type(self).__name__} cannot be changed (to {value.__name__}); "
+                "give its .module to what does that, such as register_parametrization"
+            )
+        if self._has_own(name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._has_own(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.module, name)
+
+    def _has_own(self, name: str) -> bool:
+        return name in vars(self) or (hasattr(type(self), name) and name not in _DELEGATED)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.module)})
+
+    def __repr__(self) -> str:
+        inner = repr(self.module).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  (module): {inner}\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = (*_compat.SHARED_REGISTRIES, *_compat.COMPILED)
+        return {k: v for k, v in vars(self).items() if k not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._share()
+
+
+# What torch calls on the parts of a larger module, beside the public methods.
+_PRIVATE = ("_apply", "_load_from_state_dict")
+_ABOUT_CALLS = ("forward", "compile", "register_forward_pre_hook", "register_forward_hook",
+                "register_backward_hook", "register_full_backward_hook",
+                "register_full_backward_pre_hook")  # fmt: skip
+_DELEGATED = {
+    name
+    for name, method in vars(nn.Module).items()
+    if callable(method)
+    and name not in _ABOUT_CALLS
+    and (name in _PRIVATE or not name.startswith("_"))
+}
+
+
+def _delegated(method: Callable[..., Any]) -> Callable[..., Any]:
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: Delegating, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.module, name)(*args, **kwargs)
+        return self if result is self.module else result  # `model.to(...)` is the model
+
+    return call
+
+
+for _name in _DELEGATED:
+    setattr(Delegating, _name, _delegated(getattr(nn.Module, _name)))

@@ -1,0 +1,367 @@
+"""`Engine`: runs a model's calls in shards, for `SphereParallel` and for `parallelize_`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from torch_spheres import _compat
+from torch_spheres.advice import Adviser
+from torch_spheres.crew import Crew
+from torch_spheres.cutting import Cutting
+from torch_spheres.losses import forward_backward
+from torch_spheres.memory import keep_freed_memory
+from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.ranks import ProcessGroup, find_ranks
+from torch_spheres.replica_pool import ReplicaPool
+from torch_spheres.same_model import sync_module
+from torch_spheres.shards import Call
+from torch_spheres.sharing import SharedCall
+from torch_spheres.splitting import refuse_tracing, rows_to_tune_by
+from torch_spheres.system import KissingSpheres
+from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
+from torch_spheres.whole_batch import face
+
+__all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "is_lazy", "start_engine"]
+
+PARALLEL_FORWARD = "_parallel_forward"
+"""The attribute of a parallel model that has its `ParallelForward`."""
+
+
+class Engine:
+    """What a model that runs in shards has beside its weights: spheres, replicas, measurements.
+
+    A deep copy has the same spheres; one that was unpickled has made its own. Neither has a module
+    until whoever copied it assigns that.
+    """
+
+    module: nn.Module
+    """What the shards run."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spheres: KissingSpheres,
+        *,
+        reproducible: bool,
+        process_group: ProcessGroup | bool | None,
+        cutting: Cutting,
+    ) -> None:
+        self.module, self.reproducible, self.cutting = module, reproducible, cutting
+        self._take(spheres)
+        self.ranks = find_ranks(process_group, spheres.leaves)
+
+    def _take(self, spheres: KissingSpheres) -> None:
+        self.spheres = spheres
+        self.pool = ReplicaPool()
+        self._tuners = Tuners()
+        self._adviser = Adviser()
+
+    @property
+    def plan(self) -> str | None:
+        """How batches are run in training; None while that is being measured."""
+        latest = self._tuners.latest
+        return None if latest is None or latest.chosen is None else latest.chosen.name
+
+    @property
+    def plan_costs(self) -> dict[str, float]:
+        """What each way to run a batch in training took so far, in seconds per row."""
+        latest = self._tuners.latest
+        return {} if latest is None else latest.costs
+
+    def forward(
+        self, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs the shards and puts their outputs together.
+
+        Args:
+            unsplit: called instead, if a batch that is not split is the fastest way.
+            args: positional arguments of the module.
+            kwargs: keyword arguments of the module.
+        """
+        refuse_tracing()
+        crew, trial = self._choose("forward", all_ways, args, kwargs)
+        run = functools.partial(self._run, crew, unsplit, args, kwargs)
+        if trial is not None:
+            result = run()
+            trial.forward_done(flatten(result)[0])
+            return result
+        advise = self.reproducible and not self._shares and self.module.training
+        if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
+            return self._adviser.watch(run, self.module, args, kwargs)
+        return run()
+
+    def forward_backward(
+        self, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
+    ) -> Tensor:
+        """See `SphereParallel.forward_backward`."""
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+        if isinstance(inputs, Mapping):
+            args, kwargs = (), dict(inputs)
+        # Whole batches are no choice here: they would take the memory that this call saves.
+        crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
+        call = self._call(crew, args, kwargs, "forward_backward")
+        loss = forward_backward(call, loss_fn, targets)
+        if trial is not None:
+            trial.done()
+        return loss
+
+    def _choose(
+        self,
+        what: str,
+        ways: Callable[[int, int], list[Plan]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Crew, Trial | None]:
+        spheres = self.spheres
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        rows = rows_to_tune_by(tensors, self.cutting)
+        # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
+        # device's own, for which threads that it waits for would wait in turn.
+        on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
+        concurrency = spheres.concurrency if on_cpu else 0
+        if self.reproducible or self._shares:
+            ways = reproducible_ways
+        tuner = self._tuners.of(
+            (rows.bit_length(), self.module.training, on_cpu, what),
+            lambda: ways(spheres.leaves, concurrency),
+        )
+        trial = tuner.trial(rows)
+        plan = tuner.chosen if trial is None else trial.plan
+        assert plan is not None
+        return Crew(spheres, plan), trial
+
+    def _run(
+        self, crew: Crew, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if crew.plan.shards == 1 and crew.plan.workers == 0:
+            return unsplit(*args, **kwargs)
+        call = self._call(crew, args, kwargs)
+        outputs = call.run_forward()
+        if torch.is_grad_enabled():
+            # (After the forward, which finds what it reaches beside the parameters.)
+            tensors = [*call.trainable, *call.inputs_with_grad]
+            outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
+            if isinstance(call, SharedCall):
+                share = call.split.rows / call.split.total
+                outputs = [face(o, share) for o in outputs]
+        assert call.nesting is not None
+        return unflatten(outputs, call.nesting)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the call that is made now is one of all ranks."""
+        return self.ranks is not None and (torch.is_grad_enabled() or self.module.training)
+
+    def _call(
+        self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
+    ) -> Call:
+        ranks = self.ranks if self._shares else None
+        kind = Call if ranks is None else SharedCall
+        make = functools.partial(
+            kind, self.module, self.pool, crew, args, kwargs, ranks, what, cutting=self.cutting
+        )
+        call = make()
+        if any(map(is_lazy, self.module.modules())):
+            call.initialise_lazy_modules()
+            call = make()
+        return call
+
+    # ---- copies ----
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.reproducible, made.cutting = self.reproducible, copy.deepcopy(self.cutting)
+        made.ranks = self.ranks
+        made._take(self.spheres)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads stay behind, and groups: what is unpickled shares with the default one."""
+        return {
+            "reproducible": self.reproducible,
+            "cutting": self.cutting,
+            "spheres": (self.spheres.levels, self.spheres.concurrency),
+            "shares": self.ranks is not None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        levels, concurrency = state["spheres"]
+        self.reproducible, self.cutting = state["reproducible"], state["cutting"]
+        self._take(KissingSpheres(levels, concurrency=concurrency))
+        self.ranks = find_ranks(None if state["shares"] else False, self.spheres.leaves)
+
+
+class ParallelForward:
+    """The forward that callers see: it runs the engine, and looks like the module's own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @_compat.disable_compiler  # compiled code around has a gap here
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call does."""
+        return self.engine.forward(self.engine.module, args, kwargs)
+
+    def is_used_by(self, model: nn.Module) -> bool:
+        """Whether calls of the model come here."""
+        return vars(model).get(PARALLEL_FORWARD) is self
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """As `functools.wraps` sets it, but looked up when somebody asks: the module may change."""
+        return self.engine.module.forward
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__wrapped__.__doc__
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As of a bound method: accelerate puts autocast around it and binds that to the model."""
+        return _Unbound(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (*functools.WRAPPER_ASSIGNMENTS, "__code__"):  # torch.export looks at it
+            return getattr(self.__wrapped__, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Unbound:
+    """The parallel forward of whatever model it is called with, such as a copy of the first one."""
+
+    __slots__ = ("_bound",)
+
+    def __init__(self, bound: ParallelForward) -> None:
+        self._bound = bound
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(model)[PARALLEL_FORWARD](*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self._bound)
+        first = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[first, *bound.parameters.values()])
+
+
+class _OnSpheres(torch.autograd.Function):
+    """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
+
+    Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what
+    ``torch.autograd.grad`` asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        fixed = [
+            o
+            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
+            if isinstance(o, Tensor) and not differs
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) through SphereParallel: gradients of gradients would "
+                "need the shards' graphs a second time; compute such a loss on the bare "
+                "model.module, or after model.forward.remove() where parallelize_ was called"
+            )
+        return (None, None, *ctx.call.run_backward(grads))
+
+
+# ---- arguments ----
+
+
+def start_engine(
+    model: nn.Module,
+    spheres: KissingSpheres | None,
+    *,
+    reproducible: bool,
+    process_group: ProcessGroup | bool | None,
+    batch_dim: int | Mapping[str, int] = 0,
+    whole: Sequence[str] = (),
+    scalars: Literal["mean", "sum"] = "mean",
+) -> Engine:
+    """For `SphereParallel` and `parallelize_`: checks their arguments, and has all ranks agree."""
+    _compat.require(_compat.PARALLEL)
+    check_model(model)
+    if spheres is None:
+        spheres = KissingSpheres()
+    elif not isinstance(spheres, KissingSpheres):
+        raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
+    if not isinstance(reproducible, bool):
+        raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+    cutting = Cutting(batch_dim, whole, scalars)  # type: ignore[arg-type]
+    cutting.check_names(model)
+    keep_freed_memory(spheres.levels)
+    engine = Engine(
+        model,
+        spheres,
+        reproducible=reproducible,
+        process_group=process_group,
+        cutting=cutting,
+    )
+    if engine.ranks is not None:
+        settings = {"levels": spheres.levels, "reproducible": reproducible}
+        sync_module(model, engine.ranks, settings)
+    return engine
+
+
+def check_model(model: Any) -> None:
+    """Whether a model can be run in shards.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(model).__name__}")
+    for part in _parts(model):
+        name = type(part).__name__
+        if isinstance(part, (DataParallel, DistributedDataParallel)) or engine_of(part) is not None:
+            raise TypeError(
+                f"module has a {name} in it, which runs in parallel already and does not work "
+                "inside another parallel module; wrap the bare module, and put "
+                "DistributedDataParallel around the SphereParallel"
+            )
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module has a {name} in it, whose copies cannot share its parameters; use the "
+                "module that it was made of, or torch.compile"
+            )
+
+
+def engine_of(module: object) -> Engine | None:
+    """The engine of a `SphereParallel`, or of a model that `parallelize_` was called on."""
+    forward = vars(module).get(PARALLEL_FORWARD) if isinstance(module, nn.Module) else None
+    return forward.engine if forward is not None and forward.is_used_by(module) else None
+
+
+def is_lazy(module: Any) -> bool:
+    """Whether a module takes its shapes from the first batch, which has not come yet."""
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())  # type: ignore[misc]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all in it, with `SphereParallel` itself, which `modules()` leaves out."""
+    yield module
+    for part in module.children():
+        yield from _parts(part)
