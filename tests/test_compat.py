@@ -261,6 +261,7 @@ def test_importing_under_another_default_device(device):
 ALTERNATIVES = [
     ("torch.autograd.Variable._execution_engine.run_backward", "_run_backward"),
     ("torch._C._autograd._get_current_graph_task_keep_graph", "keeps_graph"),
+    ("torch._C._ensureCUDADeviceGuardSet", "_set_cuda_guard"),
     ("torch._disable_dynamo", "disable_compiler"),
     ("torch._C._functorch.is_functorch_wrapped_tensor", "is_functorch_wrapped"),
     ("torch.utils.data._utils.pin_memory.pin_memory", "pin_memory"),

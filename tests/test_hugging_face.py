@@ -188,3 +188,22 @@ def test_the_package_does_not_import_it():
     code = f"import sys, torch_spheres; print({frameworks} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("what", ["output_attentions", "output_hidden_states"])
+def test_hooks_that_a_forward_installs_to_catch_outputs(spheres, what):
+    """The model puts them on its layers in the first such forward, and counts on having them."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    bare = made(lambda: transformers.BertModel(config)).eval()
+    words, model = Texts(bare).words, ts.SphereParallel(copy.deepcopy(bare), spheres)
+    expected = bare(words, **{what: True}).to_tuple()[-1]
+    with pytest.warns(UserWarning, match=r"changes attributes of the module: .*_forward_hooks"):
+        first = model(words, **{what: True})
+    second = model(words, **{what: True})
+    for found in (first, second, model.module(words, **{what: True})):
+        torch.testing.assert_close(found.to_tuple()[-1], expected)
+    assert len(model(words).to_tuple()) == 2

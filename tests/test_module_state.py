@@ -187,6 +187,38 @@ def test_methods_that_are_put_back_are_no_change(spheres):
     torch.testing.assert_close(ts.SphereParallel(model, spheres)(X), expected)
 
 
+def test_a_metric_of_torchmetrics_inside_the_model(spheres):
+    """Its state would be added to by all shards at once: that is said. In the loop it counts."""
+    torchmetrics = pytest.importorskip("torchmetrics", reason="not there for every Python")
+    classes = torch.arange(48) % 4
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.accuracy = torchmetrics.classification.MulticlassAccuracy(4, average="micro")
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            out = self.layer(x)
+            self.accuracy(out.detach(), y)
+            return out
+
+    model = Counts()
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=r"changes attributes of the module: accuracy\..*Return"):
+        out = parallel(X, classes)
+    torch.testing.assert_close(out, model.layer(X))
+    metric = torchmetrics.classification.MulticlassAccuracy(4, average="micro")
+    metric.update(out.detach(), classes)
+    assert metric.compute() == (out.argmax(1) == classes).float().mean()
+
+
+def test_what_a_function_sets_on_the_original_is_reported(spheres):
+    model = W(lambda s, x: setattr(model, "step", model.step + 1) or s.n(x), step=0)
+    with pytest.warns(UserWarning, match=changes("step")):
+        ts.SphereParallel(model, spheres)(X)
+
+
 # ---- hooks ----
 
 

@@ -26,7 +26,12 @@ def test_snippet(index, tmp_path):
     if "tensorboard" in SNIPPETS[index]:
         pytest.importorskip("tensorboard")  # of the test extra; not there for every Python
     # (Without the GIL Python says so when a package, such as fontTools, turns it on.)
-    warn = (("error",), ("ignore", "The global interpreter lock"))
+    # (torch 2.11's profiler has advice for whoever reads a cycle's events later.)
+    warn = (
+        ("error",),
+        ("ignore", "The global interpreter lock"),
+        ("ignore", "Warning: Profiler clears events"),
+    )
     quiet = {"KINETO_LOG_LEVEL": "9"}  # torch's profiler tells when it begins
     done = fork_server.run(script, cwd=tmp_path, env=quiet, warn=warn)
     assert (done.returncode, done.stderr) == (0, "")

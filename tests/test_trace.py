@@ -273,7 +273,7 @@ def test_phases_of_shards_are_on_the_sphere_that_ran_them(spheres):
 def test_phases_on_the_calling_thread_have_a_track_of_its_name(spheres, monkeypatch):
     model = ts.SphereParallel(network(), spheres)
     alone = Plan(12, 0)
-    monkeypatch.setattr("torch_spheres.parallel.reproducible_ways", lambda *_: [alone])
+    monkeypatch.setattr("torch_spheres.engine.reproducible_ways", lambda *_: [alone])
 
     def step():
         model(X).sum().backward()

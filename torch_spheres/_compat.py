@@ -177,6 +177,23 @@ disable_compiler: Callable[[Any], Any] = _look_up(
 )
 
 
+_set_cuda_guard: Callable[[], None] = _look_up(
+    "torch._C._ensureCUDADeviceGuardSet",
+    instead=lambda: None,
+    without="a build of torch for CUDA may crash where there is no device, see below",
+)
+
+
+def prepare_to_compile() -> None:
+    """To be called on a thread that stays, before others compile.
+
+    Where torch is built for CUDA and there is no device, the compiler puts something in CUDA's
+    place; in torch 2.11 that is gone with the thread that did so first, and the next one crashes.
+    """
+    if not torch.cuda.is_available():
+        _set_cuda_guard()
+
+
 def static_shapes() -> contextlib.AbstractContextManager[None]:
     """Each number of rows gets compiled code of its own inside the block.
 
@@ -388,6 +405,7 @@ _look_at(
     "_compiled_call_impl", "_call_impl", *FORWARD_HOOKS, *OTHER_HOOKS,
 )  # fmt: skip
 _look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version")
+_look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL,), "_backward_hooks")
 _look_at(
     "Distribution", torch.distributions.Distribution(validate_args=False), (PARALLEL,),
     "_batch_shape",

@@ -40,7 +40,7 @@ class Crew:
 
     def map(self, fn: Callable[[int], T], count: int) -> list[T]:
         """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
-        if self.plan.workers == 0:
+        if self.plan.workers == 0 or count == 0:
             return [fn(k) for k in range(count)]
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.
         ours = contextvars.copy_context()

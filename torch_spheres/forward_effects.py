@@ -59,6 +59,7 @@ class ForwardEffects:
         self._versions = self._read_versions()
         self._values = self._read_values() if closely else None
         self._contents = self._read_contents() if closely and again else {}
+        self._attributes = [dict(vars(part)) for part in pool.parts] if closely else []
 
     def _read_versions(self) -> list[list[int]]:
         return [
@@ -187,6 +188,12 @@ class ForwardEffects:
 
     def warn(self) -> None:
         """Says which attributes were set, once for each name."""
+        # A function that holds the original sets on the original.
+        for i, (part, before) in enumerate(zip(self._pool.parts, self._attributes, strict=False)):
+            now = vars(part)
+            for name in {**before, **now}:
+                if name not in ELSEWHERE and now.get(name) is not before.get(name):
+                    self._set[self._path(i, name)] = None
         new = [name for name in self._set if name not in self._pool.reported]
         for (i, name), (value, before) in self._contents.items():
             if _content(value) != before:

@@ -77,9 +77,10 @@ class Call:
         self.differentiable_outputs: list[bool] = []
         self.ways: list[Way] = []  # how each output is put together
         pool.follow(module)
-        self.compiled = (
-            self._signature() if any(map(_compat.is_compiled, module.modules())) else None
-        )
+        self.compiled: tuple[Any, ...] | None = None
+        if any(map(_compat.is_compiled, module.modules())):
+            self.compiled = self._signature()
+            _compat.prepare_to_compile()
         training = tuple(part.training for part in pool.parts)
         kind = what, torch.is_grad_enabled(), training
         self.is_first, self.closely = pool.watches(kind)
