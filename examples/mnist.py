@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from mnist_data import MnistData, load_mnist
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 from tqdm import tqdm
 
 import torch_spheres as ts
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace, data: MnistData, at_end: contextlib.ExitStack
         nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
     )  # fmt: skip
     order = RandomSampler(data.train_y, generator=torch.Generator().manual_seed(args.seed))
-    sampler = BatchSampler(order, args.batch_size, drop_last=False)
+    sampler: Sampler = BatchSampler(order, args.batch_size, drop_last=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     dataset = TensorDataset(data.train_x, data.train_y)

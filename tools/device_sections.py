@@ -93,6 +93,7 @@ def check_processes(until: float) -> Result:
             yield f"objects, {backend}", str(objects), objects == [{"a": 1}]
             columns = [[torch.full((50_000,), float(k), device=device) for k in range(12)]]
             (total,) = total_over_ranks(columns, [columns[0][0]], ranks)
+            assert total is not None
             yield f"exchange of sums, {backend}", f"{total[0].item()}", bool((total == 66).all())
 
             x = torch.randn(96, 20, device=device)
