@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_spheres import _compat
 from torch_spheres.advice import Adviser
 from torch_spheres.crew import Crew
 from torch_spheres.cutting import Cutting
+from torch_spheres.lazy_modules import initialise, is_lazy
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
@@ -31,7 +31,7 @@ from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 from torch_spheres.whole_batch import face
 
-__all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "is_lazy", "start_engine"]
+__all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "start_engine"]
 
 PARALLEL_FORWARD = "_parallel_forward"
 """The attribute of a parallel model that has its `ParallelForward`."""
@@ -172,7 +172,7 @@ class Engine:
         )
         call = make()
         if any(map(is_lazy, self.module.modules())):
-            call.initialise_lazy_modules()
+            initialise(call)
             call = make()
         return call
 
@@ -353,11 +353,6 @@ def engine_of(module: object) -> Engine | None:
     """The engine of a `SphereParallel`, or of a model that `parallelize_` was called on."""
     forward = vars(module).get(PARALLEL_FORWARD) if isinstance(module, nn.Module) else None
     return forward.engine if forward is not None and forward.is_used_by(module) else None
-
-
-def is_lazy(module: Any) -> bool:
-    """Whether a module takes its shapes from the first batch, which has not come yet."""
-    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())  # type: ignore[misc]
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

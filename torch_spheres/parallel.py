@@ -26,8 +26,8 @@ class SphereParallel(Delegating):
     itself. For frameworks that look at the class there is `parallelize_`.
 
     Args:
-        module: the model. Its parameters are shared by all shards, never copied; each of the at
-            most ``spheres.concurrency`` running shards has its own copy of everything else.
+        module: the model. Its parameters and attributes are shared by all shards, never copied; a
+            running shard has a shallow copy of the modules, and the buffers that it writes to.
         spheres: who runs the shards; None makes a `KissingSpheres` of two levels.
         reproducible: True: shards are a fixed part of the batch, run with one intra-op thread each,
             and are summed in the fixed tree, so for one build of torch the bits of outputs,
@@ -78,14 +78,22 @@ class SphereParallel(Delegating):
     gradient, once. Hooks on modules run in each shard, with the shard's rows; those on this object
     run once, with the whole batch.
 
+    Whatever else the forward reaches that requires a gradient gets it as well: layers in lists,
+    tensors on attributes and in closures. (In closures they are looked for in the first calls, in
+    those whose number is a power of two, and wherever there have been some.)
+
     Buffers: every shard starts from the same values; of those that changed, floating-point ones
     become the mean over the shards that ran (summed in the tree), others those of the first shard.
+    Where `BatchNorm1d` trains, a shard has at least two rows.
 
     Random numbers (dropout, ``torch.rand``, ...) come from a generator of each shard's own, seeded
     by one number drawn from torch's default generator in the call: see `torch_spheres.random`.
     Python's and numpy's generators are not keyed by shard.
 
-    Other attributes that a forward sets are set on a copy, and lost.
+    Attributes: each shard begins with the module's own, which are the user's objects. What a
+    forward sets on them is lost after its shard, and a UserWarning names it once. A forward that
+    writes to parameters, or in place to what the shards share, is refused with a RuntimeError,
+    however it writes (see `torch_spheres.forward_effects` for when that is noticed).
 
     On an accelerator the shards run one after another, in the calling thread; the sum is made on
     the device.

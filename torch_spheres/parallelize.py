@@ -16,9 +16,9 @@ from torch_spheres.engine import (
     Engine,
     ParallelForward,
     check_model,
-    is_lazy,
     start_engine,
 )
+from torch_spheres.lazy_modules import is_lazy
 from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
 

@@ -22,6 +22,7 @@ import contextlib
 import functools
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,19 @@ class CallRandom:
         """
         now = _default_states()
         return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
+
+    def warn_if_missed(self) -> None:
+        """Says that random numbers were drawn that belong to no shard."""
+        if self.missed_any():
+            warnings.warn(
+                "something drew random numbers from torch's default generator while the shards "
+                "ran, but not through an operator that SphereParallel can key by shard (a custom "
+                "C++ operator, a CUDA kernel with its own dropout, or another thread): the result "
+                "is not reproducible. Draw with torch's own operators inside the module, or use "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 class RandomSource:

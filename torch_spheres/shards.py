@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch_spheres.ranks import Ranks
 from torch_spheres.reached import Reached
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ReplicaPool
-from torch_spheres.same_model import sync_module
 from torch_spheres.shard import Shard, in_shard
 from torch_spheres.splitting import Cutting, Split, refuse_forward_ad, without_dim
 from torch_spheres.tree import tree_sums
@@ -271,43 +269,9 @@ class Call:
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
-        self.check_random()
+        self.random.warn_if_missed()
         self.effects.warn()
         return notes
-
-    def initialise_lazy_modules(self) -> None:
-        """They take their shapes from a first run: on the first shard's rows, without a trace.
-
-        In evaluation mode, so that it leaves statistics and random numbers alone.
-        """
-        training = [m for m in self.module.modules() if m.training]
-        with Caught() as caught:
-            if not self.split.bounds:
-                raise ValueError("the first batch of a lazy module needs rows on every rank")
-            self.module.eval()
-            args, kwargs = self.arguments(self.split.parts(0))
-            try:
-                with torch.no_grad():
-                    self.module(*args, **kwargs)
-            finally:
-                for part in training:
-                    part.training = True
-        self.agree("the initialisation of lazy modules", caught)
-        if self.ranks is not None:
-            sync_module(self.module, self.ranks, {})
-
-    def check_random(self) -> None:
-        """Warns when random numbers were drawn that belong to no shard."""
-        if self.random.missed_any():
-            warnings.warn(
-                "something drew random numbers from torch's default generator while the shards "
-                "ran, but not through an operator that SphereParallel can key by shard (a custom "
-                "C++ operator, a CUDA kernel with its own dropout, or another thread): the result "
-                "is not reproducible. Draw with torch's own operators inside the module, or use "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     def in_objects(self) -> list[bool]:
         """Of each output, whether it is part of a distribution or the like."""
