@@ -153,10 +153,17 @@ def test_forward_backward_reports_too(spheres):
 def test_what_a_forward_changes_in_place_is_reported(spheres, make, change):
     model = W(lambda s, x: change(s.seen) or s.n(x), seen=make())
     parallel = ts.SphereParallel(model, spheres)
-    parallel(X)  # might only set something up
     with pytest.warns(UserWarning, match=changes("seen")):
         parallel(X)
     parallel(X)
+
+
+def test_what_a_first_forward_sets_up_in_place_is_no_change(spheres):
+    model = W(lambda s, x: s.cache.setdefault(x.shape[1], 2.0) * s.n(x), cache={})
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(4):
+        torch.testing.assert_close(parallel(X), 2 * model.n(X))
+    assert model.cache == {4: 2.0}
 
 
 def test_tensors_on_attributes_that_a_forward_writes_to_are_refused(spheres):
@@ -219,7 +226,44 @@ def test_what_a_function_sets_on_the_original_is_reported(spheres):
         ts.SphereParallel(model, spheres)(X)
 
 
+def test_containers_that_hold_parts_begin_anew_with_each_shard(spheres):
+    def forward(s: Any, x: Tensor) -> Tensor:
+        s.state["count"] += 1
+        s.cells.append(None)
+        return s.state["n"](x) * s.state["count"] * len(s.cells)
+
+    model = W(forward)
+    model.state, model.cells = {"n": model.n, "count": 0}, [model.n]
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=changes("state", "cells")):
+        torch.testing.assert_close(parallel(X), 2 * model.n(X))
+    torch.testing.assert_close(parallel(X), 2 * model.n(X))
+    assert model.state["count"] == 0 and model.cells == [model.n]
+
+
 # ---- hooks ----
+
+
+def test_hooks_that_are_methods_of_the_model_are_those_of_the_replica(spheres):
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n, self.found = nn.Linear(4, 4), None
+            self.n.register_forward_hook(self.keep)
+
+        def keep(self, module: nn.Module, args: Any, out: Tensor) -> None:
+            self.found = out
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n(x)
+            assert self.found is not None
+            return 2 * self.found
+
+    model = Features()
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=changes("found")):
+        torch.testing.assert_close(parallel(X), 2 * nn.functional.linear(X, *model.n.parameters()))
+    assert model.found is None
 
 
 @pytest.mark.usefixtures("no_comparison")
@@ -298,6 +342,19 @@ def test_the_replicas_have_the_users_own_objects(spheres):
     model.lock = lock  # which cannot be copied
     ts.SphereParallel(model, spheres)(X)
     assert seen == [True] * 12
+
+
+def test_parameters_of_the_users_own_class(spheres):
+    class Scaled(nn.Parameter):
+        def times(self) -> Tensor:
+            return self * self.factor
+
+    model = W(lambda s, x: s.n(x) * s.w.times())
+    model.w = Scaled(torch.ones(4))
+    parallel = ts.SphereParallel(model, spheres)
+    for factor in (2.0, 3.0):
+        model.w.factor = factor
+        torch.testing.assert_close(parallel(X), factor * model.n(X))
 
 
 def test_classes_with_slots_and_with_arguments_for_new(spheres):

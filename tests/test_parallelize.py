@@ -221,6 +221,30 @@ def test_a_parametrization_of_the_model_itself(spheres):
     assert_same_gradients(model, bare)
 
 
+def test_methods_of_the_model_on_its_attributes(spheres):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.count = nn.Linear(6, 4), nn.BatchNorm1d(4), 0
+            self.go = self.work
+            self.layer.weight.register_hook(lambda g: g)
+
+        def work(self, x):
+            self.count += 1
+            return self.norm(self.layer(x)) * self.count
+
+        def forward(self, x):
+            return self.go(x)
+
+    model = ts.parallelize_(Own(), spheres)
+    x = torch.randn(48, 6)
+    with pytest.warns(UserWarning, match="changes attributes of the module: count"):
+        first = model(x)
+    assert torch.equal(model(x), first) and model.count == 0
+    first.sum().backward()
+    assert model.layer.bias.grad is not None
+
+
 def test_pruning_of_the_model_itself_is_right_or_refused(spheres):
     """Its hook sets a tensor on the module that has a graph, once for the whole batch."""
     model, bare = ts.parallelize_(nn.Linear(6, 4).double(), spheres), nn.Linear(6, 4).double()

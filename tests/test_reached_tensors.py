@@ -277,6 +277,40 @@ def test_a_loss_of_what_a_shard_left_behind_is_refused(how, spheres):
     assert model.get_parameter("0.weight" if how == "hook" else "n.weight").grad is not None
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_freezing_between_forward_and_backward(spheres, in_place):
+    """As a loop of two networks against each other does."""
+    model, bare = linear(), linear()
+    bare.load_state_dict(model.state_dict())
+    parallel = ts.parallelize_(model, spheres) if in_place else ts.SphereParallel(model, spheres)
+    for net in (parallel, bare):
+        real = net(X)
+        net.requires_grad_(False)
+        fake = net(2 * X)
+        net.requires_grad_(True)
+        (real.square().mean() + fake.mean()).backward()
+    torch.testing.assert_close(model.weight.grad, bare.weight.grad)
+
+
+def test_unfreezing_a_layer_that_is_reached_by_a_patched_forward(spheres):
+    model, (weight, *_) = made(patched_forward)
+    model[0].requires_grad_(False)
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(4):
+        parallel(X).sum().backward()
+    model[0].requires_grad_(True)
+    parallel(X).sum().backward()
+    assert weight.grad is not None
+
+
+def test_hooks_on_layers_that_are_not_reached_are_no_matter(spheres):
+    other = linear()
+    other.weight.register_hook(lambda g: g)
+    model = W(lambda s, x: s.n(x), h=[other]).double()
+    ts.SphereParallel(model, spheres)(X).sum().backward()
+    assert model.n.weight.grad is not None
+
+
 def test_attributes_of_parameters_are_there(spheres):
     model = W(lambda s, x: s.n(x) * s.n.weight.factor).double()
     model.n.weight.factor = 3

@@ -43,6 +43,20 @@ def test_scalars_are_means_or_sums(spheres):
         judged(Calls(fn), spheres, (x,))
 
 
+def test_numbers_and_flags_without_dimensions(spheres):
+    """They have no mean: what is the same for all shards comes back as it is."""
+    fixed = parallel(lambda s, x: (s.layer(x), torch.tensor(5), torch.tensor(True)), spheres)
+    _, number, flag = fixed(X[:, 0])
+    assert number.dtype == torch.int64 and number == 5
+    assert flag.dtype == torch.bool and flag
+    x = torch.arange(96.0).reshape(48, 2).cos()
+    for fn in (lambda s, x: x.argmax(), lambda s, x: x[0, 0] > 0):
+        model = parallel(fn, spheres)
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="differs from shard to"):
+            warnings.simplefilter("ignore")  # it is told as well that they are no sum
+            model(x)
+
+
 SCALARS = {
     "a sum taken for a mean": (
         lambda s, x: s.layer(x).sum(), "mean", "is a sum over rows, .*scalars='sum'",

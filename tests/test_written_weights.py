@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,44 @@ def test_an_embedding_with_a_greatest_norm_has_advice_that_works(spheres, kind):
     with torch.no_grad():  # as the advice says
         mine[0].weight.copy_(torch.renorm(mine[0].weight, 2, 0, 0.5))
     torch.testing.assert_close(parallel(words), bare(words))
+
+
+@pytest.mark.parametrize("where", ["list", "closure", "attribute"])
+def test_weights_that_are_registered_nowhere_are_watched_too(spheres, where):
+    teacher = nn.Linear(4, 4)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        weight = {"list": lambda: s.h[0], "closure": lambda: teacher, "attribute": lambda: s.m}
+        with torch.no_grad():
+            weight[where]().weight.lerp_(s.n.weight, 0.1)
+        return s.n(x) - weight[where]()(x)
+
+    model = W(forward, h=[teacher])
+    object.__setattr__(model, "m", types.SimpleNamespace(weight=teacher.weight))
+    if where == "closure":
+        model.h.clear()
+    elif where == "attribute":
+        model.m = nn.Linear(4, 4)
+    parallel = ts.SphereParallel(model, spheres)
+    if where == "closure":  # in the first call nothing is known of it
+        with pytest.warns(UserWarning, match="is not the same for rows that are alone"):
+            parallel(X)
+    with pytest.raises(RuntimeError, match=r"wrote to its parameters .*spoilt"):
+        parallel(X)
+
+
+def test_a_forward_that_freezes_parameters_is_refused(spheres):
+    model = W(lambda s, x: (s.n.weight.requires_grad_(False), s.n(x))[1])
+    with pytest.raises(RuntimeError, match=r"requires_grad of its parameters \['n.weight'\]"):
+        ts.SphereParallel(model, spheres)(X)
+
+
+@pytest.mark.parametrize("rows", [36, 48])
+def test_a_forward_that_writes_to_its_arguments_is_refused(spheres, rows):
+    for fn in (lambda s, x: s.n(x.mul_(2)), lambda s, x: s.n(x.clone()) + x.zero_()):
+        x = torch.ones(rows, 4)
+        with pytest.raises(RuntimeError, match=r"wrote in place to its arguments.*x\.clone"):
+            ts.SphereParallel(W(fn), spheres)(x)
 
 
 def test_a_momentum_encoder_as_the_advice_says(spheres):

@@ -235,7 +235,8 @@ class ParallelForward:
         return _Unbound(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in (*functools.WRAPPER_ASSIGNMENTS, "__code__"):  # torch.export looks at it
+        # (Python 3.14's has __annotate__ instead; torch.export looks at the code.)
+        if name in (*functools.WRAPPER_ASSIGNMENTS, "__annotations__", "__code__"):
             return getattr(self.__wrapped__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -28,7 +28,7 @@ from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ELSEWHERE, ReplicaPool
 from torch_spheres.shard import Shard
 
-__all__ = ["ForwardEffects"]
+__all__ = ["ForwardEffects", "version_of"]
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _MANY = 1000  # elements of a container that are compared
@@ -48,7 +48,10 @@ class ForwardEffects:
     def __init__(self, module: nn.Module, pool: ReplicaPool, *, closely: bool, again: bool) -> None:
         self._module, self._pool = module, pool
         self._set: dict[str, None] = {}  # names of attributes, in order
-        self._parameters = [p for p in pool.parameters if not is_lazy(p)]
+        strange = [p for m in pool.strangers for p in m.parameters()]
+        every = {id(p): p for p in (*pool.parameters, *pool.outside, *strange)}
+        every.update((id(leaf), leaf) for leaf in pool.strange_leaves())
+        self._parameters = [p for p in every.values() if not is_lazy(p)]
         self._buffers = [
             (part, name, value)
             for part in itertools.chain(pool.parts, *(m.modules() for m in pool.strangers))
@@ -58,14 +61,15 @@ class ForwardEffects:
         self._loose = list(pool.loose)
         self._versions = self._read_versions()
         self._values = self._read_values() if closely else None
+        self._closely, self._again = closely, again
         self._contents = self._read_contents() if closely and again else {}
         self._attributes = [dict(vars(part)) for part in pool.parts] if closely else []
 
     def _read_versions(self) -> list[list[int]]:
         return [
-            [_version(p) for p in self._parameters],
-            [_version(b) for _, _, b in self._buffers],
-            [_version(t) for _, _, t in self._loose],
+            [version_of(p) for p in self._parameters],
+            [version_of(b) for _, _, b in self._buffers],
+            [version_of(t) for _, _, t in self._loose],
         ]
 
     def _read_values(self) -> list[list[Any]]:
@@ -110,6 +114,15 @@ class ForwardEffects:
         replicas = {id(shard.replica): shard.replica for shard in shards}
         for replica in replicas.values():
             pairs = enumerate(replica.params)
+            frozen = [i for i, (p, mine) in pairs if p.requires_grad != mine.requires_grad]
+            if frozen:
+                names = [name for name, _ in self._module.named_parameters()]
+                raise RuntimeError(
+                    f"the module's forward changed requires_grad of its parameters "
+                    f"{[names[i] for i in frozen]}, which a shard's replica has; do it before the "
+                    "call, or detach() in the forward what is not to be trained"
+                )
+            pairs = enumerate(replica.params)
             moved = [i for i, (p, mine) in pairs if p.data_ptr() != mine.data_ptr()]
             if moved:
                 names = [name for name, _ in self._module.named_parameters()]
@@ -118,6 +131,8 @@ class ForwardEffects:
                     "data, which a shard's replica has and the module has not; do it after "
                     "optimizer.step()"
                 )
+        if self._closely and not self._again:
+            self._contents = self._read_contents()  # the comparison may follow, and show changes
         parameters, buffers, loose = (
             [a != b for a, b in zip(now, before, strict=True)]
             for now, before in zip(self._read_versions(), self._versions, strict=True)
@@ -147,9 +162,14 @@ class ForwardEffects:
     def _of_parameters(self, flags: list[bool]) -> str:
         written = {id(p) for p, flag in zip(self._parameters, flags, strict=True) if flag}
         names = [name for name, p in self._module.named_parameters() if id(p) in written]
+        own = {id(p) for p in self._pool.parameters}
+        others = [tuple(p.shape) for p in self._parameters if id(p) in written - own]
+        if others:
+            names.append(f"and tensors that are registered nowhere, of shapes {others}")
         text = (
             f"the module's forward wrote to its parameters {names}, which has happened once for "
-            "each shard, and in several threads, so that the weights are spoilt. "
+            "each shard, and in several threads, so that the weights are spoilt (or another thread "
+            "has changed them meanwhile, as a training loop beside an evaluation does). "
         )
         normed = [
             type(m).__name__
@@ -213,8 +233,9 @@ class ForwardEffects:
         )
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def version_of(value: Any) -> int:
+    """Changes when a tensor is written to through torch; of anything else, always the same."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _checksum(tensor: Tensor) -> Any:

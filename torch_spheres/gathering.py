@@ -54,10 +54,19 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
             way = found[i]
             if inside[i] and isinstance(values[0], Tensor) and values[0].dim() == 0:
                 way = ONCE  # a parameter of a distribution, and no loss
+            elif way == SCALAR and not _has_mean(values[0], call.sums):
+                way = ONCE
             output, way = gather_output(i, values, sizes, way, dim, call.scalars_total)
             outputs.append(output)
             call.ways.append(way)
     return outputs
+
+
+def _has_mean(value: Any, sums: bool) -> bool:
+    """Whether scalars of the shards can be put together: no flags, and no numbers' mean."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return True
+    return sums and value.dtype is not torch.bool
 
 
 def _described(shard: Shard) -> str:

@@ -49,7 +49,8 @@ class Reached:
         known = pool.strange_leaves()
         if known:
             self._searches = True
-            self._add(known)
+            # (Hooks on what is not reached are no matter.)
+            self._add(leaf for leaf in known if not leaf._backward_hooks)
         self._is_open = True
 
     def _add(self, leaves: Iterable[Tensor]) -> None:
@@ -66,7 +67,7 @@ class Reached:
     def targets(self, replica: Replica) -> list[Tensor]:
         """The leaves of a shard's graph, as `put_together` wants their gradients."""
         if len(self.tensors) == self._registered and not self._originals:
-            return [mine for _, mine in replica.params if mine.requires_grad]
+            return [mine for p, mine in replica.params if p.requires_grad]
         mine = {id(t): leaf for t, leaf in (*replica.params, *replica.outside)}
         originals = [self.tensors[i] for i in self._originals]
         return [*(mine.get(id(t), t) for t in self.tensors), *originals]

@@ -12,14 +12,14 @@ import functools
 import itertools
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["held_by", "rebound"]
+__all__ = ["MUTABLE", "held_by", "rebound", "values_of"]
 
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -27,6 +27,7 @@ _PLAIN = frozenset(
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _MAPPINGS = (dict, OrderedDict)
 _DEPTH = 5
+MUTABLE = (list, dict, set, deque)
 
 
 def held_by(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
@@ -58,6 +59,11 @@ def _inside(value: Any) -> Iterator[Any]:
     if type(value) is functools.partial:
         return iter((value.func, *value.args, *value.keywords.values()))
     return iter(())
+
+
+def values_of(container: Any) -> Iterable[Any]:
+    """What a mapping has beside its keys; of another container, nothing more."""
+    return container.values() if isinstance(container, Mapping) else ()
 
 
 def rebound(value: Any, replacements: Mapping[int, Any], depth: int = _DEPTH) -> Any:

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_spheres import _compat
-from torch_spheres.rebinding import rebound
+from torch_spheres.rebinding import MUTABLE, rebound, values_of
 
 __all__ = ["Buffer", "Replica"]
 
@@ -40,9 +41,15 @@ class Replica:
         module: the user's.
         outside: tensors that require a gradient and lie on attributes without being parameters:
             the replica has leaves of its own for them too.
+        known_as: the object that the user has for the module, where that is another one.
     """
 
-    def __init__(self, module: nn.Module, outside: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        outside: Iterable[Tensor] = (),
+        known_as: nn.Module | None = None,
+    ) -> None:
         self.grads = threading.Lock()  # held by who uses `.grad` of the replica's leaves
         self._replacements: dict[int, Any] = {}
         self.params: list[tuple[Tensor, Tensor]] = []
@@ -52,6 +59,8 @@ class Replica:
         self.parts = [_Part(part) for part in module.modules()]
         self._replacements.update((id(part.source), part.copied) for part in self.parts)
         self.module: nn.Module = self.parts[0].copied
+        if known_as is not None:
+            self._replacements[id(known_as)] = self.module
         for part in self.parts:
             part.connect(self._replacements)
         everything = [[*vars(part.source)] for part in self.parts]
@@ -70,6 +79,8 @@ class Replica:
         with torch.inference_mode(tensor.is_inference()):
             if isinstance(tensor, nn.Parameter):
                 mine: Tensor = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+                if type(tensor) is not nn.Parameter and not is_lazy(tensor):
+                    mine.__class__ = type(tensor)
                 vars(mine).update(vars(tensor))  # what users put on it
             else:
                 mine = tensor.detach().requires_grad_(tensor.requires_grad)
@@ -104,11 +115,12 @@ class Replica:
                 or p.stride() != mine.stride()
             ):
                 return False
+            # (The old leaf may be in the graph of a call whose backward is still to come.)
             if mine.requires_grad != p.requires_grad:
-                if p.requires_grad:
-                    return False  # (it needs what guards a leaf)
-                with torch.inference_mode(p.is_inference()):
-                    mine.requires_grad = False
+                return False
+            if vars(p) or vars(mine):
+                vars(mine).clear()
+                vars(mine).update(vars(p))
         return True
 
     def rebind(self, names: Iterable[Iterable[str]], *, hooks: bool = True) -> None:
@@ -162,6 +174,8 @@ class _Part:
         self.own: dict[str, Any] = {"_parameters": {}, "_buffers": self.buffers, "_modules": {}}
         self._held: dict[str, dict[str, Any]] = {}  # what belongs into the registries
         self._given: dict[str, Any] = {}
+        self._mixed: dict[str, Any] = {}
+        self._replacements: dict[int, Any] = {}
         # What `_given` holds, the registries' entries, and the sizes of all that may grow.
         self._values: list[Any] = []
         self._containers: list[Any] = []
@@ -179,9 +193,13 @@ class _Part:
     def rebind(self, names: Iterable[str], replacements: dict[int, Any], hooks: bool) -> None:
         source = vars(self.source)
         self._given = {**source, **self.own}
+        self._replacements = replacements
+        self._mixed = {}  # containers of the copy's own, and what they held
         for name in names:
-            if name not in self.own and name in source:
-                self._given[name] = rebound(source[name], replacements)
+            if name not in self.own and name not in _CHANGING and name in source:
+                new = self._given[name] = rebound(source[name], replacements)
+                if new is not source[name] and isinstance(new, MUTABLE):
+                    self._mixed[name] = [*new], [*values_of(new)]
         self._has_hooks = hooks
         self._copy_containers()
         self.restore()
@@ -189,8 +207,11 @@ class _Part:
     def _copy_containers(self) -> None:
         """Gives the copy its own: a hook that a forward installs is not the user's module's."""
         for name in _compat.FORWARD_HOOKS:
-            hooks = vars(self.source)[name]
-            self._given[name] = hooks.copy() if self._has_hooks else OrderedDict()
+            mine: OrderedDict[int, Any] = OrderedDict()
+            if self._has_hooks:
+                for key, hook in vars(self.source)[name].items():
+                    mine[key] = rebound(hook, self._replacements)
+            self._given[name] = mine
         name = "_non_persistent_buffers_set"
         self._given[name] = vars(self.source)[name].copy()
         registered = itertools.chain.from_iterable(held.values() for held in self._held.values())
@@ -204,7 +225,18 @@ class _Part:
         if len(now) != len(self._given) or [*map(len, self._containers)] != self._sizes:
             return True
         registered = own["_parameters"].values(), own["_modules"].values()
-        return not all(map(is_, itertools.chain(now.values(), *registered), self._values))
+        if not all(map(is_, itertools.chain(now.values(), *registered), self._values)):
+            return True
+        return bool(self._mixed) and bool(self._changed_containers())
+
+    def _changed_containers(self) -> list[str]:
+        """Names of containers of the copy's own that the forward has changed in place."""
+        found = []
+        for name, (keys, values) in self._mixed.items():
+            now = self._given[name]
+            if not _same([*now], keys) or not _same([*values_of(now)], values):
+                found.append(name)
+        return found
 
     def lost_buffers(self) -> list[str]:
         """Names of buffers that are new, or are None now."""
@@ -218,8 +250,10 @@ class _Part:
         for registry, held in self._held.items():
             self.own[registry].clear()
             self.own[registry].update(held)
-        if [*map(len, self._containers)] != self._sizes:
-            self._copy_containers()
+        for name in self._changed_containers():
+            new = self._given[name] = rebound(vars(self.source)[name], self._replacements)
+            self._mixed[name] = [*new], [*values_of(new)]
+        self._copy_containers()
         # In one step: a checkpoint may be computing with the replica in another thread.
         object.__setattr__(self.copied, "__dict__", self._given.copy())
         for name in self._slots:
@@ -267,6 +301,7 @@ class _Part:
         for registry, held in self._held.items():
             entries = self.own[registry]
             found += [n for n in {**held, **entries} if entries.get(n) is not held.get(n)]
+        found += self._changed_containers()
         found += self.lost_buffers()
         lengths = zip(_CHANGING, self._containers, self._sizes, strict=True)
         found += [name for name, held, before in lengths if len(held) > before and "_hook" in name]
@@ -281,6 +316,10 @@ class _Part:
             name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
             for hook in hooks
         )
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _slots(kind: type) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class ReplicaPool:
         self._callables: list[Any] = []  # on attributes: new ones may reach new tensors
         self._large: dict[tuple[int, str], tuple[Any, int]] = {}  # containers without parts
         self._found: list[weakref.ref[Tensor]] = []
+        self.known_as: Callable[[], nn.Module | None] = lambda: None
+        """The object that the user has for the module, where that is another one."""
         self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
         self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
         self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py
@@ -66,7 +68,7 @@ class ReplicaPool:
             self._follows += 1
 
     def _look_at_attributes(self, parts: list[nn.Module]) -> None:
-        known = {id(part) for part in parts}
+        known = {id(part) for part in (*parts, self.known_as())}
         parameters = {id(p) for p in self.parameters}
         self.attributes, self.loose = [[] for _ in parts], []
         outside: dict[int, Tensor] = {}
@@ -110,8 +112,13 @@ class ReplicaPool:
     def watches(self, kind: Hashable) -> tuple[bool, bool]:
         """Whether a call of a kind is the first one, and whether it is to be watched closely."""
         with self._lock:
-            number = self._calls[kind] = self._calls.get(kind, 0) + 1
+            number = self._calls.get(kind, 0) + 1
         return number == 1, number <= _FIRST or number & (number - 1) == 0
+
+    def count(self, kind: Hashable) -> None:
+        """A call of the kind has been made, and raised nothing."""
+        with self._lock:
+            self._calls[kind] = self._calls.get(kind, 0) + 1
 
     def remember(self, leaves: list[Tensor]) -> None:
         """Leaves that the forward reaches past the replicas."""
@@ -136,7 +143,7 @@ class ReplicaPool:
             replica = self._idle.pop() if self._idle else None
             attributes, number = self.attributes, self._follows
         if replica is None:
-            replica = Replica(module, self.outside)
+            replica = Replica(module, self.outside, self.known_as())
         elif replica.bound != number:
             replica.rebind(attributes)
         replica.bound = number

@@ -80,7 +80,7 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
                 return comparison
         if len(learned.comparisons) > _FORMS:
             return unknown
-        if _compat.dispatch_modes() or _compat.profiler_is_on():
+        if _compat.dispatch_modes():
             return unknown  # they would see, and count, what is no part of the call
         found = _compare(call, ranges, unknown, outputs)
         if not any(isinstance(way, Refused) for way in found.ways):  # (they are looked at anew)
@@ -176,7 +176,8 @@ def _runs(
     found = []
     try:
         for first, last in ranges:
-            replica = Replica(call.module)  # a new one: what the last one's forward set is gone
+            # A new one: what the last one's forward set is gone.
+            replica = Replica(call.module, (), call.pool.known_as())
             for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
                 part.training = training and source.training
                 for name in _compat.FORWARD_HOOKS:

@@ -93,6 +93,11 @@ def in_shard(
         ):
             yield
     except Exception as error:
+        if "Expected more than 1 value per channel" in str(error):
+            error.add_note(
+                "a shard has too few rows for batch norm to train: use larger batches (two rows "
+                "for each of the leaves), and drop_last=True in the loader"
+            )
         error.add_note(f"in the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch")
         raise
     if first:

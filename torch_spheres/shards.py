@@ -13,7 +13,7 @@ from torch_spheres.buffers import buffers_of, merge_buffers, take_new_shapes
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
-from torch_spheres.forward_effects import ForwardEffects
+from torch_spheres.forward_effects import ForwardEffects, version_of
 from torch_spheres.gathering import cut_grad, gather, gather_input_grad
 from torch_spheres.nesting import Nesting, flatten_output
 from torch_spheres.outputs import Way
@@ -80,8 +80,9 @@ class Call:
             self.compiled = self._signature()
             _compat.prepare_to_compile()
         training = tuple(part.training for part in pool.parts)
-        kind = what, torch.is_grad_enabled(), training
-        self.is_first, self.closely = pool.watches(kind)
+        trained = tuple(p.requires_grad for p in pool.parameters)
+        self.kind = what, torch.is_grad_enabled(), training, trained
+        self.is_first, self.closely = pool.watches(self.kind)
         self._learnt = not self.is_first  # which large buffers the forward writes to
         self.effects = ForwardEffects(module, pool, closely=self.closely, again=not self.is_first)
         self.reached = Reached(pool, self.closely, ranks is None)
@@ -185,7 +186,13 @@ class Call:
                     values[i] = values[i].detach().requires_grad_()
                     shard.inputs.append(values[i])
                 args, kwargs = self.arguments(values)
+                versions = [version_of(v) for v in values]
                 output = replica.module(*args, **kwargs)
+                if versions != [version_of(v) for v in values]:
+                    raise RuntimeError(
+                        "the module's forward wrote in place to its arguments, of which a shard "
+                        "has a part or a copy: x = x.clone() first, or return what is new"
+                    )
         except Exception as error:
             error.add_note(self.split.described())
             raise
@@ -271,6 +278,7 @@ class Call:
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
         self.random.warn_if_missed()
         self.effects.warn()
+        self.pool.count(self.kind)
         return notes
 
     def in_objects(self) -> list[bool]:
