@@ -295,7 +295,8 @@ def test_buffers_of_fewer_shards_and_other_kinds(spheres):
     model = Counting()
     parallel = ts.SphereParallel(model, spheres)
     mean = model.mean
-    parallel(torch.arange(5.0, dtype=torch.float64)[:, None])
+    with pytest.warns(UserWarning, match=r"different numbers in the buffer Counting\.seen"):
+        parallel(torch.arange(5.0, dtype=torch.float64)[:, None])
     assert model.rows == 1 and model.mean == 2 and model.seen.tolist() == [True, False]
     assert model.mean is mean and model.absent is None
     parallel.eval()(torch.arange(24.0, dtype=torch.float64)[:, None])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from torch_spheres.advice import users_level
 from torch_spheres.shard import Shard
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def merge_buffers(call: Call, shards: Sequence[Shard], changed: Mapping[int, Pla
     """
     if not changed:
         return
+    _warn_of_numbers_that_differ(call, shards, changed)
     sums: list[tuple[Tensor, list[Tensor]]] = []
     firsts: list[tuple[Tensor, Tensor | None]] = []
     with torch.no_grad():
@@ -85,3 +88,27 @@ def merge_buffers(call: Call, shards: Sequence[Shard], changed: Mapping[int, Pla
         values = call.first_shards([v for _, v in firsts], [t for t, _ in firsts])
         for (target, _), value in zip(firsts, values, strict=True):
             target.copy_(value)
+
+
+def _warn_of_numbers_that_differ(
+    call: Call, shards: Sequence[Shard], changed: Mapping[int, Place]
+) -> None:
+    """Says, once for each buffer, that of numbers which have no mean the first shard's are kept."""
+    for i, (source, name) in changed.items():
+        values = [shard.buffers[i][1] for shard in shards]
+        first = next((v for v in values if v is not None), None)
+        if first is None or first.is_floating_point() or first.is_complex():
+            continue
+        path = f"{type(source).__name__}.{name}"
+        agree = all(v is not None and torch.equal(v, first) for v in values)
+        if agree or path in call.pool.reported:
+            continue
+        call.pool.reported.add(path)
+        warnings.warn(
+            f"the shards left different numbers in the buffer {path}, of {first.dtype}, of which "
+            "the first shard's are kept (floating-point buffers become the mean over the shards, "
+            "so that sums come out as a shard's share). Count outside of the module, from what it "
+            "returns",
+            UserWarning,
+            stacklevel=users_level(),
+        )

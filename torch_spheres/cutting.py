@@ -30,6 +30,7 @@ class Learned:
         comparisons: with the bare module, by the form of the call.
         settled: arguments that are as they look, whatever number of rows comes later: those that
             were no square, and no list as long as the batch, in some call.
+        has_trained: whether the model has been compared in training mode.
         warned: whether the user has been told that the model is not row-wise.
     """
 
@@ -37,6 +38,7 @@ class Learned:
         self.lock = threading.RLock()
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.settled: set[Hashable] = set()
+        self.has_trained = False
         self.warned = False
 
     def __reduce__(self) -> tuple[type[Learned], tuple[()]]:

@@ -69,10 +69,10 @@ class SphereParallel(Delegating):
     and values that are no tensors and differ, are refused.
 
     The first call of each form (flags and numbers of dimensions) is compared with the bare module:
-    the rows of two shards are run together and alone, in evaluation mode and without a trace in
-    buffers and random numbers. A UserWarning says once if the model is not row-wise: if it looks
-    across the rows of a batch, or its batch is another dimension. A module that draws random
-    numbers in evaluation mode, or is compiled, is not compared.
+    the rows of two shards are run together and alone, in evaluation mode (once in training, too, if
+    there is no batch norm), without a trace in buffers and random numbers. A UserWarning says once
+    if the model is not row-wise: if it looks across the rows of a batch, or its batch is another
+    dimension. Values of a module that draws random numbers in that mode are not compared.
 
     Parameters: hooks on them, and what `torch.autograd.grad` returns, see the whole batch's
     gradient, once. Hooks on modules run in each shard, with the shard's rows; those on this object

@@ -7,7 +7,8 @@ one along which shards are put together, and values that have changed beyond rou
 that is not row-wise.
 
 That happens in evaluation mode on a copy of the module, without gradients and hooks, and leaves no
-trace in buffers or random numbers. What cannot be compared so is put together by its shapes.
+trace in buffers or random numbers. What cannot be compared so is put together by its shapes. Once,
+values are compared in training mode too, unless there is batch norm.
 """
 
 from __future__ import annotations
@@ -140,20 +141,47 @@ def _compare(
     """The comparison; `unknown` if there is none that means anything."""
     begin, middle, end = ranges
     spans = (begin, end), (begin, middle), (middle, end)
+    for training in (False, True) if call.module.training else (False,):
+        runs, drew = _runs_without_trace(call, training=training, spans=spans)
+        if runs and _alike(unknown, outputs, runs[1], exact=len(call.split.bounds) > 1):
+            break
+    else:
+        return unknown
+    found = _judged(call, runs, ranges, unknown, has_values=not drew and not training)
+    learned = call.cutting.learned
+    if call.module.training and not training and not learned.has_trained:
+        # Some look across rows in training alone; batch norm does, as everybody knows.
+        learned.has_trained = True
+        if not any("BatchNorm" in type(part).__name__ for part in call.module.modules()):
+            again, drew = _runs_without_trace(call, training=True, spans=spans)
+            if again and not drew and _alike(unknown, runs[1][0], again[1], exact=True):
+                _judged(call, again, ranges, unknown, has_values=True)
+    return found
+
+
+def _runs_without_trace(
+    call: Call, *, training: bool, spans: Sequence[tuple[int, int]]
+) -> tuple[list[Run], bool]:
+    """The forward of each range of rows; and whether it drew random numbers."""
     draws, before = _Draws(), random_states()
-    runs: list[Run] = []
-    training = False
     try:
-        # Shapes are seen in training too, where the evaluation returns something else.
-        for training in (False, True) if call.module.training else (False,):
-            runs = _runs(call, draws, training, spans)
-            if runs and _alike(unknown, outputs, runs[1], exact=len(call.split.bounds) > 1):
-                break
-        else:
-            return unknown
+        runs = _runs(call, draws, training, spans)
     finally:
         drew = draws.any or not _equal_states(before, random_states())
         restore_random_states(before)
+    return runs, drew
+
+
+def _judged(
+    call: Call,
+    runs: Sequence[Run],
+    ranges: tuple[int, int, int],
+    unknown: Comparison,
+    *,
+    has_values: bool,
+) -> Comparison:
+    """What the runs of all rows, of the first and of the second range show."""
+    begin, middle, end = ranges
     whole, *alone = runs
     if alone[0][1] != alone[1][1]:
         return unknown
@@ -163,7 +191,7 @@ def _compare(
     values = [*zip(whole[0], alone[0][0], alone[1][0], strict=True)]
     ways = tuple(_way(three, rows) for three in values)
     means = False
-    if not drew and not training:
+    if has_values:
         means = call.sums_by_argument and _are_means(call, values, ways, rows)
         _check_values(call, values, ways, rows, call.sums and not means)
     return dataclasses.replace(unknown, ways=ways, means=means)
