@@ -372,6 +372,7 @@ def test_batch_norm_trains_on_a_last_batch_of_few_rows(spheres, rows, way):
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
+@pytest.mark.filterwarnings("ignore:the shards left different numbers.*zero_point:UserWarning")
 def test_quantisation_aware_training(spheres):
     quantisation = pytest.importorskip("torch.ao.quantization")
 

@@ -118,9 +118,8 @@ class Replica:
             # (The old leaf may be in the graph of a call whose backward is still to come.)
             if mine.requires_grad != p.requires_grad:
                 return False
-            if vars(p) or vars(mine):
-                vars(mine).clear()
-                vars(mine).update(vars(p))
+            # What a forward has put there stays, as the hooks do that it may stand for.
+            vars(mine).update(vars(p))
         return True
 
     def rebind(self, names: Iterable[Iterable[str]], *, hooks: bool = True) -> None:

@@ -186,9 +186,10 @@ class Call:
                     values[i] = values[i].detach().requires_grad_()
                     shard.inputs.append(values[i])
                 args, kwargs = self.arguments(values)
-                versions = [version_of(v) for v in values]
+                plain = self.split.outside_objects(values)  # (a cache is there to be written to)
+                versions = [version_of(v) for v in plain]
                 output = replica.module(*args, **kwargs)
-                if versions != [version_of(v) for v in values]:
+                if versions != [version_of(v) for v in plain]:
                     raise RuntimeError(
                         "the module's forward wrote in place to its arguments, of which a shard "
                         "has a part or a copy: x = x.clone() first, or return what is new"

@@ -279,6 +279,11 @@ class Split:
         """Each shard's share of the rows."""
         return [size / self.total for size in self.sizes]
 
+    def outside_objects(self, leaves: list[Any]) -> list[Any]:
+        """Those that are no part of a distribution or a key-value cache."""
+        inside = {*self._in_objects}
+        return [v for i, v in enumerate(leaves) if i not in inside] if inside else leaves
+
     def parts(self, shard: int) -> list[Any]:
         """The leaves of the values for one shard."""
         return self.cut(*self.bounds[shard])
