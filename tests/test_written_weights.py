@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import torch_spheres as ts
 
 X = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
-LARGE = 20_000  # floats: more than the bytes up to which every shard has a copy
+LARGE = 20_000  # floats: more bytes than every shard has a copy of
 
 
 @pytest.fixture(params=[1, 12], scope="module")
@@ -62,12 +62,10 @@ def by_init(s: Any) -> None:
     nn.init.zeros_(s.m.weight)
 
 
-WRITERS = [
-    by_data, by_no_grad, by_numpy, by_a_view, by_set_item, by_memory, by_state_dict, by_init,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    "write",
+    [by_data, by_no_grad, by_numpy, by_a_view, by_set_item, by_memory, by_state_dict, by_init],
+)
 @pytest.mark.parametrize("way", ["forward", "evaluation", "forward_backward"])
 def test_a_forward_that_writes_to_weights_is_refused(spheres, write, way):
     model = W(lambda s, x: (write(s), s.n(x) - s.m(x))[1], m=nn.Linear(4, 4))

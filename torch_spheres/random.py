@@ -37,6 +37,7 @@ __all__ = [
     "CallRandom",
     "RandomSource",
     "ShardRandom",
+    "TrialRandom",
     "next_base",
     "numpy_state",
     "random_states",
@@ -167,6 +168,27 @@ class ShardRandom(RandomSource):
             "not be reproducible. Leave generator= out: the shard's own generator is used "
             "then, seeded by torch.manual_seed()"
         )
+
+
+class TrialRandom(RandomSource):
+    """Random numbers of a forward that is only tried: they are nobody's.
+
+    Attributes:
+        any: whether there were any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._begun)
+        self.any = False
+
+    def _begun(self) -> int:
+        self.any = True
+        return 0
+
+    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
+        """Ends the trial, which may not draw from somebody's generator."""
+        del given
+        raise RuntimeError(f"{op} was called with a generator of its own")
 
 
 def next_base() -> int:

@@ -30,7 +30,7 @@ from torch_spheres.advice import users_level
 from torch_spheres.nesting import Nesting, flatten_output
 from torch_spheres.objects import is_sequence, tensor_inside
 from torch_spheres.outputs import ONCE, ROWS, SCALAR, STATISTIC, Refused, Way, is_array, same
-from torch_spheres.random import RandomSource, random_states, restore_random_states
+from torch_spheres.random import TrialRandom, random_states, restore_random_states
 from torch_spheres.replica import Replica
 from torch_spheres.rounding import differs, rounding_of
 
@@ -112,26 +112,6 @@ def _two_ranges(call: Call) -> tuple[int, int, int] | None:
     return begin, (begin + end) // 2, end
 
 
-class _Drawn(Exception):  # noqa: N818  # no error: the module draws from a generator of its own
-    pass
-
-
-class _Draws(RandomSource):
-    """Random numbers that are nobody's; and whether there were any."""
-
-    def __init__(self) -> None:
-        super().__init__(self._seed)
-        self.any = False
-
-    def _seed(self) -> int:
-        self.any = True
-        return 0
-
-    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
-        del given, op
-        raise _Drawn
-
-
 Run = tuple[list[Any], Nesting]  # what a forward returned
 
 
@@ -163,7 +143,7 @@ def _runs_without_trace(
     call: Call, *, training: bool, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[Run], bool]:
     """The forward of each range of rows; and whether it drew random numbers."""
-    draws, before = _Draws(), random_states()
+    draws, before = TrialRandom(), random_states()
     try:
         runs = _runs(call, draws, training, spans)
     finally:
@@ -198,7 +178,7 @@ def _judged(
 
 
 def _runs(
-    call: Call, draws: _Draws, training: bool, ranges: Sequence[tuple[int, int]]
+    call: Call, draws: TrialRandom, training: bool, ranges: Sequence[tuple[int, int]]
 ) -> list[Run]:
     """The forward of each range of rows, without a trace; nothing if it cannot run so."""
     found = []
