@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import fork_server
 import torch
 
 import torch_spheres as ts
@@ -44,3 +45,24 @@ def test_a_step_on_several_spheres_rests_first(monkeypatch):
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()
     assert len(rests) == 2
+
+
+def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():
+    """From Python 3.12 on nobody can start a thread then; what else goes wrong is an error."""
+    done = fork_server.run("""
+import threading
+from torch_spheres import _threads
+
+def refuse(self):
+    raise RuntimeError(text)
+
+threading.Thread.start = refuse
+text = "can't create new thread at interpreter shutdown"
+_threads._enter("sphere 0")
+text = "can't start new thread"
+try:
+    _threads._enter("sphere 0")
+except RuntimeError as error:
+    print(error)
+""")
+    assert (done.stdout, done.stderr) == ("can't start new thread\n", "")

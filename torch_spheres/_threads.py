@@ -36,7 +36,12 @@ def _enter(name: str) -> None:
         default = torch.get_num_threads()
         torch.set_num_threads(1)
         restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
-        restorer.start()
+        try:
+            restorer.start()
+        except RuntimeError as error:
+            if "shutdown" in str(error):
+                return  # from Python 3.12 on; no thread will come that would read the default
+            raise
         restorer.join()
 
 
