@@ -34,7 +34,7 @@ __all__ = ["LOOKED_UP", "PrivateApi", "missing", "require"]
 PARALLEL, LOADER = "SphereParallel", "wrap()"
 RANKS, CHECKPOINT = "training in several processes", "a checkpoint"
 _FEATURES = (PARALLEL, LOADER, RANKS, CHECKPOINT)
-_NEWEST_TRIED = "2.14"
+_NEWEST_TRIED = "2.15"
 
 
 @dataclass(frozen=True)
