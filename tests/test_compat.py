@@ -29,6 +29,7 @@ RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 
 # What releases do not have, of those that have been tried; each has a public alternative.
 ABSENT = {
+    "torch._C._ensureCUDADeviceGuardSet": lambda: RELEASE < (2, 11),
     "torch.utils.data._utils.worker._RNG": lambda: RELEASE < (2, 13),
     "torch.Tensor.__dlpack_c_exchange_api__": lambda: RELEASE < (2, 10),
 }
