@@ -200,7 +200,6 @@ class _Part:
                 if new is not source[name] and isinstance(new, MUTABLE):
                     self._mixed[name] = [*new], [*values_of(new)]
         self._has_hooks = hooks
-        self._copy_containers()
         self.restore()
 
     def _copy_containers(self) -> None:
