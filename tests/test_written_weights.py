@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -131,22 +130,20 @@ def test_an_embedding_with_a_greatest_norm_has_advice_that_works(spheres, kind):
     torch.testing.assert_close(parallel(words), bare(words))
 
 
-@pytest.mark.parametrize("where", ["list", "closure", "attribute"])
+@pytest.mark.parametrize("where", ["list", "frozen, in a list", "closure", "attribute"])
 def test_weights_that_are_registered_nowhere_are_watched_too(spheres, where):
     teacher = nn.Linear(4, 4)
 
     def forward(s: Any, x: Tensor) -> Tensor:
-        weight = {"list": lambda: s.h[0], "closure": lambda: teacher, "attribute": lambda: s.m}
+        other = teacher if where == "closure" else s.m if where == "attribute" else s.h[0]
         with torch.no_grad():
-            weight[where]().weight.lerp_(s.n.weight, 0.1)
-        return s.n(x) - weight[where]()(x)
+            other.weight.lerp_(s.n.weight, 0.1)
+        return s.n(x) - other(x)
 
-    model = W(forward, h=[teacher])
-    object.__setattr__(model, "m", types.SimpleNamespace(weight=teacher.weight))
-    if where == "closure":
-        model.h.clear()
-    elif where == "attribute":
-        model.m = nn.Linear(4, 4)
+    teacher.requires_grad_(where != "frozen, in a list")
+    model = W(forward, h=[] if where == "closure" else [teacher])
+    if where == "attribute":
+        object.__setattr__(model, "m", teacher)
     parallel = ts.SphereParallel(model, spheres)
     if where == "closure":  # in the first call nothing is known of it
         with pytest.warns(UserWarning, match="is not the same for rows that are alone"):
