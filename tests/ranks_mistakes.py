@@ -250,6 +250,15 @@ def loses_a_rank(how, spheres, limit):
     return None
 
 
+def ends():
+    """The interpreter ends while torch's threads let go what they have sent."""
+    ranks = find_ranks(None, 12)
+    ranks.gather(torch.zeros(3), "connecting")
+    sys.setswitchinterval(100)  # seconds: a thread that wants the GIL is not given it
+    ranks.gather(torch.zeros(3), "the end")
+    sys.exit()
+
+
 def late():
     """A rank that comes when the others are just looking whether it has: that is no failure."""
     ranks, over = find_ranks(None, 12), threading.Event()
@@ -281,6 +290,8 @@ def main() -> None:
     can_change = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
     longer = max(limit, timedelta(seconds=60)) if how in LOSSES and can_change else limit
     dist.init_process_group("gloo", timeout=longer)
+    if how == "ends":
+        ends()
     with ts.KissingSpheres(concurrency=2) as spheres:
         if how == "mistakes":
             mistakes(spheres)

@@ -21,7 +21,7 @@ from torch_spheres import _compat
 from torch_spheres.division import Division, divide, way_out
 from torch_spheres.errors import Caught, RankError
 from torch_spheres.meeting import Meeting
-from torch_spheres.swap import Swap
+from torch_spheres.swap import Swap, Works
 
 __all__ = ["ProcessGroup", "Ranks", "find_ranks", "this_rank"]
 
@@ -106,6 +106,7 @@ class Ranks:
         self._name = f"torch_spheres/{name}"
         self._meetings = itertools.count()
         self._swaps = 0
+        self._works = Works()
         self._parted: tuple[str, tuple[int, ...]] | None = None
         _leave_last_words()
 
@@ -128,7 +129,7 @@ class Ranks:
                 slices[self.rank].copy_(given)
             return [self._swap([given] * self.world, slices)]
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return [gather(out, given, group=self.group, async_op=True)]
+        return [self._works.hold(gather(out, given, group=self.group, async_op=True))]
 
     def scatter_async(self, out: Tensor, given: Tensor) -> list[Any]:
         """Part *r* of `given` to rank *r*; `out` has what each rank had for this one.
@@ -138,7 +139,8 @@ class Ranks:
         self.sent += given.nbytes // self.world * (self.world - 1)
         if self._is_gloo and given.nbytes >= _LARGE * self.world:
             return [self._swap(given.view(self.world, -1), out.view(self.world, -1))]
-        return [dist.all_to_all_single(out, given, group=self.group, async_op=True)]
+        work = dist.all_to_all_single(out, given, group=self.group, async_op=True)
+        return [self._works.hold(work)]
 
     def _swap(self, sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor] | Tensor) -> Swap:
         """One message to each of the others, and one from each."""
@@ -225,7 +227,7 @@ class Ranks:
                 sent = tensor.detach().to(self.device).contiguous()
                 with self.explaining(what):
                     work = dist.broadcast(sent, group=self.group, async_op=True, group_src=0)
-                self.wait([work], what)
+                self.wait([self._works.hold(work)], what)
                 if self.rank > 0:
                     tensor.copy_(sent)
 

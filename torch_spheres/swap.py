@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Swap"]
+__all__ = ["Swap", "Works"]
 
 _AT_ONCE = datetime.timedelta(milliseconds=1)
 _PATIENCE = 5.0  # seconds, for a thread whose connection is closed
+_THREADS = 16  # of a group, at most: gloo has 2 for each network device
 
 
 class Swap:
@@ -62,14 +65,41 @@ class Swap:
         self._thread.join(_PATIENCE)
 
 
+class Works:
+    """Collective operations of torch's, each held until the thread that does it has let it go.
+
+    That thread says that the work is done, and lets it go a moment later. If it is the last one to
+    do so, it also frees what Python made, the tensors, for which it takes the GIL.
+    """
+
+    def __init__(self) -> None:
+        self._works: deque[Any] = deque()
+        _held.add(self)
+
+    def hold(self, work: Any) -> Any:
+        """That work."""
+        self._works.append(work)
+        while len(self._works) > _THREADS and self._works[0].is_completed():
+            self._works.popleft()
+        return work
+
+    def hold_for_ever(self) -> None:
+        """So that the end of the interpreter does not free them either."""
+        for work in self._works:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(work))
+
+
 _under_way: weakref.WeakSet[Swap] = weakref.WeakSet()
+_held: weakref.WeakSet[Works] = weakref.WeakSet()
 
 
 @atexit.register
-def _give_up_all() -> None:
-    """After an error: a thread that wants the GIL of an interpreter that is gone ends the process.
+def _leave_no_thread_that_wants_the_gil() -> None:
+    """A thread that wants the GIL of an interpreter that is gone ends the process.
 
     (With SIGABRT, out of torch's code, which lets no thread end there.)
     """
     for swap in list(_under_way):
         swap.give_up()
+    for works in list(_held):
+        works.hold_for_ever()
