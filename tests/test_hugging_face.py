@@ -201,7 +201,7 @@ def test_hooks_that_a_forward_installs_to_catch_outputs(spheres, what):
     bare = made(lambda: transformers.BertModel(config)).eval()
     words, model = Texts(bare).words, ts.SphereParallel(copy.deepcopy(bare), spheres)
     expected = bare(words, **{what: True}).to_tuple()[-1]
-    with pytest.warns(UserWarning, match=r"changes attributes of the module: .*_forward_hooks"):
+    with pytest.warns(UserWarning, match=r"changes attributes of the module.*_forward_hooks"):
         first = model(words, **{what: True})
     second = model(words, **{what: True})
     for found in (first, second, model.module(words, **{what: True})):

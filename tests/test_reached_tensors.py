@@ -19,6 +19,7 @@ import torch
 from loop_support import W
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import torch_spheres as ts
 
@@ -223,17 +224,82 @@ def test_layers_and_functions_that_are_put_on_attributes_later(spheres):
     assert torch.equal(w.grad, once)
 
 
-def test_what_comes_into_use_by_itself_is_found_in_the_next_call_that_is_searched(spheres):
-    """Those are the first calls, and those whose number is a power of two."""
+@pytest.mark.parametrize("calls", [0, 1, 3, 4, 10])
+def test_what_comes_into_use_by_itself_later(spheres, calls):
     w, uses = leaf(4), []
     model = W(lambda s, x: s.n(x) + w if uses else s.n(x)).double()
     parallel = ts.SphereParallel(model, spheres)
-    for _ in range(7):
+    for _ in range(calls):
         parallel(X).sum().backward()
     uses.append(True)
     parallel(X).sum().backward()
     parallel(X).sum().backward()
     assert torch.equal(w.grad, torch.full((4,), 96.0, dtype=torch.float64))
+
+
+def test_what_one_shard_alone_reaches_later(spheres):
+    """One shard is searched in each call, in turn; so one of the next calls finds it."""
+    layer, uses = linear(), []
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        return layer(s.n(x)) if uses and torch.equal(x, X[:4]) else s.n(x)
+
+    parallel = ts.SphereParallel(W(forward).double(), spheres)
+    for _ in range(16):
+        parallel(X).sum().backward()
+    uses.append(True)
+    for _ in range(12):
+        parallel(X).sum().backward()
+    assert layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("calls", [0, 3, 4, 10])
+def test_a_loss_that_has_weights(spheres, calls):
+    w, uses = leaf(4), []
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out * w if uses else out, y)
+
+    model = linear()
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(calls):
+        parallel.forward_backward(loss, X, 2 * X)
+    uses.append(True)
+    if calls not in (0, 3):  # the fourth call is searched as the first ones are
+        with pytest.raises(RuntimeError, match=r"shape \(4,\).*or in the loss.*the next call on"):
+            parallel.forward_backward(loss, X, 2 * X)
+    parallel.forward_backward(loss, X, 2 * X)
+    (expected,) = torch.autograd.grad(loss(model(X), 2 * X), w)
+    torch.testing.assert_close(w.grad, expected)
+
+
+def test_a_loss_with_a_graph_that_all_shards_would_share(spheres):
+    scale = (leaf(4) * 2).sum()
+    parallel = ts.SphereParallel(linear(), spheres)
+    with pytest.raises(RuntimeError, match="a second time") as caught:
+        parallel.forward_backward(lambda out, y: (out - y).mean() + scale**2, X, X)
+    assert "computed outside of it" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("how", ["inside", "beside", "nested"])
+@pytest.mark.parametrize("by_shard", [False, True])
+def test_checkpoints_that_run_backward_for_what_shards_share_are_refused(spheres, how, by_shard):
+    """With use_reentrant=True they add to .grad of all that they reach, each shard by itself."""
+    layer = linear()
+    again = functools.partial(checkpoint, use_reentrant=True)
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.n(x)
+        if how == "nested":
+            return again(lambda z: again(layer, z), x)
+        return again(layer, x) if how == "inside" else again(s.n, x) + layer(x)
+
+    parallel = ts.SphereParallel(W(forward).double(), spheres)
+    with pytest.raises(RuntimeError, match="Use use_reentrant=False, or register the layer"):
+        if by_shard:
+            parallel.forward_backward(F.mse_loss, X, X)
+        else:
+            parallel(X).sum().backward()
 
 
 def test_hooks_on_tensors_on_attributes_run_once(spheres):
@@ -271,7 +337,9 @@ def test_a_loss_of_what_a_shard_left_behind_is_refused(how, spheres):
     parallel = ts.SphereParallel(model, spheres)
     parallel(X).sum().backward()
     assert len(kept) == 12
-    parallel(X)
+    name = r"1\._forward_hooks\.kept" if how == "hook" else r"f\.kept"
+    with pytest.warns(UserWarning, match=name):
+        parallel(X)
     with pytest.raises(RuntimeError, match="a shard of SphereParallel made inside the model"):
         kept[-1].square().mean().backward()
     assert model.get_parameter("0.weight" if how == "hook" else "n.weight").grad is not None

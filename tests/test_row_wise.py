@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import random
 import threading
 import warnings
@@ -306,7 +307,8 @@ def test_what_a_forward_sets_does_not_reach_the_next_run(spheres):
             return super().forward(x) * self.step
 
     (only,) = told(ts.SphereParallel(Steps(4, 4), spheres), X[:24, 0])
-    assert "changes attributes of the module: step" in str(only.message)
+    assert "changes attributes of the module" in str(only.message)
+    assert "others: step." in str(only.message)
 
 
 def test_two_rows_of_shards_are_all_that_is_run(spheres):
@@ -363,3 +365,75 @@ def test_one_shard_is_plain_torch():
             model = parallel(fn, alone)
             assert told(model, X[:, 0]) == []
             torch.testing.assert_close(model(X[:, 0]), model.module(X[:, 0]))
+
+
+# ---- what a first call does not show ----
+
+
+@pytest.mark.parametrize("first", ["zeros", "ones", "a dispatch mode"])
+def test_a_first_call_that_shows_nothing_is_not_the_last_to_be_compared(spheres, first):
+    """Over rows that are all the same, attention over the batch is the same as well."""
+    attention = nn.MultiheadAttention(32, 4)  # batch_first=False
+    model = ts.SphereParallel(attention, spheres)
+    x = torch.randn(24, 5, 32)
+    if first == "a dispatch mode":
+        with FlopCounterMode(display=False):
+            assert told(model, x, x, x, need_weights=False) == []
+    else:
+        same = torch.zeros_like(x) if first == "zeros" else torch.ones_like(x)
+        assert told(model, same, same, same, need_weights=False) == []
+    assert len(told(model, x, x, x, need_weights=False)) == 1
+
+
+def test_rows_that_are_always_the_same_are_compared_a_few_times(spheres):
+    model = parallel(lambda s, x: s.layer(x), spheres)
+    rows = []
+    model.module.layer.forward_ = model.module.layer.forward
+    model.module.layer.forward = lambda x: rows.append(len(x)) or model.module.layer.forward_(x)
+    for _ in range(10):
+        model(torch.ones(24, 4))
+    assert len(rows) == 10 * 12 + 4 * 3 + 3  # four in evaluation mode, one in training
+
+
+def test_masked_logits_do_not_hide_what_looks_across_rows(spheres):
+    def fn(s, x):
+        logits = s.layer(x)
+        mixed = logits[..., :2] - logits[..., :2].mean(0)
+        return torch.cat([mixed, torch.full_like(logits[..., :2], -1e9)], -1)
+
+    assert len(told(parallel(fn, spheres), X[:, 0])) == 1
+
+
+class Mode(enum.Enum):
+    ROWS, BATCH = range(2)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(False, True), ("rows", "batch"), tuple(Mode)])
+def test_a_way_that_an_attribute_chooses_is_compared_too(spheres, rows, batch):
+    model = parallel(lambda s, x: s.layer(x) - s.layer(x).mean(0) * (s.how == batch), spheres)
+    model.how = rows
+    assert told(model, X[:, 0]) == []
+    model.how = batch
+    assert len(told(model, X[:, 0])) == 1
+
+
+def test_texts_that_change_with_each_call_are_no_ways(spheres):
+    rows = []
+    model = parallel(lambda s, x: rows.append(len(x)) or s.layer(x), spheres)
+    for step in range(40):
+        model.name = f"step {step}"
+        model(X[:24, 0])
+    assert len(rows) < 40 * 12 + 10 * 6
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_forwards_that_use_autograd_are_compared(spheres, across):
+    """As forces are computed from an energy."""
+
+    def fn(s, x):
+        x = x.detach().requires_grad_()
+        energy = s.layer(x).square().sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return force - force.mean(0) if across else force
+
+    assert len(told(parallel(fn, spheres), X[:, 0])) == across

@@ -137,6 +137,8 @@ def test_a_count_that_the_model_does_not_use_changes_nothing(spheres):
         ([], [], False),
         ([1e-9], [2e-9], False),
         ([1e-3], [2e-3], True),
+        ([1.0, -1e9, -1e9], [1.5, -1e9, -1e9], True),  # masked
+        ([1.0, 3e4, 3e4], [1.00001, 3e4, 3e4], False),
     ],
 )
 def test_what_is_rounding(a, b, expected):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from loop_support import no_graph_left_behind, soon
+from loop_support import W, no_graph_left_behind, soon
 from reference import digest
 from torch import nn
 
@@ -201,6 +201,46 @@ def test_calls_from_inside_the_spheres_say_so(spheres):
     parallel = ts.SphereParallel(nn.Linear(4, 4), spheres)
     with pytest.raises(RuntimeError, match="from inside a work item"):
         spheres.map(lambda _: parallel(X), range(1))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("where", ["forward", "loss"])
+def test_a_parallel_model_inside_another_one(spheres, in_place, where):
+    """On the same spheres, which it would wait for; on others it is plain torch."""
+
+    def outer_of(inner):
+        teacher = ts.parallelize_(inner, spheres) if in_place else ts.SphereParallel(inner, spheres)
+        if where == "forward":
+            return W(lambda s, x: s.n(x) + teacher(x)), nn.functional.mse_loss
+        return W(lambda s, x: s.n(x)), lambda out, y: (out - teacher(y)).square().mean()
+
+    outer, loss = outer_of(nn.Linear(4, 4))
+    parallel = ts.SphereParallel(outer, spheres)
+    with pytest.raises(
+        RuntimeError, match=r"a parallel model is called inside .* spheres of its own"
+    ):
+        parallel.forward_backward(loss, X, X)
+    with ts.KissingSpheres(concurrency=2) as others:
+        parallel = ts.SphereParallel(outer, others)
+        torch.manual_seed(0)
+        parallel.forward_backward(loss, X, X)
+        found = [p.grad.clone() for p in outer.parameters()]
+    outer.zero_grad()
+    loss(outer(X), X).backward()
+    for p, grad in zip(outer.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_random_numbers_of_a_parallel_model_inside_another_one():
+    """Are the outer shard's, whichever thread comes first."""
+    found = []
+    for concurrency in (1, 3, 12):
+        with ts.KissingSpheres(concurrency=concurrency) as mine, ts.KissingSpheres() as others:
+            inner = ts.SphereParallel(nn.Dropout(), others)
+            outer = ts.SphereParallel(W(lambda s, x, inner=inner: inner(x)), mine)
+            torch.manual_seed(0)
+            found.append(torch.stack([outer(X) for _ in range(3)]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_two_threads_train_two_models_on_the_same_spheres(spheres):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_parameters_that_are_replaced_are_reported(spheres):
 
     model = W(forward)
     weight = model.n.weight
-    with pytest.warns(UserWarning, match=r"changes attributes of the module: n\.weight\."):
+    with pytest.warns(UserWarning, match=r"changes attributes of the module.*: n\.weight\."):
         ts.SphereParallel(model, spheres)(X)
     assert model.n.weight is weight
 
@@ -145,11 +146,99 @@ def test_weights_that_are_registered_nowhere_are_watched_too(spheres, where):
     if where == "attribute":
         object.__setattr__(model, "m", teacher)
     parallel = ts.SphereParallel(model, spheres)
-    if where == "closure":  # in the first call nothing is known of it
-        with pytest.warns(UserWarning, match="is not the same for rows that are alone"):
-            parallel(X)
-    with pytest.raises(RuntimeError, match=r"wrote to its parameters .*spoilt"):
+    match = r"\['f\.teacher\.weight'\]" if where == "closure" else r"its parameters .*spoilt"
+    with pytest.raises(RuntimeError, match=match):
         parallel(X)
+
+
+class Memory:
+    """A queue of features, as contrastive learning keeps."""
+
+    def __init__(self) -> None:
+        self.features = [torch.zeros(8, 4)]
+
+    def push(self, x: Tensor) -> None:
+        self.features[0][: len(x)] = x.detach()
+
+
+class Slots:
+    __slots__ = ("features",)
+
+    def __init__(self) -> None:
+        self.features = torch.zeros(8, 4)
+
+    def push(self, x: Tensor) -> None:
+        self.features[: len(x)] = x.detach()
+
+
+TOTAL = torch.zeros(4)
+
+
+def add_to_total(x: Tensor) -> None:
+    TOTAL.add_(x.detach().sum(0))
+
+
+def hook_that_writes(to: Tensor) -> Any:
+    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        to.lerp_(out.detach().mean(0), 0.1)
+
+    return hook
+
+
+def written(where: str) -> tuple[nn.Module, str]:
+    """A model, and how what it writes to is called."""
+    table = torch.zeros(4)
+    if where in ("an object", "slots"):
+        memory = Memory() if where == "an object" else Slots()
+        name = "memory.features[0]" if where == "an object" else "memory.features"
+        return W(lambda s, x: (s.memory.push(x), s.n(x))[1], memory=memory), name
+    if where == "a closure":
+        return W(lambda s, x: (table.add_(x.detach().sum(0)), s.n(x))[1]), "f.table"
+    if where == "a global name":
+        return W(lambda s, x: (add_to_total(x), s.n(x))[1]), "f.add_to_total.TOTAL"
+    if where == "a hook":
+        model = W(lambda s, x: s.n(x))
+        model.n.register_forward_hook(hook_that_writes(table))
+        return model, "n._forward_hooks.to"
+    if where == "a patched forward":
+        model = W(lambda s, x: s.n(x))
+        old = model.n.forward
+
+        def patched(x: Tensor) -> Tensor:
+            table.copy_(x.detach().mean(0))
+            return old(x)
+
+        model.n.forward = patched
+        return model, "n.forward.table"
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            table.data.add_(1)
+            return super().forward(x)
+
+    return Own(4, 4), "forward.table"
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["an object", "slots", "a closure", "a global name", "a hook", "a patched forward", "a class"],
+)
+def test_tensors_that_all_shards_reach_and_write_to_are_refused(spheres, where):
+    model, name = written(where)
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.raises(RuntimeError, match=f"wrote in place.*{re.escape(name)}.*make them buffers"):
+        parallel(X)
+    with pytest.raises(RuntimeError, match="wrote in place"):
+        parallel.forward_backward(lambda out, y: (out - y).square().mean(), X, X)
+
+
+def test_objects_with_tensors_that_are_only_read(spheres):
+    memory = Memory()
+    model = W(lambda s, x: s.n(x) + s.memory.features[0].sum(), memory=memory)
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(5):
+        memory.push(X[:8])  # by the loop
+        torch.testing.assert_close(parallel(X), model(X))
 
 
 def test_a_forward_that_freezes_parameters_is_refused(spheres):
@@ -331,6 +420,36 @@ def test_buffers_that_grow_differently_are_refused_with_advice(spheres):
 
     with pytest.raises(ValueError, match=r"'seen' of Rows, of shape \(0,\).*return from forward"):
         ts.SphereParallel(Rows(), spheres)(X)
+
+
+def test_buffers_of_sums_over_rows_are_told(spheres, recwarn):
+    def forward(s: Any, x: Tensor) -> Tensor:
+        s.total += x.detach().sum(0)
+        s.calls += 1
+        s.mean.lerp_(x.detach().mean(0), 0.1)
+        return s.n(x)
+
+    model = W(forward)
+    model.register_buffer("total", torch.zeros(4))
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_buffer("mean", torch.zeros(4))
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(3):
+        parallel(X)
+    (told,) = [text for w in recwarn if "buffer" in (text := str(w.message))]
+    assert "adds something of each row to the buffer W.total" in told
+    assert model.calls == 3
+    torch.testing.assert_close(model.total, 3 * X.sum(0) / 12)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.BatchNorm3d])
+def test_batch_norm_of_maps_of_one_pixel_says_what_to_do(spheres, kind):
+    x = torch.randn(13, 4, 1, 1, 1) if kind is nn.BatchNorm3d else torch.randn(13, 4, 1, 1)
+    parallel = ts.SphereParallel(kind(4), spheres)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
+        parallel(x)
+    assert "two rows for each of the leaves" in "".join(caught.value.__notes__)
+    parallel(x.repeat(2, 1, *(1,) * (x.dim() - 2)))
 
 
 @pytest.mark.parametrize("rows", [2, 3, 13, 17, 23, 24, 25])

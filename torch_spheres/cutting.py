@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -30,6 +31,8 @@ class Learned:
         comparisons: with the bare module, by the form of the call.
         settled: arguments that are as they look, whatever number of rows comes later: those that
             were no square, and no list as long as the batch, in some call.
+        alike: comparisons that told little, since all rows were the same, by the form of the call.
+        states: of the module's flags, see row_wise.py; None: they change too often to matter.
         has_trained: whether the model has been compared in training mode.
         warned: whether the user has been told that the model is not row-wise.
     """
@@ -38,6 +41,8 @@ class Learned:
         self.lock = threading.RLock()
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.settled: set[Hashable] = set()
+        self.alike: Counter[Hashable] = Counter()
+        self.states: set[Hashable] | None = set()
         self.has_trained = False
         self.warned = False
 

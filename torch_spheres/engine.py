@@ -21,6 +21,7 @@ from torch_spheres.lazy_modules import initialise, is_lazy
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
@@ -89,6 +90,7 @@ class Engine:
             kwargs: keyword arguments of the module.
         """
         refuse_tracing()
+        self._refuse_inside()
         crew, trial = self._choose("forward", all_ways, args, kwargs)
         run = functools.partial(self._run, crew, unsplit, args, kwargs)
         if trial is not None:
@@ -96,6 +98,7 @@ class Engine:
             trial.forward_done(flatten(result)[0])
             return result
         advise = self.reproducible and not self._shares and self.module.training
+        advise = advise and current_shard() is None
         if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
             return self._adviser.watch(run, self.module, args, kwargs)
         return run()
@@ -107,6 +110,7 @@ class Engine:
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
+        self._refuse_inside()
         # Whole batches are no choice here: they would take the memory that this call saves.
         crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
         call = self._call(crew, args, kwargs, "forward_backward")
@@ -114,6 +118,15 @@ class Engine:
         if trial is not None:
             trial.done()
         return loss
+
+    def _refuse_inside(self) -> None:
+        shard = current_shard()
+        if isinstance(shard, ShardRandom) and shard.call.runs_on is self.spheres:
+            raise RuntimeError(
+                "a parallel model is called inside the forward, or the loss, of another one that "
+                "runs on the same spheres, which would wait for each other: call its bare module "
+                "there (model.module), which has the same weights, or give it spheres of its own"
+            )
 
     def _choose(
         self,

@@ -11,10 +11,13 @@ first calls of each kind and in those whose number is a power of two.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torch_spheres import _compat
 from torch_spheres.advice import users_level
+from torch_spheres.cutting import argument_name
+from torch_spheres.nesting import is_known
+from torch_spheres.objects import walk
+from torch_spheres.rebinding import MUTABLE
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ELSEWHERE, ReplicaPool
 from torch_spheres.shard import Shard
 
-__all__ = ["ForwardEffects", "version_of"]
+__all__ = ["ForwardEffects", "content_of", "contents", "version_of"]
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _MANY = 1000  # elements of a container that are compared
@@ -47,7 +55,9 @@ class ForwardEffects:
 
     def __init__(self, module: nn.Module, pool: ReplicaPool, *, closely: bool, again: bool) -> None:
         self._module, self._pool = module, pool
+        self._closely, self._again = closely, again
         self._set: dict[str, None] = {}  # names of attributes, in order
+        self._changed_arguments: dict[str, None] = {}
         strange = [p for m in pool.strangers for p in m.parameters()]
         every = {id(p): p for p in (*pool.parameters, *pool.outside, *strange)}
         every.update((id(leaf), leaf) for leaf in pool.strange_leaves())
@@ -58,12 +68,51 @@ class ForwardEffects:
             for name, value in part._buffers.items()
             if value is not None and not is_lazy(value)
         ]
-        self._loose = list(pool.loose)
+        self._loose: list[tuple[int | None, str, Tensor]] = [*pool.loose]
+        # Containers that functions hold, and the tensors in them. (Functions also count calls.)
+        self._containers: list[tuple[str, Any, list[Tensor]]] = []
+        if closely:
+            self._look_around()
+        self._loose += [(None, path, t) for path, ref in pool.watched if (t := ref()) is not None]
         self._versions = self._read_versions()
         self._values = self._read_values() if closely else None
-        self._closely, self._again = closely, again
         self._contents = self._read_contents() if closely and again else {}
         self._attributes = [dict(vars(part)) for part in pool.parts] if closely else []
+
+    def _look_around(self) -> None:
+        """Finds tensors in objects on attributes, and what functions, hooks and forwards hold."""
+        known = {*map(id, self._pool.parts), id(self._pool.known_as())}
+        tensors = [*self._parameters, *(b for _, _, b in self._buffers)]
+        tensors += [t for _, _, t in self._loose]
+        known.update(map(id, tensors))
+        found: dict[int, tuple[str, Tensor]] = {}
+        attributes, functions = self._roots()
+        for path, value in walk([*functions, *attributes], known, by_name=True):
+            if isinstance(value, Tensor) and not is_lazy(value):
+                found.setdefault(id(value), (path, value))
+        self._pool.watched = [(path, weakref.ref(t)) for path, t in found.values()]
+        if self._again:
+            self._containers = [
+                (path, value, _tensors_in(value))
+                for path, value in walk(functions, known, by_name=True)
+                if isinstance(value, MUTABLE)
+            ]
+
+    def _roots(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+        """Objects on attributes, and functions."""
+        attributes: list[tuple[str, Any]] = []
+        functions: list[tuple[str, Any]] = []
+        for prefix, part in self._module.named_modules():
+            path = f"{prefix}." if prefix else ""
+            for name, value in vars(part).items():
+                if name not in ELSEWHERE and type(value) not in _PLAIN:
+                    (functions if callable(value) else attributes).append((path + name, value))
+            for name in _compat.FORWARD_HOOKS:
+                functions += [(path + name, hook) for hook in vars(part)[name].values()]
+            forward: Any = type(part).forward
+            if not getattr(forward, "__module__", "torch.").startswith("torch."):
+                functions.append((f"{path}forward", forward))
+        return attributes, functions
 
     def _read_versions(self) -> list[list[int]]:
         return [
@@ -80,16 +129,17 @@ class ForwardEffects:
                 [_checksum(t) for _, _, t in self._loose],
             ]
 
-    def _read_contents(self) -> dict[tuple[int, str], tuple[Any, Any]]:
+    def _read_contents(self) -> dict[str, tuple[Any, Any]]:
         """Of objects on attributes that may change in place."""
-        found, seen = {}, set()
+        found: dict[str, tuple[Any, Any]] = {}
+        seen: set[int] = set()
         for i, part in enumerate(self._pool.parts):
             for name, value in vars(part).items():
                 if name not in ELSEWHERE and type(value) not in _PLAIN and id(value) not in seen:
                     seen.add(id(value))
-                    content = _content(value)
+                    content = content_of(value)
                     if content is not None:
-                        found[i, name] = value, content
+                        found[self._path(i, name)] = value, content
         return found
 
     # ---- shards ----
@@ -99,9 +149,22 @@ class ForwardEffects:
         for i, name in replica.changes():
             self._set[self._path(i, name)] = None
 
+    def look_at_arguments(self, before: Iterable[tuple[int | str, Any, Any]]) -> None:
+        """After a shard's forward: which of its arguments, as `contents` saw them, it has changed.
+
+        Raises nothing.
+        """
+        for key, value, content in before:
+            if content_of(value) != content:
+                self._changed_arguments[argument_name(self._module, key)] = None
+
     def _path(self, i: int, name: str) -> str:
-        prefix = next(itertools.islice(self._module.named_modules(), i, None))[0]
+        prefix = self._prefixes[i]
         return f"{prefix}.{name}" if prefix else name
+
+    @functools.cached_property
+    def _prefixes(self) -> list[str]:
+        return [prefix for prefix, _ in self._module.named_modules()]
 
     # ---- afterwards ----
 
@@ -138,25 +201,26 @@ class ForwardEffects:
             for now, before in zip(self._read_versions(), self._versions, strict=True)
         )
         if self._values is not None:
-            for flags, now, before in zip(
+            for flags, sums, earlier in zip(
                 (parameters, buffers, loose), self._read_values(), self._values, strict=True
             ):
-                for i, (a, b) in enumerate(zip(now, before, strict=True)):
+                for i, (a, b) in enumerate(zip(sums, earlier, strict=True)):
                     flags[i] |= a != b
         if any(parameters):
             raise RuntimeError(self._of_parameters(parameters))
         if any(buffers):
             raise RuntimeError(self._of_buffers(buffers))
         if any(loose):
+            flagged = zip(self._loose, loose, strict=True)
             names = [
-                self._path(i, name)
-                for (i, name, _), written in zip(self._loose, loose, strict=True)
+                name if i is None else self._path(i, name)
+                for (i, name, _), written in flagged
                 if written
             ]
             raise RuntimeError(
-                f"the module's forward wrote in place to tensors on its attributes, {names}, which "
-                "all shards share, at once; make them buffers, whose new values SphereParallel "
-                "averages over the shards, or return what has to be kept"
+                f"the module's forward wrote in place to tensors that it reaches by {names}, which "
+                "all shards share, at once; make them buffers of the module, whose new values "
+                "SphereParallel averages over the shards, or return what has to be kept"
             )
 
     def _of_parameters(self, flags: list[bool]) -> str:
@@ -207,7 +271,8 @@ class ForwardEffects:
         )
 
     def warn(self) -> None:
-        """Says which attributes were set, once for each name."""
+        """Says what was changed, once for each name."""
+        self._warn_of_arguments()
         # A function that holds the original sets on the original.
         for i, (part, before) in enumerate(zip(self._pool.parts, self._attributes, strict=False)):
             now = vars(part)
@@ -215,22 +280,52 @@ class ForwardEffects:
                 if name not in ELSEWHERE and now.get(name) is not before.get(name):
                     self._set[self._path(i, name)] = None
         new = [name for name in self._set if name not in self._pool.reported]
-        for (i, name), (value, before) in self._contents.items():
-            if _content(value) != before:
-                path = self._path(i, name)
-                if path not in self._pool.reported and path not in new:
-                    new.append(path)
+        for path, (value, before) in self._contents.items():
+            reported = path in self._pool.reported or path in new
+            if not reported and content_of(value) != before:
+                new.append(path)
+        for path, value, tensors in self._containers:
+            found = _tensors_in(value)
+            same = len(found) == len(tensors) and all(map(operator.is_, found, tensors))
+            if not same and path not in self._pool.reported:
+                new.append(path)
         if not new:
             return
         self._pool.reported.update(new)
         warnings.warn(
-            f"the module's forward changes attributes of the module: {', '.join(new)}. Each shard "
-            "begins with the module's own attributes, and what it sets on them is lost; objects "
-            "that it changes in place are changed by all shards, in no fixed order. Return what "
-            "the loop needs from forward, or make it a buffer, which is merged over the shards",
+            "the module's forward changes attributes of the module, or objects that it shares with "
+            f"others: {', '.join(new)}. Each shard begins with the module's own attributes, and "
+            "what it sets on them is lost; objects that it changes in place are changed by all "
+            "shards, in no fixed order. Return what the loop needs from forward, or make it a "
+            "buffer, which is merged over the shards",
             UserWarning,
             stacklevel=users_level(),
         )
+
+    def _warn_of_arguments(self) -> None:
+        reported = self._pool.reported
+        new = [n for n in self._changed_arguments if f"argument {n}" not in reported]
+        if new:
+            reported.update(f"argument {n}" for n in new)
+            warnings.warn(
+                f"the module's forward changes its arguments {new}: lists, dicts and dataclasses "
+                "are each shard's own, and the caller's stay as they were; other objects are "
+                "changed by all shards, in no fixed order. Return what the loop needs from forward",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+
+
+def contents(keys: Sequence[int | str], values: Sequence[Any]) -> list[tuple[int | str, Any, Any]]:
+    """Of arguments that may change in place: the key, the value, and what is in it now.
+
+    Key-value caches are there to be changed, and distributions do so by themselves.
+    """
+    return [
+        (key, value, content_of(value))
+        for key, value in zip(keys, values, strict=True)
+        if not isinstance(value, Tensor) and type(value) not in _PLAIN and not is_known(value)
+    ]
 
 
 def version_of(value: Any) -> int:
@@ -251,7 +346,12 @@ def _checksum(tensor: Tensor) -> Any:
     return bits.data_ptr(), int(bits.sum(dtype=torch.int64))
 
 
-def _content(value: Any, depth: int = 2) -> Any:
+def _tensors_in(value: Any) -> list[Tensor]:
+    found = walk([("", value)])
+    return [v for _, v in itertools.islice(found, _MANY) if isinstance(v, Tensor)]
+
+
+def content_of(value: Any, depth: int = 2) -> Any:
     """Equal for as long as an object was not changed in place; None: it holds nothing."""
     if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or callable(value):
         return None
@@ -266,7 +366,7 @@ def _content(value: Any, depth: int = 2) -> Any:
             return None
         value, items = inside, itertools.chain.from_iterable([*inside.items()])
     found = [
-        v if type(v) in _PLAIN else (id(v), _content(v, depth - 1) if depth > 0 else None)
+        v if type(v) in _PLAIN else (id(v), content_of(v, depth - 1) if depth > 0 else None)
         for v in itertools.islice(items, _MANY)
     ]
     return len(value), found

@@ -41,7 +41,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
                     loss, counts[k] = _checked(loss_fn(output, target), k)
                     if counts[k] is None:
                         loss = loss * call.split.weights[k]
-            call.reached.look_at_first(shard, [loss])
+            call.reached.look_at_one(k, shard, [loss], count)
             losses[k] = loss.detach()
             shard.outputs = []
             del output
@@ -55,7 +55,8 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
         finally:
             call.pool.give_back(replica)
 
-    grads = call.fold(run, lambda: goals.append(call.targets(targets)), one_first=call.is_first)
+    # While one shard is alone, what it reaches can be added to what is summed.
+    grads = call.fold(run, lambda: goals.append(call.targets(targets)), one_first=call.closely)
     done = [shard for shard in shards if shard is not None]
     counted = {c is not None for c in counts}
     # A process that ran no shard has to know what the losses are, to sum them.

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_spheres import _compat
 from torch_spheres.objects import is_sequence, tensor_inside
 
-__all__ = ["Nesting", "flatten", "flatten_output", "unflatten"]
+__all__ = ["Nesting", "flatten", "flatten_output", "is_known", "unflatten"]
 
 _LEAVES = (Tensor, PackedSequence, torch.Size)
 _PLAIN = (type(None), bool, int, float, str)
@@ -101,7 +101,7 @@ def _is_plain_sequence(value: Any) -> bool:
 
 def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:
     names: tuple[Any, ...]
-    if isinstance(leaf, _OBJECTS) or _is_cache(leaf):
+    if is_known(leaf):
         state = _state(leaf)
         leaves, inside = _flatten_fields([*state.values()], keep)
         return leaves, _Opened(None, type(leaf), tuple(state), inside)
@@ -131,6 +131,11 @@ def _has_rows(leaf: Any) -> bool:
 
 _OBJECTS = (Distribution, Transform)
 _Inverse = type(AffineTransform(0.0, 1.0).inv)
+
+
+def is_known(value: Any) -> bool:
+    """Whether it is a distribution, a transform or a key-value cache."""
+    return isinstance(value, _OBJECTS) or _is_cache(value)
 
 
 def _is_cache(value: Any) -> bool:

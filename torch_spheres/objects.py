@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_sequence", "row_sequences", "tensor_inside"]
+__all__ = ["is_sequence", "row_sequences", "tensor_inside", "walk"]
 
 _DEPTH, _VALUES = 8, 2000  # of a search
 _CLOSED = (
@@ -49,22 +50,43 @@ def row_sequences(value: Any, path: str = "", depth: int = _DEPTH) -> Iterator[t
 
 
 def tensor_inside(value: Any, kinds: type | tuple[type, ...] = Tensor) -> tuple[str, Any] | None:
-    """The first tensor that an object holds, and by which attributes it is reached.
+    """The first tensor that an object holds, and by which attributes it is reached."""
+    return next((found for found in walk([("", value)]) if isinstance(found[1], kinds)), None)
 
-    In containers, attributes, slots, closures and partial functions, to a bounded depth. Modules
-    are not looked into by name, but are found to hold parameters.
+
+def walk(
+    roots: Iterable[tuple[str, Any]], closed: Container[int] = (), *, by_name: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """What can be reached from some objects, nearest first; each with its path.
+
+    In containers, attributes, slots, closures and partial functions, to a bounded depth.
+
+    Args:
+        roots: each with a name.
+        closed: by id, what is not looked into.
+        by_name: what functions use of their module's names is reached too.
     """
-    waiting: deque[tuple[str, Any, int]] = deque([("", value, 0)])
+    waiting = deque((path, value, 0) for path, value in roots)
     seen: set[int] = set()
     while waiting and len(seen) < _VALUES:
         path, here, depth = waiting.popleft()
-        if isinstance(here, kinds):
-            return path, here
-        if isinstance(here, _CLOSED) or id(here) in seen or depth > _DEPTH:
+        if id(here) in closed or id(here) in seen:
+            continue
+        if type(here).__module__.startswith("torch_spheres."):
+            continue  # what a forward changes of ours is our matter
+        yield path, here
+        if isinstance(here, (Tensor, *_CLOSED)) or depth > _DEPTH:
             continue
         seen.add(id(here))
-        waiting.extend((f"{path}{name}", part, depth + 1) for name, part in _parts(here))
-    return None
+        parts = itertools.chain(_parts(here), _globals_of(here) if by_name else ())
+        waiting.extend((f"{path}{name}", part, depth + 1) for name, part in parts)
+
+
+def _globals_of(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, types.FunctionType) and not value.__module__.startswith("torch."):
+        for name in value.__code__.co_names:
+            if name in value.__globals__:
+                yield f".{name}", value.__globals__[name]
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -84,6 +106,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", cell.cell_contents
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
+        yield "", value.__func__
     else:
         yield from ((f".{name}", v) for name, v in [*getattr(value, "__dict__", {}).items()])
     for kind in type(value).__mro__:

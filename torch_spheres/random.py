@@ -23,7 +23,7 @@ import functools
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,19 +62,26 @@ class CallRandom:
     Args:
         base: the seed, where several processes have to have the same; it is drawn all the same, so
             that the default generator goes on as in one process.
+        runs_on: the spheres that run the shards; None: the caller's thread does.
     """
 
-    def __init__(self, base: int | None = None) -> None:
+    def __init__(self, base: int | None = None, runs_on: Any = None) -> None:
+        self.runs_on = runs_on
         self._lock = threading.Lock()
         self._given = base
         self._base: int | None = None
+        self._outer = current_shard()  # of another model, whose forward calls this one
         self._expected = _default_states()
 
     def base(self) -> int:
         """Drawn when the first shard needs it; whichever asks first, they all get the same."""
         with self._lock:
             if self._base is None:
-                drawn = _draw_base(torch.default_generator)
+                outer = self._outer
+                drawn = _draw_base(
+                    torch.default_generator if outer is None
+                    else outer.generator(torch.device("cpu"))
+                )  # fmt: skip
                 self._base = drawn if self._given is None else self._given
                 self._expected[0] = torch.default_generator.get_state()
             return self._base
@@ -89,6 +96,8 @@ class CallRandom:
 
         Operators of other libraries can, and so can CUDA kernels that take no generator.
         """
+        if self._outer is not None:
+            return False  # shards of the outer model, at once, have the default generator go on
         now = _default_states()
         return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
 
@@ -117,17 +126,10 @@ class RandomSource:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """On the calling thread: default random numbers come from here inside the block."""
         _install()
-        outer = current_shard()
-        _here.shard = self
-        try:
-            with _compat.IncludeDispatchKey(_compat.draw_key):
-                yield
-        finally:
-            _here.shard = outer
+        return _Active(self)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """In place of the default generator of the device."""
@@ -143,6 +145,25 @@ class RandomSource:
         return given
 
 
+class _Active:
+    """See `RandomSource.active`; no generator, which takes longer."""
+
+    __slots__ = ("_guard", "_outer", "_source")
+
+    def __init__(self, source: RandomSource) -> None:
+        self._source = source
+        self._guard: Any = _compat.IncludeDispatchKey(_compat.draw_key)
+
+    def __enter__(self) -> None:
+        self._outer = current_shard()
+        _here.shard = self._source
+        self._guard.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._guard.__exit__(*error)
+        _here.shard = self._outer
+
+
 class ShardRandom(RandomSource):
     """The random numbers of one shard, through its forward and its backward.
 
@@ -153,7 +174,9 @@ class ShardRandom(RandomSource):
 
     def __init__(self, call: CallRandom, shard: int) -> None:
         super().__init__(lambda: call.base() + shard)
+        self.call = call
         self.reentrant = False  # a reentrant checkpoint was met, see shard.py
+        self.own_leaves: Callable[[], set[int]] = set  # by id, those that such a one may reach
 
     def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
         """Refuses.

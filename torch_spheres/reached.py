@@ -2,13 +2,15 @@
 
 A forward may compute with tensors that are no parameters of the module: with a layer that is kept
 in a list, with a function that holds the original of a layer, with a tensor on an attribute. Plain
-torch gives them gradients. So the shards' graphs are searched for leaves that are no replica's: in
-the first calls of a kind, in those whose number is a power of two, and in every call of a module
-that is known to have such tensors.
+torch gives them gradients. So the shards' graphs are searched for leaves that are no replica's: all
+of them in the first calls of a kind, in those whose number is a power of two, and in every call of
+a module that is known to have such tensors; in other calls one shard's, in turn, and the others' if
+it has such a leaf.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -28,19 +30,21 @@ class Reached:
 
     Args:
         pool: has looked at the module.
-        closely: graphs are searched, whatever is known.
+        closely: all graphs are searched, whatever is known.
+        number: of the call, among those of its kind.
         alone: this process has the whole batch.
 
     Attributes:
         tensors: whose gradients are summed: the module's parameters, then the others.
     """
 
-    def __init__(self, pool: ReplicaPool, closely: bool, alone: bool) -> None:
-        self._pool, self._alone = pool, alone
+    def __init__(self, pool: ReplicaPool, closely: bool, number: int, alone: bool) -> None:
+        self._pool, self._number, self._alone = pool, number, alone
         params = [p for p in pool.parameters if p.requires_grad]
         self._registered = len(params)
         # (One that is computed from others counts only where a graph has it: it may be a rest.)
         self._outside = [t for t in pool.outside if t.is_leaf]
+        self._reached_by: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._strange: list[Tensor] = []  # leaves that are no replica's
         self._originals: list[int] = []  # of parameters that are reached past the replicas
         self.tensors: list[Tensor] = [*params, *self._outside]
@@ -51,7 +55,7 @@ class Reached:
             self._searches = True
             # (Hooks on what is not reached are no matter.)
             self._add(leaf for leaf in known if not leaf._backward_hooks)
-        self._is_open = True
+        self._is_open = closely  # while one shard is alone, what it reaches can still be added
 
     def _add(self, leaves: Iterable[Tensor]) -> None:
         for leaf in leaves:
@@ -90,44 +94,80 @@ class Reached:
         Raises:
             RuntimeError: there is something whose gradient could not be given back.
         """
-        if self._searches and torch.is_grad_enabled():
-            graphs = [ShardGraph(shard.outputs) for shard in shards]
-            _refuse_shared_nodes(graphs)
-            self._take(shards, graphs)
-            for shard in shards:
-                shard.params = self.targets(shard.replica)
+        if torch.is_grad_enabled() and shards:
+            if not self._searches:
+                one = shards[self._number % len(shards)]
+                self._searches = bool(self._new([one], [ShardGraph(one.outputs)]))
+            if self._searches:
+                graphs = [ShardGraph(shard.outputs) for shard in shards]
+                _refuse_shared_nodes(graphs)
+                self._take(shards, graphs)
+                for _ in range(2):  # the first shard that reaches something is not the only one
+                    for k, (shard, graph) in enumerate(zip(shards, graphs, strict=True)):
+                        self._aim(k, shard, graph)
         self._refuse_what_ranks_cannot()
 
-    def look_at_first(self, shard: Shard, roots: Sequence[Tensor]) -> None:
-        """The same for one shard, before its backward: while it is alone, tensors can be added."""
-        if self._searches:
-            self._take([shard], [ShardGraph(roots)])
-            shard.params = self.targets(shard.replica)
+    def look_at_one(self, k: int, shard: Shard, roots: Sequence[Tensor], count: int) -> None:
+        """The same for one shard of so many, before its backward.
+
+        While the first one is alone, tensors can be added.
+        """
+        if self._searches or k == self._number % count:
+            graph = ShardGraph(roots)
+            self._take([shard], [graph], self._is_open)
+            self._aim(k, shard, graph)
         self._refuse_what_ranks_cannot()
+
+    def _aim(self, k: int, shard: Shard, graph: ShardGraph) -> None:
+        shard.params = self.targets(shard.replica)
+        own = {*shard.replica.leaves, *map(id, shard.inputs)}
+        for i, leaf in graph.leaves.items():
+            if i not in own:  # made by this shard's forward, or reached by others too
+                known, first = self._reached_by.get(i, (None, k))
+                if known is None or known() is not leaf:
+                    self._reached_by[i] = weakref.ref(leaf), k
+                elif first != k:
+                    shard.shares_leaves = True
 
     def close(self) -> None:
         """From now on shards run whose gradients are summed at once."""
         self._is_open = False
 
-    def _take(self, shards: Sequence[Shard], graphs: Sequence[ShardGraph]) -> None:
+    def _new(
+        self, shards: Sequence[Shard], graphs: Sequence[ShardGraph]
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Leaves that are not among `tensors`: those that replicas have for others, and strange."""
+        own: set[int] = set()
+        for shard in shards:
+            own.update(shard.replica.leaves, map(id, shard.inputs))
         outside = {id(leaf): t for s in shards for t, leaf in s.replica.outside}
-        own = {id(leaf) for s in shards for _, leaf in s.replica.params}
-        own.update(id(leaf) for s in shards for leaf in s.inputs)
-        found = {i: leaf for graph in graphs for i, leaf in graph.leaves.items() if i not in own}
-        # (Each replica has a leaf of its own for it.)
-        reached = {id(outside[i]): outside[i] for i in found if i in outside}
-        computed = [t for i, t in reached.items() if i not in self._place]
-        known = {*map(id, self._strange), *(id(self.tensors[i]) for i in self._originals)}
-        strange = [t for i, t in found.items() if i not in outside and i not in known]
-        if not computed and not strange:
+        computed, strange = [], []
+        for i, leaf in {i: leaf for graph in graphs for i, leaf in graph.leaves.items()}.items():
+            if i in outside:  # (each replica has a leaf of its own for it)
+                if id(outside[i]) not in self._place:
+                    computed.append(outside[i])
+            elif i not in own:
+                strange.append(leaf)
+        if strange:
+            known = {*map(id, self._strange), *(id(self.tensors[i]) for i in self._originals)}
+            strange = [t for t in strange if id(t) not in known]
+        return (computed, strange) if computed or strange else None
+
+    def _take(
+        self, shards: Sequence[Shard], graphs: Sequence[ShardGraph], is_open: bool = True
+    ) -> None:
+        new = self._new(shards, graphs)
+        if new is None:
             return
+        computed, strange = new
+        computed = [*{id(t): t for t in computed}.values()]
         self._pool.remember(strange)
-        if not self._is_open:
+        if not is_open:
             raise RuntimeError(
                 f"a tensor of shape {tuple((computed + strange)[0].shape)} that is no parameter of "
-                "the module was used in a shard's forward for the first time, after other shards' "
-                "gradients had been summed without it; it is known from the next call on. Make it "
-                "a parameter"
+                "the module was used in a shard's forward, or in the loss, for the first time, "
+                "while other shards' gradients are summed without it; it is known from the next "
+                "call on. Make it a parameter"
             )
         for tensor in computed:
             self._place[id(tensor)] = len(self.tensors)

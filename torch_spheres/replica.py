@@ -52,10 +52,12 @@ class Replica:
     ) -> None:
         self.grads = threading.Lock()  # held by who uses `.grad` of the replica's leaves
         self._replacements: dict[int, Any] = {}
+        self._is_whole = False  # bound to all that there is, and to nothing that is the replica's
         self.params: list[tuple[Tensor, Tensor]] = []
         for p in module.parameters():
             self.params.append((p, self._leaf(p)))
         self.outside = [(t, self._leaf(t)) for t in outside]
+        self.leaves = frozenset(id(mine) for _, mine in (*self.params, *self.outside))
         self.parts = [_Part(part) for part in module.modules()]
         self._replacements.update((id(part.source), part.copied) for part in self.parts)
         self.module: nn.Module = self.parts[0].copied
@@ -129,8 +131,39 @@ class Replica:
             names: of each part, the attributes that hold parts of the module.
             hooks: False leaves the module's hooks out.
         """
+        names = [*names]
+        if hooks and not any(names) and self._is_bound():
+            return
         for part, attributes in zip(self.parts, names, strict=True):
             part.rebind(attributes, self._replacements, hooks)
+        self._note()
+        self._bound_to = _Contents([d for part in self.parts for d in part.read()])
+        self._is_whole = hooks and not any(names) and not any(part.slots for part in self.parts)
+
+    def _is_bound(self) -> bool:
+        """Whether the module still has what it had at the last `rebind`."""
+        return self._is_whole and self._bound_to.are(
+            [d for part in self.parts for d in part.read()]
+        )
+
+    def _note(self) -> None:
+        """Remembers what the parts have now, all in one: a look at it takes microseconds."""
+        parts = self.parts
+        self._buffered = [part for part in parts if part.source._buffers or part.buffers]
+        self._sized = [held for part in parts for held in part.sized]
+        self._sized += [part.buffers for part in parts if part not in self._buffered]
+        self._sizes = [*map(len, self._sized)]
+        self._held = [held for part in parts for held in part.held]
+        self._values = [*itertools.chain.from_iterable(self._held)]
+        self._mixed = [part for part in parts if part.mixed]
+
+    def _is_changed(self) -> bool:
+        """Whether a part has not what it was bound to."""
+        if [*map(len, self._sized)] != self._sizes:
+            return True
+        if not all(map(is_, itertools.chain.from_iterable(self._held), self._values)):
+            return True
+        return any(part.changed_containers() for part in self._mixed)
 
     def begin_shard(
         self, is_own: Callable[[nn.Module, str, Tensor], bool] | None = None
@@ -140,27 +173,23 @@ class Replica:
         Args:
             is_own: says of a buffer whether the shard gets a copy, and not the module's; None: all.
         """
-        if self._is_dirty:
+        if self._is_dirty and self._is_changed():
             for part in self.parts:
-                if part.is_changed():
-                    part.restore()
+                part.restore()
+            self._note()
         self._is_dirty = True  # until `changes` knows better: the forward may raise
         taken: list[Buffer] = []
         copies: dict[int, Tensor] = {}  # one tensor under two names is one in the replica too
-        for part in self.parts:
-            if part.source._buffers or part.buffers:
-                part.take_buffers(taken, copies, is_own)
+        for part in self._buffered:
+            part.take_buffers(taken, copies, is_own)
         return taken
 
     def changes(self) -> list[tuple[int, str]]:
         """What the forward has set: the module's number in ``modules()``, the attribute's name."""
-        changed = [
-            (i, part)
-            for i, part in enumerate(self.parts)
-            if part.is_changed() or (part.buffers and part.lost_buffers())
-        ]
-        self._is_dirty = bool(changed)
-        return [(i, name) for i, part in changed for name in part.changes()]
+        self._is_dirty = self._is_changed() or any(part.lost_buffers() for part in self._buffered)
+        if not self._is_dirty:
+            return []
+        return [(i, name) for i, part in enumerate(self.parts) for name in part.changes()]
 
 
 class _Part:
@@ -173,14 +202,16 @@ class _Part:
         self.own: dict[str, Any] = {"_parameters": {}, "_buffers": self.buffers, "_modules": {}}
         self._held: dict[str, dict[str, Any]] = {}  # what belongs into the registries
         self._given: dict[str, Any] = {}
-        self._mixed: dict[str, Any] = {}
         self._replacements: dict[int, Any] = {}
-        # What `_given` holds, the registries' entries, and the sizes of all that may grow.
-        self._values: list[Any] = []
-        self._containers: list[Any] = []
-        self._sizes: list[int] = []
+        self.mixed: dict[str, Any] = {}
+        """Containers of the copy's own, and what they held."""
+        self.held: list[Any] = []
+        """What the copy has: views of the values of its attributes and registries."""
+        self.sized: list[Any] = []
+        """Whatever may grow."""
+        self._before: list[int] = []  # how large the last ones of those were
         self._has_hooks = True
-        self._slots = [name for kind in type(source).__mro__ for name in _slots(kind)]
+        self.slots = [name for kind in type(source).__mro__ for name in _slots(kind)]
 
     def connect(self, replacements: dict[int, Any]) -> None:
         """Fills the registries with the replica's parameters and parts."""
@@ -193,14 +224,19 @@ class _Part:
         source = vars(self.source)
         self._given = {**source, **self.own}
         self._replacements = replacements
-        self._mixed = {}  # containers of the copy's own, and what they held
+        self.mixed = {}
         for name in names:
             if name not in self.own and name not in _CHANGING and name in source:
                 new = self._given[name] = rebound(source[name], replacements)
                 if new is not source[name] and isinstance(new, MUTABLE):
-                    self._mixed[name] = [*new], [*values_of(new)]
+                    self.mixed[name] = [*new], [*values_of(new)]
         self._has_hooks = hooks
         self.restore()
+
+    def read(self) -> list[dict[Any, Any]]:
+        """The module's own dicts that the copy is made after."""
+        source = vars(self.source)
+        return [source, *(source[name] for name in _compat.FORWARD_HOOKS)]
 
     def _copy_containers(self) -> None:
         """Gives the copy its own: a hook that a forward installs is not the user's module's."""
@@ -212,25 +248,11 @@ class _Part:
             self._given[name] = mine
         name = "_non_persistent_buffers_set"
         self._given[name] = vars(self.source)[name].copy()
-        registered = itertools.chain.from_iterable(held.values() for held in self._held.values())
-        self._values = [*self._given.values(), *registered]
-        self._containers = [self._given[name] for name in _CHANGING]
-        self._sizes = [*map(len, self._containers)]
 
-    def is_changed(self) -> bool:
-        """Whether the copy has not what it was bound to."""
-        now, own = self.copied.__dict__, self.own
-        if len(now) != len(self._given) or [*map(len, self._containers)] != self._sizes:
-            return True
-        registered = own["_parameters"].values(), own["_modules"].values()
-        if not all(map(is_, itertools.chain(now.values(), *registered), self._values)):
-            return True
-        return bool(self._mixed) and bool(self._changed_containers())
-
-    def _changed_containers(self) -> list[str]:
+    def changed_containers(self) -> list[str]:
         """Names of containers of the copy's own that the forward has changed in place."""
         found = []
-        for name, (keys, values) in self._mixed.items():
+        for name, (keys, values) in self.mixed.items():
             now = self._given[name]
             if not _same([*now], keys) or not _same([*values_of(now)], values):
                 found.append(name)
@@ -248,13 +270,18 @@ class _Part:
         for registry, held in self._held.items():
             self.own[registry].clear()
             self.own[registry].update(held)
-        for name in self._changed_containers():
+        for name in self.changed_containers():
             new = self._given[name] = rebound(vars(self.source)[name], self._replacements)
-            self._mixed[name] = [*new], [*values_of(new)]
+            self.mixed[name] = [*new], [*values_of(new)]
         self._copy_containers()
         # In one step: a checkpoint may be computing with the replica in another thread.
-        object.__setattr__(self.copied, "__dict__", self._given.copy())
-        for name in self._slots:
+        attributes = self._given.copy()
+        object.__setattr__(self.copied, "__dict__", attributes)
+        containers = [self._given[name] for name in _CHANGING]
+        self._before = [*map(len, containers)]
+        self.sized = [attributes, *containers]
+        self.held = [d.values() for d in (attributes, *(self.own[name] for name in self._held))]
+        for name in self.slots:
             if hasattr(self.source, name):
                 object.__setattr__(self.copied, name, getattr(self.source, name))
 
@@ -299,9 +326,9 @@ class _Part:
         for registry, held in self._held.items():
             entries = self.own[registry]
             found += [n for n in {**held, **entries} if entries.get(n) is not held.get(n)]
-        found += self._changed_containers()
+        found += self.changed_containers()
         found += self.lost_buffers()
-        lengths = zip(_CHANGING, self._containers, self._sizes, strict=True)
+        lengths = zip(_CHANGING, self.sized[-len(_CHANGING) :], self._before, strict=True)
         found += [name for name, held, before in lengths if len(held) > before and "_hook" in name]
         return found
 
@@ -313,6 +340,24 @@ class _Part:
         return any(
             name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
             for hook in hooks
+        )
+
+
+class _Contents:
+    """What some dicts hold, to be compared with later: by identity."""
+
+    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
+        self._dicts = dicts
+        self._sizes = [*map(len, dicts)]
+        self._views = [d.values() for d in dicts]
+        self._values = [*itertools.chain.from_iterable(self._views)]
+
+    def are(self, dicts: list[dict[Any, Any]]) -> bool:
+        """Whether these are the same dicts, and hold the same."""
+        return (
+            all(map(is_, dicts, self._dicts))
+            and [*map(len, dicts)] == self._sizes
+            and all(map(is_, itertools.chain.from_iterable(self._views), self._values))
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -46,10 +47,14 @@ class ReplicaPool:
         self.parameters: list[nn.Parameter] = []
         self.attributes: list[list[str]] = []
         """Of each module: those that hold parts of it, and are the replica's own."""
+        self.flags: tuple[Any, ...] = ()
+        """Texts, enumerations and what is true or false on attributes: they may be ways to run."""
         self.outside: list[Tensor] = []
         """On attributes, with a gradient, and no parameters: replicas have leaves for them."""
         self.loose: list[tuple[int, str, Tensor]] = []
         """Tensors on attributes without a gradient: number of the module, name, tensor."""
+        self.watched: list[tuple[str, weakref.ref[Tensor]]] = []
+        """Other tensors that a forward can reach: how, and which; see forward_effects.py."""
         self.strangers: list[nn.Module] = []
         """Modules on attributes that are registered nowhere."""
 
@@ -74,9 +79,15 @@ class ReplicaPool:
         outside: dict[int, Tensor] = {}
         strangers: dict[int, nn.Module] = {}
         callables: list[Any] = []
+        flags: list[Any] = []
         for i, part in enumerate(parts):
             for name, value in vars(part).items():
                 if type(value) in _PLAIN or name in ELSEWHERE:
+                    if type(value) in _FLAGS and name != "training":
+                        flags.append(value)
+                    continue
+                if isinstance(value, enum.Enum):
+                    flags.append(value)
                     continue
                 if callable(value):
                     callables.append(value)
@@ -90,6 +101,7 @@ class ReplicaPool:
                         outside[id(held)] = held
                     else:
                         self.loose.append((i, name, held))
+        self.flags = tuple(flags)
         self.outside, self.strangers = [*outside.values()], [*strangers.values()]
         if [*map(id, callables)] != [*map(id, self._callables)]:
             self._callables = callables
@@ -109,11 +121,11 @@ class ReplicaPool:
             self._large[i, name] = value, size
         return found
 
-    def watches(self, kind: Hashable) -> tuple[bool, bool]:
-        """Whether a call of a kind is the first one, and whether it is to be watched closely."""
+    def watches(self, kind: Hashable) -> tuple[int, bool]:
+        """The number of a call among those of its kind, and whether it is to be watched closely."""
         with self._lock:
             number = self._calls.get(kind, 0) + 1
-        return number == 1, number <= _FIRST or number & (number - 1) == 0
+        return number, number <= _FIRST or number & (number - 1) == 0
 
     def count(self, kind: Hashable) -> None:
         """A call of the kind has been made, and raised nothing."""
@@ -159,6 +171,7 @@ class ReplicaPool:
 
 
 _PLAIN = frozenset((type(None), bool, int, float, str))
+_FLAGS = frozenset((bool, str))
 _SIZED = frozenset((list, tuple, dict, set))
 
 

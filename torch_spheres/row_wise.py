@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _compat
@@ -31,7 +31,7 @@ from torch_spheres.nesting import Nesting, flatten_output
 from torch_spheres.objects import is_sequence, tensor_inside
 from torch_spheres.outputs import ONCE, ROWS, SCALAR, STATISTIC, Refused, Way, is_array, same
 from torch_spheres.random import TrialRandom, random_states, restore_random_states
-from torch_spheres.replica import Replica
+from torch_spheres.replica import Buffer, Replica
 from torch_spheres.rounding import differs, rounding_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = ["Comparison", "compared"]
 
 _FORMS = 64  # calls of more forms than these are put together by their shapes
 _FLAGGED = 6  # numbers and texts that have changed so often change nothing: a step is among them
+_ALIKE = 4  # comparisons of rows that are all the same, as zeros are; then they are believed
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         return unknown
     learned = call.cutting.learned
     with learned.lock:
-        known = learned.comparisons.setdefault(_form(call), [])
+        form = _form(call)
+        known = learned.comparisons.setdefault(form, [])
         fitting = [c for c in known if c.fits(nesting, dims)]
         for comparison in fitting:
             if comparison.flags == flags or len(fitting) >= _FLAGGED:
@@ -84,9 +86,22 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         if _compat.dispatch_modes():
             return unknown  # they would see, and count, what is no part of the call
         found = _compare(call, ranges, unknown, outputs)
+        if _rows_are_alike(call, ranges):  # it tells little: the next call is looked at too
+            learned.alike[form] += 1
+            if learned.alike[form] < _ALIKE:
+                return found
         if not any(isinstance(way, Refused) for way in found.ways):  # (they are looked at anew)
             known.append(found)
         return found
+
+
+def _rows_are_alike(call: Call, ranges: tuple[int, int, int]) -> bool:
+    for value, dim in zip(call.split.flat, call.split.dims, strict=True):
+        if isinstance(value, Tensor) and dim is not None and not value.is_meta:
+            rows = value.detach().narrow(dim, ranges[0], ranges[2] - ranges[0])
+            if not torch.equal(rows, rows.narrow(dim, 0, 1).expand_as(rows)):
+                return False
+    return True
 
 
 def _form(call: Call) -> Hashable:
@@ -98,7 +113,13 @@ def _form(call: Call) -> Hashable:
         (v.dim(), v.dtype) if isinstance(v, Tensor) else v if type(v) is bool else type(v)
         for v in call.split.flat
     ]
-    return call.module.training, call.sums, call.keys, tuple(dict.fromkeys(values))
+    learned, state = call.cutting.learned, call.pool.flags
+    if learned.states is not None:
+        learned.states.add(state)
+        if len(learned.states) > _FLAGGED:  # a name that changes with each call is among them
+            learned.states = None
+    state = () if learned.states is None else state
+    return call.module.training, call.sums, call.keys, tuple(dict.fromkeys(values)), state
 
 
 def _two_ranges(call: Call) -> tuple[int, int, int] | None:
@@ -112,7 +133,13 @@ def _two_ranges(call: Call) -> tuple[int, int, int] | None:
     return begin, (begin + end) // 2, end
 
 
-Run = tuple[list[Any], Nesting]  # what a forward returned
+@dataclass
+class Run:
+    """A forward that was tried: what it returned, and by how much it changed buffers."""
+
+    outputs: list[Any]
+    nesting: Nesting
+    changes: dict[tuple[str, str], Tensor]  # of floating-point buffers, by type and name
 
 
 def _compare(
@@ -132,11 +159,15 @@ def _compare(
     if call.module.training and not training and not learned.has_trained:
         # Some look across rows in training alone; batch norm does, as everybody knows.
         learned.has_trained = True
-        if not any("BatchNorm" in type(part).__name__ for part in call.module.modules()):
+        if not any(map(_is_batch_norm, call.module.modules())):
             again, drew = _runs_without_trace(call, training=True, spans=spans)
-            if again and not drew and _alike(unknown, runs[1][0], again[1], exact=True):
+            if again and not drew and _alike(unknown, runs[1].outputs, again[1], exact=True):
                 _judged(call, again, ranges, unknown, has_values=True)
     return found
+
+
+def _is_batch_norm(part: nn.Module) -> bool:
+    return any("BatchNorm" in kind.__name__ for kind in type(part).__mro__)
 
 
 def _runs_without_trace(
@@ -145,7 +176,11 @@ def _runs_without_trace(
     """The forward of each range of rows; and whether it drew random numbers."""
     draws, before = TrialRandom(), random_states()
     try:
-        runs = _runs(call, draws, training, spans)
+        # (A forward may use autograd itself, as forces are computed from an energy.)
+        with_grad = (False, True) if torch.is_grad_enabled() else (False,)
+        runs = next(
+            (r for grad in with_grad if (r := _runs(call, draws, training, grad, spans))), []
+        )
     finally:
         drew = draws.any or not _equal_states(before, random_states())
         restore_random_states(before)
@@ -163,25 +198,26 @@ def _judged(
     """What the runs of all rows, of the first and of the second range show."""
     begin, middle, end = ranges
     whole, *alone = runs
-    if alone[0][1] != alone[1][1]:
+    if alone[0].nesting != alone[1].nesting:
         return unknown
-    if whole[1] != alone[0][1]:
+    if whole.nesting != alone[0].nesting:
         return dataclasses.replace(unknown, ways=(Refused(_STRUCTURE),) * len(unknown.dims))
     rows = end - begin, middle - begin, end - middle
-    values = [*zip(whole[0], alone[0][0], alone[1][0], strict=True)]
+    values = [*zip(whole.outputs, alone[0].outputs, alone[1].outputs, strict=True)]
     ways = tuple(_way(three, rows) for three in values)
     means = False
     if has_values:
         means = call.sums_by_argument and _are_means(call, values, ways, rows)
         _check_values(call, values, ways, rows, call.sums and not means)
+        _check_buffers(call, runs)
     return dataclasses.replace(unknown, ways=ways, means=means)
 
 
 def _runs(
-    call: Call, draws: TrialRandom, training: bool, ranges: Sequence[tuple[int, int]]
+    call: Call, draws: TrialRandom, training: bool, grad: bool, ranges: Sequence[tuple[int, int]]
 ) -> list[Run]:
     """The forward of each range of rows, without a trace; nothing if it cannot run so."""
-    found = []
+    found: list[Run] = []
     try:
         for first, last in ranges:
             # A new one: what the last one's forward set is gone.
@@ -195,22 +231,33 @@ def _runs(
             values = call.split.cut(first, last)
             own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
             args, kwargs = call.arguments(own)
-            replica.begin_shard()
-            with torch.no_grad(), draws.active():
-                found.append(flatten_output(module(*args, **kwargs)))
+            buffers = replica.begin_shard()
+            with torch.set_grad_enabled(grad), draws.active():
+                outputs, nesting = flatten_output(module(*args, **kwargs))
+            if grad:
+                outputs = [v.detach() if isinstance(v, Tensor) else v for v in outputs]
+            found.append(Run(outputs, nesting, _changes(buffers)))
     except Exception:  # noqa: BLE001
         return []  # whatever is wrong shows in the shards, or is wrong in this mode alone
     return found
 
 
+def _changes(buffers: Sequence[Buffer]) -> dict[tuple[str, str], Tensor]:
+    found = {}
+    for buffer in buffers:
+        value = buffer.changed_value()
+        if value is not None and value.shape == buffer.given.shape and value.is_floating_point():
+            found[type(buffer.source).__name__, buffer.name] = value - buffer.given
+    return found
+
+
 def _alike(expected: Comparison, outputs: Sequence[Any], run: Run, *, exact: bool) -> bool:
     """Whether the first range's outputs are such as the first shard's: else they tell nothing."""
-    found, nesting = run
     if expected.nesting is None:
         return True
-    if nesting != expected.nesting or _dims(found) != expected.dims:
+    if run.nesting != expected.nesting or _dims(run.outputs) != expected.dims:
         return False
-    return not exact or _shapes(found) == _shapes(outputs)
+    return not exact or _shapes(run.outputs) == _shapes(outputs)
 
 
 def _dims(outputs: Sequence[Any]) -> tuple[int | None, ...]:
@@ -332,6 +379,25 @@ def _check_values(
             learned.warned = True
             warnings.warn(f"output {i} of the module {text}", UserWarning, users_level())
             return
+
+
+def _check_buffers(call: Call, runs: Sequence[Run]) -> None:
+    """Warns, once for each, of buffers in which sums over rows are made: they become a share."""
+    whole, *alone = (run.changes for run in runs)
+    eps = rounding_of(call)
+    for key, change in whole.items():
+        first, second = (changes.get(key) for changes in alone)
+        if first is None or second is None or differs(change, first + second, eps):
+            continue
+        if differs(change, (first + second) / 2, eps) and f"sum {key}" not in call.pool.reported:
+            call.pool.reported.add(f"sum {key}")
+            warnings.warn(
+                f"the module's forward adds something of each row to the buffer {'.'.join(key)}: "
+                "of floating-point buffers SphereParallel makes the mean over the shards, so that "
+                "a shard's share of the sum comes out. Add outside of the module what it returns",
+                UserWarning,
+                users_level(),
+            )
 
 
 _NOT_ROW_WISE = (

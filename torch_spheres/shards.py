@@ -13,7 +13,7 @@ from torch_spheres.buffers import buffers_of, merge_buffers, take_new_shapes
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
-from torch_spheres.forward_effects import ForwardEffects, version_of
+from torch_spheres.forward_effects import ForwardEffects, contents, version_of
 from torch_spheres.gathering import cut_grad, gather, gather_input_grad
 from torch_spheres.nesting import Nesting, flatten_output
 from torch_spheres.outputs import Way
@@ -65,27 +65,28 @@ class Call:
         )
         self.sums = self.sums_by_argument or self.cutting.scalars == "sum"
         self._positional = len(args)
+        pool.follow(module)
         self.keys = (*range(len(args)), *kwargs)
         self.context = crew.context()
         self.split = self._split([*zip(self.keys, (*args, *kwargs.values()), strict=True)])
-        self.random = CallRandom(self.base)
+        self.random = CallRandom(self.base, crew.spheres if crew.plan.workers > 0 else None)
         self.shards: list[Shard | None] = []
         self._freed = False
         self.nesting: Nesting | None = None  # of the outputs
         self.differentiable_outputs: list[bool] = []
         self.ways: list[Way] = []  # how each output is put together
-        pool.follow(module)
         self.compiled: tuple[Any, ...] | None = None
-        if any(map(_compat.is_compiled, module.modules())):
+        if any(map(_compat.is_compiled, pool.parts)):
             self.compiled = self._signature()
             _compat.prepare_to_compile()
         training = tuple(part.training for part in pool.parts)
         trained = tuple(p.requires_grad for p in pool.parameters)
         self.kind = what, torch.is_grad_enabled(), training, trained
-        self.is_first, self.closely = pool.watches(self.kind)
+        number, self.closely = pool.watches(self.kind)
+        self.is_first = number == 1
         self._learnt = not self.is_first  # which large buffers the forward writes to
         self.effects = ForwardEffects(module, pool, closely=self.closely, again=not self.is_first)
-        self.reached = Reached(pool, self.closely, ranks is None)
+        self.reached = Reached(pool, self.closely, number, ranks is None)
         self.differentiable = [
             i
             for i, value in enumerate(self.split.flat)
@@ -97,7 +98,7 @@ class Call:
     def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         """The arguments, cut by rows."""
         refuse_forward_ad()
-        least = 2 if any(map(_needs_two_rows, self.module.modules())) else 1
+        least = 2 if any(map(_needs_two_rows, self.pool.parts)) else 1
         shards = self.crew.plan.shards
         return Split(arguments, shards, self.ranks, self.cutting, self.module, least)
 
@@ -186,6 +187,7 @@ class Call:
                     values[i] = values[i].detach().requires_grad_()
                     shard.inputs.append(values[i])
                 args, kwargs = self.arguments(values)
+                before = contents(self.keys, (*args, *kwargs.values()))
                 plain = self.split.outside_objects(values)  # (a cache is there to be written to)
                 versions = [version_of(v) for v in plain]
                 output = replica.module(*args, **kwargs)
@@ -194,6 +196,7 @@ class Call:
                         "the module's forward wrote in place to its arguments, of which a shard "
                         "has a part or a copy: x = x.clone() first, or return what is new"
                     )
+                self.effects.look_at_arguments(before)
         except Exception as error:
             error.add_note(self.split.described())
             raise
