@@ -137,7 +137,8 @@ void Sphere::hand_down() {
     }
   }
   seen_ticket_ = newest;
-  bool marked = false;
+  std::int64_t waiting = 0;  // in the queues of leaves
+  std::int64_t marked = 0;
   for (int group = 0; group < kKissing; ++group) {
     Sphere& child = system_.sphere(Topology::child(id, group));
     if (child.offset >= most) continue;
@@ -146,11 +147,21 @@ void Sphere::hand_down() {
       child.queue_high_water.raise_to(static_cast<std::uint64_t>(queued));
       if (queued == 0) continue;  // its siblings were faster than this message
       system_.permits_.mark_ready(child.offset);
-      marked = true;
+      waiting += queued;
+      ++marked;
     }
     system_.ring_doorbell(id, child.id);
   }
-  if (marked) system_.dispatch();
+  if (marked == 0) return;
+  // Batches of few items all wait in the queues of the first leaves.  Each item may have to run
+  // beside the others, so as many leaves get a turn, to steal.
+  for (int group = 0; group < kKissing && marked < waiting; ++group) {
+    Sphere& child = system_.sphere(Topology::child(id, group));
+    if (child.offset < most && system_.ring_.was_queued(child.offset) > 0) continue;
+    system_.permits_.mark_ready(child.offset);
+    ++marked;
+  }
+  system_.dispatch();
 }
 
 void Sphere::begin_meeting(const Message& message) {

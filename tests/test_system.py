@@ -222,6 +222,18 @@ def test_siblings_steal_the_items_of_a_slow_sphere() -> None:
     assert stats.items_stolen == stats.total(lambda s: s.items_given)
 
 
+@pytest.mark.parametrize("portions", [(1, 1), (1,) * 6, (1,) * 12, (2, 3, 1)])
+def test_items_that_wait_for_each_other_run_at_once_in_any_portions(
+    portions: tuple[int, ...],
+) -> None:
+    with KissingSpheres(concurrency=12) as spheres:
+        for _ in range(1000 if portions == (1, 1) else 100):
+            together = threading.Barrier(sum(portions))
+            for items in portions:
+                spheres.distribute_work(range(items), lambda _, all_=together: all_.wait(LIMIT))
+            spheres.wait(LIMIT)
+
+
 # ---- waiting ----
 
 

@@ -1,5 +1,7 @@
 #include "system.h"
 
+#include <numeric>
+
 #include "system_support.h"
 
 using namespace torch_spheres;
@@ -34,6 +36,35 @@ TEST(idle_siblings_steal_the_slow_spheres_items) {
   CHECK(total(system, &SphereStats::items_stolen) > 0);
   CHECK_EQ(total(system, &SphereStats::items_stolen), total(system, &SphereStats::items_given));
   CHECK_EQ(total(system, &SphereStats::items_run), 240u);
+}
+
+TEST(items_in_any_portions_run_at_once_on_as_many_leaves) {
+  // Each item goes on only when all of its round run, whatever batches they came in.
+  for (const int levels : {2, 3}) {
+    System system(levels, 12);
+    system.start();
+    for (int round = 0; round < 200; ++round) {
+      const std::vector<std::int64_t> portions = round % 4 == 0   ? std::vector<std::int64_t>{1, 1}
+                                                 : round % 4 == 1 ? std::vector<std::int64_t>(12, 1)
+                                                 : round % 4 == 2
+                                                     ? std::vector<std::int64_t>{3, 2, 1, 4}
+                                                     : std::vector<std::int64_t>{11, 1};
+      const std::int64_t all = std::accumulate(portions.begin(), portions.end(), std::int64_t{0});
+      std::atomic<std::int64_t> running{0};
+      const auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
+        ++running;
+        const auto end = std::chrono::steady_clock::now() + kPatience;
+        while (running < all) {
+          CHECK(std::chrono::steady_clock::now() < end);
+          std::this_thread::yield();
+        }
+      });
+      std::vector<std::shared_ptr<Batch>> batches;
+      for (const std::int64_t items : portions) batches.push_back(submit(system, work, items));
+      for (const auto& batch : batches) finish(batch);
+      CHECK(work->count == all);
+    }
+  }
 }
 
 TEST(the_last_item_goes_to_exactly_one_of_owner_and_thieves) {
