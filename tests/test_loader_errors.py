@@ -39,7 +39,7 @@ def test_the_original_exception_comes_with_its_place(spheres, workers):
     assert "fail" in frames
     note = caught.value.__notes__[0]
     assert note.startswith("while loading dataset[13], sample 1 of batch 3, ")
-    assert "on sphere " in note or "in the caller's thread" in note
+    assert "in loader worker " in note or "in the caller's thread" in note
     assert [*iterator] == [[16, 17, 18, 19], [20, 21, 22, 23]]
 
 
@@ -119,11 +119,11 @@ def test_a_batch_that_nobody_waits_for_ends_with_its_sample(spheres):
     iterator = iter(ts.wrap(DataLoader(Asking(wait, 24), 12, num_workers=1), spheres))
     while not asked:
         time.sleep(0.001)
-    work = iterator._team._queues[0].work
+    (worker,) = iterator._workers
     del iterator
     gate.set()
-    work.wait(60)
-    assert asked == [0]
+    worker.join(60)
+    assert asked == [0] and not worker.is_alive()
 
 
 def test_a_timeout_says_so_and_the_batch_still_comes(spheres):

@@ -10,7 +10,7 @@ import torch
 
 from torch_spheres import _core
 
-__all__ = ["has_gil", "install"]
+__all__ = ["has_gil", "install", "take_one_intra_op_thread"]
 
 _lock = threading.Lock()
 
@@ -27,11 +27,17 @@ os.register_at_fork(after_in_child=_after_fork)
 def _enter(name: str) -> None:
     # `current_thread()` makes the entry through which logging and debuggers see the name.
     threading.current_thread().name = name
-    # One intra-op thread: spheres are parallel to each other already, and a kernel that splits its
-    # sums over threads gives other bits for other thread counts.  set_num_threads() sets the
-    # calling thread and a process-wide default, which only threads read that have not used torch
-    # yet; asking first makes sure that this thread has.  The default is put back from a thread of
-    # its own, since setting it here would undo the 1.
+    take_one_intra_op_thread()
+
+
+def take_one_intra_op_thread() -> None:
+    """For the calling thread, which is parallel to others already.
+
+    (And a kernel that splits its sums over threads gives other bits for other thread counts.)
+    """
+    # set_num_threads() sets the calling thread and a process-wide default, which only threads read
+    # that have not used torch yet; asking first makes sure that this thread has.  The default is
+    # put back from a thread of its own, since setting it here would undo the 1.
     with _lock:
         default = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.inline import InlineIterator
 from torch_spheres.loading.portions import same_random_state
-from torch_spheres.loading.progress import Progress
+from torch_spheres.loading.progress import Bookmark, Progress
 from torch_spheres.loading.stats import LoaderStats, Meter
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
@@ -56,6 +56,7 @@ class SphereLoader(DataLoader[T]):
     _meter: Meter
     _pending: Progress | None
     _newest: weakref.ref[SphereIterator] | None
+    _mark: Bookmark | None  # of the newest, which may be gone
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         del args, kwargs
@@ -71,7 +72,7 @@ class SphereLoader(DataLoader[T]):
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
         made = kind(self, self._pending)
         self._pending = None  # not before: what could not be resumed can be tried again
-        self._newest = weakref.ref(made)
+        self._newest, self._mark = weakref.ref(made), made.mark
         return made
 
     def check_worker_number_rationality(self) -> None:
@@ -80,7 +81,7 @@ class SphereLoader(DataLoader[T]):
             super().check_worker_number_rationality()
 
     def _own_attributes(self) -> dict[str, Any]:
-        left_out = {"spheres", "_sphere_ranks", "_iterator", "_newest", "_meter"}
+        left_out = {"spheres", "_sphere_ranks", "_iterator", "_newest", "_mark", "_meter"}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -96,7 +97,7 @@ class SphereLoader(DataLoader[T]):
         # Past DataLoader.__setattr__, which would refuse some of them.
         vars(self).update(attributes, spheres=spheres, _sphere_ranks=ranks)
         meter = Meter(self.num_workers, spheres._rows.loaded)
-        vars(self).update(_iterator=None, _newest=None, _meter=meter)
+        vars(self).update(_iterator=None, _newest=None, _mark=None, _meter=meter)
         return self
 
     def __reduce__(self) -> Any:
@@ -114,8 +115,9 @@ class SphereLoader(DataLoader[T]):
     # ---- positions ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iterator that began last is; plain values and tensors.
+        """Where the iterator that began last is, or was when the loop broke off; plain values.
 
+        That is after the last batch that was handed out; after the end, before the next epoch.
         Batches that were loaded ahead but not handed out will come again. Save the process's own
         random state with it (``torch.get_rng_state()``): a shuffle of an epoch to come is drawn
         from there.
@@ -126,16 +128,16 @@ class SphereLoader(DataLoader[T]):
         """
         self._need_threads("state_dict()")
         newest = self._newest() if self._newest is not None else None
-        if newest is not None and not newest.finished:
-            return newest.progress().as_dict()
+        if self._mark is not None and not self._mark.finished:
+            return (self._mark if newest is None else newest).progress().as_dict()
         if self._pending is not None:
             return self._pending.as_dict()
         state = Progress.to_come(self)
-        if newest is not None and self.persistent_workers:
-            last = newest.progress()
+        if self._mark is not None and self.persistent_workers:
+            last = self._mark.progress()
             state.base_seed, state.workers, state.fresh = last.base_seed, last.workers, False
             for worker in state.workers.values():  # what they draw goes on; the rest begins anew
-                worker.update(fetched=0, holder="", progress=None)
+                worker.update(fetched=0, holder="", progress=None, begin=None)
         return state.as_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -152,7 +154,7 @@ class SphereLoader(DataLoader[T]):
         """
         self._need_threads("load_state_dict()")
         self._pending = Progress.of(state_dict, self)
-        self._newest = None
+        self._newest = self._mark = None
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._iterator = None

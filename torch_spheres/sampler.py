@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -254,7 +256,7 @@ class _Epoch:  # what is saved of one pass over the sampler
     kind: str  # what the sampler draws from, see source_of
     start: Any  # its state before the first draw
     position: int = 0  # global batches handed out
-    digest: int = 0  # of their lengths and first indices: a replay must give the same
+    digest: int = 0  # of all their indices: a replay must give the same
     now: Any = None  # the sampler's own state at the position, if it has one
 
     def count(self, batch: list[Any]) -> None:
@@ -275,10 +277,14 @@ def loaded(
 
 
 def digest(before: int, index: Any) -> int:
-    """Of the index lists so far and one more (or one index): of their lengths, first indices."""
-    size, first = (len(index), index[0]) if isinstance(index, list) and index else (1, index)
-    number = first if isinstance(first, int) else 0
-    return (before * 31 + size + number) % (2**61 - 1)
+    """Of the index lists so far and one more (or one index): of all that is in them."""
+    if hasattr(index, "tolist"):
+        index = index.tolist()
+    try:
+        content = array("q", index if isinstance(index, (list, tuple)) else (index,)).tobytes()
+    except (TypeError, OverflowError):  # no integers: keys, or indices in tuples
+        content = repr(index).encode()
+    return zlib.crc32(content, before)
 
 
 def source_of(sampler: Any) -> tuple[str, Callable[[], Any], Callable[[Any], object]]:

@@ -74,6 +74,7 @@ class KissingSpheres(Views):
         self._topology = Topology(levels)
         self._core = _core.System(levels, min(concurrency, self._topology.leaves))
         self._starts = 0
+        self._loading: weakref.WeakSet[Any] = weakref.WeakSet()  # workers of loaders, to be stopped
         self._prepare_views(cores)
         _live.add(self)
 
@@ -145,6 +146,8 @@ class KissingSpheres(Views):
             TimeoutError: items were still running. They go on; call `stop` again.
             RuntimeError: called from inside a work item, or in a forked child.
         """
+        self._core.require_outside("stop()")
+        self._end_loading()
         lost, error = self._core.stop(as_timeout(timeout))
         if lost:
             warnings.warn(
@@ -171,9 +174,16 @@ class KissingSpheres(Views):
                 self._core.wait(None)
         finally:
             # With an exception under way the items that are dropped are not worth a warning.
+            self._end_loading()
             self._core.stop(None)
         if kind is None:
             self._warn_of_silent_logs()
+
+    def _end_loading(self) -> None:
+        """Has the workers of loaders load no more."""
+        if not self._core.forked():
+            for workers in list(self._loading):
+                workers.stop()
 
     def _ensure_started(self, what: str) -> None:
         if not self._starts and not self._core.forked():

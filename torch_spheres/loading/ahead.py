@@ -7,21 +7,18 @@ order results are handed out is what a `DataLoader` does with worker processes.
 from __future__ import annotations
 
 import itertools
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from torch_spheres import _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
-from torch_spheres.loading.progress import Progress, Snapshot
-from torch_spheres.loading.team import Team
+from torch_spheres.loading.progress import Progress, shared_states
+from torch_spheres.loading.team import Team, WorkerThread
 from torch_spheres.loading.worker import Plan, Result
-from torch_spheres.random import numpy_state
 
 if TYPE_CHECKING:
     from torch_spheres.loader import SphereLoader
@@ -39,11 +36,6 @@ _SHARED_RANDOM = (
 
 
 _LOOKS = 8  # batches
-
-
-def shared_states() -> Any:
-    """Of Python's and numpy's process-wide generators."""
-    return random.getstate(), numpy_state(np.random)
 
 
 def _context() -> CallerContext:
@@ -90,8 +82,8 @@ class AheadIterator(SphereIterator):
             sender=self._sender,
             meter=self._meter,
         )
-        self._snapshots: dict[int, Snapshot] = resumed.snapshots() if resumed else {}
-        self._team = Team(self._plan, self._spheres, self._snapshots)
+        self.mark.snapshots = resumed.snapshots() if resumed else {}
+        self._team = Team(self._plan, self._spheres, self.mark.snapshots)
         # For what worker processes have for themselves, and threads share.
         self._looks = _LOOKS
         # As torch does, which begins the first epoch of its workers like any other.
@@ -121,11 +113,11 @@ class AheadIterator(SphereIterator):
         self._begin_counting(fresh=False)
         super()._reset(loader, first_iter)
         if self._team.over:  # its workers are gone, but their random streams go on
-            known = {w: snapshot.streams_only() for w, snapshot in self._snapshots.items()}
-            self._snapshots = known
+            known = {w: snapshot.streams_only() for w, snapshot in self.mark.snapshots.items()}
+            self.mark.snapshots = known
             self._team = Team(self._plan, self._spheres, known)
         else:
-            self._snapshots = self._team.begin_epoch()
+            self.mark.snapshots = self._team.begin_epoch()
         self._begin_epoch(None)
 
     def _put(self) -> None:
@@ -196,12 +188,12 @@ class AheadIterator(SphereIterator):
 
     def _remember(self, result: Result) -> None:
         if result.snapshot is not None:
-            self._snapshots[result.worker] = result.snapshot
+            self.mark.snapshots[result.worker] = result.snapshot
 
     def _end(self, worker: int) -> None:
         """A worker's iterable dataset is at its end: what else it was given is nobody's."""
         self._active[worker] = False
-        self._at.ended = sorted({*self._at.ended, worker})
+        self.mark.at.ended = sorted({*self.mark.at.ended, worker})
         self._open = {n: task for n, task in self._open.items() if task.worker != worker}
         self._put()
 
@@ -257,6 +249,11 @@ class AheadIterator(SphereIterator):
         """Ends what is under way; the name is torch's, which other libraries call."""
         self._shut = True
         self._team.close()
+
+    @property
+    def _workers(self) -> list[WorkerThread]:
+        """As torch's iterator has its worker processes."""
+        return self._team.threads
 
     def __del__(self) -> None:
         team = getattr(self, "_team", None)  # it is not there if __init__ raised

@@ -18,7 +18,7 @@ from torch_spheres.errors import StoppedError
 from torch_spheres.loading.gather import gathers
 from torch_spheres.loading.info import install
 from torch_spheres.loading.portions import Portions, collate_own, same_random_state
-from torch_spheres.loading.progress import FAILED, Progress, Snapshot, Sources, shape_of
+from torch_spheres.loading.progress import Bookmark, Progress, Sources, shape_of
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.sampler import digest
@@ -32,7 +32,6 @@ __all__ = ["SphereIterator"]
 class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when it runs
     """Draws, sampler, warnings and length are torch's; how to come back to a position is ours."""
 
-    _base_seed: int
     _collate_fn: Any
 
     def __init__(self, loader: SphereLoader[Any], resumed: Progress | None) -> None:
@@ -47,8 +46,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
         self._places: Sequence[int] | None = None  # of the index list that was cut last
         self._in_use = threading.RLock()
-        self._snapshots: dict[int, Snapshot] = {}
-        self.finished = False  # all of the epoch was handed out
+        self.mark = Bookmark(self._sources, self._in_order)
         self._begin_counting(fresh=True)
         self._after_base_seed: torch.Tensor | None = None
         self._last_next: float | None = None
@@ -80,7 +78,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         self._pulled = 0  # digest of all index lists so far, also those asked for ahead
         start = self._sources.capture()
         # After the batch that was handed out last.
-        self._at = Progress(**self._shape, start=start, now=start, begun=True, fresh=fresh)
+        self.mark.at = Progress(**self._shape, start=start, now=start, begun=True, fresh=fresh)
 
     def _come_back(self, loader: SphereLoader[Any], resumed: Progress) -> None:
         """Torch's own __init__, with the draws of the epoch that is resumed."""
@@ -94,7 +92,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             super().__init__(loader)
             self._after_base_seed = torch.get_rng_state()
         self._base_seed = resumed.base_seed
-        self._at = replace(resumed, begun=True)
+        self.mark.at = replace(resumed, begun=True)
 
     @contextlib.contextmanager
     def _skipping(self, resumed: Progress | None) -> Iterator[None]:
@@ -159,29 +157,30 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
     def _handed_out(self, task: int, digest: int, next_worker: int = 0) -> None:
         """The batch of an index list is about to be the loop's."""
-        self._at.tasks, self._at.yielded = task + 1, self._at.yielded + 1
-        self._at.digest, self._at.next_worker = digest, next_worker
+        self.mark.at.tasks, self.mark.at.yielded = task + 1, self.mark.at.yielded + 1
+        self.mark.at.digest, self.mark.at.next_worker = digest, next_worker
 
     def progress(self) -> Progress:
-        """After the batch that was handed out last.
+        """After the batch that was handed out last; see `Bookmark.progress`."""
+        return self.mark.progress()
 
-        Raises:
-            RuntimeError: batches come out of order, or the iterable dataset's own
-                ``state_dict()`` has failed.
-        """
-        if not self._in_order:
-            raise RuntimeError(
-                "a loader with in_order=False has no position to save; use in_order=True"
-            )
-        for snapshot in self._snapshots.values():
-            if snapshot.holder == FAILED:
-                raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")
-        return replace(
-            self._at,
-            now=self._sources.capture(),
-            base_seed=self._base_seed,
-            workers={w: dict(vars(snapshot)) for w, snapshot in self._snapshots.items()},
-        )
+    @property
+    def finished(self) -> bool:
+        """Whether all of the epoch was handed out."""
+        return self.mark.finished
+
+    @finished.setter
+    def finished(self, value: bool) -> None:
+        self.mark.finished = value
+
+    @property
+    def _base_seed(self) -> int:
+        """Torch sets it."""
+        return self.mark.base_seed
+
+    @_base_seed.setter
+    def _base_seed(self, value: int) -> None:
+        self.mark.base_seed = value
 
     # ---- torch's interface ----
 

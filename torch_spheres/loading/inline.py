@@ -38,7 +38,7 @@ class InlineIterator(SphereIterator):
             self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
 
     def _next_data(self) -> Any:
-        number = self._at.tasks
+        number = self.mark.at.tasks
         try:
             index = self._next_index()
         except StopIteration:
@@ -70,10 +70,18 @@ class InlineIterator(SphereIterator):
 
     def progress(self) -> Progress:
         """After the batch that was handed out last; nothing was loaded ahead of it."""
-        if self._iterable and self._at.tasks > 0:
-            with self._in_use:  # a batch that another thread is in comes first
-                self._snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, self._at.tasks)}
+        with self._in_use:  # a batch that another thread is in comes first
+            self._look_at_dataset()
         return super().progress()
+
+    def _look_at_dataset(self) -> None:
+        tasks = self.mark.at.tasks
+        if self._iterable and tasks > 0:
+            self.mark.snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, tasks)}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fetcher") and not self.finished:
+            self._look_at_dataset()  # for a state that is asked for after a break
 
     def _shutdown_workers(self) -> None:
         """Nothing is under way between two batches; the name is torch's."""

@@ -9,21 +9,37 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.random import random_states, restore_random_states
+from torch_spheres.random import numpy_state, random_states, restore_random_states
 from torch_spheres.sampler import loaded, source_of
 
-__all__ = ["FAILED", "Progress", "Snapshot", "Sources", "has_position", "shape_of"]
+__all__ = [
+    "FAILED",
+    "Bookmark",
+    "Progress",
+    "Snapshot",
+    "Sources",
+    "has_position",
+    "shape_of",
+    "shared_states",
+]
 
 FAILED = "failed"
+
+
+def shared_states() -> Any:
+    """Of Python's and numpy's process-wide generators."""
+    return random.getstate(), numpy_state(np.random)
 
 
 def has_position(value: Any) -> bool:
@@ -44,11 +60,13 @@ class Snapshot:
     """Whose `progress` is the state: the dataset's ``"iterator"``, the ``"dataset"``, or ``""``;
     `FAILED`: there should be one, and `progress` says what its ``state_dict()`` raised."""
     progress: Any = None
+    begin: dict[str, Any] | None = None
+    """The streams when the epoch began, of an iterable dataset that may have to be read again."""
 
     @staticmethod
-    def of(rng: Any, fetcher: Any, fetched: int) -> Snapshot:
+    def of(rng: Any, fetcher: Any, fetched: int, begin: dict[str, Any] | None = None) -> Snapshot:
         """On the worker's thread."""
-        snapshot = Snapshot(fetched, None, "")
+        snapshot = Snapshot(fetched, None, "", begin=begin)
         if rng is not None:
             snapshot.streams = random_states(rng)
         iterator = getattr(fetcher, "dataset_iter", None)
@@ -66,20 +84,42 @@ class Snapshot:
                 break
         return snapshot
 
-    def restore(self, dataset: Any, make: Callable[[Any], Fetcher], samples: int) -> Fetcher:
+    def restore(
+        self, dataset: Any, make: Callable[[Any], Fetcher], samples: int, rng: Any = None
+    ) -> Fetcher:
         """What `make` makes of the dataset, where it was after the last task.
 
         By its own state, or else by dropping what each task took: so many samples.
+
+        Args:
+            dataset: the worker's.
+            make: is given the dataset.
+            samples: of each task.
+            rng: the worker's random streams, which are where the epoch began meanwhile.
+
+        Raises:
+            RuntimeError: the dataset draws from the process's own generators, so that it does not
+                give again what it gave.
         """
+        if rng is not None and (begin := self.begin or self.streams) is not None:
+            restore_random_states(begin, rng)
         if self.holder == "dataset":
             dataset.load_state_dict(copy.deepcopy(self.progress))
+        before = shared_states()
         fetcher = make(dataset)
         iterator: Any = getattr(fetcher.fetcher, "dataset_iter", None)
         if self.holder == "iterator":
             iterator.load_state_dict(copy.deepcopy(self.progress))
-        elif self.holder == "" and iterator is not None:
+        elif self.holder == "" and iterator is not None and self.fetched:
             for _ in range(self.fetched * samples):
                 next(iterator, None)
+            if before != shared_states():
+                raise RuntimeError(
+                    f"{type(dataset).__name__} draws from Python's random or numpy.random, which "
+                    "are not at the place where its epoch began, so that other samples would come "
+                    "than those that were left: shuffle with torch, or with get_worker_info().rng, "
+                    "or give the dataset state_dict() and load_state_dict()"
+                )
         return fetcher
 
     def restore_streams(self, rng: Any) -> None:
@@ -146,6 +186,50 @@ def shape_of(loader: DataLoader[Any]) -> dict[str, Any]:
         "iterable": loader._dataset_kind == _compat.DatasetKind.Iterable,
         "source": Sources(loader).kind,
     }
+
+
+class Bookmark:
+    """Where an iterator is, for who asks when it is gone: it holds neither dataset nor workers.
+
+    Args:
+        sources: what its epoch is drawn from.
+        in_order: whether batches come in the order of their index lists.
+
+    Attributes:
+        at: after the batch that was handed out last.
+        base_seed: of the epoch.
+        snapshots: of the workers.
+        finished: all of the epoch was handed out.
+    """
+
+    at: Progress
+    base_seed: int
+
+    def __init__(self, sources: Sources, in_order: bool) -> None:
+        self._sources, self._in_order = sources, in_order
+        self.snapshots: dict[int, Snapshot] = {}
+        self.finished = False
+
+    def progress(self) -> Progress:
+        """After the batch that was handed out last.
+
+        Raises:
+            RuntimeError: batches come out of order, or the iterable dataset's own
+                ``state_dict()`` has failed.
+        """
+        if not self._in_order:
+            raise RuntimeError(
+                "a loader with in_order=False has no position to save; use in_order=True"
+            )
+        for snapshot in self.snapshots.values():
+            if snapshot.holder == FAILED:
+                raise RuntimeError(f"the dataset has no state to save: {snapshot.progress}")
+        return replace(
+            self.at,
+            now=self._sources.capture(),
+            base_seed=self.base_seed,
+            workers={w: dict(vars(snapshot)) for w, snapshot in self.snapshots.items()},
+        )
 
 
 class Sources:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from typing import Any
 
-from torch_spheres import _compat, _core
-from torch_spheres._core import Topology
+from torch_spheres import _compat
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.info import Position, shown
 from torch_spheres.loading.portions import NoRows, without_rows
 
 __all__ = ["Fetcher"]
-
-
-# Before the spheres are stopped at the end of the program, which waits for what they are at.
-_ending = threading.Event()
-atexit.register(_ending.set)
 
 
 class Fetcher:
@@ -49,12 +42,8 @@ class Fetcher:
 
     def _samples(self, index: Any, position: Position) -> list[Any]:
         samples = []
-        # The loop's own thread goes on to the end, in functions called at exit too.
-        ended = [_ending] if _core.current_sphere() >= 0 else []
-        if position.over is not None:
-            ended.append(position.over)
         for place, row in enumerate(index):
-            if any(event.is_set() for event in ended):
+            if position.over is not None and position.over.is_set():
                 raise StoppedError("nobody waits for this batch any more")
             # (0 is the batch as a whole.)
             position.place = 1 + (place if position.places is None else position.places[place])
@@ -72,5 +61,5 @@ class Fetcher:
 
 def _place_of_thread() -> str:
     """For notes on errors."""
-    sphere = _core.current_sphere()
-    return "in the caller's thread" if sphere < 0 else f"on sphere {Topology.path_string(sphere)}"
+    name = threading.current_thread().name
+    return f"in {name}" if name.startswith("loader worker ") else "in the caller's thread"

@@ -15,12 +15,13 @@ import torch
 
 from torch_spheres import _compat
 from torch_spheres.context import CallerContext
+from torch_spheres.loading.copies import shallow_copy, shared_memory_in
 from torch_spheres.loading.info import Position, shown
 from torch_spheres.loading.progress import Snapshot, has_position
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.stats import Meter
 from torch_spheres.loading.transfer import Delivery, Transfer
-from torch_spheres.random import RandomSource
+from torch_spheres.random import RandomSource, random_states
 
 __all__ = ["Plan", "Result", "Task", "Worker"]
 
@@ -45,24 +46,21 @@ class Plan:
 
 
 def _dataset_for_worker(plan: Plan) -> Any:
-    """The dataset itself where sharing it is safe by what `DataLoader` promises to it.
+    """A copy for one worker, as a process has one: what it sets on its dataset is its own.
 
-    In a process a worker may set attributes of its dataset: in ``worker_init_fn``, as torch's
-    documentation of iterable datasets has it, or while it iterates. A shallow copy has attributes
-    of its own, and shares what they hold; one that saves its position is copied as a whole.
+    The copy is shallow, and shares what the attributes hold; but for datasets inside of it, which
+    are copied in the same way. One that saves its position is copied as a whole.
     """
     if plan.copies or (plan.iterable and plan.workers > 1 and has_position(plan.dataset)):
         try:
-            return copy.deepcopy(plan.dataset)
+            return copy.deepcopy(plan.dataset, shared_memory_in(plan.dataset))
         except Exception as error:
             error.add_note(
                 f"wrap() copies {type(plan.dataset).__name__} for each logical worker, which was "
                 "asked for with copy_dataset=True, or saves its position (state_dict)"
             )
             raise
-    if plan.iterable or plan.init_fn is not None:
-        return copy.copy(plan.dataset)
-    return plan.dataset
+    return shallow_copy(plan.dataset)
 
 
 @dataclass
@@ -93,10 +91,11 @@ class Worker:
         self._failure: BaseException | None = None
         self.fetched = 0  # tasks, of this epoch
         self.ended = False
+        self._began_at: dict[str, Any] | None = None  # of an iterable dataset's epoch
 
     def begin_epoch(self) -> None:
         """The next task makes a new iterator of the dataset, as persistent workers do."""
-        self._fetcher = None
+        self._fetcher = self._began_at = None
         self.fetched = 0
         self.ended = False
         if self._restored is not None:
@@ -144,7 +143,7 @@ class Worker:
         if not self._ready:
             return None
         inner = None if self._fetcher is None else self._fetcher.fetcher
-        return Snapshot.of(self._info.rng, inner, self.fetched)
+        return Snapshot.of(self._info.rng, inner, self.fetched, self._began_at)
 
     def _prepare(self) -> None:
         plan, seed = self._plan, self._plan.base_seed + self.number
@@ -170,8 +169,11 @@ class Worker:
     def _begin(self, samples: int) -> Fetcher:
         make, restored, dataset = self._plan.make_fetcher, self._restored, self._info.dataset
         if restored is None:
+            if self._plan.iterable:
+                self._began_at = random_states(self._info.rng)
             return make(dataset)
         self._restored, self.fetched = None, restored.fetched
-        fetcher = restored.restore(dataset, make, samples)
+        self._began_at = restored.begin or (restored.streams if self._plan.iterable else None)
+        fetcher = restored.restore(dataset, make, samples, self._info.rng)
         restored.restore_streams(self._info.rng)
         return fetcher
