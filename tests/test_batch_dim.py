@@ -280,6 +280,7 @@ def test_sizes_are_no_rows(spheres):
     assert ts.SphereParallel(Sized(), spheres)(x, torch.Size([2, 4]), "ab").shape == (2, 4)
 
 
+@pytest.mark.usefixtures("no_comparison")
 def test_targets_without_tensors_are_cut(spheres):
     x = torch.randn(ROWS, 4)
     seen = []

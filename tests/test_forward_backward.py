@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -162,7 +163,7 @@ def test_only_running_shards_have_activations(levels, concurrency):
         x = torch.zeros(spheres.leaves, 4, requires_grad=True)
         parallel = ts.SphereParallel(Once(), spheres)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-            parallel.forward_backward(lambda out, y: out.sum(), x, x.detach())
+            parallel.forward_backward(lambda out, y: out.mean(), x, x.detach())
             assert 1 <= peak[0] <= concurrency
             assert soon(lambda: not alive)
             peak[0] = 0
@@ -226,3 +227,94 @@ def test_what_it_says_at_the_call(spheres):
             parallel.forward_backward(F.cross_entropy, X, Y)
     with pytest.raises(ValueError, match="no tensor with rows"):
         parallel.forward_backward(lambda out, _: out.mean(), X, None)
+
+
+# ---- losses that are no mean over rows ----
+
+
+LABELS = torch.randint(0, 3, (48,), generator=torch.Generator().manual_seed(1))
+LENGTHS = torch.arange(48) % 5 + 1  # tokens of each row, of at most five
+
+
+def tokens(out, y):
+    """A mean over tokens that are no padding."""
+    return F.cross_entropy(out.flatten(0, 1), y.flatten(), ignore_index=-100)
+
+
+def sum_and_tokens(out, y):
+    mean_of = {"ignore_index": -100, "reduction": "sum"}
+    return F.cross_entropy(out.flatten(0, 1), y.flatten(), **mean_of), (y != -100).sum()
+
+
+def contrastive(out, _y):
+    return F.cross_entropy(out @ out.T, torch.arange(len(out)))
+
+
+def padded():
+    x = torch.randn(48, 5, 20, generator=torch.Generator().manual_seed(2))
+    y = torch.randint(0, 3, (48, 5), generator=torch.Generator().manual_seed(3))
+    y[torch.arange(5) >= LENGTHS[:, None]] = -100
+    return x, y
+
+
+@pytest.mark.parametrize(
+    ("loss", "data", "match"),
+    [
+        (
+            nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1, 10])),
+            lambda: (torch.randn(48, 20), LABELS),
+            r"no mean over rows.*Return \(sum, count\)",
+        ),
+        (
+            nn.CrossEntropyLoss(reduction="sum"),
+            lambda: (torch.randn(48, 20), LABELS),
+            r"a sum over rows.*Return \(sum, count\)",
+        ),
+        (tokens, padded, r"no mean over rows.*tokens that are not padding"),
+        (contrastive, lambda: (torch.randn(48, 20), LABELS), "looks across rows"),
+        (
+            lambda out, y: (F.cross_entropy(out, y, reduction="sum"), 3),
+            lambda: (torch.randn(48, 20), LABELS),
+            r"the counts of two shards do not add up",
+        ),
+        (
+            lambda out, y: (contrastive(out, y) * len(y), len(y)),
+            lambda: (torch.randn(48, 20), LABELS),
+            r"the sums of two shards do not add up",
+        ),
+    ],
+    ids=["class weights", "sum", "tokens", "contrastive", "a fixed count", "a pair across rows"],
+)
+def test_losses_that_are_put_together_as_others_are_told_once(spheres, loss, data, match):
+    torch.manual_seed(0)
+    parallel = ts.SphereParallel(nn.Linear(20, 3), spheres)
+    with pytest.warns(UserWarning, match=match):
+        parallel.forward_backward(loss, *data())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "loss_fn")
+        parallel.forward_backward(loss, *data())
+
+
+@pytest.mark.parametrize("which", ["mean", "tokens", "smoothed", "regression", "with dropout"])
+def test_losses_that_are_right_hear_nothing(spheres, which):
+    x, y = padded() if which == "tokens" else (torch.randn(48, 20), LABELS)
+    losses = {
+        "mean": F.cross_entropy,
+        "tokens": sum_and_tokens,
+        "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+        "regression": lambda out, y: F.mse_loss(out[:, 0], y.float()),
+        "with dropout": lambda out, y: F.cross_entropy(F.dropout(out), y),
+    }
+    parallel = ts.SphereParallel(nn.Linear(20, 3), spheres)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "loss_fn")
+        for _ in range(4):
+            parallel.forward_backward(losses[which], x, y)
+
+
+def test_padding_that_comes_later_is_told(spheres):
+    x, y = padded()
+    parallel = ts.SphereParallel(nn.Linear(20, 3), spheres)
+    parallel.forward_backward(tokens, x, y.clamp(min=0))
+    with pytest.warns(UserWarning, match="no mean over rows"):
+        parallel.forward_backward(tokens, x, y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 import weakref
 
 import existing_loop
@@ -213,3 +214,14 @@ def test_constructor_errors(spheres):
         ts.GradientHook(optimizer, linear())
     with pytest.raises(TypeError, match="got int"):
         ts.GradientHook(3, spheres)
+
+
+def test_an_optimizer_of_another_model_is_told():
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    with ts.KissingSpheres() as spheres:
+        parallel = ts.SphereParallel(model, spheres)
+        with pytest.warns(UserWarning, match="none of the model's parameters"):
+            ts.GradientHook(torch.optim.SGD(other.parameters(), lr=0.1), parallel)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ts.GradientHook(torch.optim.SGD(model.parameters(), lr=0.1), parallel)

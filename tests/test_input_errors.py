@@ -154,3 +154,16 @@ def test_settings_are_copied_with_the_model(spheres):
     model = copy.deepcopy(ts.SphereParallel(nn.LSTM(4, 3), spheres, batch_dim=1))
     out, _ = model(T)
     torch.testing.assert_close(out, model.module(T)[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (({"x": torch.ones(24, 4), "mask": torch.ones(12, 12)},), r"At \['mask'\].*of its own"),
+        (([torch.ones(3, 8), torch.ones(4, 8)],), r"At \[1\].*stacked, or padded"),
+    ],
+)
+def test_what_is_inside_a_list_or_dict_is_named(spheres, args, match):
+    parallel = ts.SphereParallel(nn.Linear(4, 4), spheres)
+    with pytest.raises(ValueError, match=match):
+        parallel(*args)

@@ -374,6 +374,8 @@ def test_mistakes(spheres):
         for make in (ts.parallelize_, ts.SphereParallel):
             with pytest.raises(TypeError, match=refused):
                 make(wrong, spheres)
+    with pytest.raises(TypeError, match=r"model\.forward\.remove\(\) takes off"):
+        ts.parallelize_(model, spheres)  # a cell of a notebook that is run again
     with pytest.raises(TypeError, match="has a DataParallel in it"):
         ts.parallelize_(nn.Sequential(nn.DataParallel(Net())), spheres)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

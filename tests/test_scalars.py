@@ -122,6 +122,76 @@ def test_a_count_that_the_model_does_not_use_changes_nothing(spheres):
     judged(Ignores(4, 4), spheres, (X[:, 0],), {"num_items_in_batch": 26})
 
 
+class Tokens(nn.Linear):
+    """As heads of Hugging Face's models: a mean over tokens, which may ignore the count."""
+
+    def __init__(self, divides):
+        super().__init__(4, 3)
+        self.divides = divides
+
+    def forward(self, x, labels, num_items_in_batch=None):
+        out = super().forward(x).flatten(0, 1)
+        if self.divides and num_items_in_batch is not None:
+            return F.cross_entropy(out, labels.flatten(), reduction="sum") / num_items_in_batch
+        return F.cross_entropy(out, labels.flatten())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("padding", ["none", "in the first rows", "in others"])
+@pytest.mark.parametrize("divides", [False, True])
+def test_whether_a_head_divides_by_the_count_does_not_depend_on_the_batch(
+    spheres, divides, padding, as_tensor
+):
+    """It is asked with another count."""
+    torch.manual_seed(0)
+    model = Tokens(divides)
+    x, labels = X, torch.randint(0, 3, X.shape[:2])
+    if padding != "none":
+        labels[slice(0, 3) if padding == "in the first rows" else slice(9, 12), 2:] = -100
+    count = int((labels != -100).sum())
+    parallel = ts.SphereParallel(model, spheres)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            given = torch.tensor(count) if as_tensor else count
+            loss = parallel(x, labels, num_items_in_batch=given)
+    pieces = [*zip(x.tensor_split(12), labels.tensor_split(12), strict=True)]
+    if divides:
+        expected = model(x, labels, num_items_in_batch=count)
+    else:  # the mean of the shards', which is the batch's if all rows have as many tokens
+        expected = sum(model(a, b) * len(a) / len(x) for a, b in pieces)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("when", ["later", "elsewhere", "hardly"])
+def test_a_mean_over_tokens_is_told_when_it_shows(spheres, when):
+    """In a batch to come, in rows that are not the first, in losses that are nearly the same."""
+    torch.manual_seed(0)
+    model = Tokens(False)
+    if when == "hardly":
+        with torch.no_grad():
+            model.weight.mul_(0.01)
+    x, labels = torch.randn(48, 5, 4), torch.randint(0, 3, (48, 5))
+    labels_with_padding = labels.clone()
+    if when == "elsewhere":
+        labels_with_padding[20:26, 1:] = -100
+    else:
+        labels_with_padding[torch.arange(5) > torch.arange(48)[:, None] % 7] = -100
+    parallel = ts.SphereParallel(model, spheres)
+    if when == "later":
+        parallel(x, labels)
+    with pytest.warns(UserWarning, match="tokens that are not padding"):
+        torch.stack([parallel(x, labels_with_padding) for _ in range(4)])
+
+
+def test_means_over_rows_hear_nothing_in_any_call(spheres):
+    parallel = ts.SphereParallel(Tokens(False), spheres)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "output 0")
+        for _ in range(9):
+            parallel(torch.randn(48, 5, 4), torch.randint(0, 3, (48, 5)))
+
+
 # ---- rounding ----
 
 

@@ -35,6 +35,7 @@ class Learned:
         states: of the module's flags, see row_wise.py; None: they change too often to matter.
         has_trained: whether the model has been compared in training mode.
         warned: whether the user has been told that the model is not row-wise.
+        warned_of_loss: the same of a loss of `forward_backward`.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Learned:
         self.alike: Counter[Hashable] = Counter()
         self.states: set[Hashable] | None = set()
         self.has_trained = False
-        self.warned = False
+        self.warned = self.warned_of_loss = False
 
     def __reduce__(self) -> tuple[type[Learned], tuple[()]]:
         return Learned, ()  # a copy of the model learns anew

@@ -351,10 +351,15 @@ def check_model(model: Any) -> None:
     for part in _parts(model):
         name = type(part).__name__
         if isinstance(part, (DataParallel, DistributedDataParallel)) or engine_of(part) is not None:
+            way_out = (
+                "its model.forward.remove() takes off what parallelize_() has put on"
+                if hasattr(vars(part).get("forward"), "remove")
+                else "wrap the bare module, and put DistributedDataParallel around the "
+                "SphereParallel"
+            )
             raise TypeError(
                 f"module has a {name} in it, which runs in parallel already and does not work "
-                "inside another parallel module; wrap the bare module, and put "
-                "DistributedDataParallel around the SphereParallel"
+                f"inside another parallel module; {way_out}"
             )
         if isinstance(part, torch.jit.ScriptModule):
             raise TypeError(

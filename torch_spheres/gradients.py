@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
-__all__ = ["GradientHook"]
+__all__ = ["GradientHook", "trains"]
 
 
 class GradientHook:
@@ -65,6 +66,14 @@ class GradientHook:
             raise TypeError(
                 "model_or_spheres must be a SphereParallel, a model that parallelize_() was called "
                 f"on, or a KissingSpheres, got {type(model_or_spheres).__name__}"
+            )
+        if isinstance(model_or_spheres, nn.Module) and not trains(optimizer, model_or_spheres):
+            warnings.warn(
+                f"the optimizer, {type(optimizer).__name__}, has none of the model's parameters, "
+                "so that its step will change nothing of the model; was it made for another one, "
+                "or before the model was given new ones?",
+                UserWarning,
+                stacklevel=2,
             )
         self._optimizer = optimizer
         self._lock = threading.Lock()
@@ -213,3 +222,9 @@ class GradientHook:
         with self._lock:
             self._added.clear()
             self._reported.clear()
+
+
+def trains(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether it has any of the module's parameters, or there are none."""
+    known = {id(p) for p in module.parameters()}
+    return not known or any(id(p) in known for g in optimizer.param_groups for p in g["params"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_spheres.errors import Caught
 from torch_spheres.folding import Grads
+from torch_spheres.row_values import check_loss
 from torch_spheres.row_wise import compared
 from torch_spheres.shard import Shard, in_shard
 from torch_spheres.shards import Call
@@ -66,6 +67,8 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
             kinds = [1 + _DTYPES.index(found.dtype)]
         call.effects.check(done)
         compared(call)
+        if call.split.bounds:
+            check_loss(call, loss_fn, goals[0])
         if len(counted) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
     (kind,) = call.finish_forward(done, caught, kinds)

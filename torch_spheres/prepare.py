@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from torch_spheres.gradients import GradientHook
+from torch_spheres.gradients import GradientHook, trains
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.ranks import ProcessGroup
@@ -53,14 +53,12 @@ def prepare(
     parallel = SphereParallel(
         model, spheres, reproducible=reproducible, process_group=process_group
     )
-    hook = GradientHook(optimizer, parallel)
-    known = {id(p) for p in model.parameters()}
-    if known and not any(id(p) in known for p in hook.parameters):
-        hook.remove()
+    if isinstance(optimizer, torch.optim.Optimizer) and not trains(optimizer, model):
         raise ValueError(
             "the optimizer has none of the model's parameters; was it made for a copy of the "
             "model, or before the model was given new ones?"
         )
+    GradientHook(optimizer, parallel)
     if isinstance(loader, SphereLoader):
         return parallel, optimizer, loader
     return parallel, optimizer, wrap(loader, parallel.spheres, process_group=process_group)

@@ -38,14 +38,14 @@ def rounding_of(call: Call) -> float:
     return eps or torch.finfo(torch.get_default_dtype()).eps
 
 
-def differs(a: Tensor, b: Tensor, eps: float) -> bool:
+def differs(a: Tensor, b: Tensor, eps: float, relative: float | None = None) -> bool:
     """Whether they differ by more than rounding.
 
     Half of the digits may be lost on the way through a deep network, each of whose sums is made in
-    another order: the square root of the precision, relative to the largest value. (A model that
-    looks across rows differs by far more.) A least or largest value that is there several times,
-    such as the -1e9 of what is masked, is none to compare with. Integers have to be equal, unless
-    they are made of numbers of half precision, whose ties fall either way.
+    another order: the square root of the precision (or `relative`) times the largest value. (A
+    model that looks across rows differs by far more.) A least or largest value that is there
+    several times, such as the -1e9 of what is masked, is none to compare with. Integers have to be
+    equal, unless they are made of numbers of half precision, whose ties fall either way.
     """
     if a.shape != b.shape:
         return True
@@ -72,7 +72,7 @@ def differs(a: Tensor, b: Tensor, eps: float) -> bool:
                         size[there] = 0
             largest = max(largest, float(size.max()))
     # Values that cancel leave what is rounding of larger ones.
-    return most > max(math.sqrt(eps) * largest, 32 * eps)
+    return most > max((relative or math.sqrt(eps)) * largest, 32 * eps)
 
 
 def _double(values: Tensor) -> Tensor:

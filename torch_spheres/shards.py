@@ -82,11 +82,11 @@ class Call:
         training = tuple(part.training for part in pool.parts)
         trained = tuple(p.requires_grad for p in pool.parameters)
         self.kind = what, torch.is_grad_enabled(), training, trained
-        number, self.closely = pool.watches(self.kind)
-        self.is_first = number == 1
+        self.number, self.closely = pool.watches(self.kind)
+        self.is_first = self.number == 1
         self._learnt = not self.is_first  # which large buffers the forward writes to
         self.effects = ForwardEffects(module, pool, closely=self.closely, again=not self.is_first)
-        self.reached = Reached(pool, self.closely, number, ranks is None)
+        self.reached = Reached(pool, self.closely, self.number, ranks is None)
         self.differentiable = [
             i
             for i, value in enumerate(self.split.flat)

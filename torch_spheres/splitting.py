@@ -62,6 +62,7 @@ class Split:
         self.flat: list[Any] = []
         self.dims: list[int | None] = []  # along which each leaf is cut
         self._spans: list[tuple[int | str, int, Nesting]] = []  # arguments, and where they end
+        self._arguments = arguments
         self._values = [value for _, value in arguments]
         for key, value in arguments:
             self._add(key, value)
@@ -151,15 +152,26 @@ class Split:
             self._rows, self._counted_by = rows, key
         elif rows != self._rows:
             found, first = "none" if rows is None else rows, self._name(self._counted_by)
+            path = self._path_of(key, i)
+            inside = path and (
+                f" (At {path}: a list or dict is one argument. What in it has no rows has to be an "
+                "argument of its own; a tensor for each row has to be stacked, or padded.)"
+            )
             raise ValueError(
                 f"SphereParallel cuts every tensor among the arguments by rows. There are "
                 f"{self._rows} rows, of argument {first!r}, but argument {self._name(key)!r} has "
                 f"a tensor of shape {tuple(value.shape)}, {found} along dimension {dim}; "
-                f"{self._way_out(key)}; or is {first!r} the one that has no rows?"
+                f"{self._way_out(key)}; or is {first!r} the one that has no rows?{inside}"
             )
         elif value.dim() == 2 and not said:
             self._refuse_square(key, i, value)
         return dim
+
+    def _path_of(self, key: int | str, i: int) -> str:
+        """Where a leaf is in its argument, for errors; nothing if it is the argument."""
+        (value,) = (v for k, v in self._arguments if k == key)
+        paths = _compat.pytree.tree_flatten_with_path(value)[0]
+        return _compat.pytree.keystr(paths[i][0]) if i < len(paths) else ""
 
     def _refuse_square(self, key: int | str, i: int, value: Tensor) -> None:
         """A matrix that may be of the batch's rows, or a mask for all of them."""

@@ -1,0 +1,108 @@
+"""Runs of a forward that leave no trace: to see what it makes of other rows.
+
+On a copy of the module, without hooks; buffers and random numbers stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_spheres import _compat
+from torch_spheres.nesting import Nesting, flatten_output
+from torch_spheres.random import TrialRandom, random_states, restore_random_states
+from torch_spheres.replica import Buffer, Replica
+
+if TYPE_CHECKING:
+    from torch_spheres.shards import Call
+
+__all__ = ["Run", "equal_states", "runs_without_trace"]
+
+
+@dataclass
+class Run:
+    """A forward that was tried: what it returned, and by how much it changed buffers."""
+
+    outputs: list[Any]
+    nesting: Nesting
+    changes: dict[tuple[str, str], Tensor]  # of floating-point buffers, by type and name
+
+
+def runs_without_trace(
+    call: Call,
+    *,
+    training: bool,
+    spans: Sequence[tuple[int, int]],
+    change: Mapping[str, Callable[[Any], Any]] | None = None,
+) -> tuple[list[Run], bool]:
+    """The forward of each range of rows; and whether it drew random numbers."""
+    draws, before = TrialRandom(), random_states()
+    try:
+        # (A forward may use autograd itself, as forces are computed from an energy.)
+        with_grad = (False, True) if torch.is_grad_enabled() else (False,)
+        runs: list[Run] = []
+        for grad in with_grad:
+            runs = runs or _runs(call, draws, training, grad, spans, change or {})
+    finally:
+        drew = draws.any or not equal_states(before, random_states())
+        restore_random_states(before)
+    return runs, drew
+
+
+def _runs(
+    call: Call,
+    draws: TrialRandom,
+    training: bool,
+    grad: bool,
+    ranges: Sequence[tuple[int, int]],
+    change: Mapping[str, Callable[[Any], Any]],
+) -> list[Run]:
+    """The forward of each range of rows, without a trace; nothing if it cannot run so.
+
+    `change`: what to make of some keyword arguments.
+    """
+    found: list[Run] = []
+    try:
+        for first, last in ranges:
+            # A new one: what the last one's forward set is gone.
+            replica = Replica(call.module, (), call.pool.known_as())
+            for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
+                part.training = training and source.training
+                for name in _compat.FORWARD_HOOKS:
+                    setattr(part, name, OrderedDict())
+            # (To compile it for other rows can take minutes.)
+            module = _compat.uncompiled(replica.module)
+            values = call.split.cut(first, last)
+            own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+            args, kwargs = call.arguments(own)
+            kwargs.update((name, make(kwargs[name])) for name, make in change.items())
+            buffers = replica.begin_shard()
+            with torch.set_grad_enabled(grad), draws.active():
+                outputs, nesting = flatten_output(module(*args, **kwargs))
+            if grad:
+                outputs = [v.detach() if isinstance(v, Tensor) else v for v in outputs]
+            found.append(Run(outputs, nesting, _changes(buffers)))
+    except Exception:  # noqa: BLE001
+        return []  # whatever is wrong shows in the shards, or is wrong in this mode alone
+    return found
+
+
+def _changes(buffers: Sequence[Buffer]) -> dict[tuple[str, str], Tensor]:
+    found = {}
+    for buffer in buffers:
+        value = buffer.changed_value()
+        if value is not None and value.shape == buffer.given.shape and value.is_floating_point():
+            found[type(buffer.source).__name__, buffer.name] = value - buffer.given
+    return found
+
+
+def equal_states(before: Any, after: Any) -> bool:
+    """Whether two of `random_states` are the same."""
+    return torch.equal(before["torch"], after["torch"]) and all(
+        before[name] == after[name] for name in ("python", "numpy")
+    )
