@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import collections.abc
 import copy
+import types
 from collections import deque
 
 import numpy as np
@@ -293,3 +296,40 @@ def test_targets_without_tensors_are_cut(spheres):
     model = ts.SphereParallel(nn.Linear(4, 4), spheres)
     model.forward_backward(loss_fn, x, {"y": x, "texts": TEXTS})
     assert sum(seen) == ROWS
+
+
+# ---- mappings ----
+
+
+class Shared(collections.abc.MutableMapping):
+    """Whose copies share what they hold."""
+
+    def __init__(self, values):
+        self.values_ = values
+
+    def __getitem__(self, key):
+        return self.values_[key]
+
+    def __setitem__(self, key, value):
+        self.values_[key] = value
+
+    def __delitem__(self, key):
+        del self.values_[key]
+
+    def __iter__(self):
+        return iter(self.values_)
+
+    def __len__(self):
+        return len(self.values_)
+
+
+def test_mappings_that_cannot_be_copied_are_refused_and_left_alone(spheres):
+    x = torch.randn(24, 4)
+    batch = Shared({"x": x})
+    model = ts.SphereParallel(Calls(lambda s, batch: s.layer(batch["x"])), spheres)
+    with pytest.raises(TypeError, match=r"copy\.copy\(\) gives no copy.*use a dict"):
+        model(batch)
+    assert batch["x"] is x
+    frozen = types.MappingProxyType({"x": x})
+    assert torch.equal(model(frozen), model({"x": x}))
+    assert torch.equal(model(collections.UserDict({"x": x})), model({"x": x}))

@@ -309,6 +309,40 @@ def test_what_functions_keep_of_tensors_is_reported(spheres):
         parallel(X)
 
 
+class SlottedCounter:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class Meter:
+    """May be called."""
+
+    n = 0
+
+    def __call__(self, x: Tensor) -> None:
+        self.n += len(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (SlottedCounter, lambda s, x: setattr(s.value, "n", s.value.n + 1)),
+        (Meter, lambda s, x: s.value(x)),
+        (lambda: np.zeros(5000), lambda s, x: s.value.__setitem__(3, s.value[3] + 1)),
+        (lambda: bytearray(4), lambda s, x: s.value.extend(b"x")),
+    ],
+    ids=["slots", "callable", "large array", "bytes"],
+)
+def test_other_objects_that_a_forward_changes(spheres, make, change):
+    model = W(lambda s, x: (change(s, x), s.n(x))[1])
+    model.value = make()
+    parallel = ts.SphereParallel(model, spheres)
+    with pytest.warns(UserWarning, match=changes("value")):
+        torch.stack([parallel(X) for _ in range(2)])
+
+
 @dataclasses.dataclass
 class Batch:
     x: Tensor

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
 import functools
+import types
 import warnings
 from collections import deque
 
@@ -368,3 +370,83 @@ def test_sequences_that_may_have_an_element_for_each_row(spheres):
     with pytest.raises(ValueError, match="not clear whether it has one for each row"):
         parallel(fn, spheres)(EVEN)
     assert parallel(fn, spheres)(X[:13])[1] == ["0", "1"], "shards of one row and of two have both"
+
+
+# ---- what shards make alike, and the batch does not ----
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda s, x: s.layer.weight * len(x),
+        lambda s, x: s.layer.weight.pow(2).sum(1) / len(x),
+        lambda s, x: (x > -100).sum(0),
+        lambda s, x: torch.tensor([len(x)]),
+        lambda s, x: torch.tensor(x.shape),
+        lambda s, x: np.histogram(x.numpy(), bins=2, range=(-100, 100))[0],
+        lambda s, x: tuple(x.shape),
+        lambda s, x: [f"{len(x)} rows"],
+        lambda s, x: collections.deque([len(x)]),
+        lambda s, x: types.SimpleNamespace(rows=len(x)),
+        lambda s, x: functools.partial(int, len(x)),
+        lambda s, x: Rows(x.tolist()),
+        lambda s, x: {"n": len(x)}.values(),
+    ],
+)
+@pytest.mark.parametrize("rows", [24, 26])
+def test_what_depends_on_the_number_of_rows_is_refused(spheres, output, rows):
+    """All shards may agree on it, and have something else than the batch."""
+    model = ts.SphereParallel(Calls(lambda s, x: (s.layer(x), output(s, x))), spheres)
+    with pytest.raises((ValueError, TypeError), match="output 1"):
+        model(torch.randn(rows, 4))
+
+
+class Rows:
+    """An object without a comparison of its own."""
+
+    def __init__(self, values):
+        self.values = values
+
+
+@dataclasses.dataclass
+class Summed:
+    x: torch.Tensor
+
+    def __post_init__(self):
+        self.mean = float(self.x.detach().mean())
+
+
+def test_what_a_dataclass_has_computed_from_its_fields_is_refused(spheres):
+    model = ts.SphereParallel(Calls(lambda s, x: Summed(s.layer(x))), spheres)
+    with pytest.raises(ValueError, match="is no tensor and differs from shard to shard"):
+        model(torch.randn(24, 4))
+
+
+def test_masked_arrays_keep_their_masks(spheres):
+    def fn(s, x):
+        values = x.numpy()
+        return s.layer(x), np.ma.masked_where(values > 0, values)
+
+    x = torch.randn(24, 4)
+    _, found = ts.SphereParallel(Calls(fn), spheres)(x)
+    expected = np.ma.masked_where(x.numpy() > 0, x.numpy())
+    assert np.array_equal(found.mask, expected.mask) and found.sum() == expected.sum()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_outputs_say_what_to_do(spheres):
+    model = ts.SphereParallel(Calls(lambda s, x: s.layer(x).to_sparse()), spheres)
+    with pytest.raises(TypeError, match=r"layout torch\.sparse_coo.*to_dense\(\)"):
+        model(torch.randn(24, 4)).to_dense().sum().backward()
+    model = ts.SphereParallel(Calls(lambda s, x: s.layer(x).detach().to_sparse_csr()), spheres)
+    with pytest.raises(TypeError, match=r"layout torch\.sparse_csr.*to_dense\(\)"):
+        model(torch.randn(24, 4))
+
+
+def test_places_in_an_order_of_nearly_equal_numbers(spheres):
+    torch.manual_seed(0)
+    table = torch.randn(10_000, 4)
+    model = ts.SphereParallel(Calls(lambda s, x: (s.layer(x) @ table.t()).argsort(1)), spheres)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "output 0")
+        model(torch.randn(24, 4))

@@ -394,3 +394,42 @@ def test_mistakes(spheres):
         ts.parallelize_(Net(), "spheres")
     with pytest.raises(TypeError, match="True or False, got 'no'"):
         ts.parallelize_(Net(), spheres, reproducible="no")
+
+
+class Doubles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.n(x)
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_what_is_around_the_forward_runs_once(spheres):
+    """An overridden call, and hooks of all modules."""
+    model = Doubles().to(X.dtype)
+    expected = model(X)
+    torch.testing.assert_close(ts.parallelize_(model, spheres)(X), expected)
+
+    def on_doubles(module, args, out):
+        return out + 1 if type(module) is Doubles else None
+
+    handle = nn.modules.module.register_module_forward_hook(on_doubles)
+    try:
+        torch.testing.assert_close(model(X), expected + 2)
+    finally:
+        handle.remove()
+
+
+def test_a_container_is_one(spheres):
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    parallel = ts.SphereParallel(inner, spheres)
+    assert len(parallel) == 2 and parallel[0] is inner[0] and [*parallel] == [*inner]
+    assert inner[1] in parallel and parallel
+    single = ts.SphereParallel(Doubles(), spheres)
+    assert single
+    with pytest.raises(TypeError, match="Doubles"):
+        single[0]

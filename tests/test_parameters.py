@@ -295,7 +295,10 @@ def test_buffers_of_fewer_shards_and_other_kinds(spheres):
     model = Counting()
     parallel = ts.SphereParallel(model, spheres)
     mean = model.mean
-    with pytest.warns(UserWarning, match=r"different numbers in the buffer Counting\.seen"):
+    with (
+        pytest.warns(UserWarning, match=r"different numbers in the buffer Counting\.seen"),
+        pytest.warns(UserWarning, match=r"in the buffer Counting\.rows something else"),
+    ):
         parallel(torch.arange(5.0, dtype=torch.float64)[:, None])
     assert model.rows == 1 and model.mean == 2 and model.seen.tolist() == [True, False]
     assert model.mean is mean and model.absent is None

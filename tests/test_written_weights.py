@@ -422,24 +422,43 @@ def test_buffers_that_grow_differently_are_refused_with_advice(spheres):
         ts.SphereParallel(Rows(), spheres)(X)
 
 
-def test_buffers_of_sums_over_rows_are_told(spheres, recwarn):
+QUEUE = 96
+
+
+def enqueue(s: Any, x: Tensor) -> None:
+    begin = int(s.b[-1, 0])
+    s.b[begin : begin + len(x)] = x.detach()
+    s.b[-1, 0] = begin + len(x)
+
+
+@pytest.mark.parametrize(
+    ("write", "make", "told"),
+    [
+        (lambda s, x: s.b.add_(x.detach().sum(0)), lambda: torch.zeros(4), True),
+        (lambda s, x: s.b.add_(len(x)), lambda: torch.zeros((), dtype=torch.long), True),
+        (lambda s, x: s.b.copy_(x.detach().amax(0)), lambda: torch.zeros(4), True),
+        (enqueue, lambda: torch.zeros(QUEUE, 4), True),
+        (lambda s, x: s.b.lerp_(x.detach().var(0), 0.1), lambda: torch.zeros(4), True),
+        (lambda s, x: s.b.lerp_(x.detach().mean(0), 0.1), lambda: torch.zeros(4), False),
+        (lambda s, x: s.b.add_(1), lambda: torch.zeros(()), False),
+        (lambda s, x: s.b.add_(1), lambda: torch.zeros((), dtype=torch.long), False),
+    ],
+    ids=["sum", "count", "greatest", "queue", "variance", "mean", "calls", "calls, integer"],
+)
+def test_buffers_that_shards_make_something_else_of_are_told(spheres, recwarn, write, make, told):
     def forward(s: Any, x: Tensor) -> Tensor:
-        s.total += x.detach().sum(0)
-        s.calls += 1
-        s.mean.lerp_(x.detach().mean(0), 0.1)
+        write(s, x)
         return s.n(x)
 
     model = W(forward)
-    model.register_buffer("total", torch.zeros(4))
-    model.register_buffer("calls", torch.zeros(()))
-    model.register_buffer("mean", torch.zeros(4))
+    model.register_buffer("b", make())
     parallel = ts.SphereParallel(model, spheres)
     for _ in range(3):
         parallel(X)
-    (told,) = [text for w in recwarn if "buffer" in (text := str(w.message))]
-    assert "adds something of each row to the buffer W.total" in told
-    assert model.calls == 3
-    torch.testing.assert_close(model.total, 3 * X.sum(0) / 12)
+    texts = [
+        text for w in recwarn if "in the buffer W.b something else" in (text := str(w.message))
+    ]
+    assert len(texts) == told
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.BatchNorm3d])
@@ -515,3 +534,18 @@ def test_quantisation_aware_training(spheres):
         torch.testing.assert_close(dict(model.named_buffers()), dict(bare.named_buffers()))
         bare.load_state_dict(model.state_dict())
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["data", "numpy"])
+def test_a_forward_that_writes_to_its_arguments_past_torch_is_refused(spheres, way):
+    """Where a shard's part is the caller's own memory, half of the caller's rows would change."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        if way == "data":
+            x.data.clamp_(0, 1)
+        else:
+            x.numpy()[:] = 0
+        return s.n(x)
+
+    with pytest.raises(RuntimeError, match="wrote in place to its arguments"):
+        ts.SphereParallel(W(forward), spheres)(torch.randn(48, 4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,23 @@ class Delegating(nn.Module):
 
     def _has_own(self, name: str) -> bool:
         return name in vars(self) or (hasattr(type(self), name) and name not in _DELEGATED)
+
+    # (Of containers such as nn.Sequential; Python looks for these on the class alone.)
+
+    def __len__(self) -> int:
+        return len(self.module)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return bool(self.module)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.module)  # type: ignore[call-overload, no-any-return]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.module[key]  # type: ignore[index]
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self.module  # type: ignore[operator]
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.module)})

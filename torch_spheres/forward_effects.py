@@ -16,9 +16,11 @@ import itertools
 import operator
 import warnings
 import weakref
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,16 +32,18 @@ from torch_spheres import _compat
 from torch_spheres.advice import users_level
 from torch_spheres.cutting import argument_name
 from torch_spheres.nesting import is_known
-from torch_spheres.objects import walk
+from torch_spheres.objects import parts_of, walk
 from torch_spheres.rebinding import MUTABLE
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ELSEWHERE, ReplicaPool
 from torch_spheres.shard import Shard
 
-__all__ = ["ForwardEffects", "content_of", "contents", "version_of"]
+__all__ = ["ForwardEffects", "checksum", "content_of", "contents", "version_of"]
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _MANY = 1000  # elements of a container that are compared
+_BYTES = 1 << 20  # of an array that is compared
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -95,7 +99,7 @@ class ForwardEffects:
             self._containers = [
                 (path, value, _tensors_in(value))
                 for path, value in walk(functions, known, by_name=True)
-                if isinstance(value, MUTABLE)
+                if isinstance(value, MUTABLE) or _is_plain_object(value)
             ]
 
     def _roots(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
@@ -124,9 +128,9 @@ class ForwardEffects:
     def _read_values(self) -> list[list[Any]]:
         with torch.no_grad():
             return [
-                [_checksum(p) for p in self._parameters],
-                [_checksum(b) for _, _, b in self._buffers],
-                [_checksum(t) for _, _, t in self._loose],
+                [checksum(p) for p in self._parameters],
+                [checksum(b) for _, _, b in self._buffers],
+                [checksum(t) for _, _, t in self._loose],
             ]
 
     def _read_contents(self) -> dict[str, tuple[Any, Any]]:
@@ -333,9 +337,9 @@ def version_of(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
-def _checksum(tensor: Tensor) -> Any:
-    """Changes with the tensor's bits; None where they cannot be read as integers."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
+def checksum(tensor: Any) -> Any:
+    """Changes with a tensor's bits; None where they cannot be read as integers."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         return None
     bits = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     kind = _AS_INTEGERS.get(bits.element_size())
@@ -346,6 +350,12 @@ def _checksum(tensor: Tensor) -> Any:
     return bits.data_ptr(), int(bits.sum(dtype=torch.int64))
 
 
+def _is_plain_object(value: Any) -> bool:
+    """Of a class of the user's, as the owner of a hook is."""
+    known = isinstance(value, (nn.Module, Tensor, type, ModuleType, *_FUNCTIONS))
+    return not known and hasattr(value, "__dict__") and not callable(value)
+
+
 def _tensors_in(value: Any) -> list[Tensor]:
     found = walk([("", value)])
     return [v for _, v in itertools.islice(found, _MANY) if isinstance(v, Tensor)]
@@ -353,18 +363,23 @@ def _tensors_in(value: Any) -> list[Tensor]:
 
 def content_of(value: Any, depth: int = 2) -> Any:
     """Equal for as long as an object was not changed in place; None: it holds nothing."""
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or callable(value):
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, *_FUNCTIONS)):
+        return None
+    if type(value).__module__.startswith("torch_spheres."):
         return None
     if isinstance(value, np.ndarray):
-        return value.tobytes() if value.nbytes <= _MANY * 8 else value.shape
+        known = value.nbytes <= _BYTES and not value.dtype.hasobject
+        return zlib.crc32(value.tobytes()) if known else value.shape
+    if isinstance(value, (bytearray, array)):
+        return zlib.crc32(value)
     items: Any = value
     if isinstance(value, Mapping):
         items = itertools.chain.from_iterable(value.items())
     elif not isinstance(value, (list, tuple, set, frozenset, deque)):
-        inside = getattr(value, "__dict__", None)
-        if inside is None:
+        value = [part for _, part in parts_of(value)]
+        if not value:
             return None
-        value, items = inside, itertools.chain.from_iterable([*inside.items()])
+        items = value
     found = [
         v if type(v) in _PLAIN else (id(v), content_of(v, depth - 1) if depth > 0 else None)
         for v in itertools.islice(items, _MANY)

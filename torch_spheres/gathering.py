@@ -38,6 +38,11 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
                 f"output {i} of the module is a nested tensor, which SphereParallel cannot put "
                 "together; pad it inside the module (torch.nested.to_padded_tensor, output_size=)"
             )
+        if isinstance(value, Tensor) and value.layout not in (torch.strided, torch.sparse_coo):
+            raise TypeError(
+                f"output {i} of the module is a tensor of layout {value.layout}, which "
+                "SphereParallel cannot put together; return to_dense()"
+            )
     columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
     call.differentiable_outputs = [
         any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
@@ -86,6 +91,12 @@ def cut_grad(
     if way == ONCE:
         return [grad, *[None] * (len(shards) - 1)]
     assert isinstance(way, int)
+    kinds = {s.outputs[i].layout for s in shards if s is not None}
+    if kinds - {torch.strided}:
+        raise TypeError(
+            f"output {i} of the module is a tensor of layout {kinds.pop()}, whose gradient "
+            "SphereParallel cannot cut into shards; return to_dense()"
+        )
     sizes = [0 if shard is None else shard.outputs[i].shape[way] for shard in shards]
     pieces = grad.split(sizes, way) if sizes else ()
     return [aligned(piece if way == 0 else piece.contiguous()) for piece in pieces]

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,12 @@ def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:
         return leaves, _Opened(None, type(leaf), tuple(state), inside)
     if isinstance(leaf, Mapping):
         names, values = tuple(leaf.keys()), list(leaf.values())
+        if any(isinstance(v, Tensor) for v in values):
+            _check_copies(leaf, names)
     elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        names = tuple(f.name for f in dataclasses.fields(leaf) if hasattr(leaf, f.name))
+        fields = (f.name for f in dataclasses.fields(leaf) if hasattr(leaf, f.name))
+        # (Attributes that it has computed from its fields are of those.)
+        names = tuple(dict.fromkeys([*fields, *getattr(leaf, "__dict__", ())]))
         values = [getattr(leaf, name) for name in names]
     else:
         return None
@@ -116,6 +121,27 @@ def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:
     if not any(isinstance(v, Tensor) or (keep is not None and _has_rows(v)) for v in leaves):
         return None
     return leaves, _Opened(leaf, type(leaf), names, inside)
+
+
+def _check_copies(mapping: Mapping[Any, Any], names: tuple[Any, ...]) -> None:
+    """Raises a TypeError for a mapping that cannot be made anew with other values."""
+    if isinstance(mapping, MappingProxyType):
+        return
+    mark, name = object(), names[0]
+    before = mapping[name]
+    try:
+        made: Any = copy.copy(mapping)
+        made[name] = mark
+        shares = mapping[name] is mark
+        made[name] = before  # it may be the caller's very own
+    except TypeError:
+        shares = True
+    if shares:
+        raise TypeError(
+            f"a {type(mapping).__name__} holds tensors, and copy.copy() gives no copy of it that "
+            "could hold others; use a dict, or register it with "
+            "torch.utils._pytree.register_pytree_node"
+        )
 
 
 def _flatten_fields(values: list[Any], keep: Keep | None) -> tuple[list[Any], Nesting]:
@@ -194,6 +220,8 @@ def _take(leaves: Iterator[Any], nesting: Nesting) -> Any:
 def _close(opened: _Opened, values: list[Any]) -> Any:
     if opened.example is None:
         return _made(opened.kind, dict(zip(opened.names, values, strict=True)))
+    if isinstance(opened.example, MappingProxyType):
+        return MappingProxyType(dict(zip(opened.names, values, strict=True)))
     made = copy.copy(opened.example)
     for name, value in zip(opened.names, values, strict=True):
         if isinstance(made, Mapping):

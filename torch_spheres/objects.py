@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_sequence", "row_sequences", "tensor_inside", "walk"]
+__all__ = ["is_sequence", "parts_of", "row_sequences", "tensor_inside", "walk"]
 
 _DEPTH, _VALUES = 8, 2000  # of a search
 _CLOSED = (
@@ -78,7 +78,7 @@ def walk(
         if isinstance(here, (Tensor, *_CLOSED)) or depth > _DEPTH:
             continue
         seen.add(id(here))
-        parts = itertools.chain(_parts(here), _globals_of(here) if by_name else ())
+        parts = itertools.chain(parts_of(here), _globals_of(here) if by_name else ())
         waiting.extend((f"{path}{name}", part, depth + 1) for name, part in parts)
 
 
@@ -89,7 +89,8 @@ def _globals_of(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", value.__globals__[name]
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds: elements, attributes, slots, cells of a closure; each with its path."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", v) for key, v in [*value.items()])
     elif isinstance(value, (list, tuple, deque, set, frozenset)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from torch_spheres.objects import is_sequence, tensor_inside
+from torch_spheres.objects import is_sequence, parts_of, tensor_inside
 
 __all__ = [
     "FIRST", "ONCE", "ROWS", "SCALAR", "STATISTIC", "Refused", "Way", "gather_output", "is_array",
@@ -101,6 +102,8 @@ def gather_output(
     _check_rows(i, values, sizes, dim)
     if isinstance(first, Tensor):
         return torch.cat(list(values), dim), dim
+    if isinstance(first, np.ma.MaskedArray):
+        return np.ma.concatenate(values, dim), dim  # type: ignore[no-untyped-call]
     return np.concatenate(values, dim), dim
 
 
@@ -211,9 +214,9 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal, bit by bit if tensors; objects that cannot tell are."""
-    if a is b:
+def same(a: Any, b: Any, depth: int = 4) -> bool:
+    """Whether two values are equal, bit by bit if tensors; objects by what they hold."""
+    if a is b or depth < 0:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -234,5 +237,22 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, enum.Enum):
         return False  # another member
-    # (An object without a comparison of its own has nothing to differ by.)
-    return getattr(type(a), "__eq__", None) is object.__eq__ or bool(a == b)
+    if getattr(type(a), "__eq__", None) is object.__eq__ or isinstance(a, functools.partial):
+        return _same_state(a, b, depth)
+    try:
+        return bool(a == b)
+    except (ValueError, TypeError, RuntimeError):  # tables compare by element
+        equals = getattr(a, "equals", None)
+        return bool(equals(b)) if callable(equals) else repr(a) == repr(b)
+
+
+def _same_state(a: Any, b: Any, depth: int) -> bool:
+    """Of objects without a comparison of their own."""
+    mine, other = [*parts_of(a)], [*parts_of(b)]
+    if not mine and not other:
+        is_plain = repr(a).endswith(f" at {hex(id(a))}>") or callable(a)
+        return is_plain or repr(a) == repr(b)
+    return len(mine) == len(other) and all(
+        name == name_b and same(value, value_b, depth - 1)
+        for (name, value), (name_b, value_b) in zip(mine, other, strict=True)
+    )

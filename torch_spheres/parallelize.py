@@ -104,6 +104,7 @@ class InPlaceForward(ParallelForward):
         self._model = weakref.ref(model)  # the model has this object, and is freed when it goes
         self.engine.module = bare = object.__new__(type(model))
         self.engine.pool.known_as = self._model
+        self.engine.pool.calls_forward = True
         self._instead: dict[str, Any] = {name: OrderedDict() for name in _compat.FORWARD_HOOKS}
         own = self._own
         if own is not None:

@@ -39,6 +39,8 @@ class ReplicaPool:
         self._found: list[weakref.ref[Tensor]] = []
         self.known_as: Callable[[], nn.Module | None] = lambda: None
         """The object that the user has for the module, where that is another one."""
+        self.calls_forward = False
+        """Whether shards call forward() itself: what is around it has run once by then."""
         self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
         self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
         self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py

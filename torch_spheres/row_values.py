@@ -71,19 +71,24 @@ def check_values(
 
 
 def check_buffers(call: Call, runs: Sequence[Run]) -> None:
-    """Warns, once for each, of buffers in which sums over rows are made: they become a share."""
+    """Warns, once for each, of buffers that are another thing when shards write to them."""
     whole, *alone = (run.changes for run in runs)
     eps = rounding_of(call)
-    for key, change in whole.items():
-        first, second = (changes.get(key) for changes in alone)
-        if first is None or second is None or differs(change, first + second, eps):
-            continue
-        if differs(change, (first + second) / 2, eps) and f"sum {key}" not in call.pool.reported:
-            call.pool.reported.add(f"sum {key}")
+    for key, (value, given) in whole.items():
+        both = [changes.get(key, (given, given))[0] for changes in alone]
+        if value.is_floating_point() or value.is_complex():
+            far = differs(value, (both[0] + both[1]) / 2, eps)
+        else:
+            far = not torch.equal(value, both[0])
+        name = ".".join(key)
+        if far and f"buffer {name}" not in call.pool.reported:
+            call.pool.reported.add(f"buffer {name}")
             warnings.warn(
-                f"the module's forward adds something of each row to the buffer {'.'.join(key)}: "
-                "of floating-point buffers SphereParallel makes the mean over the shards, so that "
-                "a shard's share of the sum comes out. Add outside of the module what it returns",
+                f"the module's forward leaves in the buffer {name} something else for rows "
+                "together than what SphereParallel makes of the shards' (the mean of "
+                "floating-point buffers, the first shard's of others): a sum or a count over rows, "
+                "a queue of rows, a greatest value. Keep it outside of the module, and write to it "
+                "what the module returns",
                 UserWarning,
                 users_level(),
             )

@@ -265,7 +265,7 @@ def _way(three: Three, rows: tuple[int, int, int]) -> Way:
         return SCALAR
     changed = [d for d, n in enumerate(whole.shape) if any(v.shape[d] != n for v in alone)]
     if not changed:
-        return ONCE if same(*alone) else Refused(STATISTIC)
+        return ONCE if same(*alone) and same(whole, alone[0]) else Refused(STATISTIC)
     if len(changed) > 1:
         return Refused(_BY_PAIRS)
     (dim,) = changed
@@ -284,7 +284,7 @@ def _way_of_others(three: Three, rows: tuple[int, int, int]) -> Way:
         if len({len(v) for v in three}) > 1:
             fits = all(len(v) == r for v, r in zip(three, rows, strict=True))
             return ROWS if fits else Refused(_NO_TENSOR)
-        return ONCE
+        return ONCE if same(whole, three[1]) and same(whole, three[2]) else Refused(_NO_TENSOR)
     if isinstance(whole, float) and all(isinstance(v, float) for v in three):
         return None  # the shards' own have to be equal
     return None if same(whole, three[1]) and same(whole, three[2]) else Refused(_NO_TENSOR)

@@ -13,7 +13,7 @@ from torch_spheres.buffers import buffers_of, merge_buffers, take_new_shapes
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
-from torch_spheres.forward_effects import ForwardEffects, contents, version_of
+from torch_spheres.forward_effects import ForwardEffects, checksum, contents, version_of
 from torch_spheres.gathering import cut_grad, gather, gather_input_grad
 from torch_spheres.nesting import Nesting, flatten_output
 from torch_spheres.outputs import Way
@@ -190,8 +190,11 @@ class Call:
                 before = contents(self.keys, (*args, *kwargs.values()))
                 plain = self.split.outside_objects(values)  # (a cache is there to be written to)
                 versions = [version_of(v) for v in plain]
-                output = replica.module(*args, **kwargs)
-                if versions != [version_of(v) for v in plain]:
+                sums = [checksum(v) for v in plain] if self.closely else []
+                called = replica.module.forward if self.pool.calls_forward else replica.module
+                output = called(*args, **kwargs)
+                now = [checksum(v) for v in plain] if self.closely else []
+                if now != sums or versions != [version_of(v) for v in plain]:
                     raise RuntimeError(
                         "the module's forward wrote in place to its arguments, of which a shard "
                         "has a part or a copy: x = x.clone() first, or return what is new"

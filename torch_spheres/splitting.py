@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 from collections import deque
@@ -320,9 +321,9 @@ class Split:
         return values
 
     @property
-    def flags(self) -> tuple[bool | int | str, ...]:
+    def flags(self) -> tuple[Any, ...]:
         """Numbers and texts that are arguments, which may say what the module returns."""
-        return tuple(value for value in self._values if isinstance(value, (bool, int, str)))
+        return tuple(v for v in self._values if isinstance(v, (bool, int, float, str, enum.Enum)))
 
     def described(self) -> str:
         """For errors in a shard: how each argument was cut."""

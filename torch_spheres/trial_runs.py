@@ -26,11 +26,11 @@ __all__ = ["Run", "equal_states", "runs_without_trace"]
 
 @dataclass
 class Run:
-    """A forward that was tried: what it returned, and by how much it changed buffers."""
+    """A forward that was tried: what it returned, and what it left in buffers."""
 
     outputs: list[Any]
     nesting: Nesting
-    changes: dict[tuple[str, str], Tensor]  # of floating-point buffers, by type and name
+    changes: dict[tuple[str, str], tuple[Tensor, Tensor]]  # by type and name; and what was there
 
 
 def runs_without_trace(
@@ -43,11 +43,12 @@ def runs_without_trace(
     """The forward of each range of rows; and whether it drew random numbers."""
     draws, before = TrialRandom(), random_states()
     try:
-        # (A forward may use autograd itself, as forces are computed from an energy.)
-        with_grad = (False, True) if torch.is_grad_enabled() else (False,)
+        # A forward may use autograd itself, as forces are computed from an energy; or need what its
+        # hooks bring.
         runs: list[Run] = []
-        for grad in with_grad:
-            runs = runs or _runs(call, draws, training, grad, spans, change or {})
+        for grad, hooks in ((False, False), (True, False), (False, True), (True, True)):
+            if not runs and (torch.is_grad_enabled() or not grad):
+                runs = _runs(call, draws, training, grad, hooks, spans, change or {})
     finally:
         drew = draws.any or not equal_states(before, random_states())
         restore_random_states(before)
@@ -59,6 +60,7 @@ def _runs(
     draws: TrialRandom,
     training: bool,
     grad: bool,
+    hooks: bool,
     ranges: Sequence[tuple[int, int]],
     change: Mapping[str, Callable[[Any], Any]],
 ) -> list[Run]:
@@ -73,10 +75,12 @@ def _runs(
             replica = Replica(call.module, (), call.pool.known_as())
             for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
                 part.training = training and source.training
-                for name in _compat.FORWARD_HOOKS:
+                for name in () if hooks else _compat.FORWARD_HOOKS:
                     setattr(part, name, OrderedDict())
             # (To compile it for other rows can take minutes.)
-            module = _compat.uncompiled(replica.module)
+            module: Any = _compat.uncompiled(replica.module)
+            if call.pool.calls_forward:
+                module = module.forward
             values = call.split.cut(first, last)
             own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
             args, kwargs = call.arguments(own)
@@ -92,12 +96,12 @@ def _runs(
     return found
 
 
-def _changes(buffers: Sequence[Buffer]) -> dict[tuple[str, str], Tensor]:
+def _changes(buffers: Sequence[Buffer]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     found = {}
     for buffer in buffers:
         value = buffer.changed_value()
-        if value is not None and value.shape == buffer.given.shape and value.is_floating_point():
-            found[type(buffer.source).__name__, buffer.name] = value - buffer.given
+        if value is not None and value.shape == buffer.given.shape:
+            found[type(buffer.source).__name__, buffer.name] = value, buffer.given
     return found
 
 
