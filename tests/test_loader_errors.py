@@ -163,8 +163,6 @@ def test_mistakes(spheres):
             ts.wrap(loader, spheres, device="cuda")
     with pytest.raises(ValueError, match="wrapped already"):
         ts.wrap(ts.wrap(loader, spheres), spheres)
-    with pytest.raises(TypeError, match=r"hand it to torch_spheres\.wrap\(loader\)"):
-        ts.SphereLoader(loader.dataset)
     with pytest.raises(RuntimeError, match="nonsense"):
         ts.wrap(loader, spheres, device="nonsense")
 

@@ -173,6 +173,46 @@ def test_a_connection_that_worker_init_fn_opens(spheres, tmp_path):
     assert torch.cat([*loader]).tolist() == [*range(40)]
 
 
+class WithMethods(Dataset):
+    """Its methods are what the loader is given, and what it has on an attribute."""
+
+    def __init__(self):
+        self.worker, self.read = None, self.read_plainly
+
+    def __len__(self):
+        return 40
+
+    def set_up(self, worker):
+        self.worker = worker
+
+    def read_plainly(self, index):
+        assert self.worker == get_worker_info().id
+        return index
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+    def collate(self, samples):
+        assert self.worker == get_worker_info().id
+        return [(index, self.worker) for index in samples]
+
+
+def test_methods_of_the_dataset_are_those_of_the_workers_copy(spheres):
+    dataset = WithMethods()
+    loader = wrapped(dataset, spheres, 4, worker_init_fn=dataset.set_up, collate_fn=dataset.collate)
+    batches = [sample for batch in loader for sample in batch]
+    assert [index for index, _ in batches] == [*range(40)]
+    assert [worker for _, worker in batches] == [k % 4 for k in range(40)]
+    assert dataset.worker is None
+
+
+def test_an_init_function_that_writes_to_the_loops_own_dataset_is_refused(spheres):
+    dataset = WithMethods()
+    loader = wrapped(dataset, spheres, 2, worker_init_fn=lambda w: setattr(dataset, "worker", w))
+    with pytest.raises(RuntimeError, match=r"sets \['worker'\].*get_worker_info\(\)\.dataset"):
+        list(loader)
+
+
 class Uncopied(Keeps):
     def __reduce_ex__(self, protocol):
         raise TypeError("cannot pickle this")

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import stat
+import warnings
 
 import numpy as np
 import pytest
@@ -384,3 +385,24 @@ def test_files_that_are_no_whole_checkpoint(tmp_path):
         with pytest.raises(ValueError, match=rf"not what checkpoint_state.* made: {message}"):
             load_checkpoint(path, model=SMALL)
     assert flat(SMALL.state_dict()) == before
+
+
+def test_any_bytes_are_one_error_with_the_path(tmp_path):
+    """Not what pickle, zip files or struct make of them."""
+    model, random_ = nn.Linear(2, 2), random.Random(0)
+    path = tmp_path / "file.pt"
+    ts.save_checkpoint(path, model=model)
+    whole = path.read_bytes()
+    for k in range(300):
+        junk = random_.randbytes(random_.randrange(200))
+        if k % 3 == 1:
+            junk = whole[: random_.randrange(len(whole))]
+        elif k % 3 == 2:
+            junk = b"\x80\x02" + junk
+        path.write_bytes(junk)
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=r"file\.pt is no whole"):
+            warnings.simplefilter("ignore")
+            ts.load_checkpoint(path, model=model)
+    torch.save(torch.ones(2), path)
+    with pytest.raises(ValueError, match=r"file\.pt: not what .*: Tensor"):
+        ts.load_checkpoint(path, model=model)

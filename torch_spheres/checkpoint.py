@@ -24,7 +24,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -273,12 +272,16 @@ def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
     with file:
         try:  # (to the CPU: who loads a state takes it to its own device)
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, LookupError, EOFError, UnpicklingError) as error:
+        except Exception as error:
+            # (Whatever pickle and zip files make of bytes that are none of theirs.)
             raise ValueError(
                 f"{path} is no whole checkpoint; was it copied in part, or written by something "
                 f"else than save_checkpoint? ({type(error).__name__})"
             ) from error
-    _check(state, objects)
+    try:
+        _check(state, objects)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return state
 
 

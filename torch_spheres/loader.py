@@ -20,6 +20,8 @@ import torch.utils.data
 from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_spheres import _compat
+from torch_spheres.advice import users_level
+from torch_spheres.arguments import as_index
 from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.inline import InlineIterator
@@ -45,6 +47,13 @@ class SphereLoader(DataLoader[T]):
     """What `wrap` returns: a `DataLoader`, of the class that was wrapped too.
 
     All attributes are those of the wrapped loader, its sampler and dataset the very same objects.
+    It can also be made as one, ``SphereLoader(dataset, batch_size=96, spheres=spheres)``, as
+    frameworks do that rebuild a loader by its class.
+
+    Args:
+        args: of `DataLoader`.
+        spheres: this, `device`, `copy_dataset`, `workers` and `process_group` are as of `wrap`.
+        kwargs: of `DataLoader`.
     """
 
     spheres: KissingSpheres
@@ -58,9 +67,47 @@ class SphereLoader(DataLoader[T]):
     _newest: weakref.ref[SphereIterator] | None
     _mark: Bookmark | None  # of the newest, which may be gone
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        del args, kwargs
-        raise TypeError("make a DataLoader, and hand it to torch_spheres.wrap(loader)")
+    def __init__(
+        self,
+        *args: Any,
+        spheres: KissingSpheres | None = None,
+        device: torch.device | str | int | None = None,
+        copy_dataset: bool = False,
+        workers: str = "sphere",
+        process_group: ProcessGroup | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        vars(self)["_sphere_workers"] = workers  # torch's asks what will make the batches
+        super().__init__(*args, **kwargs)
+        _check_options(self, spheres, copy_dataset, workers)
+        self._set_up(spheres, device, copy_dataset, workers, process_group)
+
+    def _set_up(
+        self,
+        spheres: KissingSpheres | None,
+        device: torch.device | str | int | None,
+        copy_dataset: bool,
+        workers: str,
+        process_group: ProcessGroup | bool | None,
+    ) -> SphereLoader[T]:
+        """Makes a loader of what is a `DataLoader` so far."""
+        where = None if device is None else torch.device(device)
+        if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
+        spheres = KissingSpheres() if spheres is None else spheres
+        ranks = _ranks_for(self, find_ranks(process_group, spheres.leaves), workers)
+        keep_freed_memory(spheres.levels)
+        # Under the names of the arguments too: frameworks read them off to make another one.
+        public = {"device": device, "copy_dataset": copy_dataset, "workers": workers,
+                  "process_group": process_group}  # fmt: skip
+        attributes = {
+            **{name: value for name, value in public.items() if not hasattr(self, name)},
+            "_sphere_device": where,
+            "_sphere_copies": copy_dataset,
+            "_sphere_workers": workers,
+            "_pending": None,
+        }
+        return self._fill(attributes, spheres, ranks)
 
     def _get_iterator(self) -> Any:
         if self._sphere_workers == "process":
@@ -74,6 +121,18 @@ class SphereLoader(DataLoader[T]):
         self._pending = None  # not before: what could not be resumed can be tried again
         self._newest, self._mark = weakref.ref(made), made.mark
         return made
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Accelerate's `prepare` asks for it, and then makes a loader of its own of this one."""
+        warnings.warn(
+            "Accelerate makes a loader of its own of a wrapped one, which loads with worker "
+            "processes and without the spheres: prepare the plain DataLoader, and then put the "
+            "spheres inside, loader.base_dataloader = wrap(loader.base_dataloader)",
+            UserWarning,
+            stacklevel=users_level(),
+        )
+        return False
 
     def check_worker_number_rationality(self) -> None:
         """Nothing to check: no processes will be made."""
@@ -212,6 +271,7 @@ def wrap(
     loader: DataLoader[T],
     spheres: KissingSpheres | None = None,
     *,
+    num_workers: int | None = None,
     device: torch.device | str | int | None = None,
     copy_dataset: bool = False,
     workers: str = "sphere",
@@ -232,8 +292,9 @@ def wrap(
 
     Args:
         loader: any `DataLoader`; it stays as it is, and shares its sampler and dataset.
-        spheres: whose threads load. None: a `KissingSpheres` of two levels, which is
+        spheres: with whose life the workers end. None: a `KissingSpheres` of two levels, which is
             ``wrapped.spheres``.
+        num_workers: instead of the loader's.
         device: batches are pinned, copied there by a stream of their own (with workers, ahead of
             the loop), and ready when handed over. None or the CPU: they stay where they are.
         copy_dataset: each logical worker has its own deep copy of the dataset, made with the
@@ -259,34 +320,30 @@ def wrap(
         ValueError: `workers` is something else; ``"process"`` with ``num_workers=0``; a loader that
             is wrapped already; or one that makes its iterators itself.
     """
-    _compat.require(_compat.LOADER)
-    _check(loader, spheres, copy_dataset, workers)
-    if isinstance(loader.dataset, _DATA_PIPES) and workers == "sphere":
-        raise TypeError(
-            f"{type(loader.dataset).__name__} is a DataPipe, which torch no longer develops and "
-            "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
-            "loader as it is"
+    _check(loader)
+    if num_workers is not None and workers == "process":
+        raise ValueError(
+            'num_workers= is for workers="sphere"; give the DataLoader that many itself'
         )
+    _check_options(loader, spheres, copy_dataset, workers)
+    attributes = dict(vars(loader))
+    if num_workers is not None:
+        attributes["num_workers"] = as_index("num_workers", num_workers, 0)
+        if num_workers > 0 and loader.prefetch_factor is None:
+            attributes["prefetch_factor"] = 2  # torch's default
+        elif num_workers == 0:
+            attributes.update(prefetch_factor=None, persistent_workers=False, timeout=0)
     if loader.multiprocessing_context is not None and workers == "sphere":
         warnings.warn(
             "multiprocessing_context has no effect on a wrapped loader, which makes no processes",
             UserWarning,
             stacklevel=2,
         )
-    where = None if device is None else torch.device(device)
-    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
-    spheres = KissingSpheres() if spheres is None else spheres
-    ranks = _ranks_for(loader, find_ranks(process_group, spheres.leaves), workers)
-    keep_freed_memory(spheres.levels)
-    attributes = {
-        **vars(loader),
-        "_sphere_device": where,
-        "_sphere_copies": copy_dataset,
-        "_sphere_workers": workers,
-        "_pending": None,
-    }
-    return _wrapped(type(loader), attributes, spheres, ranks)
+    base: Any = type(loader)
+    kind = _class_for(base)
+    made: SphereLoader[T] = kind.__new__(kind)
+    vars(made).update(attributes)
+    return made._set_up(spheres, device, copy_dataset, workers, process_group)
 
 
 def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ranks | None:
@@ -338,14 +395,37 @@ def _rebuild(
     return _wrapped(base, attributes, spheres, ranks)
 
 
-def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
+def _check(loader: Any) -> None:
+    _compat.require(_compat.LOADER)
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}; for a "
-            "dataset: wrap(DataLoader(dataset, batch_size=...))"
+            "dataset, also one that makes batches itself, as webdataset's do: "
+            "wrap(DataLoader(dataset, batch_size=..., num_workers=...))"
         )
     if isinstance(loader, SphereLoader):
         raise ValueError("loader is wrapped already; wrap the DataLoader that it was made of")
+    name = type(loader).__name__
+    if isinstance(inner := vars(loader).get("base_dataloader"), DataLoader):
+        raise ValueError(
+            f"{name} is Accelerate's, around a {type(inner).__name__}: put the spheres inside, "
+            "loader.base_dataloader = wrap(loader.base_dataloader)"
+        )
+    if type(loader)._get_iterator is not DataLoader._get_iterator:
+        raise ValueError(
+            f"{name} makes its iterators itself (it overrides _get_iterator), and would not use "
+            "the spheres; make a torch.utils.data.DataLoader of the same arguments, and wrap that: "
+            "what wrap() returns has state_dict() and load_state_dict()"
+        )
+
+
+def _check_options(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
+    if isinstance(loader.dataset, _DATA_PIPES) and workers == "sphere":
+        raise TypeError(
+            f"{type(loader.dataset).__name__} is a DataPipe, which torch no longer develops and "
+            "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
+            "loader as it is"
+        )
     if spheres is not None and not isinstance(spheres, KissingSpheres):
         raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
     if not isinstance(copy_dataset, bool):
@@ -357,9 +437,4 @@ def _check(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
     if workers == "process" and loader.num_workers == 0:
         raise ValueError(
             'workers="process" needs a DataLoader with num_workers > 0, got num_workers=0'
-        )
-    if type(loader)._get_iterator is not DataLoader._get_iterator:
-        raise ValueError(
-            f"{type(loader).__name__} makes its iterators itself (it overrides _get_iterator), "
-            "and would not use the spheres; wrap the DataLoader inside of it"
         )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import multiprocessing.sharedctypes
 import multiprocessing.synchronize
 import warnings
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from torch_spheres.objects import walk
+from torch_spheres.rebinding import rebound
 
 __all__ = ["shallow_copy", "shared_memory_in"]
 
@@ -49,6 +52,8 @@ def shallow_copy(dataset: Any, known: dict[int, Any] | None = None) -> Any:
         return made
     for name, value in [*attributes.items()]:
         new = _copied_inside(value, known)
+        if isinstance(value, (MethodType, functools.partial)):
+            new = rebound(value, known)  # a method of the dataset is one of its copy
         if new is not value:
             attributes[name] = new
     return made

@@ -22,6 +22,7 @@ from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.stats import Meter
 from torch_spheres.loading.transfer import Delivery, Transfer
 from torch_spheres.random import RandomSource, random_states
+from torch_spheres.rebinding import rebound
 
 __all__ = ["Plan", "Result", "Task", "Worker"]
 
@@ -45,22 +46,26 @@ class Plan:
     meter: Meter
 
 
-def _dataset_for_worker(plan: Plan) -> Any:
+def _dataset_for_worker(plan: Plan) -> tuple[Any, dict[int, Any]]:
     """A copy for one worker, as a process has one: what it sets on its dataset is its own.
 
     The copy is shallow, and shares what the attributes hold; but for datasets inside of it, which
-    are copied in the same way. One that saves its position is copied as a whole.
+    are copied in the same way. One that saves its position is copied as a whole. With it, all
+    copies by the original's id.
     """
+    copies: dict[int, Any] = {}
     if plan.copies or (plan.iterable and plan.workers > 1 and has_position(plan.dataset)):
         try:
-            return copy.deepcopy(plan.dataset, shared_memory_in(plan.dataset))
+            made = copy.deepcopy(plan.dataset, shared_memory_in(plan.dataset))
         except Exception as error:
             error.add_note(
                 f"wrap() copies {type(plan.dataset).__name__} for each logical worker, which was "
                 "asked for with copy_dataset=True, or saves its position (state_dict)"
             )
             raise
-    return shallow_copy(plan.dataset)
+        copies[id(plan.dataset)] = made
+        return made, copies
+    return shallow_copy(plan.dataset, copies), copies
 
 
 @dataclass
@@ -83,7 +88,10 @@ class Worker:
         self._plan, self.number, self._over = plan, number, over
         self._restored = restored
         # Now, as a process would have it, not when the first task comes.
-        self._dataset = _dataset_for_worker(plan)
+        self._dataset, copies = _dataset_for_worker(plan)
+        # (A method of the dataset is one of the worker's copy, as it is in a process.)
+        self._init_fn = rebound(plan.init_fn, copies)
+        self._make_fetcher = rebound(plan.make_fetcher, copies)
         # (Variables that one task sets are there for the next, as in a process.)
         self._variables = contextvars.copy_context()
         self._ready = False
@@ -156,24 +164,38 @@ class Worker:
         )
         self._info = _compat.worker_info(self.number, plan.workers, seed, self._dataset, generators)
         self._ready = True
-        if plan.init_fn is None:
+        if self._init_fn is None:
             return
         with shown(info=self._info), self._streams.active():
             try:
-                plan.init_fn(self.number)
+                before = dict(getattr(plan.dataset, "__dict__", {}))
+                self._init_fn(self.number)
+                self._refuse_writes(before)
             except BaseException as error:
                 error.add_note(f"in worker_init_fn of logical worker {self.number}")
                 self._failure = error
                 raise
 
+    def _refuse_writes(self, before: dict[str, Any]) -> None:
+        """Raises if worker_init_fn has set attributes of the dataset that all workers know."""
+        original = self._plan.dataset
+        now = getattr(original, "__dict__", {})
+        names = [n for n in {**before, **now} if now.get(n) is not before.get(n)]
+        if names and original is not self._dataset:
+            raise RuntimeError(
+                f"worker_init_fn sets {names} on the {type(original).__name__} that the loader was "
+                "given, of which each worker has a copy: set it on get_worker_info().dataset"
+            )
+
     def _begin(self, samples: int) -> Fetcher:
-        make, restored, dataset = self._plan.make_fetcher, self._restored, self._info.dataset
+        make: Callable[[Any], Fetcher] = self._make_fetcher
+        restored, dataset = self._restored, self._info.dataset
         if restored is None:
             if self._plan.iterable:
                 self._began_at = random_states(self._info.rng)
             return make(dataset)
         self._restored, self.fetched = None, restored.fetched
         self._began_at = restored.begin or (restored.streams if self._plan.iterable else None)
-        fetcher = restored.restore(dataset, make, samples, self._info.rng)
+        fetcher: Fetcher = restored.restore(dataset, make, samples, self._info.rng)
         restored.restore_streams(self._info.rng)
         return fetcher
