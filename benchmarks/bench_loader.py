@@ -1,7 +1,7 @@
 """`wrap(loader)` against the DataLoader that it was given, SPDL and torchdata.nodes.
 
 python benchmarks/bench_loader.py [--quick] [--json PATH] [--concurrency N] [--chart PATH]
-                                  [--only {tensors,jpegs,python,mnist} ...]
+                                  [--only {tensors,waiting,jpegs,python,mnist} ...]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,25 @@ from loader_contestants import (
     Epoch,
     setup,
 )
-from loader_datasets import CROP, JPEGS, LOOP, MNIST, MNIST_WHOLE, PYTHON, SIDE, TENSORS, WORKLOADS
+from loader_datasets import (
+    CROP,
+    JPEGS,
+    LOOP,
+    MNIST,
+    MNIST_WHOLE,
+    PYTHON,
+    SIDE,
+    SMALL_TENSORS,
+    TENSORS,
+    WAIT,
+    WAITING,
+    WORKLOADS,
+)  # fmt: skip
 from serving import kibibytes
 
 SCRIPT = "loader_contestants.py"
 MIB = 1 << 20
-PARTS = ("tensors", "jpegs", "python", "mnist")
+PARTS = ("tensors", "waiting", "jpegs", "python", "mnist")
 LOOK = 0.01  # seconds between two looks at memory
 
 
@@ -54,10 +67,12 @@ class Sizes:
     first_times: int
     memory_repeats: int
     memory_jpegs: int
+    waiting: tuple[int, ...]
+    """Numbers of workers, each of which loads eight batches."""
 
 
-FULL = Sizes(7, 60_000, 1024, 2048, 4000, 3, 2, 1024)
-QUICK = Sizes(2, 6_000, 96, 256, 480, 1, 1, 96)
+FULL = Sizes(7, 60_000, 1024, 2048, 4000, 3, 2, 1024, (8, 16, 32, 64))
+QUICK = Sizes(2, 6_000, 96, 256, 480, 1, 1, 96, (8,))
 
 
 @dataclass(frozen=True)
@@ -123,17 +138,32 @@ def fill(
         section.add(Row(name, "skipped", note=why))
 
 
-def in_memory(run: Run) -> Section:
-    n, batch = run.sizes.tensors, WORKLOADS[TENSORS].batch
+def in_memory(run: Run, workload: str = TENSORS) -> Section:
+    n, batch = run.sizes.tensors, WORKLOADS[workload].batch
     section = Section(
-        f"Tensors, steady: an epoch of {n:,} x 784 float32 in memory, shuffled, "
+        f"{workload}, steady: an epoch of {n:,} x 784 float32 in memory, shuffled, "
         f"batches of {batch}, {run.workers} workers",
         f"time of the peer / time of {OURS_NO_WORKERS}; the target is for the best DataLoader",
     )
-    names = [OURS_NO_WORKERS, OURS, *PLAIN, WHOLE, SPDL, NODES]
-    answers = run.ask(TENSORS, n, names, "epoch")
+    names = [OURS_NO_WORKERS, OURS, *PLAIN]
+    if workload == TENSORS:
+        names += [WHOLE, SPDL, NODES]
+    answers = run.ask(workload, n, names, "epoch")
     seconds = answers.seconds()
     fill(section, answers, seconds, OURS_NO_WORKERS, {best_of(seconds, PLAIN): 8}, n)
+    return section
+
+
+def waiting(run: Run, workers: int) -> Section:
+    n = workers * 8 * WORKLOADS[WAITING].batch
+    section = Section(
+        f"Samples that take {WAIT * 1000:.0f} ms to come: an epoch of {n:,}, batches of "
+        f"{WORKLOADS[WAITING].batch}, {workers} workers",
+        f"time of the peer / time of {OURS}; {PROCESSES} start anew with each epoch",
+    )
+    names = [OURS, PROCESSES, PERSISTENT]
+    answers = replace(run, workers=workers).ask(WAITING, n, names, "epoch")
+    fill(section, answers, answers.seconds(), OURS, {PROCESSES: 1.5, PERSISTENT: 1}, n)
     return section
 
 
@@ -318,7 +348,11 @@ def main() -> None:
         report.console.print(f"{package}: {report.environment[package]}")
     if "tensors" in options.only:
         report.add(in_memory(run))
+        report.add(in_memory(run, SMALL_TENSORS))
         report.add(first_batch(run, TENSORS, sizes.tensors))
+    if "waiting" in options.only:
+        for workers in sizes.waiting:
+            report.add(waiting(run, workers))
     if "jpegs" in options.only and report.environment["pillow"] == "not installed":
         report.console.print("[yellow]JPEGs: skipped, pillow is not installed[/]")
     elif "jpegs" in options.only:

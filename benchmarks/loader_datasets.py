@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 SIDE, CROP = 256, 224  # pixels: as they are stored, and as they are loaded
 CLASSES = 10
 LOOP = 2300  # rounds of Python's loop, some 200 microseconds
+WAIT = 0.02  # seconds that a sample takes to come
 
 Samples = Dataset[Any]
 
@@ -67,6 +69,20 @@ class PurePython(Dataset[tuple[Tensor, int]]):
         return torch.tensor([total / 65521]), index % CLASSES
 
 
+class Waiting(Dataset[tuple[Tensor, int]]):
+    """As from a slow disk or another machine; nobody computes meanwhile."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        time.sleep(WAIT)
+        return torch.tensor([index / self._samples]), index % CLASSES
+
+
 def tensors(samples: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(samples, 784, generator=generator)
@@ -113,12 +129,15 @@ class Workload:
 
 
 TENSORS, TENSORS_WHOLE = "Tensors", "Tensors, a batch at once"
+SMALL_TENSORS, WAITING = "Tensors, small batches", "waiting"
 JPEGS, PYTHON = "JPEGs", "pure Python"
 MNIST, MNIST_WHOLE = "MNIST", "MNIST, a batch at once"
 
 WORKLOADS = {
     TENSORS: Workload(lambda n: TensorDataset(*tensors(n)), 768),
     TENSORS_WHOLE: Workload(lambda n: Whole(*tensors(n)), 768, as_it_is),
+    SMALL_TENSORS: Workload(lambda n: TensorDataset(*tensors(n)), 32),
+    WAITING: Workload(Waiting, 4),
     JPEGS: Workload(jpegs, 32),
     PYTHON: Workload(PurePython, 64),
     MNIST: Workload(lambda n: TensorDataset(*digits(n)), 96),

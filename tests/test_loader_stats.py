@@ -101,9 +101,9 @@ def test_advice_says_what_to_change(gil, monkeypatch):
     if gil:
         assert "kept 1.0 cores busy" in advice() and 'workers="process"' in advice()
     else:
-        assert "more num_workers, or more spheres" in advice()
-    assert "more num_workers, or more spheres" in advice(computed=19.0)  # both cores at work
-    assert "more num_workers, or more spheres" in advice(computed=0.5)  # they wait for a disk
+        assert "more num_workers may help" in advice()
+    assert "more num_workers may help" in advice(computed=19.0)  # both cores at work
+    assert "more num_workers may help" in advice(computed=0.5)  # they wait for a disk
     assert "give the DataLoader num_workers=" in advice(workers=0, way="caller")
     assert "more num_workers may help" in advice(way="process")
     for quiet in ({"waited": 1.0}, {"batches": 3}, {"way": "gather"}):

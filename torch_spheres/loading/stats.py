@@ -114,13 +114,18 @@ class LoaderStats:
         if self.workers == 0:
             return f"{share}; give the DataLoader num_workers=, so that threads load ahead of it"
         if self.python_bound:
-            return (
-                f"{share}, and {self.workers} logical workers kept {self.cores:.1f} cores busy: "
-                "the dataset runs in Python, one thread at a time (the GIL). Use "
-                'wrap(loader, workers="process"), or let the dataset work in calls that release '
-                "the GIL (Pillow, OpenCV, numpy, torch)"
-            )
-        return f"{share}; more num_workers, or more spheres (concurrency=), may help"
+            return self.of_the_gil
+        return f"{share}; more num_workers may help"
+
+    @property
+    def of_the_gil(self) -> str:
+        """The advice where that held the workers back."""
+        return (
+            f"the loop waited for data {self.waiting:.0%} of the time, and {self.workers} logical "
+            f"workers kept {self.cores:.1f} cores busy: the dataset runs in Python, one thread at "
+            'a time (the GIL). Use wrap(loader, workers="process"), or let the dataset work in '
+            "calls that release the GIL (Pillow, OpenCV, numpy, torch)"
+        )
 
     @property
     def python_bound(self) -> bool:
@@ -141,6 +146,7 @@ class LoaderStats:
 _ADDED_UP = ("batches", "samples", "bytes", "waited", "worked", "computed", "elapsed")
 _origins = itertools.count(1)
 _ENOUGH_BATCHES = 8
+_FEW_BATCHES = 3  # after which so large a loss as by the GIL is told of
 _ENOUGH_SECONDS = 1.0
 _MOSTLY = 0.5
 
@@ -206,8 +212,8 @@ class Meter:
         if self._told or self._sums["elapsed"] < _ENOUGH_SECONDS:
             return None
         now = self.snapshot()
-        self._told = now.python_bound and now.advice is not None
-        return now.advice if self._told else None
+        self._told = now.python_bound and now.waiting >= _MOSTLY and now.batches >= _FEW_BATCHES
+        return now.of_the_gil if self._told else None
 
     def tell(self, text: str) -> None:
         """Has the loop hear of it at its next ``next()``, once."""
