@@ -264,3 +264,63 @@ def test_another_order_is_not_taken_for_the_same(spheres, workers, first, second
     other.load_state_dict(state)
     with pytest.raises(RuntimeError, match="does not repeat the 1 batches"):
         iter(other)
+
+
+# ---- Hugging Face's iterable datasets, which shuffle in a buffer ----
+
+
+class BufferShuffledExamplesIterable:
+    ex_iterable = None
+
+
+def shuffled_in_a_buffer():
+    """A stand-in, with what a loader looks at; its own state forgets the buffer."""
+
+    class IterableDataset_(Stream):
+        __module__ = "datasets.iterable_dataset"
+        _ex_iterable = BufferShuffledExamplesIterable()
+        epoch = 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __iter__(self):
+            generator = torch.Generator().manual_seed(self.epoch)
+            mine = super().mine().sort()[0]
+            return iter(mine[torch.randperm(len(mine), generator=generator)].tolist())
+
+        def state_dict(self):
+            raise AssertionError("it would lose rows")
+
+        def load_state_dict(self, state):
+            raise AssertionError("it would lose rows")
+
+    return IterableDataset_()
+
+
+def hugging_face():
+    datasets = pytest.importorskip("datasets")
+
+    def rows(shards):
+        for shard in shards:
+            for row in range(8):
+                yield {"x": 8 * shard + row}
+
+    data = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [*range(4)]})
+    return data.shuffle(seed=3, buffer_size=10).with_format("torch")
+
+
+@pytest.mark.parametrize("make", [shuffled_in_a_buffer, hugging_face])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_datasets_that_shuffle_in_a_buffer_are_read_over(spheres, make, workers, epoch):
+    data = make()
+    data.set_epoch(epoch)
+    loader = ts.wrap(DataLoader(data, 5, num_workers=workers), spheres)
+    iterator = iter(loader)
+    for _ in range(2):
+        next(iterator)
+    state, left = loader.state_dict(), seen(iterator)
+    again = ts.wrap(DataLoader(make(), 5, num_workers=workers), spheres)  # (of epoch 0)
+    again.load_state_dict(state)
+    assert seen(again) == left

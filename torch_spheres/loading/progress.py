@@ -49,6 +49,21 @@ def has_position(value: Any) -> bool:
     )
 
 
+def _loses_rows(dataset: Any) -> bool:
+    """Whether it is one of Hugging Face's that shuffle rows in a buffer, which its state has not.
+
+    What it gives depends on its seed and its epoch alone, so it can be read over.
+    """
+    if not type(dataset).__module__.startswith("datasets."):
+        return False
+    inner = getattr(dataset, "_ex_iterable", None)
+    while inner is not None:
+        if "Shuffled" in type(inner).__name__:
+            return True
+        inner = getattr(inner, "ex_iterable", None)
+    return False
+
+
 @dataclass
 class Snapshot:
     """After a task: random streams, and how far an iterable dataset has come."""
@@ -71,6 +86,9 @@ class Snapshot:
             snapshot.streams = random_states(rng)
         iterator = getattr(fetcher, "dataset_iter", None)
         if iterator is None:  # map-style: the sampler's position is all there is
+            return snapshot
+        if _loses_rows(fetcher.dataset):
+            snapshot.progress = {"epoch": getattr(fetcher.dataset, "epoch", None)}
             return snapshot
         for holder, value in (("iterator", iterator), ("dataset", fetcher.dataset)):
             if has_position(value):
@@ -105,6 +123,8 @@ class Snapshot:
             restore_random_states(begin, rng)
         if self.holder == "dataset":
             dataset.load_state_dict(copy.deepcopy(self.progress))
+        if self.holder == "" and self.progress and self.progress["epoch"] is not None:
+            dataset.set_epoch(self.progress["epoch"])
         before = shared_states()
         fetcher = make(dataset)
         iterator: Any = getattr(fetcher.fetcher, "dataset_iter", None)
