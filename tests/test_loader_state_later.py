@@ -276,7 +276,7 @@ class BufferShuffledExamplesIterable:
 def shuffled_in_a_buffer():
     """A stand-in, with what a loader looks at; its own state forgets the buffer."""
 
-    class IterableDataset_(Stream):
+    class Shuffled(Stream):
         __module__ = "datasets.iterable_dataset"
         _ex_iterable = BufferShuffledExamplesIterable()
         epoch = 0
@@ -295,7 +295,7 @@ def shuffled_in_a_buffer():
         def load_state_dict(self, state):
             raise AssertionError("it would lose rows")
 
-    return IterableDataset_()
+    return Shuffled()
 
 
 def hugging_face():

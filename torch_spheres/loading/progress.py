@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 FAILED = "failed"
+_setting_epochs = threading.Lock()
 
 
 def shared_states() -> Any:
@@ -124,7 +126,9 @@ class Snapshot:
         if self.holder == "dataset":
             dataset.load_state_dict(copy.deepcopy(self.progress))
         if self.holder == "" and self.progress and self.progress["epoch"] is not None:
-            dataset.set_epoch(self.progress["epoch"])
+            with _setting_epochs:  # copies may share the memory that it is in
+                if dataset.epoch != self.progress["epoch"]:
+                    dataset.set_epoch(self.progress["epoch"])
         before = shared_states()
         fetcher = make(dataset)
         iterator: Any = getattr(fetcher.fetcher, "dataset_iter", None)
