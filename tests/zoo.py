@@ -88,6 +88,26 @@ class Tied(nn.Module):
         return self.last(self.tied(self.first(x.flatten(1)).relu() * self.frozen).tanh())
 
 
+class Experts(nn.Module):
+    """A mixture of experts: each row goes to one of four, which some shards never use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Linear(144, 32), nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.last = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).tanh()
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = (chosen == k).nonzero().flatten()
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, None])
+        return self.last(x + out)
+
+
 class Sparse(nn.Module):
     """An embedding with sparse gradients."""
 
@@ -156,6 +176,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "transformer with dropout": Transformer,
     "lstm with dropout": Lstm,
     "tied, unused, frozen": Tied,
+    "mixture of experts": Experts,
     "sparse embedding": Sparse,
 }
 

@@ -15,7 +15,7 @@ from torch_spheres.shard import Shard
 if TYPE_CHECKING:
     from torch_spheres.shards import Call
 
-__all__ = ["buffers_of", "merge_buffers", "take_new_shapes"]
+__all__ = ["buffers_of", "merge_buffers", "needs_two_rows", "take_new_shapes"]
 
 Place = tuple[nn.Module, str]
 
@@ -112,3 +112,8 @@ def _warn_of_numbers_that_differ(
             UserWarning,
             stacklevel=users_level(),
         )
+
+
+def needs_two_rows(part: nn.Module) -> bool:
+    """Batch norm over rows alone cannot train on one."""
+    return part.training and isinstance(part, nn.BatchNorm1d)

@@ -23,11 +23,12 @@ from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.ranks import ProcessGroup, find_ranks
+from torch_spheres.refusals import refuse_tracing
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
-from torch_spheres.splitting import refuse_tracing, rows_to_tune_by
+from torch_spheres.splitting import rows_to_tune_by
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
 from torch_spheres.whole_batch import face

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.utils.data
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from torch_spheres import _compat
 from torch_spheres.advice import users_level
 from torch_spheres.arguments import as_index
 from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
+from torch_spheres.loading.checks import check_loader, check_options, ranks_for
 from torch_spheres.loading.inline import InlineIterator
 from torch_spheres.loading.portions import same_random_state
 from torch_spheres.loading.progress import Bookmark, Progress
@@ -31,16 +31,11 @@ from torch_spheres.loading.stats import LoaderStats, Meter
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
-from torch_spheres.sampler import SphereBatchSampler
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["SphereLoader", "wrap"]
 
 T = TypeVar("T", covariant=True)
-_WORKERS = ("sphere", "process")
-# (torch may drop them.)
-_PIPES = [getattr(torch.utils.data, name, None) for name in ("IterDataPipe", "MapDataPipe")]
-_DATA_PIPES = tuple(kind for kind in _PIPES if kind is not None)
 
 
 class SphereLoader(DataLoader[T]):
@@ -79,7 +74,7 @@ class SphereLoader(DataLoader[T]):
     ) -> None:
         vars(self)["_sphere_workers"] = workers  # torch's asks what will make the batches
         super().__init__(*args, **kwargs)
-        _check_options(self, spheres, copy_dataset, workers)
+        check_options(self, spheres, copy_dataset, workers)
         self._set_up(spheres, device, copy_dataset, workers, process_group)
 
     def _set_up(
@@ -95,7 +90,7 @@ class SphereLoader(DataLoader[T]):
         if where is not None and where.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
         spheres = KissingSpheres() if spheres is None else spheres
-        ranks = _ranks_for(self, find_ranks(process_group, spheres.leaves), workers)
+        ranks = ranks_for(self, find_ranks(process_group, spheres.leaves), workers)
         keep_freed_memory(spheres.levels)
         # Under the names of the arguments too: frameworks read them off to make another one.
         public = {"device": device, "copy_dataset": copy_dataset, "workers": workers,
@@ -320,12 +315,12 @@ def wrap(
         ValueError: `workers` is something else; ``"process"`` with ``num_workers=0``; a loader that
             is wrapped already; or one that makes its iterators itself.
     """
-    _check(loader)
+    check_loader(loader)
     if num_workers is not None and workers == "process":
         raise ValueError(
             'num_workers= is for workers="sphere"; give the DataLoader that many itself'
         )
-    _check_options(loader, spheres, copy_dataset, workers)
+    check_options(loader, spheres, copy_dataset, workers)
     attributes = dict(vars(loader))
     if num_workers is not None:
         attributes["num_workers"] = as_index("num_workers", num_workers, 0)
@@ -346,39 +341,6 @@ def wrap(
     return made._set_up(spheres, device, copy_dataset, workers, process_group)
 
 
-def _ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ranks | None:
-    """Those for whom batches have to be cut."""
-    if ranks is None:
-        return None
-    batches = loader.batch_sampler
-    if isinstance(batches, SphereBatchSampler) and batches.world_size > 1:
-        return None  # it cuts them itself
-    inner = getattr(batches, "batch_sampler", None) or getattr(batches, "sampler", None)
-    if isinstance(inner, SphereBatchSampler) and inner.world_size > 1:
-        raise ValueError(
-            "the loader's batch_sampler is around a SphereBatchSampler, which divides batches over "
-            "the processes already; give that one rank=0, world_size=1, or wrap(loader, "
-            "process_group=False)"
-        )
-    if isinstance(loader.sampler, DistributedSampler):
-        raise ValueError(
-            "loader has a DistributedSampler, but wrap() divides each batch over the processes "
-            "itself: use the plain sampler (shuffle=True), the same seed on all, and the "
-            "batch_size of all processes together; or wrap(loader, process_group=False)"
-        )
-    if loader.batch_size is None and batches is None:
-        raise ValueError(
-            "a loader with batch_size=None has no batches whose rows could be divided over the "
-            "processes; give it a batch_size, or use wrap(loader, process_group=False)"
-        )
-    if workers == "process":
-        raise ValueError(
-            'workers="process" cannot load a part of each batch: give the loader a '
-            "SphereBatchSampler, which yields each rank's rows, or use process_group=False"
-        )
-    return ranks
-
-
 def _wrapped(
     base: Any, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
 ) -> SphereLoader[Any]:
@@ -393,48 +355,3 @@ def _rebuild(
     spheres = KissingSpheres(shape[0], concurrency=shape[1])
     ranks = find_ranks(None if shared else False, spheres.leaves)
     return _wrapped(base, attributes, spheres, ranks)
-
-
-def _check(loader: Any) -> None:
-    _compat.require(_compat.LOADER)
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}; for a "
-            "dataset, also one that makes batches itself, as webdataset's do: "
-            "wrap(DataLoader(dataset, batch_size=..., num_workers=...))"
-        )
-    if isinstance(loader, SphereLoader):
-        raise ValueError("loader is wrapped already; wrap the DataLoader that it was made of")
-    name = type(loader).__name__
-    if isinstance(inner := vars(loader).get("base_dataloader"), DataLoader):
-        raise ValueError(
-            f"{name} is Accelerate's, around a {type(inner).__name__}: put the spheres inside, "
-            "loader.base_dataloader = wrap(loader.base_dataloader)"
-        )
-    if type(loader)._get_iterator is not DataLoader._get_iterator:
-        raise ValueError(
-            f"{name} makes its iterators itself (it overrides _get_iterator), and would not use "
-            "the spheres; make a torch.utils.data.DataLoader of the same arguments, and wrap that: "
-            "what wrap() returns has state_dict() and load_state_dict()"
-        )
-
-
-def _check_options(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
-    if isinstance(loader.dataset, _DATA_PIPES) and workers == "sphere":
-        raise TypeError(
-            f"{type(loader.dataset).__name__} is a DataPipe, which torch no longer develops and "
-            "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
-            "loader as it is"
-        )
-    if spheres is not None and not isinstance(spheres, KissingSpheres):
-        raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
-    if not isinstance(copy_dataset, bool):
-        raise TypeError(f"copy_dataset must be True or False, got {copy_dataset!r}")
-    if workers not in _WORKERS:
-        raise ValueError(f"workers must be one of {_WORKERS}, got {workers!r}")
-    if workers == "process" and copy_dataset:
-        raise ValueError('copy_dataset=True is for threads; with workers="process" all have copies')
-    if workers == "process" and loader.num_workers == 0:
-        raise ValueError(
-            'workers="process" needs a DataLoader with num_workers > 0, got num_workers=0'
-        )

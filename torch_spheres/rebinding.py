@@ -13,13 +13,14 @@ import itertools
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from operator import is_
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MUTABLE", "held_by", "rebound", "values_of"]
+__all__ = ["MUTABLE", "Contents", "held_by", "rebound", "values_of"]
 
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -108,3 +109,21 @@ def _rebuilt(value: Any, inside: list[Any]) -> Any:
 
 def _is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(type(value), "_fields")
+
+
+class Contents:
+    """What some dicts hold, to be compared with later: by identity."""
+
+    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
+        self._dicts = dicts
+        self._sizes = [*map(len, dicts)]
+        self._views = [d.values() for d in dicts]
+        self._values = [*itertools.chain.from_iterable(self._views)]
+
+    def are(self, dicts: list[dict[Any, Any]]) -> bool:
+        """Whether these are the same dicts, and hold the same."""
+        return (
+            all(map(is_, dicts, self._dicts))
+            and [*map(len, dicts)] == self._sizes
+            and all(map(is_, itertools.chain.from_iterable(self._views), self._values))
+        )

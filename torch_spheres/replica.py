@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_spheres import _compat
-from torch_spheres.rebinding import MUTABLE, rebound, values_of
+from torch_spheres.rebinding import MUTABLE, Contents, rebound, values_of
 
 __all__ = ["Buffer", "Replica"]
 
@@ -137,7 +137,7 @@ class Replica:
         for part, attributes in zip(self.parts, names, strict=True):
             part.rebind(attributes, self._replacements, hooks)
         self._note()
-        self._bound_to = _Contents([d for part in self.parts for d in part.read()])
+        self._bound_to = Contents([d for part in self.parts for d in part.read()])
         self._is_whole = hooks and not any(names) and not any(part.slots for part in self.parts)
 
     def _is_bound(self) -> bool:
@@ -340,24 +340,6 @@ class _Part:
         return any(
             name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
             for hook in hooks
-        )
-
-
-class _Contents:
-    """What some dicts hold, to be compared with later: by identity."""
-
-    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
-        self._dicts = dicts
-        self._sizes = [*map(len, dicts)]
-        self._views = [d.values() for d in dicts]
-        self._values = [*itertools.chain.from_iterable(self._views)]
-
-    def are(self, dicts: list[dict[Any, Any]]) -> bool:
-        """Whether these are the same dicts, and hold the same."""
-        return (
-            all(map(is_, dicts, self._dicts))
-            and [*map(len, dicts)] == self._sizes
-            and all(map(is_, itertools.chain.from_iterable(self._views), self._values))
         )
 
 

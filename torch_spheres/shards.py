@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres import _compat
-from torch_spheres.buffers import buffers_of, merge_buffers, take_new_shapes
+from torch_spheres.buffers import buffers_of, merge_buffers, needs_two_rows, take_new_shapes
 from torch_spheres.crew import Crew
 from torch_spheres.errors import Caught
 from torch_spheres.folding import GradientFold, Grads, rounded
@@ -21,10 +21,11 @@ from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
 from torch_spheres.reached import Reached
+from torch_spheres.refusals import refuse_forward_ad
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.shard import Shard, in_shard
-from torch_spheres.splitting import Cutting, Split, refuse_forward_ad, without_dim
+from torch_spheres.splitting import Cutting, Split, without_dim
 from torch_spheres.tree import tree_sums
 
 __all__ = ["Call"]
@@ -98,7 +99,7 @@ class Call:
     def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         """The arguments, cut by rows."""
         refuse_forward_ad()
-        least = 2 if any(map(_needs_two_rows, self.pool.parts)) else 1
+        least = 2 if any(map(needs_two_rows, self.pool.parts)) else 1
         shards = self.crew.plan.shards
         return Split(arguments, shards, self.ranks, self.cutting, self.module, least)
 
@@ -399,8 +400,3 @@ class Call:
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
             return rounded(fold.finish(), self.trainable)
-
-
-def _needs_two_rows(part: nn.Module) -> bool:
-    """Batch norm over rows alone cannot train on one."""
-    return part.training and isinstance(part, nn.BatchNorm1d)

@@ -21,8 +21,7 @@ from torch_spheres.nesting import Nesting, flatten, unflatten
 from torch_spheres.objects import is_sequence, row_sequences, tensor_inside
 from torch_spheres.ranks import Ranks
 
-__all__ = ["Cutting", "Split", "aligned", "refuse_forward_ad", "refuse_tracing",
-           "rows_to_tune_by", "without_dim"]  # fmt: skip
+__all__ = ["Cutting", "Split", "aligned", "rows_to_tune_by", "without_dim"]
 
 _NOTHING_INSIDE = (Tensor, type(None), bool, int, float, str)
 _ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
@@ -349,25 +348,6 @@ def rows_to_tune_by(tensors: Sequence[Tensor], cutting: Cutting) -> int:
         if not value.is_nested and value.dim() > 0:
             return max(1, value.shape[min(cutting.default_dim, value.dim() - 1)])
     return 1
-
-
-def refuse_tracing() -> None:
-    """Raises a RuntimeError while torch records what a model does: shards are no part of it."""
-    if _compat.is_tracing() or torch.compiler.is_compiling():
-        raise RuntimeError(
-            "SphereParallel cannot be traced, exported or drawn as a graph (torch.jit.trace, "
-            "torch.onnx.export, torch.export, SummaryWriter.add_graph): shards run in other "
-            "threads; trace model.module, which has the same weights"
-        )
-
-
-def refuse_forward_ad() -> None:
-    """Raises a NotImplementedError for dual tensors, wherever they are: shards have no tangents."""
-    if _compat.forward_ad_is_on():
-        raise NotImplementedError(
-            "SphereParallel has no forward-mode AD: inside torch.autograd.forward_ad.dual_level() "
-            "tangents of inputs or weights would be lost; use the bare model.module"
-        )
 
 
 def _cut_text(value: Any, dim: int | None) -> str:
