@@ -157,8 +157,8 @@ def in_memory(run: Run, workload: str = TENSORS) -> Section:
 def waiting(run: Run, workers: int) -> Section:
     n = workers * 8 * WORKLOADS[WAITING].batch
     section = Section(
-        f"Samples that take {WAIT * 1000:.0f} ms to come: an epoch of {n:,}, batches of "
-        f"{WORKLOADS[WAITING].batch}, {workers} workers",
+        f"Waiting, {workers} workers: an epoch of {n:,} samples that take {WAIT * 1000:.0f} ms to "
+        f"come, batches of {WORKLOADS[WAITING].batch}",
         f"time of the peer / time of {OURS}; {PROCESSES} start anew with each epoch",
     )
     names = [OURS, PROCESSES, PERSISTENT]

@@ -57,8 +57,21 @@ def open_files():
 
 
 def other_threads():
-    """Beside those of the spheres, of which Python knows each from its first sample on."""
+    """Beside those of the spheres, and of workers, which end a moment after their iterator."""
+    eventually(lambda: not workers_at_work())
     return len([t for t in threading.enumerate() if not t.name.startswith("sphere ")])
+
+
+def workers_at_work():
+    """But for persistent ones, which wait for the next epoch."""
+    return len(of_loaders()) > PERSISTENT
+
+
+def of_loaders():
+    return [t for t in threading.enumerate() if t.name.startswith("loader worker ")]
+
+
+PERSISTENT = 2 * 3  # of two loaders
 
 
 def test_a_soak_of_epochs_with_early_breaks_leaves_nothing(spheres):
@@ -80,11 +93,11 @@ def test_a_soak_of_epochs_with_early_breaks_leaves_nothing(spheres):
         epoch(k)
     gc.collect()
     before = other_threads(), open_files(), resident()
-    for k in range(rounds(30)):
+    for k in range(rounds(200)):
         epoch(k)
     gc.collect()
     after = other_threads(), open_files(), resident()
-    assert after[:2] == before[:2]
+    assert after[:2] == before[:2] and len(of_loaders()) == PERSISTENT
     assert after[2] - before[2] < 16 << 20
 
 

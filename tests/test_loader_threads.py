@@ -284,8 +284,12 @@ def test_workers_are_threads_that_can_be_asked(spheres):
     assert len(workers) == 3 and {w.pid for w in workers} == {os.getpid()}
     assert all(w.is_alive() for w in workers)
     assert [w.name for w in workers] == [f"loader worker {k}" for k in range(3)]
+    assert [w.exitcode for w in workers] == [None] * 3
     assert len([*iterator]) == 30
-    eventually(lambda: not any(w.is_alive() for w in workers))
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0 and not worker.is_alive()
+        worker.terminate()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this system")

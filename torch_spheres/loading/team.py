@@ -49,6 +49,15 @@ class WorkerThread(threading.Thread):
         self.left = 0
         self._team = team
 
+    @property
+    def exitcode(self) -> int | None:
+        """0 once it has ended, as of a process; None before."""
+        return None if self.is_alive() else 0
+
+    def terminate(self) -> None:
+        """Has it end after the sample that it is at: a thread cannot be ended in the middle."""
+        self.tasks.put(None)
+
     def run(self) -> None:
         """Does tasks until there will be none."""
         take_one_intra_op_thread()
