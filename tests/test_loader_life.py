@@ -19,6 +19,7 @@ from loader_support import Numbers, Stream, eventually, wrapped
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import torch_spheres as ts
+from torch_spheres._threads import has_gil
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -98,7 +99,8 @@ def test_a_soak_of_epochs_with_early_breaks_leaves_nothing(spheres):
     gc.collect()
     after = other_threads(), open_files(), resident()
     assert after[:2] == before[:2] and len(of_loaders()) == PERSISTENT
-    assert after[2] - before[2] < 16 << 20
+    # Without the GIL the memory of threads that have ended is used again late.
+    assert after[2] - before[2] < (16 << 20 if has_gil() else 256 << 20)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -24,7 +24,11 @@ from torch.utils.data import (
 
 import torch_spheres as ts
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create:UserWarning",
+    # Connections belong to the thread that made them, which has ended: only Python can close them.
+    "ignore:Exception ignored.*(sqlite3|database connection|FileIO|finalizing file)",
+)
 
 
 def wrapped(dataset, spheres, workers, **options):
