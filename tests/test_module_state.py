@@ -343,6 +343,30 @@ def test_other_objects_that_a_forward_changes(spheres, make, change):
         torch.stack([parallel(X) for _ in range(2)])
 
 
+def test_looking_at_large_objects_takes_no_time(spheres):
+    """Some million elements are not looked through, whatever they are inside of."""
+    looks = []
+
+    class Counted(list):
+        def __iter__(self):
+            looks.append(1)
+            return super().__iter__()
+
+    rows = [[*range(100)] for _ in range(100)]
+    table = [Counted(rows) for _ in range(1000)]
+    closed = {k: table for k in range(50)}
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.n(x) + len(closed) * 0 + len(s.table) * 0
+
+    model = W(forward)
+    model.table, model.holder = table, types.SimpleNamespace(inner=[table] * 100)
+    parallel = ts.SphereParallel(model, spheres)
+    for _ in range(4):
+        parallel(X)
+    assert len(looks) < 20_000
+
+
 @dataclasses.dataclass
 class Batch:
     x: Tensor

@@ -42,6 +42,8 @@ __all__ = ["ForwardEffects", "checksum", "content_of", "contents", "version_of"]
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _MANY = 1000  # elements of a container that are compared
+_ALL = 10_000  # the same, with those of containers inside of it
+_CONTAINERS, _NEAR = 100, 100  # that functions hold, and objects in one of them, that are looked at
 _BYTES = 1 << 20  # of an array that is compared
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,11 +98,13 @@ class ForwardEffects:
                 found.setdefault(id(value), (path, value))
         self._pool.watched = [(path, weakref.ref(t)) for path, t in found.values()]
         if self._again:
-            self._containers = [
-                (path, value, _tensors_in(value))
+            held = (
+                (path, value)
                 for path, value in walk(functions, known, by_name=True)
                 if isinstance(value, MUTABLE) or _is_plain_object(value)
-            ]
+            )
+            first = itertools.islice(held, _CONTAINERS)
+            self._containers = [(path, value, _tensors_in(value)) for path, value in first]
 
     def _roots(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
         """Objects on attributes, and functions."""
@@ -357,12 +361,16 @@ def _is_plain_object(value: Any) -> bool:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    found = walk([("", value)])
-    return [v for _, v in itertools.islice(found, _MANY) if isinstance(v, Tensor)]
+    found = itertools.islice(walk([("", value)]), _NEAR)
+    return [v for _, v in found if isinstance(v, Tensor)]
 
 
-def content_of(value: Any, depth: int = 2) -> Any:
-    """Equal for as long as an object was not changed in place; None: it holds nothing."""
+def content_of(value: Any, depth: int = 2, left: list[int] | None = None) -> Any:
+    """Equal for as long as an object was not changed in place; None: it holds nothing.
+
+    Of large ones a part is looked at: `left` says how many elements still may be.
+    """
+    left = [_ALL] if left is None else left
     if isinstance(value, (nn.Module, Tensor, type, ModuleType, *_FUNCTIONS)):
         return None
     if type(value).__module__.startswith("torch_spheres."):
@@ -380,8 +388,10 @@ def content_of(value: Any, depth: int = 2) -> Any:
         if not value:
             return None
         items = value
+    allowed = min(_MANY, left[0])
+    left[0] -= min(allowed, len(value))
     found = [
-        v if type(v) in _PLAIN else (id(v), content_of(v, depth - 1) if depth > 0 else None)
-        for v in itertools.islice(items, _MANY)
+        v if type(v) in _PLAIN else (id(v), content_of(v, depth - 1, left) if depth > 0 else None)
+        for v in itertools.islice(items, allowed)
     ]
     return len(value), found

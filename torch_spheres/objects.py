@@ -83,10 +83,16 @@ def walk(
 
 
 def _globals_of(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, types.FunctionType) and not value.__module__.startswith("torch."):
+    """What a function uses of its module's names; of the user's own, not of installed packages."""
+    if isinstance(value, types.FunctionType) and not _is_installed(value.__code__.co_filename):
         for name in value.__code__.co_names:
             if name in value.__globals__:
                 yield f".{name}", value.__globals__[name]
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    return any(folder in file for folder in ("site-packages", "dist-packages", "python3."))
 
 
 def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
