@@ -354,7 +354,7 @@ def test_looking_at_large_objects_takes_no_time(spheres):
 
     rows = [[*range(100)] for _ in range(100)]
     table = [Counted(rows) for _ in range(1000)]
-    closed = {k: table for k in range(50)}
+    closed = dict.fromkeys(range(50), table)
 
     def forward(s: Any, x: Tensor) -> Tensor:
         return s.n(x) + len(closed) * 0 + len(s.table) * 0

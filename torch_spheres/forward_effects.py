@@ -43,7 +43,7 @@ __all__ = ["ForwardEffects", "checksum", "content_of", "contents", "version_of"]
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _MANY = 1000  # elements of a container that are compared
 _ALL = 10_000  # the same, with those of containers inside of it
-_CONTAINERS, _NEAR = 100, 100  # that functions hold, and objects in one of them, that are looked at
+_CONTAINERS, _NEAR = 30, 30  # that functions hold, and objects in one of them, that are looked at
 _BYTES = 1 << 20  # of an array that is compared
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -361,8 +361,7 @@ def _is_plain_object(value: Any) -> bool:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    found = itertools.islice(walk([("", value)]), _NEAR)
-    return [v for _, v in found if isinstance(v, Tensor)]
+    return [v for _, v in walk([("", value)], most=_NEAR) if isinstance(v, Tensor)]
 
 
 def content_of(value: Any, depth: int = 2, left: list[int] | None = None) -> Any:

@@ -55,7 +55,11 @@ def tensor_inside(value: Any, kinds: type | tuple[type, ...] = Tensor) -> tuple[
 
 
 def walk(
-    roots: Iterable[tuple[str, Any]], closed: Container[int] = (), *, by_name: bool = False
+    roots: Iterable[tuple[str, Any]],
+    closed: Container[int] = (),
+    *,
+    by_name: bool = False,
+    most: int = _VALUES,
 ) -> Iterator[tuple[str, Any]]:
     """What can be reached from some objects, nearest first; each with its path.
 
@@ -65,10 +69,12 @@ def walk(
         roots: each with a name.
         closed: by id, what is not looked into.
         by_name: what functions use of their module's names is reached too.
+        most: objects that are looked at, beside the roots.
     """
     waiting = deque((path, value, 0) for path, value in roots)
     seen: set[int] = set()
-    while waiting and len(seen) < _VALUES:
+    most += len(waiting)
+    while waiting and len(seen) < most:
         path, here, depth = waiting.popleft()
         if id(here) in closed or id(here) in seen:
             continue
@@ -79,7 +85,10 @@ def walk(
             continue
         seen.add(id(here))
         parts = itertools.chain(parts_of(here), _globals_of(here) if by_name else ())
-        waiting.extend((f"{path}{name}", part, depth + 1) for name, part in parts)
+        room = max(0, most - len(waiting))
+        waiting.extend(
+            (f"{path}{name}", part, depth + 1) for name, part in itertools.islice(parts, room)
+        )
 
 
 def _globals_of(value: Any) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from types import MethodType
@@ -42,6 +42,7 @@ class Replica:
         outside: tensors that require a gradient and lie on attributes without being parameters:
             the replica has leaves of its own for them too.
         known_as: the object that the user has for the module, where that is another one.
+        attributes: of each part, those that hold parts of the module; None: any may.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Replica:
         module: nn.Module,
         outside: Iterable[Tensor] = (),
         known_as: nn.Module | None = None,
+        attributes: Sequence[Iterable[str]] | None = None,
     ) -> None:
         self.grads = threading.Lock()  # held by who uses `.grad` of the replica's leaves
         self._replacements: dict[int, Any] = {}
@@ -65,10 +67,11 @@ class Replica:
             self._replacements[id(known_as)] = self.module
         for part in self.parts:
             part.connect(self._replacements)
-        everything = [[*vars(part.source)] for part in self.parts]
+        everything = attributes or [[*vars(part.source)] for part in self.parts]
         self.rebind(everything)
         for part in self.parts:
             part.compile()
+        self._is_whole = False  # what was compiled is to be taken over
         self.rebind(everything)
         for part in self.parts:
             if is_parametrized(part.copied):

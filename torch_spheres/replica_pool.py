@@ -157,7 +157,7 @@ class ReplicaPool:
             replica = self._idle.pop() if self._idle else None
             attributes, number = self.attributes, self._follows
         if replica is None:
-            replica = Replica(module, self.outside, self.known_as())
+            replica = Replica(module, self.outside, self.known_as(), attributes)
         elif replica.bound != number:
             replica.rebind(attributes)
         replica.bound = number

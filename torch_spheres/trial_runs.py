@@ -72,7 +72,7 @@ def _runs(
     try:
         for first, last in ranges:
             # A new one: what the last one's forward set is gone.
-            replica = Replica(call.module, (), call.pool.known_as())
+            replica = Replica(call.module, (), call.pool.known_as(), call.pool.attributes)
             for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
                 part.training = training and source.training
                 for name in () if hooks else _compat.FORWARD_HOOKS:
