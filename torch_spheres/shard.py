@@ -112,8 +112,12 @@ class in_shard:  # noqa: N801 - used as a function is
                 raise
 
     def _leave(self, *error: Any) -> None:
-        while self._entered:
-            self._entered.pop().__exit__(*error)
+        """Leaves all of them, the last one first, also if one fails to."""
+        if self._entered:
+            try:
+                self._entered.pop().__exit__(*error)
+            finally:
+                self._leave(*error)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
