@@ -294,3 +294,41 @@ def test_errors_of_init_functions_and_of_iterators(spheres):
 
     with pytest.raises(ZeroDivisionError):
         list(ts.wrap(DataLoader(Fails(), num_workers=2), spheres))
+
+
+# ---- DataPipes, which torch no longer develops ----
+
+
+def add_one(row):
+    return [value + 1 for value in row]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_data_pipes(spheres, workers, persistent):
+    """Shuffled by one seed for all workers, anew in each epoch, and divided where they say so."""
+    pipes = pytest.importorskip("torch.utils.data.datapipes.iter")
+
+    def epochs(wrap):
+        torch.manual_seed(3)
+        pipe = pipes.IterableWrapper([[k, k] for k in range(20)]).map(add_one)
+        plain = DataLoader(
+            pipe.shuffle(buffer_size=7).sharding_filter(), 4, shuffle=True, num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+        )  # fmt: skip
+        loader = wrap(plain)
+        found = [[batch[0].tolist() for batch in loader] for _ in range(3)]
+        torch.manual_seed(3)
+        return [*found, [batch[0].tolist() for batch in loader]]
+
+    mine = epochs(lambda plain: ts.wrap(plain, spheres))
+    assert mine == epochs(lambda plain: plain)
+    assert sorted(itertools.chain(*mine[0])) == [*range(1, 21)] and mine[0] != mine[1]
+
+
+def test_data_pipes_have_no_position(spheres):
+    pipes = pytest.importorskip("torch.utils.data.datapipes.map")
+    loader = ts.wrap(DataLoader(pipes.SequenceWrapper(range(10)), 3, num_workers=2), spheres)
+    assert torch.cat([*loader]).tolist() == [*range(10)]
+    with pytest.raises(RuntimeError, match=r"state_dict\(\): a DataPipe does not say where"):
+        loader.state_dict()

@@ -25,6 +25,7 @@ from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.checks import check_loader, check_options, ranks_for
 from torch_spheres.loading.inline import InlineIterator
+from torch_spheres.loading.pipes import DATA_PIPES
 from torch_spheres.loading.portions import same_random_state
 from torch_spheres.loading.progress import Bookmark, Progress
 from torch_spheres.loading.stats import LoaderStats, Meter
@@ -214,6 +215,8 @@ class SphereLoader(DataLoader[T]):
             self._iterator = None
 
     def _need_threads(self, what: str) -> None:
+        if isinstance(self.dataset, DATA_PIPES):
+            raise RuntimeError(f"{what}: a DataPipe does not say where it is; use a Dataset")
         if self._sphere_workers == "process":
             raise RuntimeError(
                 f"{what} does not know where worker processes are; use wrap(loader), without "

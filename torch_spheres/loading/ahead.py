@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
@@ -77,6 +77,7 @@ class AheadIterator(SphereIterator):
             init_fn=loader.worker_init_fn,
             workers=self._num_workers,
             base_seed=self._base_seed,
+            shared_seed=self._shared_seed,
             copies=loader._sphere_copies,
             context=_context(),
             sender=self._sender,
@@ -87,7 +88,7 @@ class AheadIterator(SphereIterator):
         # For what worker processes have for themselves, and threads share.
         self._looks = _LOOKS
         # As torch does, which begins the first epoch of its workers like any other.
-        self._sampler_iter = iter(self._index_sampler)
+        _compat.BaseIterator._reset(self, loader, True)
         self._begin_epoch(resumed)
 
     def _begin_epoch(self, resumed: Progress | None) -> None:
@@ -117,7 +118,7 @@ class AheadIterator(SphereIterator):
             self.mark.snapshots = known
             self._team = Team(self._plan, self._spheres, known)
         else:
-            self.mark.snapshots = self._team.begin_epoch()
+            self.mark.snapshots = self._team.begin_epoch(self._shared_seed)
         self._begin_epoch(None)
 
     def _put(self) -> None:

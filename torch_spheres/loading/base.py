@@ -33,6 +33,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
     """Draws, sampler, warnings and length are torch's; how to come back to a position is ours."""
 
     _collate_fn: Any
+    _shared_seed: int | None
 
     def __init__(self, loader: SphereLoader[Any], resumed: Progress | None) -> None:
         install()

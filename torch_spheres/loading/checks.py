@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.utils.data
 from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_spheres import _compat
+from torch_spheres.loading.pipes import DATA_PIPES
 from torch_spheres.ranks import Ranks
 from torch_spheres.sampler import SphereBatchSampler
 from torch_spheres.system import KissingSpheres
@@ -15,9 +15,6 @@ from torch_spheres.system import KissingSpheres
 __all__ = ["check_loader", "check_options", "ranks_for"]
 
 _WORKERS = ("sphere", "process")
-# (torch may drop them.)
-_PIPES = [getattr(torch.utils.data, name, None) for name in ("IterDataPipe", "MapDataPipe")]
-_DATA_PIPES = tuple(kind for kind in _PIPES if kind is not None)
 
 
 def check_loader(loader: Any) -> None:
@@ -47,12 +44,6 @@ def check_loader(loader: Any) -> None:
 
 def check_options(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
     """Raises a TypeError or a ValueError for arguments that a wrapped loader cannot have."""
-    if isinstance(loader.dataset, _DATA_PIPES) and workers == "sphere":
-        raise TypeError(
-            f"{type(loader.dataset).__name__} is a DataPipe, which torch no longer develops and "
-            "which is not made for threads; use a Dataset or an IterableDataset, or leave this "
-            "loader as it is"
-        )
     if spheres is not None and not isinstance(spheres, KissingSpheres):
         raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
     if not isinstance(copy_dataset, bool):
@@ -80,6 +71,11 @@ def ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ran
             "the loader's batch_sampler is around a SphereBatchSampler, which divides batches over "
             "the processes already; give that one rank=0, world_size=1, or wrap(loader, "
             "process_group=False)"
+        )
+    if isinstance(loader.dataset, DATA_PIPES):
+        raise ValueError(
+            "loader has a DataPipe, which torch's own loaders divide over the processes by "
+            "themselves; use wrap(loader, process_group=False)"
         )
     if isinstance(loader.sampler, DistributedSampler):
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.gather import prepare
 from torch_spheres.loading.info import Position
+from torch_spheres.loading.pipes import DATA_PIPES, shard_pipe
 from torch_spheres.loading.progress import Progress, Snapshot
 from torch_spheres.phases import phase
 
@@ -27,6 +28,8 @@ class InlineIterator(SphereIterator):
         super().__init__(loader, resumed)
         if self._timeout != 0:
             raise AssertionError("a loader without workers requires timeout == 0")
+        if isinstance(self._dataset, DATA_PIPES):
+            shard_pipe(self._dataset, 1, 0)
         with self._skipping(resumed):
             pass
         if resumed is None or not (resumed.iterable and resumed.begun):

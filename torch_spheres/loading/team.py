@@ -135,8 +135,11 @@ class Team:
         """Results that nobody has dropped."""
         return len(self._results)
 
-    def begin_epoch(self) -> dict[int, Snapshot]:
+    def begin_epoch(self, shared_seed: int | None) -> dict[int, Snapshot]:
         """Waits for what is under way, drops it, and has the workers begin anew.
+
+        Args:
+            shared_seed: of DataPipes.
 
         Returns:
             Where they are now.
@@ -150,7 +153,7 @@ class Team:
                 return None
             self._results.clear()
             for thread in self.threads:
-                thread.worker.begin_epoch()
+                thread.worker.begin_epoch(shared_seed)
             now = {t.worker.number: t.worker.snapshot() for t in self.threads}
             return {number: snapshot for number, snapshot in now.items() if snapshot is not None}
 

@@ -17,6 +17,7 @@ from torch_spheres import _compat
 from torch_spheres.context import CallerContext
 from torch_spheres.loading.copies import shallow_copy, shared_memory_in
 from torch_spheres.loading.info import Position, shown
+from torch_spheres.loading.pipes import DATA_PIPES, copy_pipe, seed_pipe, shard_pipe
 from torch_spheres.loading.progress import Snapshot, has_position
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.stats import Meter
@@ -40,6 +41,7 @@ class Plan:
     init_fn: Callable[[int], Any] | None
     workers: int
     base_seed: int
+    shared_seed: int | None  # of all workers' DataPipes
     copies: bool
     context: CallerContext
     sender: Transfer
@@ -54,6 +56,8 @@ def _dataset_for_worker(plan: Plan) -> tuple[Any, dict[int, Any]]:
     copies by the original's id.
     """
     copies: dict[int, Any] = {}
+    if isinstance(plan.dataset, DATA_PIPES):
+        return copy_pipe(plan.dataset), copies
     if plan.copies or (plan.iterable and plan.workers > 1 and has_position(plan.dataset)):
         try:
             made = copy.deepcopy(plan.dataset, shared_memory_in(plan.dataset))
@@ -101,8 +105,10 @@ class Worker:
         self.ended = False
         self._began_at: dict[str, Any] | None = None  # of an iterable dataset's epoch
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, shared_seed: int | None) -> None:
         """The next task makes a new iterator of the dataset, as persistent workers do."""
+        if isinstance(self._dataset, DATA_PIPES):
+            seed_pipe(self._dataset, shared_seed)
         self._fetcher = self._began_at = None
         self.fetched = 0
         self.ended = False
@@ -164,6 +170,9 @@ class Worker:
         )
         self._info = _compat.worker_info(self.number, plan.workers, seed, self._dataset, generators)
         self._ready = True
+        if isinstance(self._dataset, DATA_PIPES):
+            seed_pipe(self._dataset, plan.shared_seed)
+            shard_pipe(self._dataset, plan.workers, self.number)
         if self._init_fn is None:
             return
         with shown(info=self._info), self._streams.active():
