@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from loader_support import eventually
@@ -244,6 +245,31 @@ def test_big_things_are_shared_and_not_copied(spheres):
     samples = [s for b in wrapped(dataset, spheres, 3, collate_fn=list) for s in b]
     assert {s[:2] for s in samples} == {(id(dataset.table), dataset.inner.tensors[0].data_ptr())}
     assert len({s[2] for s in samples} - {id(dataset.inner)}) == 3
+
+
+class Table:
+    """As a data frame, whose copies have data of their own."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return id(self), index
+
+    def __copy__(self):
+        raise AssertionError("all of its data would be copied")
+
+
+def test_datasets_that_would_copy_their_data_are_shared(spheres, tmp_path):
+    mapped = np.memmap(tmp_path / "rows", dtype=np.float32, mode="w+", shape=(12, 4))
+    mapped[:] = np.arange(48.0).reshape(12, 4)
+    loader = wrapped(mapped, spheres, 3, collate_fn=list)
+    assert all(np.shares_memory(row, mapped) for batch in loader for row in batch)
+    table = Table()
+    ids = {s[0] for batch in wrapped(table, spheres, 3, collate_fn=list) for s in batch}
+    assert ids == {id(table)}
+    rows = [torch.tensor(k) for k in range(12)]
+    assert torch.cat([*wrapped(rows, spheres, 3)]).tolist() == [*range(12)]
 
 
 class Stream(IterableDataset):

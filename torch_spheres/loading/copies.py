@@ -26,8 +26,8 @@ def shallow_copy(dataset: Any, known: dict[int, Any] | None = None) -> Any:
     """A copy with attributes of its own, which hold what the original's hold.
 
     Datasets on attributes, also in lists, tuples and dicts there (`Subset`, `ConcatDataset`), are
-    copied in the same way, each once. A class whose objects cannot be copied is shared, with a
-    warning.
+    copied in the same way, each once. What cannot have attributes, or says itself how it is copied
+    (an array would copy its data), is shared; so is what cannot be copied, with a warning.
 
     Args:
         dataset: of any class.
@@ -36,6 +36,10 @@ def shallow_copy(dataset: Any, known: dict[int, Any] | None = None) -> Any:
     known = {} if known is None else known
     if id(dataset) in known:
         return known[id(dataset)]
+    if not isinstance(dataset, Dataset) and (
+        hasattr(type(dataset), "__copy__") or not hasattr(dataset, "__dict__")
+    ):
+        return dataset
     try:
         made = copy.copy(dataset)
     except Exception as error:  # noqa: BLE001
