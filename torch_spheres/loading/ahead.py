@@ -88,7 +88,7 @@ class AheadIterator(SphereIterator):
         # For what worker processes have for themselves, and threads share.
         self._looks = _LOOKS
         # As torch does, which begins the first epoch of its workers like any other.
-        _compat.BaseIterator._reset(self, loader, True)
+        _compat.BaseIterator._reset(self, loader, first_iter=True)
         self._begin_epoch(resumed)
 
     def _begin_epoch(self, resumed: Progress | None) -> None:
