@@ -28,6 +28,7 @@ import torch_spheres as ts
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create:UserWarning",
     # Connections belong to the thread that made them, which has ended: only Python can close them.
+    "ignore:unclosed database:ResourceWarning",
     "ignore:Exception ignored.*(sqlite3|database connection|FileIO|finalizing file)",
 )
 
