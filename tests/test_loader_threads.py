@@ -323,6 +323,27 @@ def test_workers_are_threads_that_can_be_asked(spheres):
         worker.terminate()
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_loop_is_told_of_a_worker_that_was_ended(spheres, persistent, in_order):
+    loader = wrapped(
+        Keeps(), spheres, 2, batch_size=2, persistent_workers=persistent, in_order=in_order
+    )
+    iterator = iter(loader)
+    next(iterator)
+    iterator._workers[1].terminate()
+    iterator._workers[1].join(60)
+    for _ in range(2):  # and when it asks again
+        with pytest.raises(RuntimeError, match=r"^loader worker 1 exited unexpectedly"):
+            for _ in iterator:
+                pass
+    if persistent:
+        with pytest.raises(RuntimeError, match="wrapped anew"):
+            list(loader)
+        loader = wrapped(Keeps(), spheres, 2, batch_size=2)
+    assert len([*loader]) == 30
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this system")
 def test_a_worker_sets_its_own_affinity_and_intra_op_threads(spheres):
     mine, threads = os.sched_getaffinity(0), torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""`wrap`: a `DataLoader` whose batches are loaded by the spheres' threads.
+"""`wrap`: a `DataLoader` whose batches are loaded by threads of this process.
 
 The same batches in the same order as the loader that it was given, with the same random numbers
 drawn from the same generators at the same moments; in one process, without pickling, shared memory
@@ -275,7 +275,7 @@ def wrap(
     workers: str = "sphere",
     process_group: ProcessGroup | bool | None = None,
 ) -> SphereLoader[T]:
-    """The loader, with its batches loaded by the threads of `spheres`.
+    """The loader, with its batches loaded by threads instead of worker processes.
 
     ::
 
@@ -296,9 +296,9 @@ def wrap(
         device: batches are pinned, copied there by a stream of their own (with workers, ahead of
             the loop), and ready when handed over. None or the CPU: they stay where they are.
         copy_dataset: each logical worker has its own deep copy of the dataset, made with the
-            iterator; for datasets that are not thread-safe. They share one otherwise; but with a
-            ``worker_init_fn``, and of an iterable dataset, each has a shallow copy, so that
-            attributes that it sets are its own. (Without workers there is nobody to share with.)
+            iterator; for datasets that are not thread-safe. Otherwise each has a shallow copy of it
+            and of datasets inside it: attributes that it sets are its own, what they hold is
+            shared. (Without workers there is nobody to share with.)
         workers: ``"sphere"``, or ``"process"``: the loader's own worker processes load, which is
             faster for datasets that run in Python and keep the GIL; without ``state_dict`` and
             `sample_seed`.

@@ -33,7 +33,7 @@ from torch_spheres.row_values import (
     check_values,
     ignores_the_count,
     two_ranges,
-)  # fmt: skip
+)
 from torch_spheres.trial_runs import Run, runs_without_trace
 
 if TYPE_CHECKING:

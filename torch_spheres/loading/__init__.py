@@ -1,1 +1,1 @@
-"""What a loader on the spheres is made of; `torch_spheres.loader` puts it together."""
+"""What a wrapped loader is made of; `torch_spheres.loader` puts it together."""

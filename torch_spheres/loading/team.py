@@ -175,6 +175,12 @@ class Team:
                         "the spheres were stopped under a loader; stop them after the loop, or "
                         "start() them and begin another one"
                     )
+                ended = [t.name for t in self.threads if t.left and not t.is_alive()]
+                if ended:  # someone called `terminate`: what is in its queue is never done
+                    raise RuntimeError(
+                        f"{', '.join(ended)} exited unexpectedly, with batches to load; begin "
+                        "another iterator (with persistent_workers: of a loader wrapped anew)"
+                    )
                 self._changed.wait(left)
         return value
 
