@@ -1,8 +1,8 @@
 // Gathers rows that lie anywhere in memory into batches: what a loader of tensors does.
 //
 //     GatherJob job;
-//     job.add({addresses, rows, row_bytes, out});   // rows stay alive until the job has run
-//     job.run_here();                               // or GatherWork(job) for the spheres
+//     job.add({numbers, rows, table, row_bytes, row_bytes, out});  // live until the job has run
+//     job.run_here();                                              // or GatherWork(job) on spheres
 //
 // Pieces are runs of rows of one column, large enough that a claim costs nothing beside them.
 #pragma once
@@ -18,11 +18,17 @@
 
 namespace torch_spheres {
 
-/// One output: row i comes from addresses[i].
+/// One output: its row i comes from `stride * numbers[i]` bytes behind `table`.  (With no table and
+/// a stride of 1 the numbers are addresses: rows of several tables.)
 struct GatherColumn {
-  const std::int64_t* addresses;
-  std::size_t rows, row_bytes;
+  const std::int64_t* numbers;
+  std::size_t rows;
+  std::uintptr_t table;
+  std::size_t stride, row_bytes;
   char* out;
+  const char* source(std::size_t row) const {
+    return reinterpret_cast<const char*>(table + stride * static_cast<std::size_t>(numbers[row]));
+  }
 };
 
 class GatherJob {
@@ -59,8 +65,8 @@ class GatherJob {
       default:
         for (std::size_t i = piece.begin; i < piece.end; ++i) {
           // Rows of a shuffled batch are nowhere near each other: ask for them ahead of time.
-          if (i + kAhead < piece.end) prefetch(column.addresses[i + kAhead], column.row_bytes);
-          std::memcpy(column.out + i * column.row_bytes, source(column, i), column.row_bytes);
+          if (i + kAhead < piece.end) prefetch(column.source(i + kAhead), column.row_bytes);
+          std::memcpy(column.out + i * column.row_bytes, column.source(i), column.row_bytes);
         }
     }
   }
@@ -76,12 +82,8 @@ class GatherJob {
   static constexpr std::size_t kRowCost = 64;  // a row is a cache line at least
   static constexpr std::size_t kAhead = 2;     // rows
 
-  static const void* source(const GatherColumn& column, std::size_t row) {
-    return reinterpret_cast<const void*>(column.addresses[row]);
-  }
-  static void prefetch(std::int64_t address, std::size_t bytes) {
-    constexpr std::size_t kLine = 64, kLines = 8;  // the hardware goes on from there
-    const char* row = reinterpret_cast<const char*>(address);
+  static void prefetch(const char* row, std::size_t bytes) {
+    constexpr std::size_t kLine = 64, kLines = 64;  // a page; the hardware goes on from there
     for (std::size_t i = 0; i < std::min(bytes, kLine * kLines); i += kLine) {
       __builtin_prefetch(row + i);
     }
@@ -89,7 +91,7 @@ class GatherJob {
   template <std::size_t kBytes>
   static void copy(const GatherColumn& column, const Piece& piece) {
     for (std::size_t i = piece.begin; i < piece.end; ++i) {
-      std::memcpy(column.out + i * kBytes, source(column, i), kBytes);
+      std::memcpy(column.out + i * kBytes, column.source(i), kBytes);
     }
   }
 

@@ -296,13 +296,13 @@ def test_a_patched_class_is_not_gathered(monkeypatch):
 
 def test_bad_columns_are_refused():
     for columns in (
-        [(np.zeros(3, dtype=np.int32), 8, 0)],
-        [(np.zeros(3, dtype=np.float64), 8, 0)],
-        [(np.zeros((2, 2), dtype=np.int64), 8, 0)],
-        [(np.zeros(3, dtype=np.int64), 8)],
-        [(np.zeros(6, dtype=np.int64)[::2], 8, 0)],
+        [(np.zeros(3, dtype=np.int32), 0, 8, 8, 0)],
+        [(np.zeros(3, dtype=np.float64), 0, 8, 8, 0)],
+        [(np.zeros((2, 2), dtype=np.int64), 0, 8, 8, 0)],
+        [(np.zeros(3, dtype=np.int64), 0, 8, 8)],
+        [(np.zeros(6, dtype=np.int64)[::2], 0, 8, 8, 0)],
     ):
-        with pytest.raises(ValueError, match=r"addresses must be a contiguous|a column is"):
+        with pytest.raises(ValueError, match=r"numbers must be a contiguous|a column is"):
             _core.Gather(columns, None)
 
 

@@ -310,7 +310,7 @@ class Gather:
     """
     def __init__(self, columns: collections.abc.Sequence[typing.Any], keep: typing.Any) -> None:
         """
-        A column is (addresses of its rows, bytes of a row, address of the output), and nothing of it is checked, see gather.py. What has to stay alive is kept.
+        A column is (numbers of its rows, address of the table, bytes from one row of it to the next, bytes of a row, address of the output), and nothing of it is checked, see gather.py. What has to stay alive is kept.
         """
     def finish(self, system: System | None = None) -> None:
         """

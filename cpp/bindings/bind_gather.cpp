@@ -9,8 +9,9 @@ void bind_gather(py::module_& module) {
   py::class_<PyGather>(module, "Gather", "Rows to be copied to where they belong in a batch.")
       .def(
           py::init<const py::sequence&, py::object>(), py::arg("columns"), py::arg("keep"),
-          "A column is (addresses of its rows, bytes of a row, address of the output), and nothing "
-          "of it is checked, see gather.py. What has to stay alive is kept.")
+          "A column is (numbers of its rows, address of the table, bytes from one row of it to the "
+          "next, bytes of a row, address of the output), and nothing of it is checked, see "
+          "gather.py. What has to stay alive is kept.")
       .def_property_readonly("bytes", &PyGather::bytes, "Of the batch.")
       .def_property_readonly("done", &PyGather::done,
                              "Whether it was started, and the spheres have copied all rows.")

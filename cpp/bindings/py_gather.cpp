@@ -22,10 +22,10 @@ constexpr double kPatience = 0.05;
 
 }  // namespace
 
-PyGather::Addresses::Addresses(const py::buffer& array) : info_(array.request()) {
+PyGather::Numbers::Numbers(const py::buffer& array) : info_(array.request()) {
   if (info_.ndim != 1 || !info_.item_type_is_equivalent_to<std::int64_t>() ||
       (info_.size > 1 && info_.strides[0] != info_.itemsize)) {
-    throw std::invalid_argument("addresses must be a contiguous array of int64");
+    throw std::invalid_argument("row numbers must be a contiguous array of int64");
   }
 }
 
@@ -36,16 +36,19 @@ PyGather::Turn::Turn(std::atomic<bool>& taken) : taken_(taken) {
 }
 
 PyGather::PyGather(const py::sequence& columns, py::object keep) : keep_(std::move(keep)) {
-  addresses_.reserve(columns.size());
+  numbers_.reserve(columns.size());
   for (const py::handle item : columns) {
     const auto column = py::cast<py::tuple>(item);
-    if (column.size() != 3) {
-      throw std::invalid_argument("a column is (addresses, bytes of a row, address of the output)");
+    if (column.size() != 5) {
+      throw std::invalid_argument(
+          "a column is (row numbers, address of the table, its stride, bytes of a row, address of "
+          "the output)");
     }
-    addresses_.emplace_back(py::cast<py::buffer>(column[0]));
-    const Addresses& rows = addresses_.back();
-    job_.add({rows.data(), rows.size(), py::cast<std::size_t>(column[1]),
-              reinterpret_cast<char*>(py::cast<std::uintptr_t>(column[2]))});
+    numbers_.emplace_back(py::cast<py::buffer>(column[0]));
+    const Numbers& rows = numbers_.back();
+    job_.add({rows.data(), rows.size(), py::cast<std::uintptr_t>(column[1]),
+              py::cast<std::size_t>(column[2]), py::cast<std::size_t>(column[3]),
+              reinterpret_cast<char*>(py::cast<std::uintptr_t>(column[4]))});
   }
 }
 

@@ -17,8 +17,8 @@ namespace torch_spheres::bindings {
 /// error instead of a race.
 class PyGather {
  public:
-  /// A column is (addresses of its rows, bytes of a row, address of the output). `keep` is what has
-  /// to live until the rows are copied.
+  /// A column is (numbers of its rows, address of the table, bytes from one row of it to the next,
+  /// bytes of a row, address of the output). `keep` is what has to live until the rows are copied.
   PyGather(const py::sequence& columns, py::object keep);
   /// Waits for what was started: nobody may write to memory that is gone.
   ~PyGather();
@@ -36,9 +36,9 @@ class PyGather {
 
  private:
   /// The buffer of a contiguous int64 array, for as long as it lives.
-  class Addresses {
+  class Numbers {
    public:
-    explicit Addresses(const py::buffer& array);
+    explicit Numbers(const py::buffer& array);
     const std::int64_t* data() const { return static_cast<const std::int64_t*>(info_.ptr); }
     std::size_t size() const { return static_cast<std::size_t>(info_.size); }
 
@@ -61,7 +61,7 @@ class PyGather {
 
   mutable std::atomic<bool> taken_{false};
   GatherJob job_;
-  std::vector<Addresses> addresses_;
+  std::vector<Numbers> numbers_;
   py::object keep_;
   std::shared_ptr<PySystem> system_;  // that has begun
   std::shared_ptr<Batch> batch_;      // null: not started, or finished

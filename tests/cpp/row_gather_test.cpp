@@ -21,7 +21,7 @@ struct Rows {
   static char value(std::size_t row, std::size_t place) {
     return static_cast<char>(row * 31 + place * 7 + 1);
   }
-  GatherColumn column() { return {addresses.data(), addresses.size(), bytes, out.data()}; }
+  GatherColumn column() { return {addresses.data(), addresses.size(), 0, 1, bytes, out.data()}; }
   bool gathered() const {
     const std::size_t count = addresses.size();
     for (std::size_t i = 0; i < out.size(); ++i) {
@@ -54,7 +54,7 @@ TEST(rows_of_any_size_are_gathered) {
 TEST(rows_without_bytes_are_nothing) {
   Rows rows(3, 1);
   GatherJob job;
-  job.add({rows.addresses.data(), 3, 0, rows.out.data()});
+  job.add({rows.addresses.data(), 3, 0, 1, 0, rows.out.data()});
   job.run_here();
   for (char byte : rows.out) CHECK_EQ(byte, 0);
 }

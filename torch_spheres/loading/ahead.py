@@ -7,6 +7,7 @@ order results are handed out is what a `DataLoader` does with worker processes.
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -224,15 +225,19 @@ class AheadIterator(SphereIterator):
 
     def _begin_to_gather(self, task: _Task) -> bool:
         """False: it has to be loaded sample by sample."""
-        with self._meter.working(on_core=True):
-            with torch.inference_mode(mode=False):  # see `_context`
+        begin = time.perf_counter()
+        if torch.is_inference_mode_enabled():  # see `_context`
+            with torch.inference_mode(mode=False):
                 prepared = prepare(self._dataset, task.index)
-            if prepared is None:
-                return False
-            task.batch, task.rows = prepared
-            core = self._running_core()
-            if core is not None:
-                task.rows.start(core)
+        else:
+            prepared = prepare(self._dataset, task.index)
+        if prepared is None:
+            return False
+        task.batch, task.rows = prepared
+        core = self._running_core()
+        if core is not None:
+            task.rows.start(core)
+        self._meter.worked_since(begin)
         return True
 
     def _gathered(self, number: int) -> Any:

@@ -186,7 +186,12 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
     # ---- torch's interface ----
 
     def __next__(self) -> Any:
-        with self._alone():
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in next() of this iterator; give each thread an iterator of its "
+                "own, or a lock to hold meanwhile"
+            )
+        try:
             # First: as an error, a warning must not lose a batch.
             if (news := self._meter.news()) is not None:
                 warnings.warn(news, UserWarning, stacklevel=2)
@@ -198,17 +203,6 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                 since = begin if self._last_next is None else self._last_next
                 self._last_next = end
                 self._meter.waited(end - begin, end - since, end)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A block for one thread at a time."""
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(
-                "another thread is in next() of this iterator; give each thread an iterator of its "
-                "own, or a lock to hold meanwhile"
-            )
-        try:
-            yield
         finally:
             self._in_use.release()
 

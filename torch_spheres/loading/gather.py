@@ -8,7 +8,6 @@ these classes, with torch's own methods, dense CPU tensors, and no mode that wou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,18 +48,17 @@ class _Slow(Exception):  # noqa: N818
     """The batch has to be loaded sample by sample."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Column:
     """One tensor of the batch."""
 
-    addresses: _Array  # of its rows
-    shape: tuple[int, ...]  # of a row
+    numbers: _Array  # of its rows in the table; their addresses, if there are several tables
+    table: int  # its address
+    stride: int  # bytes from one row of the table to the next
+    row_bytes: int
+    shape: torch.Size  # of a row
     dtype: torch.dtype
-    owners: list[Any]  # keep the rows alive
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    owner: Any  # keeps the rows alive
 
 
 class _Index(NamedTuple):
@@ -131,18 +129,21 @@ def prepare(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
         tree = _resolve(dataset, index)
     except (_Slow, IndexError, OverflowError):
         return None
-    columns: list[tuple[_Array, int, int]] = []
+    columns: list[_Filled] = []
     batch = _allocate(tree, len(index.array), columns)
     return batch, _core.Gather(columns, (tree, batch))
 
 
-def _allocate(tree: Any, rows: int, columns: list[tuple[_Array, int, int]]) -> Any:
-    if isinstance(tree, dict):
-        return {k: _allocate(part, rows, columns) for k, part in tree.items()}
-    if isinstance(tree, list):
+_Filled = tuple[_Array, int, int, int, int]  # a column, and where it goes: of `_core.Gather`
+
+
+def _allocate(tree: Any, rows: int, columns: list[_Filled]) -> Any:
+    if type(tree) is list:
         return [_allocate(part, rows, columns) for part in tree]
+    if type(tree) is dict:
+        return {k: _allocate(part, rows, columns) for k, part in tree.items()}
     out = torch.empty((rows, *tree.shape), dtype=tree.dtype, device="cpu")
-    columns.append((tree.addresses, tree.row_bytes, out.data_ptr()))
+    columns.append((tree.numbers, tree.table, tree.stride, tree.row_bytes, out.data_ptr()))
     return out
 
 
@@ -188,7 +189,7 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or tensor.is_neg()
         or tensor.is_inference()
         or _compat.is_functorch_wrapped(tensor)
-        or (tensor.data_ptr() == 0 and tensor.numel() > 0)  # zeros that autograd does not store
+        or ((data := tensor.data_ptr()) == 0 and tensor.numel() > 0)  # autograd's unstored zeros
         or fwAD.unpack_dual(tensor).tangent is not None
     ):
         raise _Slow
@@ -197,10 +198,10 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
     # (Storage can be resized under a tensor, which torch's own kernels look at as well.)
     if (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > storage.nbytes():
         raise _Slow
-    rows = index.within(tensor.shape[0])
-    column = _Column(rows, tuple(tensor.shape[1:]), tensor.dtype, [storage])
-    column.addresses = rows * column.row_bytes + tensor.data_ptr()
-    return column
+    shape = tensor.shape
+    row_bytes = tensor.numel() // shape[0] * tensor.itemsize if shape[0] else 0
+    numbers = index.within(shape[0])
+    return _Column(numbers, data, row_bytes, row_bytes, shape[1:], tensor.dtype, storage)
 
 
 def _concatenated(dataset: Any, index: _Index) -> Any:
@@ -226,5 +227,6 @@ def _merged(parts: tuple[_Column, ...], places: list[npt.NDArray[np.intp]], rows
         raise _Slow
     addresses = np.empty(rows, dtype=np.int64)
     for part, where in zip(parts, places, strict=True):
-        addresses[where] = part.addresses
-    return _Column(addresses, first.shape, first.dtype, [part.owners for part in parts])
+        addresses[where] = part.numbers * part.stride + part.table
+    owners = [part.owner for part in parts]
+    return _Column(addresses, 0, 1, first.row_bytes, first.shape, first.dtype, owners)

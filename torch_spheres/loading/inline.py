@@ -6,6 +6,7 @@ fetcher load it then and there. Only tensors in memory are gathered in C++ inste
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from torch_spheres.loading.base import SphereIterator
@@ -48,11 +49,12 @@ class InlineIterator(SphereIterator):
             self.finished = True
             raise
         self._handed_out(number, self._pulled)
+        begin = time.perf_counter()
         prepared = prepare(self._dataset, index) if self._gathers else None
         if prepared is not None:
             batch, rows = prepared
-            with self._meter.working(on_core=True):
-                rows.finish(self._running_core())
+            rows.finish(self._running_core())
+            self._meter.worked_since(begin)
             self._meter.way = "gather"
             self._meter.handed_out(batch, len(index), 0, rows.bytes)
             return batch

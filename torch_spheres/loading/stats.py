@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -164,7 +164,9 @@ class Meter:
         self._told = False
         self._messages: list[str] = []
         self._known: set[str] = set()
-        self._sums: Counter[str] = Counter()  # of _ADDED_UP, and of batches that stood ready
+        self._sums: dict[str, Any] = dict.fromkeys(
+            (*_ADDED_UP, "ready"), 0
+        )  # ready: batches that stood ready
         self._calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self._here = threading.local()  # threads may share a loader
 
@@ -178,12 +180,20 @@ class Meter:
         self._here.ready = ready
         if self._count is not None:
             self._count(samples)
-        self._add(batches=1, samples=samples, bytes=size, ready=ready)
+        with self._lock:
+            sums = self._sums
+            sums["batches"] += 1
+            sums["samples"] += samples
+            sums["bytes"] += size
+            sums["ready"] += ready
 
     def waited(self, seconds: float, elapsed: float, ended: float) -> None:
         """The loop was in ``next()`` until then, and so long before that came the one before."""
         ready = self._here.__dict__.pop("ready", None)  # from `handed_out`, of this same call
-        self._add(Call(ended, seconds, elapsed, ready), waited=seconds, elapsed=elapsed)
+        with self._lock:
+            self._sums["waited"] += seconds
+            self._sums["elapsed"] += elapsed
+            self._calls.append(Call(ended, seconds, elapsed, ready))
 
     def calls(self) -> tuple[Call, ...]:
         """The last `CALLS_KEPT` of the loop, oldest first."""
@@ -191,19 +201,25 @@ class Meter:
             return tuple(self._calls)
 
     @contextlib.contextmanager
-    def working(self, *, on_core: bool = False) -> Iterator[None]:
-        """A block in which the calling thread loads; `on_core`: it never waits there."""
-        # (Asking for the thread's own time can take as long as gathering a batch.)
-        clock = time.perf_counter if on_core else time.thread_time
-        begin, computed = time.perf_counter(), clock()
+    def working(self) -> Iterator[None]:
+        """A block in which the calling thread loads."""
+        begin, computed = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            self.worked(time.perf_counter() - begin, clock() - computed)
+            self.worked(time.perf_counter() - begin, time.thread_time() - computed)
 
     def worked(self, seconds: float, computed: float) -> None:
-        """A thread has loaded."""
-        self._add(worked=seconds, computed=computed)
+        """A thread has loaded; `computed`: of that, on a core."""
+        with self._lock:
+            self._sums["worked"] += seconds
+            self._sums["computed"] += computed
+
+    def worked_since(self, begin: float) -> None:
+        """A thread has loaded, and not waited, since ``time.perf_counter()`` was `begin`."""
+        # (Asking for the thread's own time can take as long as gathering a batch.)
+        seconds = time.perf_counter() - begin
+        self.worked(seconds, seconds)
 
     def news(self) -> str | None:
         """What a user should be told, once, because another way to load is faster."""
@@ -224,7 +240,7 @@ class Meter:
     def snapshot(self) -> LoaderStats:
         """The figures so far."""
         with self._lock:
-            sums = Counter(self._sums)
+            sums = dict(self._sums)
         return LoaderStats(
             **{name: sums[name] for name in _ADDED_UP},
             queue_depth=sums["ready"] / max(1, sums["batches"]),
@@ -232,12 +248,6 @@ class Meter:
             way=self.way,
             origin=self._origin,
         )
-
-    def _add(self, call: Call | None = None, **figures: Any) -> None:
-        with self._lock:
-            self._sums.update(figures)
-            if call is not None:
-                self._calls.append(call)
 
 
 def _bytes(leaves: Iterable[Any]) -> Iterable[int]:
