@@ -1,7 +1,7 @@
 """`wrap(loader)` against the DataLoader that it was given, SPDL and torchdata.nodes.
 
 python benchmarks/bench_loader.py [--quick] [--json PATH] [--concurrency N] [--chart PATH]
-                                  [--only {tensors,waiting,jpegs,python,mnist} ...]
+                                  [--only {tensors,waiting,jpegs,python,mnist,shared} ...]
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from loader_datasets import (
     SIDE,
     SMALL_TENSORS,
     TENSORS,
+    TURNED,
     WAIT,
     WAITING,
     WORKLOADS,
@@ -53,7 +54,7 @@ from serving import kibibytes
 
 SCRIPT = "loader_contestants.py"
 MIB = 1 << 20
-PARTS = ("tensors", "waiting", "jpegs", "python", "mnist")
+PARTS = ("tensors", "waiting", "jpegs", "python", "mnist", "shared")
 LOOK = 0.01  # seconds between two looks at memory
 
 
@@ -155,10 +156,11 @@ def in_memory(run: Run, workload: str = TENSORS) -> Section:
 
 
 def waiting(run: Run, workers: int) -> Section:
-    n = workers * 8 * WORKLOADS[WAITING].batch
+    batches, batch = 8, WORKLOADS[WAITING].batch  # of a worker; samples
+    n, alone = workers * batches * batch, batches * batch * WAIT
     section = Section(
         f"Waiting, {workers} workers: an epoch of {n:,} samples that take {WAIT * 1000:.0f} ms to "
-        f"come, batches of {WORKLOADS[WAITING].batch}",
+        f"come, batches of {batch}: {alone * 1000:.0f} ms of waiting",
         f"time of the peer / time of {OURS}; {PROCESSES} start anew with each epoch",
     )
     names = [OURS, PROCESSES, PERSISTENT]
@@ -224,6 +226,19 @@ def training(run: Run, workload: str) -> Section:
     names = [OURS_NO_WORKERS, OURS, NO_WORKERS, PERSISTENT]
     answers = run.ask(workload, n, names, "train")
     fill(section, answers, answers.seconds(), OURS_NO_WORKERS, {}, n)
+    return section
+
+
+def shared(run: Run) -> Section:
+    n, batch = run.sizes.mnist, WORKLOADS[TURNED].batch
+    section = Section(
+        f"Shared spheres: an epoch of examples/mnist.py with SphereParallel, {n:,} digits that "
+        f"Pillow turns, batches of {batch}; the loader's workers beside the model's shards",
+        f"time of the peer / time of {OURS}",
+    )
+    names = [OURS, OURS_NO_WORKERS, NO_WORKERS, PROCESSES, PERSISTENT]
+    answers = run.ask(TURNED, n, names, "train_on_spheres")
+    fill(section, answers, answers.seconds(), OURS, {PERSISTENT: 1}, n)
     return section
 
 
@@ -364,6 +379,8 @@ def main() -> None:
     if "mnist" in options.only:
         report.add(training(run, MNIST))
         report.add(training(run, MNIST_WHOLE))
+    if "shared" in options.only:
+        report.add(shared(run))
     report.save(options.json)
     if options.chart is not None:
         from loader_chart import draw

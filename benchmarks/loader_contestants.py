@@ -195,6 +195,7 @@ class Contestant:
     """The public methods are the commands that come through the pipe."""
 
     def __init__(self, setup: Setup) -> None:
+        self._concurrency = setup.concurrency
         torch.set_num_threads(setup.concurrency)
         self._loader = build(setup)
         torch.manual_seed(1)  # the same weights and shuffles for all
@@ -209,6 +210,18 @@ class Contestant:
             self._model = mnist_cnn()
             self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3)
         return asdict(self._timed(train=True))
+
+    def train_on_spheres(self) -> dict[str, Any]:
+        """The same, with the model on the loader's spheres, or on some of its own."""
+        if not hasattr(self, "_model"):
+            import torch_spheres as ts
+
+            model = mnist_cnn()
+            self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            of_loader = getattr(self._loader, "spheres", None)
+            spheres = of_loader or ts.KissingSpheres(2, concurrency=self._concurrency)
+            self._model = ts.SphereParallel(model, spheres)
+        return self.train()
 
     def first(self, times: int) -> float:
         """Seconds from ``iter()`` until the first batch is there; the median of some.

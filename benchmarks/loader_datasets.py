@@ -1,4 +1,5 @@
-"""What bench_loader.py loads: tensors, JPEGs in memory, a transform in Python, and MNIST."""
+"""What bench_loader.py loads: tensors, JPEGs in memory, a transform in Python, and MNIST as tensors
+or as images that are turned."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 SIDE, CROP = 256, 224  # pixels: as they are stored, and as they are loaded
 CLASSES = 10
+MODULUS = 65521
 LOOP = 2300  # rounds of Python's loop, some 200 microseconds
 WAIT = 0.02  # seconds that a sample takes to come
 
@@ -63,10 +65,12 @@ class PurePython(Dataset[tuple[Tensor, int]]):
         return self._samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        total = index
+        # (Read once: without a GIL, Python 3.14's threads wait for each other where they count the
+        # references to a large number that stands in the code.)
+        total, modulus = index, MODULUS
         for k in range(LOOP):
-            total = (31 * total + k) % 65521
-        return torch.tensor([total / 65521]), index % CLASSES
+            total = (31 * total + k) % modulus
+        return torch.tensor([total / modulus]), index % CLASSES
 
 
 class Waiting(Dataset[tuple[Tensor, int]]):
@@ -114,6 +118,25 @@ def digits(samples: int) -> tuple[Tensor, Tensor]:
     return data.train_x[chosen], data.train_y[chosen]
 
 
+class Turned(Dataset[tuple[Tensor, int]]):
+    """Digits as images, each turned by some degrees: an augmentation as torchvision's are."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images = (images * 255).clamp(0, 255).to(torch.uint8).squeeze(1).numpy()
+        self._labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        image = Image.fromarray(self._images[index])
+        turned = image.rotate(index % 31 - 15, Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(turned, dtype=np.float32))
+        return pixels.unsqueeze(0).div_(255), self._labels[index]
+
+
 def as_it_is(batch: Any) -> Any:
     """A `collate_fn` for batches that are whole already."""
     return batch
@@ -131,7 +154,7 @@ class Workload:
 TENSORS, TENSORS_WHOLE = "Tensors", "Tensors, a batch at once"
 SMALL_TENSORS, WAITING = "Tensors, small batches", "waiting"
 JPEGS, PYTHON = "JPEGs", "pure Python"
-MNIST, MNIST_WHOLE = "MNIST", "MNIST, a batch at once"
+MNIST, MNIST_WHOLE, TURNED = "MNIST", "MNIST, a batch at once", "MNIST, turned images"
 
 WORKLOADS = {
     TENSORS: Workload(lambda n: TensorDataset(*tensors(n)), 768),
@@ -142,4 +165,5 @@ WORKLOADS = {
     PYTHON: Workload(PurePython, 64),
     MNIST: Workload(lambda n: TensorDataset(*digits(n)), 96),
     MNIST_WHOLE: Workload(lambda n: Whole(*digits(n)), 96, as_it_is),
+    TURNED: Workload(lambda n: Turned(*digits(n)), 384),
 }

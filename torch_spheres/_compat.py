@@ -349,6 +349,8 @@ def worker_info(
 def answer_worker_info(here: Any) -> None:
     """Has `get_worker_info` return ``here.info`` in every thread, where that is not None.
 
+    There, ``here.asked`` is True from then on.
+
     Users have imported the function by name, so it cannot be replaced; its code can. What it was
     answers for all other threads: those of worker processes, and of torch's own thread workers.
     """
@@ -365,8 +367,12 @@ def answer_worker_info(here: Any) -> None:
 
 def _answer() -> Any:
     # Runs as the code of get_worker_info: these are globals of torch.utils.data._utils.worker.
-    info = _torch_spheres_here.info  # type: ignore[name-defined] # noqa: F821
-    return _torch_spheres_plain() if info is None else info  # type: ignore[name-defined] # noqa: F821
+    here = _torch_spheres_here  # type: ignore[name-defined] # noqa: F821
+    info = here.info
+    if info is None:
+        return _torch_spheres_plain()  # type: ignore[name-defined] # noqa: F821
+    here.asked = True
+    return info
 
 
 # ---- several processes ----

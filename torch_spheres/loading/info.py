@@ -20,11 +20,12 @@ import torch
 
 from torch_spheres import _compat
 
-__all__ = ["Position", "install", "sample_seed", "shown"]
+__all__ = ["Position", "asked_for_info", "install", "sample_seed", "shown"]
 
 
 class _Here(threading.local):
     info: Any = None
+    asked: bool = False  # for it
     position: Position | None = None
 
 
@@ -44,6 +45,11 @@ def shown(**values: Any) -> Iterator[None]:
         yield
     finally:
         vars(_here).update(outer)
+
+
+def asked_for_info() -> bool:
+    """Whether anybody on this thread has asked for a logical worker's info."""
+    return _here.asked
 
 
 def _collate_tensors(batch: Any, *, collate_fn_map: Any = None) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
 from torch_spheres.loading.samples import Fetcher
-from torch_spheres.random import numpy_state, random_states, restore_random_states
+from torch_spheres.random import numpy_state, restore_random_states
 from torch_spheres.sampler import loaded, source_of
 
 __all__ = [
@@ -81,11 +81,14 @@ class Snapshot:
     """The streams when the epoch began, of an iterable dataset that may have to be read again."""
 
     @staticmethod
-    def of(rng: Any, fetcher: Any, fetched: int, begin: dict[str, Any] | None = None) -> Snapshot:
+    def of(
+        streams: dict[str, Any] | None,
+        fetcher: Any,
+        fetched: int,
+        begin: dict[str, Any] | None = None,
+    ) -> Snapshot:
         """On the worker's thread."""
-        snapshot = Snapshot(fetched, None, "", begin=begin)
-        if rng is not None:
-            snapshot.streams = random_states(rng)
+        snapshot = Snapshot(fetched, streams, "", begin=begin)
         iterator = getattr(fetcher, "dataset_iter", None)
         if iterator is None:  # map-style: the sampler's position is all there is
             return snapshot

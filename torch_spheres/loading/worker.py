@@ -16,7 +16,7 @@ import torch
 from torch_spheres import _compat
 from torch_spheres.context import CallerContext
 from torch_spheres.loading.copies import shallow_copy, shared_memory_in
-from torch_spheres.loading.info import Position, shown
+from torch_spheres.loading.info import Position, asked_for_info, shown
 from torch_spheres.loading.pipes import DATA_PIPES, copy_pipe, seed_pipe, shard_pipe
 from torch_spheres.loading.progress import Snapshot, has_position
 from torch_spheres.loading.samples import Fetcher
@@ -104,6 +104,8 @@ class Worker:
         self.fetched = 0  # tasks, of this epoch
         self.ended = False
         self._began_at: dict[str, Any] | None = None  # of an iterable dataset's epoch
+        self._asked = False  # for its info, which has its random streams
+        self._known_states: dict[str, Any] | None = None  # of these
 
     def begin_epoch(self, shared_seed: int | None) -> None:
         """The next task makes a new iterator of the dataset, as persistent workers do."""
@@ -157,7 +159,16 @@ class Worker:
         if not self._ready:
             return None
         inner = None if self._fetcher is None else self._fetcher.fetcher
-        return Snapshot.of(self._info.rng, inner, self.fetched, self._began_at)
+        return Snapshot.of(self._states(), inner, self.fetched, self._began_at)
+
+    def _states(self) -> dict[str, Any]:
+        """Of its random streams; two of the three only if somebody can have drawn from them."""
+        rng = self._info.rng
+        self._asked |= asked_for_info()
+        if self._asked or self._known_states is None:
+            self._known_states = random_states(rng)
+            return self._known_states
+        return {**self._known_states, "torch": rng.torch_generator.get_state()}
 
     def _prepare(self) -> None:
         plan, seed = self._plan, self._plan.base_seed + self.number
@@ -207,4 +218,5 @@ class Worker:
         self._began_at = restored.begin or (restored.streams if self._plan.iterable else None)
         fetcher: Fetcher = restored.restore(dataset, make, samples, self._info.rng)
         restored.restore_streams(self._info.rng)
+        self._known_states = None
         return fetcher
