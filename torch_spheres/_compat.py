@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import pkgutil
 import random
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -373,6 +374,25 @@ def _answer() -> Any:
         return _torch_spheres_plain()  # type: ignore[name-defined] # noqa: F821
     here.asked = True
     return info
+
+
+# ---- losses ----
+
+
+def backward_roots() -> tuple[Tensor, ...]:
+    """What ``backward()`` was called on, inside of the backward of a node; empty if unknown."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch.autograd.backward.__code__:
+        frame = frame.f_back
+    roots = None if frame is None else frame.f_locals.get("tensors")
+    roots = roots if isinstance(roots, (tuple, list)) else (roots,)
+    return tuple(root for root in roots if isinstance(root, Tensor))
+
+
+def reduction_of(node: Any) -> str | None:
+    """``"mean"`` or ``"sum"``, where a node of autograd's is a loss that says so."""
+    said: Any = getattr(node, "_saved_reduction", None)
+    return {1: "mean", 2: "sum"}.get(said)
 
 
 # ---- several processes ----

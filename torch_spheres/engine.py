@@ -17,21 +17,23 @@ from torch_spheres import _compat
 from torch_spheres.advice import Adviser
 from torch_spheres.crew import Crew
 from torch_spheres.cutting import Cutting
+from torch_spheres.group_watch import Membership
 from torch_spheres.lazy_modules import initialise, is_lazy
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.random import ShardRandom, current_shard
-from torch_spheres.ranks import ProcessGroup, find_ranks
+from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
 from torch_spheres.refusals import refuse_tracing
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
 from torch_spheres.splitting import rows_to_tune_by
+from torch_spheres.step_checks import StepChecks
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
-from torch_spheres.whole_batch import face
+from torch_spheres.whole_batch import Losses, face
 
 __all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "start_engine"]
 
@@ -60,13 +62,25 @@ class Engine:
     ) -> None:
         self.module, self.reproducible, self.cutting = module, reproducible, cutting
         self._take(spheres)
-        self.ranks = find_ranks(process_group, spheres.leaves)
+        self._join(find_ranks(process_group, spheres.leaves))
+        self._membership = Membership("the model", process_group, self.ranks)
+
+    def _join(self, ranks: Ranks | None) -> None:
+        self.ranks, self.number = ranks, 0 if ranks is None else next(ranks.models)
+        self.pool.checks = None if ranks is None else StepChecks(self.module, self.number)
+
+    def sync(self) -> None:
+        """Gives all ranks rank 0's values, and finds out whether they have the same model."""
+        if self.ranks is not None:
+            settings = {"levels": self.spheres.levels, "reproducible": self.reproducible}
+            sync_module(self.module, self.ranks, settings)
 
     def _take(self, spheres: KissingSpheres) -> None:
         self.spheres = spheres
         self.pool = ReplicaPool()
         self._tuners = Tuners()
         self._adviser = Adviser()
+        self._losses = Losses()
 
     @property
     def plan(self) -> str | None:
@@ -91,7 +105,7 @@ class Engine:
             kwargs: keyword arguments of the module.
         """
         refuse_tracing()
-        self._refuse_inside()
+        self._begin()
         crew, trial = self._choose("forward", all_ways, args, kwargs)
         run = functools.partial(self._run, crew, unsplit, args, kwargs)
         if trial is not None:
@@ -111,7 +125,7 @@ class Engine:
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
-        self._refuse_inside()
+        self._begin()
         # Whole batches are no choice here: they would take the memory that this call saves.
         crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
         call = self._call(crew, args, kwargs, "forward_backward")
@@ -119,6 +133,16 @@ class Engine:
         if trial is not None:
             trial.done()
         return loss
+
+    def _begin(self) -> None:
+        self._refuse_inside()
+        if not self._would_share:
+            return
+        ranks = self._membership.look(self.spheres.leaves)
+        if ranks is not self.ranks:
+            self.pool.layouts.clear()
+            self._join(ranks)
+            self.sync()
 
     def _refuse_inside(self) -> None:
         shard = current_shard()
@@ -166,20 +190,27 @@ class Engine:
             tensors = [*call.trainable, *call.inputs_with_grad]
             outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
             if isinstance(call, SharedCall):
-                share = call.split.rows / call.split.total
-                outputs = [face(o, share) for o in outputs]
+                rows, total = call.split.rows, call.split.total
+                outputs = [face(o, rows, total, self._losses) for o in outputs]
         assert call.nesting is not None
         return unflatten(outputs, call.nesting)
 
     @property
+    def _would_share(self) -> bool:
+        """Whether the call that is made now is one of all ranks, if there are any."""
+        return torch.is_grad_enabled() or self.module.training
+
+    @property
     def _shares(self) -> bool:
         """Whether the call that is made now is one of all ranks."""
-        return self.ranks is not None and (torch.is_grad_enabled() or self.module.training)
+        return self.ranks is not None and self._would_share
 
     def _call(
         self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
     ) -> Call:
         ranks = self.ranks if self._shares else None
+        if ranks is not None and self.pool.checks is None:  # of a copy
+            self.pool.checks = StepChecks(self.module, self.number)
         kind = Call if ranks is None else SharedCall
         make = functools.partial(
             kind, self.module, self.pool, crew, args, kwargs, ranks, what, cutting=self.cutting
@@ -196,7 +227,8 @@ class Engine:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.reproducible, made.cutting = self.reproducible, copy.deepcopy(self.cutting)
-        made.ranks = self.ranks
+        made.ranks, made.number = self.ranks, self.number
+        made._membership = copy.deepcopy(self._membership)
         made._take(self.spheres)
         return made
 
@@ -207,13 +239,17 @@ class Engine:
             "cutting": self.cutting,
             "spheres": (self.spheres.levels, self.spheres.concurrency),
             "shares": self.ranks is not None,
+            "number": self.number,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         levels, concurrency = state["spheres"]
         self.reproducible, self.cutting = state["reproducible"], state["cutting"]
+        self.number = state["number"]
         self._take(KissingSpheres(levels, concurrency=concurrency))
-        self.ranks = find_ranks(None if state["shares"] else False, self.spheres.leaves)
+        group = None if state["shares"] else False
+        self.ranks = find_ranks(group, self.spheres.leaves)
+        self._membership = Membership("the model", group, self.ranks)
 
 
 class ParallelForward:
@@ -335,9 +371,7 @@ def start_engine(
         process_group=process_group,
         cutting=cutting,
     )
-    if engine.ranks is not None:
-        settings = {"levels": spheres.levels, "reproducible": reproducible}
-        sync_module(model, engine.ranks, settings)
+    engine.sync()
     return engine
 
 

@@ -21,17 +21,18 @@ from torch.utils.data import DataLoader
 
 from torch_spheres.advice import users_level
 from torch_spheres.arguments import as_index
+from torch_spheres.group_watch import Membership
 from torch_spheres.loading.ahead import AheadIterator
 from torch_spheres.loading.base import SphereIterator
 from torch_spheres.loading.checks import check_loader, check_options, ranks_for
 from torch_spheres.loading.inline import InlineIterator
 from torch_spheres.loading.pipes import DATA_PIPES
-from torch_spheres.loading.portions import same_random_state
+from torch_spheres.loading.portions import same_epoch
 from torch_spheres.loading.progress import Bookmark, Progress
 from torch_spheres.loading.stats import LoaderStats, Meter
 from torch_spheres.loading.transfer import Transfer
 from torch_spheres.memory import keep_freed_memory
-from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
+from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.system import KissingSpheres
 
 __all__ = ["SphereLoader", "wrap"]
@@ -57,7 +58,7 @@ class SphereLoader(DataLoader[T]):
     _sphere_device: torch.device | None
     _sphere_copies: bool
     _sphere_workers: str
-    _sphere_ranks: Ranks | None
+    _membership: Membership
     _meter: Meter
     _pending: Progress | None
     _newest: weakref.ref[SphereIterator] | None
@@ -91,7 +92,8 @@ class SphereLoader(DataLoader[T]):
         if where is not None and where.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
         spheres = KissingSpheres() if spheres is None else spheres
-        ranks = ranks_for(self, find_ranks(process_group, spheres.leaves), workers)
+        found = find_ranks(process_group, spheres.leaves)
+        ranks = ranks_for(self, found, workers)
         keep_freed_memory(spheres.levels)
         # Under the names of the arguments too: frameworks read them off to make another one.
         public = {"device": device, "copy_dataset": copy_dataset, "workers": workers,
@@ -103,15 +105,17 @@ class SphereLoader(DataLoader[T]):
             "_sphere_workers": workers,
             "_pending": None,
         }
-        return self._fill(attributes, spheres, ranks)
+        # (A sampler that cuts the batches itself stays with the ranks that it was made for.)
+        group = process_group if ranks is found else False
+        return self._fill(attributes, spheres, Membership("the loader", group, ranks))
 
     def _get_iterator(self) -> Any:
         if self._sphere_workers == "process":
             self._meter.way = "process"
             iterator = super()._get_iterator()
             return _Counting(iterator, self._meter, self._sphere_device)
-        if self._sphere_ranks is not None:
-            same_random_state(self._sphere_ranks, self.generator)
+        self._membership.look(self.spheres.leaves)
+        same_epoch(self, self._pending)
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
         made = kind(self, self._pending)
         self._pending = None  # not before: what could not be resumed can be tried again
@@ -136,21 +140,23 @@ class SphereLoader(DataLoader[T]):
             super().check_worker_number_rationality()
 
     def _own_attributes(self) -> dict[str, Any]:
-        left_out = {"spheres", "_sphere_ranks", "_iterator", "_newest", "_mark", "_meter"}
+        left_out = {"spheres", "_membership", "_iterator", "_newest", "_mark", "_meter"}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = memo[id(self)] = type(self).__new__(type(self))  # what it holds may refer to it
         return made._fill(
-            copy.deepcopy(self._own_attributes(), memo), self.spheres, self._sphere_ranks
+            copy.deepcopy(self._own_attributes(), memo),
+            self.spheres,
+            copy.deepcopy(self._membership),
         )
 
     def _fill(
-        self, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
+        self, attributes: dict[str, Any], spheres: KissingSpheres, membership: Membership
     ) -> SphereLoader[T]:
         """Gives a new loader these attributes, and what no two loaders share."""
         # Past DataLoader.__setattr__, which would refuse some of them.
-        vars(self).update(attributes, spheres=spheres, _sphere_ranks=ranks)
+        vars(self).update(attributes, spheres=spheres, _membership=membership)
         meter = Meter(self.num_workers, spheres._rows.loaded)
         vars(self).update(_iterator=None, _newest=None, _mark=None, _meter=meter)
         return self
@@ -158,7 +164,7 @@ class SphereLoader(DataLoader[T]):
     def __reduce__(self) -> Any:
         # By the class that was wrapped: its sphere class is made when it is needed.
         shape = self.spheres.levels, self.spheres.concurrency
-        shared = self._sphere_ranks is not None
+        shared = self._membership.ranks is not None
         return _rebuild, (_base_of(self), self._own_attributes(), shape, shared)
 
     # ---- figures ----
@@ -344,17 +350,12 @@ def wrap(
     return made._set_up(spheres, device, copy_dataset, workers, process_group)
 
 
-def _wrapped(
-    base: Any, attributes: dict[str, Any], spheres: KissingSpheres, ranks: Ranks | None
-) -> SphereLoader[Any]:
-    kind = _class_for(base)
-    return kind.__new__(kind)._fill(attributes, spheres, ranks)
-
-
 def _rebuild(
     base: Any, attributes: dict[str, Any], shape: tuple[int, int], shared: bool
 ) -> SphereLoader[Any]:
     """A wrapped loader from a pickle: on spheres of its own, as many as the saved one's."""
     spheres = KissingSpheres(shape[0], concurrency=shape[1])
-    ranks = find_ranks(None if shared else False, spheres.leaves)
-    return _wrapped(base, attributes, spheres, ranks)
+    group = None if shared else False
+    membership = Membership("the loader", group, find_ranks(group, spheres.leaves))
+    kind = _class_for(base)
+    return kind.__new__(kind)._fill(attributes, spheres, membership)

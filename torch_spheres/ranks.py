@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -10,6 +11,7 @@ import pickle
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -18,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_spheres import _compat
+from torch_spheres.batch_log import BatchLog
 from torch_spheres.division import Division, divide, way_out
 from torch_spheres.errors import Caught, RankError
 from torch_spheres.meeting import Meeting
 from torch_spheres.swap import Swap, Works
 
-__all__ = ["ProcessGroup", "Ranks", "find_ranks", "this_rank"]
+__all__ = ["ProcessGroup", "Ranks", "draw_alone", "find_ranks", "this_rank"]
 
 ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
 _LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
@@ -88,6 +91,12 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ra
     return known
 
 
+def draw_alone() -> None:
+    """A loader of this process alone begins an epoch, which draws from the default generator."""
+    for ranks in list(_live.values()):
+        ranks.draws_alone = True
+
+
 class Ranks:
     """One process among those that share a batch, and how they talk.
 
@@ -101,14 +110,29 @@ class Ranks:
         self.rank, self.world = this_rank(group)
         self._is_gloo, self.device = _backend_of(group)
         self.told = False  # a warning, once
+        self.batches = BatchLog()  # that loaders have handed out
+        self.draws_alone = False  # a loader of this process alone, since an epoch began
+        self.models = itertools.count(1)  # that share their batches
+        self.samplers = itertools.count(1)
         self.sent = 0  # bytes of tensors that this rank has sent to others
-        name = getattr(dist.group.WORLD if group is None else group, "group_name", "")
-        self._name = f"torch_spheres/{name}"
+        self._whole = weakref.ref(dist.group.WORLD if group is None else group)
+        name = getattr(self._whole(), "group_name", "")
+        _made[name] += 1  # (a later group may have the name, and the store, of an earlier one)
+        self._name = f"torch_spheres/{name}/{_made[name]}"
         self._meetings = itertools.count()
         self._swaps = 0
         self._works = Works()
         self._parted: tuple[str, tuple[int, ...]] | None = None
         _leave_last_words()
+
+    def is_there(self) -> bool:
+        """Whether the group has not been destroyed."""
+        if self.group is None:
+            return dist.is_initialized() and dist.group.WORLD is self._whole()
+        try:
+            return dist.get_rank(self.group) >= 0
+        except (ValueError, RuntimeError):
+            return False
 
     def divide(self, leaves: int) -> Division:
         """Which of so many leaves each rank owns."""
@@ -311,6 +335,7 @@ def _ends_soon(work: Any) -> bool:
     return True
 
 
+_made: Counter[str] = Counter()  # by the group's name
 _live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by group
 
 
@@ -324,13 +349,23 @@ def _backend_of(group: ProcessGroup | None) -> tuple[bool, torch.device]:
 
 @functools.cache
 def _leave_last_words() -> None:
-    """Has an exception that ends this process told to the others; once."""
-    before = sys.excepthook
+    """Has the others told why this process ends: by which exception, or by itself; once."""
+    before, said = sys.excepthook, False
+
+    def say(text: str) -> None:
+        for ranks in list(_live.values()):
+            if ranks.is_there():
+                ranks.say("ends", text)
 
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:
-        if dist.is_initialized():
-            for ranks in list(_live.values()):
-                ranks.say("ends", f"{type(error).__name__}: {error}")
+        nonlocal said
+        said = True
+        say(f"{type(error).__name__}: {error}")
         before(kind, error, traceback)
 
+    def at_exit() -> None:
+        if not said:
+            say("it has exited (sys.exit(), or the end of its program)")
+
     sys.excepthook = hook
+    atexit.register(at_exit)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_spheres import _compat
 from torch_spheres.rebinding import held_by
 from torch_spheres.replica import Replica
+from torch_spheres.step_checks import StepChecks
 
 __all__ = ["ELSEWHERE", "ReplicaPool"]
 
@@ -42,6 +43,7 @@ class ReplicaPool:
         self.calls_forward = False
         """Whether shards call forward() itself: what is around it has run once by then."""
         self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
+        self.checks: StepChecks | None = None  # of what must be the same in other processes
         self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
         self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py
         self.parts: list[nn.Module] = []

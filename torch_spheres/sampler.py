@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 from torch_spheres.arguments import as_index
 from torch_spheres.division import GROUPS, divide, shard_bounds, way_out
-from torch_spheres.ranks import this_rank
+from torch_spheres.ranks import find_ranks, this_rank
 
 T = TypeVar("T")
 
@@ -71,8 +71,10 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last
+        by_group = False
         if rank is None and world_size is None:
             rank, world_size = this_rank(process_group)
+            by_group = True
         world_size = 1 if world_size is None else world_size
         rank = 0 if rank is None and world_size == 1 else rank
         self.spheres = spheres
@@ -93,6 +95,14 @@ class SphereBatchSampler(Sampler[list[int]]):
         self._owned = self._division.owned(rank)
         touched = [leaf % self._group_count for leaf in self._owned]
         self._own = slice(touched[0], touched[-1] + 1)  # this rank's groups, or its parts of them
+        # To be compared between ranks: batches of this sampler, and how often it was iterated.
+        self._ranks = find_ranks(process_group, self._leaves) if by_group else None
+        self._number = 0 if self._ranks is None else next(self._ranks.samplers)
+        self._begun = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the process group, which cannot be copied: what copies yield is not compared."""
+        return {**vars(self), "_ranks": None}
 
     def __len__(self) -> int:
         """Batches in a whole epoch; TypeError where the sampler has no length."""
@@ -161,11 +171,17 @@ class SphereBatchSampler(Sampler[list[int]]):
         """Iterators yield independently, and draw nothing before their first ``next()``."""
         epoch, rows = self._begin()
         self._newest = epoch
+        log = None
+        if self._ranks is not None:  # (negative: other numbers than those of loaders)
+            self._begun += 1
+            log = self._ranks.batches.begin(-(self._number << 32) - self._begun)
         while chunk := [*islice(rows, self.batch_size)]:
             if self.drop_last and len(chunk) < self.batch_size:
                 break
             batch = _as_ints(chunk)
             epoch.count(batch)
+            if self._ranks is not None and log is not None:
+                self._ranks.batches.handed_out(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))
                 self._places = [*chain.from_iterable(ranges)]

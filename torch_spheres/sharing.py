@@ -7,31 +7,26 @@ for the gradients. A part of their sums is sent when its last shard has run.
 
 from __future__ import annotations
 
-import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from torch_spheres.errors import Caught
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.outputs import FIRST, ONCE, ROWS, SCALAR, Way, same
 from torch_spheres.phases import phase
-from torch_spheres.random import next_base
 from torch_spheres.ranks import Ranks
 from torch_spheres.shards import Call
-from torch_spheres.splitting import Split, without_dim
+from torch_spheres.splitting import Split
+from torch_spheres.step_checks import by_rank
 from torch_spheres.tree import tree_sums
 from torch_spheres.whole_batch import own_rows_only
 
 __all__ = ["SharedCall"]
 
-_WHAT = ("forward", "forward_backward")
-_INT64 = 2**63 - 1
 _PLAIN = (bool, int, float, complex, str, bytes)
 
 
@@ -44,71 +39,23 @@ class SharedCall(Call):
 
     def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
-        split, rows, form = None, 0, 0
+        split = None
         with Caught() as caught:
             split = super()._split(arguments)
-            rows = split.rows
-            tensors = [
-                (v, d) for v, d in zip(split.flat, split.dims, strict=True) if isinstance(v, Tensor)
-            ]
-            shapes = [
-                (v.dim(), without_dim(v.shape, d), v.dtype, v.requires_grad) for v, d in tensors
-            ]
-            form = zlib.crc32(repr(shapes).encode())
-        state = zlib.crc32(torch.get_rng_state().numpy().tobytes())
-        mode = 2 * self.module.training + torch.is_grad_enabled()
-        params = [p for p in self.module.parameters() if p.requires_grad]
-        trained = [None if is_lazy(p) else p.shape for p in params]
-        mode += 4 * zlib.crc32(repr(trained).encode())
-        told = [
-            _WHAT.index(self.what), mode, rows, form, torch.initial_seed() & _INT64, next_base(),
-            state,
-        ]  # fmt: skip
-        table = self.ranks.meet("the start of forward", told, caught).T.tolist()
+        checks = self.pool.checks
+        assert checks is not None
+        facts = checks.tell(self.ranks, self.module, self.what, split)
+        table = self.ranks.meet("the start of forward", checks.flat(facts), caught)
         assert split is not None
-        self._check(table, split)
-        self.base = table[5][0]
-        split.share(table[2])
+        agreed = checks.compare(self.ranks, self.module, facts, split, table)
+        self.base = agreed.base
+        split.share(agreed.rows)
         split.flat = [
             v if d is None else own_rows_only(v, split.total, d)
             for v, d in zip(split.flat, split.dims, strict=True)
         ]
-        self._somebody_has_none = 0 in table[2]
+        self._somebody_has_none = 0 in agreed.rows
         return split
-
-    def _check(self, table: list[list[int]], split: Split) -> None:
-        calls, modes, rows, forms, seeds, _, states = table
-        same = (
-            ("call the model in different ways", [_WHAT[c] for c in calls]),
-            (
-                "are in different modes",
-                [f"training={bool(m & 2)}, grad enabled={bool(m & 1)}" for m in modes],
-            ),
-            ("have other parameters that require a gradient", [f"set {m >> 2:x}" for m in modes]),
-            (
-                "were seeded differently (random numbers belong to shards: give all the same seed)",
-                seeds,
-            ),
-        )
-        for text, values in same:
-            if len({*values}) > 1:
-                raise ValueError(f"the ranks {text}: {_by_rank(values)}")
-        if len({f for f, r in zip(forms, rows, strict=True) if r}) > 1:
-            shapes = [f"{v.dtype} {tuple(v.shape)}" for v in split.flat if isinstance(v, Tensor)]
-            raise ValueError(
-                "the ranks have inputs of different types or shapes (beside the rows): rank "
-                f"{self.ranks.rank} has {', '.join(shapes)}"
-            )
-        if len({*states}) > 1 and not self.ranks.told:
-            self.ranks.told = True
-            warnings.warn(
-                "torch's default generator is not at the same place on all ranks: something draws "
-                "from it on each, such as a dataset that is loaded with num_workers=0. The shards' "
-                "own numbers are those of rank 0, but the result depends on the number of ranks. "
-                "Draw from a generator seeded by torch_spheres.sample_seed() in a dataset",
-                UserWarning,
-                stacklevel=6,
-            )
 
     # ---- sums ----
 
@@ -153,7 +100,7 @@ class SharedCall(Call):
                 if not all(same(value, values[0]) for value in values):
                     raise ValueError(
                         f"output {i} of the module is no tensor and differs between the ranks: "
-                        f"{_by_rank(values)}; return a tensor"
+                        f"{by_rank(values)}; return a tensor"
                     )
                 outputs[i] = values[0]
         scalars = [i for i, way in enumerate(self.ways) if way == SCALAR]
@@ -279,7 +226,3 @@ def _sparse_parameters(module: nn.Module) -> set[int]:
         if getattr(part, "sparse", False) is True
         for p in part.parameters(recurse=False)
     }
-
-
-def _by_rank(values: Sequence[Any]) -> str:
-    return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))

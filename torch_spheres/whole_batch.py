@@ -10,14 +10,19 @@ first went through the one, and is made up for, which rounds.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_spheres.advice import users_level
+from torch_spheres.loss_reduction import look_at_loss
 from torch_spheres.ranks import Ranks
 
-__all__ = ["face", "gather_rows", "own_rows_only"]
+__all__ = ["Losses", "face", "gather_rows", "own_rows_only"]
+
+_FIRST = 3  # backward passes that are looked at, and then those whose number is a power of two
 
 
 def gather_rows(rows: Tensor, ranks: Ranks, leaves: int, dim: int = 0) -> Tensor:
@@ -64,20 +69,45 @@ class _Face(torch.autograd.Function):
     """The same values; the gradient is multiplied by the rank's share of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, share: float) -> Tensor:
-        ctx.raw, ctx.share = raw, share
+    def forward(ctx: Any, raw: Tensor, rows: int, total: int, losses: Losses) -> Tensor:
+        ctx.raw, ctx.rows, ctx.total, ctx.losses = raw, rows, total, losses
         return raw.clone()  # (a view of it could not be changed in place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.share, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.losses.look(ctx, grad)
+        return grad * (ctx.rows / ctx.total), None, None, None
 
 
-def face(raw: Any, share: float) -> Any:
+class Losses:
+    """The losses of a rank's own rows, of one model: the first are looked at."""
+
+    def __init__(self) -> None:
+        self._seen, self._told = 0, False
+
+    def look(self, output: Any, grad: Tensor) -> None:
+        """In the backward of an output; warns, once, of a loss that is no mean over the rows."""
+        self._seen += 1
+        if self._told or (self._seen > _FIRST and self._seen & (self._seen - 1)):
+            return
+        wrong = look_at_loss(output, grad, output.raw, output.rows, output.total)
+        if wrong is not None:
+            self._told = True
+            warnings.warn(
+                f"the loss is computed from this rank's own rows, and {wrong}. Have it be a mean "
+                "over the rank's rows, or compute it over the whole batch: criterion(model.gather"
+                "(outputs), model.gather(targets)), or model.forward_backward with a loss that "
+                "returns (sum, count)",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+
+
+def face(raw: Any, rows: int, total: int, losses: Losses) -> Any:
     """What users get of an output."""
     if not isinstance(raw, Tensor) or raw.dim() == 0 or not raw.requires_grad:
         return raw
-    return _Face.apply(raw, share)  # type: ignore[no-untyped-call]
+    return _Face.apply(raw, rows, total, losses)  # type: ignore[no-untyped-call]
 
 
 def own_rows_only(value: Any, total: int, dim: int = 0) -> Any:

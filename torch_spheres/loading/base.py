@@ -17,7 +17,7 @@ from torch_spheres import _compat, _core
 from torch_spheres.errors import StoppedError
 from torch_spheres.loading.gather import gathers
 from torch_spheres.loading.info import install
-from torch_spheres.loading.portions import Portions, collate_own, same_random_state
+from torch_spheres.loading.portions import Portions, collate_own, same_epoch
 from torch_spheres.loading.progress import Bookmark, Progress, Sources, shape_of
 from torch_spheres.loading.samples import Fetcher
 from torch_spheres.loading.transfer import Transfer
@@ -43,11 +43,12 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         self._sources = Sources(loader)
         self._shape = shape_of(loader)
         self._iterable = bool(self._shape["iterable"])
-        ranks = loader._sphere_ranks
+        ranks = loader._membership.ranks
         self._portions = None if ranks is None else Portions(ranks, loader.spheres.leaves)
         self._places: Sequence[int] | None = None  # of the index list that was cut last
         self._in_use = threading.RLock()
         self.mark = Bookmark(self._sources, self._in_order)
+        self._ranks, self._epoch_log = ranks, None if ranks is None else ranks.batches.begin()
         self._begin_counting(fresh=True)
         self._after_base_seed: torch.Tensor | None = None
         self._last_next: float | None = None
@@ -160,6 +161,11 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         """The batch of an index list is about to be the loop's."""
         self.mark.at.tasks, self.mark.at.yielded = task + 1, self.mark.at.yielded + 1
         self.mark.at.digest, self.mark.at.next_worker = digest, next_worker
+        if self._ranks is not None and self._epoch_log is not None:
+            assert self._portions is not None
+            if self._iterable:  # without index lists: what was read is what can be compared
+                digest = self._portions.digest_of_samples(task)
+            self._ranks.batches.handed_out(self._epoch_log, task + 1, digest)
 
     def progress(self) -> Progress:
         """After the batch that was handed out last; see `Bookmark.progress`."""
@@ -207,8 +213,14 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             self._in_use.release()
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
-        if not first_iter and loader._sphere_ranks is not None:
-            same_random_state(loader._sphere_ranks, loader.generator)
+        if not first_iter:
+            if loader._membership.look(loader.spheres.leaves) is not self._ranks:
+                raise RuntimeError(
+                    "the process group is another one than when the persistent workers began; "
+                    "wrap the loader anew"
+                )
+            same_epoch(loader, None)
+            self._epoch_log = None if self._ranks is None else self._ranks.batches.begin()
         super()._reset(loader, first_iter)
         self.finished = False
         self._last_next = None

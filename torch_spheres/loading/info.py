@@ -20,7 +20,7 @@ import torch
 
 from torch_spheres import _compat
 
-__all__ = ["Position", "asked_for_info", "install", "sample_seed", "shown"]
+__all__ = ["Position", "asked_for_info", "current_batch", "install", "sample_seed", "shown"]
 
 
 class _Here(threading.local):
@@ -50,6 +50,11 @@ def shown(**values: Any) -> Iterator[None]:
 def asked_for_info() -> bool:
     """Whether anybody on this thread has asked for a logical worker's info."""
     return _here.asked
+
+
+def current_batch() -> int:
+    """The number of the batch that this thread is loading; -1 if it loads none."""
+    return -1 if _here.position is None else _here.position.batch
 
 
 def _collate_tensors(batch: Any, *, collate_fn_map: Any = None) -> Any:
