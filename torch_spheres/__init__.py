@@ -21,6 +21,7 @@ from torch_spheres.gradients import GradientHook
 from torch_spheres.loader import SphereLoader, wrap
 from torch_spheres.loading.info import sample_seed
 from torch_spheres.loading.stats import LoaderStats
+from torch_spheres.metrics import gather_metrics
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.parallelize import parallelize_
 from torch_spheres.plots import plot_loader, plot_timeline
@@ -55,6 +56,7 @@ __all__ = [
     "Trace",
     "Work",
     "checkpoint_state",
+    "gather_metrics",
     "load_checkpoint",
     "parallelize_",
     "plot_loader",

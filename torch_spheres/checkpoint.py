@@ -22,16 +22,19 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from torch_spheres import _compat
 from torch_spheres.arguments import as_index
+from torch_spheres.drift import digest_of, digests, first_difference, hyperparameters, values_of
+from torch_spheres.engine import engine_of
 from torch_spheres.errors import Caught, RankError
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.random import random_states, restore_random_states
@@ -117,11 +120,12 @@ def save_checkpoint(
         TypeError: an object has no state, one that ``torch.load(weights_only=True)`` would refuse,
             or one that is sharded over processes.
         OSError: it cannot be written; the old file is as it was.
-        RankError: another rank has failed, or is at another step.
+        RankError: another rank has failed, is at another step, or has other values.
     """
     ranks = find_ranks(process_group)
     state, marks = _together(ranks, "saving", lambda: checkpoint_state(step=step, **objects))
     _need_same([step for step, _ in marks], "the ranks are at different steps")
+    _need_same_values(ranks, objects)
     first = ranks is None or ranks.rank == 0
     _together(ranks, "saving", lambda: _write(os.fspath(path), state) if first else None)
     if first and any(mark != marks[0] for mark in marks):
@@ -181,6 +185,52 @@ def _mark(state: Any) -> list[int]:
 def _need_same(marks: list[Any], otherwise: str) -> None:
     if others := tuple(rank for rank, mark in enumerate(marks) if mark != marks[0]):
         raise RankError(f"{otherwise} (by rank: {', '.join(map(str, marks))})", others)
+
+
+def _need_same_values(ranks: Ranks | None, objects: Mapping[str, Any]) -> None:
+    """Whether rank 0 would write what all have: weights, hyperparameters, optimizer states."""
+    if ranks is None:
+        return
+    what, named = "the comparison of what is saved", dict(_values(objects))
+    mine = digest_of(named.items())
+    if len({*ranks.meet(what, [mine])[:, 0].tolist()}) == 1:
+        return
+    plain = {name: value for name, value in named.items() if not isinstance(value, torch.Tensor)}
+    found = first_difference(ranks.objects({**digests(named.items()), **plain}, what))
+    name, values = found or ("something", [])
+    shown = (
+        f" ({', '.join(f'{v!r} on rank {r}' for r, v in enumerate(values))})"
+        if name in plain
+        else ""
+    )
+    raise RankError(
+        f"{name} is not the same on all ranks{shown}, of which rank 0's would be written: "
+        "something of a rank's own has got in, such as a learning rate, a schedule by the loss of "
+        "the rank's rows, or a weight that was set on some ranks only; to write what is this "
+        "process's alone: process_group=False",
+        tuple(rank for rank, value in enumerate(values) if value != values[0]),
+    )
+
+
+def _values(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, thing in objects.items():
+        if isinstance(thing, nn.Module):
+            # (Buffers are all ranks' where they share batches; others keep their own.)
+            engine = engine_of(thing)
+            shared = engine is not None and engine.ranks is not None
+            for key, value in values_of(thing, buffers=shared):
+                yield f"{name}.{key}", value
+        elif isinstance(thing, Optimizer):
+            for key, value in hyperparameters([thing]):
+                yield f"{name}: {key}", value
+            for i, state in thing.state_dict()["state"].items():
+                for key, value in state.items() if isinstance(state, dict) else ():
+                    if type(value) is torch.Tensor and value.layout is torch.strided:
+                        yield f"{name}.state[{i}].{key}", value
+        elif isinstance(thing, LRScheduler):
+            for key, value in thing.state_dict().items():
+                if isinstance(value, (bool, int, float, str)):
+                    yield f"{name}.{key}", value
 
 
 # ---- states ----

@@ -183,6 +183,8 @@ class Engine:
     ) -> Any:
         if crew.plan.shards == 1 and crew.plan.workers == 0:
             return unsplit(*args, **kwargs)
+        if self.ranks is not None and not self._shares and self._has_no_rows(args, kwargs):
+            return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks without
         call = self._call(crew, args, kwargs)
         outputs = call.run_forward()
         if torch.is_grad_enabled():
@@ -194,6 +196,10 @@ class Engine:
                 outputs = [face(o, rows, total, self._losses) for o in outputs]
         assert call.nesting is not None
         return unflatten(outputs, call.nesting)
+
+    def _has_no_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
+        return bool(tensors) and tensors[0].shape[self.cutting.default_dim] == 0
 
     @property
     def _would_share(self) -> bool:
@@ -208,13 +214,17 @@ class Engine:
     def _call(
         self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
     ) -> Call:
-        ranks = self.ranks if self._shares else None
+        ranks, own = self.ranks if self._shares else None, None
+        if self.ranks is not None and ranks is None and self.ranks.loads_portions:
+            # An evaluation of what a loader has divided: in the shards of the whole batch.
+            own = self.ranks.divide(self.spheres.leaves).owned(self.ranks.rank)
         if ranks is not None and self.pool.checks is None:  # of a copy
             self.pool.checks = StepChecks(self.module, self.number)
         kind = Call if ranks is None else SharedCall
         make = functools.partial(
-            kind, self.module, self.pool, crew, args, kwargs, ranks, what, cutting=self.cutting
-        )
+            kind, self.module, self.pool, crew, args, kwargs, ranks, what,
+            cutting=self.cutting, own_leaves=own,
+        )  # fmt: skip
         call = make()
         if any(map(is_lazy, self.module.modules())):
             initialise(call)

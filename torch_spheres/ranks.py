@@ -94,7 +94,7 @@ def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ra
 def draw_alone() -> None:
     """A loader of this process alone begins an epoch, which draws from the default generator."""
     for ranks in list(_live.values()):
-        ranks.draws_alone = True
+        ranks.draws_alone, ranks.loads_portions = True, False
 
 
 class Ranks:
@@ -112,6 +112,7 @@ class Ranks:
         self.told = False  # a warning, once
         self.batches = BatchLog()  # that loaders have handed out
         self.draws_alone = False  # a loader of this process alone, since an epoch began
+        self.loads_portions = False  # whether the last batch was this rank's part of one
         self.models = itertools.count(1)  # that share their batches
         self.samplers = itertools.count(1)
         self.sent = 0  # bytes of tensors that this rank has sent to others

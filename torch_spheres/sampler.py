@@ -181,6 +181,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             batch = _as_ints(chunk)
             epoch.count(batch)
             if self._ranks is not None and log is not None:
+                self._ranks.loads_portions = True
                 self._ranks.batches.handed_out(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))

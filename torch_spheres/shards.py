@@ -40,6 +40,8 @@ class Call:
         ranks: who shares the batch, in a `SharedCall`.
         what: ``"forward"`` or ``"forward_backward"``.
         cutting: which arguments are cut, and how outputs without dimensions are put together.
+        own_leaves: where rows of a batch that several processes share are evaluated by each alone:
+            those of this process.
     """
 
     base: int | None = None  # seed of the shards' random numbers, if it has been agreed on
@@ -55,6 +57,7 @@ class Call:
         what: str = "forward",
         *,
         cutting: Cutting | None = None,
+        own_leaves: Sequence[int] | None = None,
     ) -> None:
         self.module, self.pool, self.crew = module, pool, crew
         self.ranks, self.what = ranks, what
@@ -65,6 +68,7 @@ class Call:
             self.cutting.scalars != "sum" and kwargs.get("num_items_in_batch") is not None
         )
         self.sums = self.sums_by_argument or self.cutting.scalars == "sum"
+        self._own_leaves = own_leaves
         self._positional = len(args)
         pool.follow(module)
         self.keys = (*range(len(args)), *kwargs)
@@ -101,7 +105,10 @@ class Call:
         refuse_forward_ad()
         least = 2 if any(map(needs_two_rows, self.pool.parts)) else 1
         shards = self.crew.plan.shards
-        return Split(arguments, shards, self.ranks, self.cutting, self.module, least)
+        split = Split(arguments, shards, self.ranks, self.cutting, self.module, least)
+        if self._own_leaves is not None:
+            split.take_leaves(self._own_leaves)
+        return split
 
     def targets(self, value: Any) -> Split:
         """What a loss compares the outputs with, cut as the inputs are."""

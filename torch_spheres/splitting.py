@@ -101,6 +101,18 @@ class Split:
         self.bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
         self.leaves = [leaf for leaf, size in zip(own, sizes, strict=True) if size]
 
+    def take_leaves(self, owned: Sequence[int]) -> None:
+        """Cuts anew, into the shards that this process has of a batch that several share.
+
+        Where each shard of the whole batch begins follows from the rows here: what they are more
+        than a multiple of the shards went to the first leaves (`SphereBatchSampler.own_shards`).
+        """
+        bounds = shard_bounds(self.rows, len(owned))
+        size = {leaf: b - a for leaf, (a, b) in zip(sorted(owned), bounds, strict=True)}
+        cuts = [*itertools.accumulate((size[leaf] for leaf in owned), initial=0)]
+        self.bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+        self.leaves = [leaf for leaf in owned if size[leaf]]
+
     # ---- what has rows ----
 
     def _name(self, key: int | str) -> str:

@@ -209,6 +209,7 @@ class AheadIterator(SphereIterator):
         del self._open[number]
         self._team.drop(number)
         self._handed_out(number, task.digest, (task.worker + 1) % self._num_workers)
+        self._tell_ranks(number, task.digest)
 
     def _hand_out(self, number: int, task: _Task, result: Result, ready: int) -> Any:
         batch = None if result.deliver is None else result.deliver()

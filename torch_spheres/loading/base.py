@@ -161,7 +161,11 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         """The batch of an index list is about to be the loop's."""
         self.mark.at.tasks, self.mark.at.yielded = task + 1, self.mark.at.yielded + 1
         self.mark.at.digest, self.mark.at.next_worker = digest, next_worker
+
+    def _tell_ranks(self, task: int, digest: int) -> None:
+        """A batch has been loaded, and is about to be the loop's: for the ranks' comparison."""
         if self._ranks is not None and self._epoch_log is not None:
+            self._ranks.loads_portions = True
             assert self._portions is not None
             if self._iterable:  # without index lists: what was read is what can be compared
                 digest = self._portions.digest_of_samples(task)

@@ -56,9 +56,11 @@ class InlineIterator(SphereIterator):
             rows.finish(self._running_core())
             self._meter.worked_since(begin)
             self._meter.way = "gather"
+            self._tell_ranks(number, self._pulled)
             self._meter.handed_out(batch, len(index), 0, rows.bytes)
             return batch
         batch = self._load(index, number)
+        self._tell_ranks(number, self._pulled)
         self._meter.handed_out(batch, self._size_of(index), 0)
         return batch
 

@@ -1,0 +1,596 @@
+"""What each rank of tests/test_rank_checks.py runs: mistakes that used to pass without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, TensorDataset
+
+import torch_spheres as ts
+
+ROWS, BATCH = 144, 24
+GENERATOR = torch.Generator().manual_seed(1)
+X, Y = torch.randn(ROWS, 6, generator=GENERATOR), torch.arange(ROWS) % 5
+DATA = TensorDataset(X, Y)
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def model_on(spheres, make=lambda: nn.Linear(6, 5), **options):
+    torch.manual_seed(0)
+    model = ts.SphereParallel(make(), spheres, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer
+
+
+def step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def train(spheres, loader, epochs=1, **options):
+    model, optimizer = model_on(spheres, **options)
+    for _ in range(epochs):
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    return model
+
+
+def part(values):
+    """This rank's rows of a whole batch."""
+    mine = next(iter(ts.SphereBatchSampler(range(len(values)), len(values))))
+    return values[mine]
+
+
+# ---- index lists ----
+
+
+class Shuffled(Sampler):
+    """By a generator of the process's own."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __len__(self):
+        return ROWS
+
+    def __iter__(self):
+        rows = [*range(ROWS)]
+        if self.how == "random":
+            random.shuffle(rows)
+        elif self.how == "numpy":
+            np.random.shuffle(rows)
+        elif self.how == "by rank":
+            rows = np.random.default_rng(rank()).permutation(rows).tolist()
+        elif self.how == "later":  # the first batch is the same
+            rows[BATCH:] = random.sample(rows[BATCH:], ROWS - BATCH)
+        elif self.how == "own rows":
+            rows = rows[rank() :: dist.get_world_size()] * dist.get_world_size()
+        elif self.how == "given":
+            rows = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3)).tolist()
+        return iter(rows)
+
+
+class Stream(IterableDataset):
+    def __init__(self, how):
+        self.how = how
+
+    def __iter__(self):
+        for row in Shuffled(self.how):
+            yield X[row], Y[row]
+
+
+def index_lists(spheres):
+    random.seed()  # as processes have it that nobody has seeded
+    np.random.seed()
+    for how in ("random", "numpy", "by rank", "later", "own rows", "given"):
+        for workers in (0, 2):
+            loaders = [
+                ts.wrap(
+                    DataLoader(DATA, BATCH, sampler=Shuffled(how), num_workers=workers), spheres
+                ),
+                ts.wrap(
+                    DataLoader(
+                        DATA,
+                        batch_sampler=BatchSampler(Shuffled(how), BATCH, True),
+                        num_workers=workers,
+                    ),
+                    spheres,
+                ),
+                DataLoader(
+                    DATA, batch_sampler=ts.SphereBatchSampler(Shuffled(how), BATCH, spheres=spheres)
+                ),
+            ]
+            if how != "own rows":
+                stream = DataLoader(Stream(how), BATCH, num_workers=min(workers, 1))
+                loaders.append(ts.wrap(stream, spheres))
+            for loader in loaders:
+                if how == "given":
+                    train(spheres, loader, 2)
+                    continue
+                with pytest.raises(
+                    ValueError, match=r"index lists of batch .* differ between ranks"
+                ):
+                    train(spheres, loader)
+
+    # A generator that is the loader's own is brought to rank 0's place.
+    own = torch.Generator().manual_seed(rank())
+    train(spheres, ts.wrap(DataLoader(DATA, BATCH, shuffle=True, generator=own), spheres), 2)
+    other = TensorDataset(X[: ROWS - rank()], Y[: ROWS - rank()])
+    for data, size in ((other, BATCH), (DATA, BATCH + 12 * rank())):
+        with pytest.raises(ValueError, match=r"begin different epochs: .* on rank 0, .* on rank 1"):
+            train(spheres, ts.wrap(DataLoader(data, size), spheres))
+
+    # Resumed from different states.
+    def saved(count):
+        loader = ts.wrap(DataLoader(DATA, BATCH), spheres)
+        iterator = iter(loader)
+        states = []
+        for _ in range(count):
+            next(iterator)
+            states.append(loader.state_dict())
+        return states
+
+    states = saved(3)
+    loader = ts.wrap(DataLoader(DATA, BATCH), spheres)
+    loader.load_state_dict(states[1 + (rank() == 1)])
+    with pytest.raises(ValueError, match="the state that it is resumed from"):
+        iter(loader)
+    loader.load_state_dict(states[1])
+    train(spheres, loader, 2)
+
+
+def right_loops(spheres):
+    """What looks like the mistakes, and is none."""
+    loader = ts.wrap(DataLoader(DATA, BATCH, shuffle=True, num_workers=2), spheres)
+    other = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres)
+    model, optimizer = model_on(spheres)
+    for (x, y), (x2, y2) in zip(loader, other, strict=True):
+        step(model, optimizer, torch.cat([x, x2]), torch.cat([y, y2]))
+    for n, (x, y) in enumerate(loader):
+        step(model, optimizer, x, y)
+        if n == 3:
+            break
+    kept = [*loader]  # all of an epoch before the first step
+    for x, y in kept:
+        step(model, optimizer, x, y)
+
+    # Batches that a thread of the user's own fetches ahead, on each rank as it likes.
+    batches: queue.Queue = queue.Queue(4)
+
+    def fetch():
+        for batch in loader:
+            batches.put(batch)
+        batches.put(None)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    while (batch := batches.get()) is not None:
+        if rank() == 1:
+            threading.Event().wait(0.01)
+        step(model, optimizer, *batch)
+    thread.join()
+
+    # The same rows on all ranks, as they come from a dataset that has them twice.
+    twice = TensorDataset(X[:12].repeat(12, 1), Y[:12].repeat(12))
+    train(spheres, ts.wrap(DataLoader(twice, BATCH), spheres), 2)
+    constant, target = torch.ones(12, 6), torch.zeros(12, dtype=torch.long)
+    for _ in range(3):
+        step(model, optimizer, constant, target)
+
+
+# ---- loaders that were not wrapped ----
+
+
+def not_wrapped(spheres):
+    model, optimizer = model_on(spheres)
+    torch.manual_seed(4)
+    loader = DataLoader(DATA, BATCH, shuffle=True)
+    batches = iter(loader)
+    with pytest.warns(UserWarning, match="the same rows, where each should have its part"):
+        step(model, optimizer, *next(batches))
+    with pytest.raises(ValueError, match=r"the same rows, .*ts\.wrap\(loader"):
+        step(model, optimizer, *next(batches))
+    # One batch, again and again: told of, and not refused.
+    model, optimizer = model_on(spheres)
+    with pytest.warns(UserWarning, match="the same rows, where each should have its part"):
+        step(model, optimizer, X[:12], Y[:12])
+    for _ in range(3):
+        step(model, optimizer, X[:12], Y[:12])
+
+
+# ---- what drifts ----
+
+
+def drift(spheres):
+    second = rank() == 1
+
+    def rates(model, optimizer, n, loss):
+        optimizer.param_groups[0]["lr"] = 0.1 + 0.1 * second
+
+    plateau = {}
+
+    def schedule(model, optimizer, n, loss):
+        if optimizer not in plateau:
+            plateau[optimizer] = ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+        plateau[optimizer].step(loss + n * second)
+
+    def by_loss(model, optimizer, n, loss):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + loss)
+
+    def weight(model, optimizer, n, loss):
+        if second and n == 1:
+            with torch.no_grad():
+                model.module[0].weight[0, 0] += 1
+
+    def swapped(model, optimizer, n, loss):
+        if second and n == 1:
+            with torch.no_grad():
+                model.module[0].weight.copy_(model.module[0].weight.flip(0))
+
+    def buffer(model, optimizer, n, loss):
+        if second and n == 1:
+            model.module[1].scale += 1  # (what the forward writes is brought together anyway)
+
+    def momentum(model, optimizer, n, loss):
+        if second and n == 1:
+            optimizer.state.clear()
+
+    def frozen(model, optimizer, n, loss):
+        model.module[2].bias.requires_grad_(not second)
+
+    cases = [
+        (rates, "lr of SGD, group 0 is 0.1 on rank 0, 0.2 on rank 1"),
+        (by_loss, "lr of SGD, group 0 is"),
+        (weight, "'0.weight' is not the same on ranks"),
+        (swapped, "'0.weight' is not the same on ranks"),
+        (buffer, "'1.scale' is not the same on ranks"),
+        (momentum, "'0.weight' is not the same on ranks"),
+        (frozen, r"2.bias \(5,\) does on rank 0, and does not on rank 1"),
+    ]
+    for mistake, match in cases:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+        module[1].register_buffer("scale", torch.ones(3))
+        model = ts.SphereParallel(module, spheres)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        x, y = part(X[:48]), part(Y[:48])
+        steps = 0
+        with pytest.raises(ValueError, match=match):
+            for n in range(66):
+                loss = step(model, optimizer, x, y)
+                mistake(model, optimizer, n, loss)
+                steps += 1
+        assert steps <= 8
+        # From here on with rank 0's values.
+        model = ts.SphereParallel(module.requires_grad_(True), spheres)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            step(model, optimizer, x, y)
+
+    # Long after the beginning.
+    model, optimizer = model_on(spheres)
+    x, y = part(X[:48]), part(Y[:48])
+    for _ in range(70):
+        step(model, optimizer, x, y)
+    if second:
+        with torch.no_grad():
+            model.module.bias[0] = 9.0
+    with pytest.raises(ValueError, match="'bias' is not the same"):
+        for _ in range(64):
+            step(model, optimizer, x, y)
+
+
+def skipped(spheres):
+    second = rank() == 1
+    for how in ("batch", "step", "one batch more"):
+        model, optimizer = model_on(spheres)
+        loader = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres)
+        steps = 0
+        with pytest.raises(
+            ValueError, match=r"different batches of an epoch|different numbers of steps"
+        ):
+            iterator = iter(loader)
+            for n in range(ROWS // BATCH):
+                x, y = next(iterator)
+                if second and n == 2 and how == "batch":
+                    continue
+                if second and n == 2 and how == "one batch more":
+                    x, y = next(iterator)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                if not (second and n == 2 and how == "step"):
+                    optimizer.step()
+                steps += 1
+        assert steps == 2 + (how == "step")  # at the very next exchange
+
+
+# ---- losses ----
+
+
+def losses(spheres):
+    x, y = part(X[:100]), part(Y[:100])
+    t = part(torch.randn(100, 5, generator=torch.Generator().manual_seed(2)))
+    n = len(x)
+    some = y.clone()
+    some[::3] = -100
+    w = torch.arange(1.0, 6)
+    wrong = {
+        "ce sum": lambda o: F.cross_entropy(o, y, reduction="sum"),
+        "ce sum / 100": lambda o: F.cross_entropy(o, y, reduction="sum") / 100,
+        "ce sum / 120": lambda o: F.cross_entropy(o, y, reduction="sum") / 120,
+        "ce sum * 0.01": lambda o: F.cross_entropy(o, y, reduction="sum") * 0.01,
+        "nll sum": lambda o: F.nll_loss(o.log_softmax(1), y, reduction="sum") / 100,
+        "ignored": lambda o: F.cross_entropy(o, some),
+        "mse sum": lambda o: F.mse_loss(o, t, reduction="sum"),
+        "mse sum / 100": lambda o: F.mse_loss(o, t, reduction="sum") / 100,
+        "bce sum": lambda o: F.binary_cross_entropy_with_logits(
+            o, t.sign().relu(), reduction="sum"
+        ),
+        "l1 sum": lambda o: F.l1_loss(o, t, reduction="sum") / 100,
+        "hinge sum": lambda o: F.multi_margin_loss(o, y, reduction="sum"),
+        "sum": lambda o: o.sum(),
+        "sum of sums": lambda o: (o - t).square().sum(1).sum(),
+        "one of two": lambda o: F.cross_entropy(o, y) + o.square().sum(),
+    }
+    right = {
+        "ce": lambda o: F.cross_entropy(o, y),
+        "ce / 4": lambda o: F.cross_entropy(o, y) / 4,
+        "2 ce": lambda o: 2 * F.cross_entropy(o, y),
+        "ce / 2": lambda o: F.cross_entropy(o, y) / 2,
+        "ce sum / n": lambda o: F.cross_entropy(o, y, reduction="sum") / n,
+        "ce none": lambda o: F.cross_entropy(o, y, reduction="none").mean(),
+        "smoothed": lambda o: F.cross_entropy(o, y, label_smoothing=0.15),
+        "probabilities": lambda o: F.cross_entropy(o, t.softmax(1)),
+        "mse": lambda o: F.mse_loss(o, t),
+        "bce": lambda o: F.binary_cross_entropy_with_logits(o, t.sign().relu()),
+        "huber": lambda o: F.huber_loss(o, t),
+        "kl": lambda o: F.kl_div(o.log_softmax(1), t.softmax(1), reduction="batchmean"),
+        "mean": lambda o: o.mean(),
+        "sum then mean": lambda o: (o - t).square().sum(1).mean(),
+        "mean then sum": lambda o: (o - t).square().mean(1).sum() / n,
+        "two": lambda o: F.cross_entropy(o, y) + 0.1 * o.square().mean(),
+        "whole": lambda o: F.cross_entropy(now.gather(o), now.gather(y), reduction="sum"),
+        "weights": lambda o: F.cross_entropy(now.gather(o), now.gather(y), weight=w),
+    }
+    for name, loss in {**wrong, **right}.items():
+        now, _ = model_on(spheres)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                loss(now(x)).backward()
+        told = [str(w.message) for w in caught if "rank's own rows, and" in str(w.message)]
+        assert len(told) == (name in wrong), (name, told)
+    # A penalty on the weights does not go through the outputs.
+    now, _ = model_on(spheres)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty = sum(p.square().sum() for p in now.parameters())
+        (F.cross_entropy(now(x), y) + penalty).backward()
+
+
+# ---- checkpoints ----
+
+
+def checkpoints(spheres, folder):
+    second = rank() == 1
+    x, y = part(X[:48]), part(Y[:48])
+
+    def made():
+        model, _ = model_on(spheres, lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+        optimizer = torch.optim.Adam(model.parameters())
+        scheduler = ReduceLROnPlateau(optimizer)
+        step(model, optimizer, x, y)
+        return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    def rate(parts):
+        parts["optimizer"].param_groups[0]["lr"] = 0.5
+
+    def weight(parts):
+        parts["model"].module[0].bias.data[0] = 4
+
+    def buffer(parts):
+        parts["model"].module[1].running_var += 1
+
+    def state(parts):
+        next(iter(parts["optimizer"].state.values()))["exp_avg"] += 1
+
+    def schedule(parts):
+        parts["scheduler"].step(1.0 + second)
+
+    path = folder / "checkpoint.pt"
+    ts.save_checkpoint(path, step=1, **made())
+    kept = path.read_bytes()
+    for mistake, match in (
+        (rate, r"optimizer: lr of Adam, group 0 .*0.001 on rank 0, 0.5 on rank 1"),
+        (weight, r"model\.0\.bias"),
+        (buffer, r"model\.1\.running_var"),
+        (state, r"optimizer\.state\[0\]\.exp_avg"),
+        (schedule, r"scheduler\.best .*1.0 on rank 0, 2.0 on rank 1"),
+    ):
+        parts = made()
+        if second or mistake is schedule:
+            mistake(parts)
+        with pytest.raises(ts.RankError, match=f"{match}.* is not the same|{match}"):
+            ts.save_checkpoint(path, step=2, **parts)
+        assert path.read_bytes() == kept
+    dist.barrier()
+    if second:
+        ts.save_checkpoint(folder / "alone.pt", process_group=False, **parts)
+    ts.save_checkpoint(path, step=3, **made())
+
+
+# ---- groups ----
+
+
+def alone(spheres):
+    """An evaluation of rank 0 alone, as the README has it, between two steps."""
+    model, optimizer = model_on(spheres)
+    loader = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres)
+    test = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres, process_group=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            for n, (x, y) in enumerate(loader):
+                step(model, optimizer, x, y)
+                if rank() == 0 and n in (1, 4):
+                    with torch.no_grad():
+                        model.eval()
+                        for x_test, _ in test:
+                            model(x_test)
+                        model.train()
+    # The rank's own generator is still looked at when nobody has evaluated.
+    x, y = next(iter(loader))
+    if rank() == 1:
+        torch.rand(1)
+    with pytest.warns(UserWarning, match="not at the same place on all ranks"):
+        step(model, optimizer, x, y)
+
+
+def again(spheres, store):
+    """The group is destroyed, and there is another one."""
+    model, optimizer = model_on(spheres)
+    loader = ts.wrap(DataLoader(DATA, BATCH), spheres)
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    number, world = rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    for use in (lambda: model(x), lambda: next(iter(loader))):
+        with pytest.raises(RuntimeError, match=r"was destroyed \(destroy_process_group\(\)\)"):
+            use()
+    with torch.no_grad():
+        model.eval()(x)  # this process's own
+    model.train()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=world)
+    if number == 1:
+        with torch.no_grad():
+            model.module.weight += 1  # rank 0's are everybody's, as at the beginning
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    total = model.module.weight.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total, world * model.module.weight.detach())
+
+
+def untold():
+    """Models and loaders that were made before there was a group."""
+    with ts.KissingSpheres(concurrency=1) as spheres:
+        model, optimizer = model_on(spheres)
+        with pytest.warns(UserWarning, match=r"launched as one of 2 \(WORLD_SIZE is 2\)"):
+            step(model, optimizer, X[:24], Y[:24])
+        mine = ts.SphereParallel(nn.Linear(6, 5), spheres, process_group=False)
+        loader = ts.wrap(DataLoader(DATA, BATCH), spheres)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(model, optimizer, X[:24], Y[:24])  # once
+        dist.init_process_group("gloo")
+        with pytest.warns(UserWarning, match="the model was made before torch.distributed was"):
+            step(model, optimizer, X[:24], Y[:24])
+        with pytest.warns(UserWarning, match="the loader was made before torch.distributed was"):
+            next(iter(loader))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(model, optimizer, X[:24], Y[:24])
+            mine(X[:24])
+            next(iter(loader))
+        dist.destroy_process_group()
+
+
+def metrics(spheres):
+    """Figures of an evaluation, exactly; and mistakes in what is summed."""
+    model, _ = model_on(spheres)
+    model.eval()
+    found = []
+    for rows in (48, 50, 13, 5):
+        loader = ts.wrap(DataLoader(DATA, rows), spheres)
+        sums = {"loss": 0.0, "hits": 0, "rows": 0, "wide": 0.0}
+        with torch.no_grad():
+            for x, y in loader:
+                out = model(x)
+                batch = ts.gather_metrics(
+                    model,
+                    loss=F.cross_entropy(out, y, reduction="none"),
+                    hits=out.argmax(1) == y,
+                    wide=out,
+                )
+                sums = {name: sums[name] + batch[name] for name in sums}
+        assert sums["rows"] == ROWS
+        found.append(
+            [value.hex() if isinstance(value, float) else value for value in sums.values()]
+        )
+    print("sums", found, flush=True)
+    one = part(X[:48])[:, 0]
+    again_ = ts.gather_metrics(spheres, value=one)
+    assert again_["value"] == pytest.approx(X[:48, 0].double().sum().item())
+    kind = ValueError if dist.get_world_size() > 1 else ()
+    second = rank() == 1
+    if kind:
+        with pytest.raises(ValueError, match="not their parts of a batch"):
+            ts.gather_metrics(model, value=one[: 1 + second])
+        with pytest.raises(
+            (ts.RankError, TypeError), match=r"with a row for each|failed on rank 1"
+        ):
+            ts.gather_metrics(model, value=one.sum() if second else one)
+        with pytest.raises(ValueError, match="different names"):
+            ts.gather_metrics(model, **{f"v{rank()}": one})
+
+
+def leaves_early(spheres, how):
+    """Rank 1 ends by itself; the others say so."""
+    model, optimizer = model_on(spheres)
+    x, y = part(X[:48]), part(Y[:48])
+    step(model, optimizer, x, y)
+    if rank() == 1:
+        sys.exit(0 if how == "exit" else 3)
+    try:
+        step(model, optimizer, x, y)
+    except ts.RankError as error:
+        print("told", error, flush=True)
+
+
+def main() -> None:
+    how, folder = sys.argv[1], Path(sys.argv[2])
+    warnings.simplefilter("ignore", FutureWarning)
+    if how == "untold":
+        return untold()
+    dist.init_process_group("gloo")
+    with ts.KissingSpheres(concurrency=2) as spheres, contextlib.ExitStack() as stack:
+        if how not in ("alone", "not_wrapped", "losses", "drift"):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("error", message=".*(ranks|rank's)")
+        if how == "checkpoints":
+            checkpoints(spheres, folder)
+        elif how == "again":
+            again(spheres, folder / "store")
+        elif how.startswith("exit"):
+            leaves_early(spheres, how)
+        else:
+            globals()[how](spheres)
+    print("done", flush=True)
+    if how.startswith("exit"):
+        os._exit(0)
+    dist.destroy_process_group()
+    return None
+
+
+if __name__ == "__main__":
+    main()
