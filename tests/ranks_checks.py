@@ -443,7 +443,7 @@ def checkpoints(spheres, folder):
 
 
 def alone(spheres):
-    """An evaluation of rank 0 alone, as the README has it, between two steps."""
+    """An evaluation of rank 0 alone, as docs/processes.md has it, between two steps."""
     model, optimizer = model_on(spheres)
     loader = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres)
     test = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres, process_group=False)

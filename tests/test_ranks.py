@@ -192,10 +192,10 @@ def test_a_group_needs_torch_distributed():
 
 
 @pytest.mark.timeout(120)
-def test_the_readmes_script_prints_the_same_on_any_number_of_ranks(tmp_path):
-    readme = (HERE.parent / "README.md").read_text()
+def test_the_documented_script_prints_the_same_on_any_number_of_ranks(tmp_path):
+    page = (HERE.parent / "docs" / "processes.md").read_text()
     (text,) = (
-        s for s in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "train.py" in s
+        s for s in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "train.py" in s
     )
     script = tmp_path / "train.py"
     script.write_text(text)
@@ -204,7 +204,7 @@ def test_the_readmes_script_prints_the_same_on_any_number_of_ranks(tmp_path):
     assert float(alone.stdout) != 0
     first, *others = fork_server.run_ranks(3, script)
     assert [printed(rank.stdout) for rank in (first, *others)] == [alone.stdout, "", ""]
-    # And as the README says: it is the environment of torchrun itself that the script reads.
+    # And as the page says: it is the environment of torchrun itself that the script reads.
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*command, "--nproc-per-node", "2", script],

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs as it stands."""
+"""Every Python snippet of the README and of docs/ runs as it stands; every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {"README.md": README, **{f"docs/{p.name}": p.read_text() for p in ROOT.glob("docs/*.md")}}
+SNIPPETS = {
+    f"{name} {n}": snippet
+    for name, text in sorted(PAGES.items())
+    for n, snippet in enumerate(
+        re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    )
+}
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) >= 4
+    assert len(SNIPPETS) >= 12 and len(README.splitlines()) <= 200
 
 
-@pytest.mark.parametrize("index", range(len(SNIPPETS)))
-def test_snippet(index, tmp_path):
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippet(name, tmp_path):
     script = tmp_path / "snippet.py"
-    script.write_text(SNIPPETS[index])
-    if "tensorboard" in SNIPPETS[index]:
+    script.write_text(SNIPPETS[name])
+    if "tensorboard" in SNIPPETS[name]:
         pytest.importorskip("tensorboard")  # of the test extra; not there for every Python
     # (Without the GIL Python says so when a package, such as fontTools, turns it on.)
     # (torch 2.11's profiler has advice for whoever reads a cycle's events later.)
@@ -44,12 +51,31 @@ def test_imports_warn_of_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_files_that_the_readme_names_exist():
-    names = re.findall(r"`((?:tests|examples|benchmarks|cpp|torch_spheres)/[\w./-]+)`", README)
-    names += re.findall(r"\b(tools/\w+\.py|docs/\w+\.\w+)", README)
-    assert names
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    text = PAGES[page]
+    names = re.findall(r"`((?:tests|examples|benchmarks|cpp|torch_spheres)/[\w./-]+)`", text)
+    names += re.findall(r"\b(tools/\w+\.py)", text)
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+def anchors(text):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    assert links or page != "README.md"
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = folder / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
 @pytest.mark.parametrize("name", ["existing_loop.py", "wrap_loader.py"])
