@@ -22,7 +22,7 @@ def caller_context() -> CallerContext:
 
     Grad and inference mode, autocast, torch-function modes (the default device is one), dispatch
     modes, the saved-tensor hooks on top, anomaly detection is global anyway. A profiler is not
-    among them: torch keeps it out of Python's reach; see ``profile_all_threads`` in docs/training.md.
+    among them: torch keeps it out of Python's reach; docs/training.md has ``profile_all_threads``.
 
     Raises:
         NotImplementedError: inside `torch.func` transforms (vmap, grad, jvp), whose levels live in
