@@ -218,6 +218,58 @@ def not_wrapped(spheres):
         step(model, optimizer, X[:12], Y[:12])
 
 
+# ---- loops that compute gradients themselves, and other models ----
+
+
+def by_hand(spheres):
+    second = rank() == 1
+
+    def loop(loader, change=lambda model, optimizer, n: None):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        hook = ts.GradientHook(optimizer, spheres)
+        for n, (x, y) in enumerate(loader):
+            sampler = ts.SphereBatchSampler(range(BATCH), BATCH, spheres=spheres)
+            first = 0
+            for shard, rows in sampler.own_shards(range(len(x))).items():
+                part_x, part_y = x[first : first + len(rows)], y[first : first + len(rows)]
+                first += len(rows)
+                loss = F.cross_entropy(model(part_x), part_y, reduction="sum") / BATCH
+                hook.add(shard, torch.autograd.grad(loss, list(model.parameters())))
+            optimizer.step()
+            change(model, optimizer, n)
+
+    def loader(sampler=None):
+        return ts.wrap(DataLoader(DATA, BATCH, sampler=sampler), spheres)
+
+    loop(loader())
+    with pytest.raises(ValueError, match="index lists of batch 0"):
+        loop(loader(Shuffled("by rank")))
+
+    def rate(model, optimizer, n):
+        optimizer.param_groups[0]["lr"] = 0.1 + second
+
+    with pytest.raises(ValueError, match=r"lr of SGD, group 0 is 0\.1 on rank 0, 1\.1 on rank 1"):
+        loop(loader(), rate)
+
+    def weight(model, optimizer, n):
+        with torch.no_grad():
+            model.bias[0] += second
+
+    with pytest.raises(ValueError, match=r"'parameter 1 of shape \(5,\)' is not the same"):
+        loop(loader(), weight)
+
+
+def other_models(spheres):
+    """A loader that shares its batches, for a model that does not: compared with each epoch."""
+    loader = ts.wrap(DataLoader(DATA, BATCH, sampler=Shuffled("by rank")), spheres)
+    for _ in loader:
+        pass
+    with pytest.raises(ValueError, match="the checksum of the batches before it"):
+        iter(loader)
+
+
 # ---- what drifts ----
 
 

@@ -26,6 +26,8 @@ def run(how, world, folder):
         *(("index_lists", world) for world in (2, 3)),
         ("right_loops", 2),
         *(("not_wrapped", world) for world in (2, 3)),
+        ("by_hand", 2),
+        ("other_models", 2),
         ("drift", 2),
         ("skipped", 2),
         ("losses", 2),

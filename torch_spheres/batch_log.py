@@ -49,6 +49,7 @@ class BatchLog:
         self._lock = threading.Lock()
         self._numbers, self._turns = itertools.count(1), itertools.count(1)
         self._seen = 0
+        self._latest = (0, -1)  # the thread that got the last batch, and the digest up to that
 
     def begin(self, number: int | None = None) -> EpochLog:
         """A new epoch, of that number; None: all ranks begin it together, and so in one order."""
@@ -61,6 +62,7 @@ class BatchLog:
         """The loop gets batch `count` of an epoch, counted from 1; `digest` is of all up to it."""
         epoch.count, epoch.thread, epoch.turn = count, threading.get_ident(), next(self._turns)
         epoch.digests.append(digest)
+        self._latest = epoch.thread, digest
 
     def numbers(self) -> list[int]:
         """For the ranks' comparison; always as many. On the thread that calls the model."""
@@ -69,6 +71,16 @@ class BatchLog:
         latest = sorted(begun, key=lambda epoch: epoch.turn)[-_EPOCHS:]
         found = [n for epoch in latest for n in epoch.numbers()]
         return [*found, *[0] * (_EPOCHS * _PLACES - len(found))]
+
+    @property
+    def latest(self) -> int:
+        """Of the index lists of its epoch up to the last batch; -1: another thread has got that."""
+        thread, digest = self._latest
+        return digest if thread == threading.get_ident() else -1
+
+    def forget(self) -> None:
+        """What has been found to differ is not said again when another epoch begins."""
+        self._latest = (0, -1)
 
     @property
     def moved(self) -> bool:

@@ -14,6 +14,7 @@ from torch_spheres.engine import engine_of
 from torch_spheres.exchange import total_over_ranks
 from torch_spheres.phases import phase
 from torch_spheres.ranks import ProcessGroup, find_ranks
+from torch_spheres.step_checks import HandChecks
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tree import tree_sums
 
@@ -76,6 +77,7 @@ class GradientHook:
                 stacklevel=2,
             )
         self._optimizer = optimizer
+        self._checks = HandChecks(optimizer)
         self._lock = threading.Lock()
         self._added: dict[int, list[Tensor | None]] = {}
         self._reported: dict[int, int] = {}
@@ -199,6 +201,8 @@ class GradientHook:
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
         columns = [[s[i] for s in shards] for i in range(len(parameters))]
+        if self._ranks is not None and self._by_hand:
+            self._checks.meet(self._ranks)
         with phase(spheres, "sum"):
             if self._ranks is None:
                 sums = tree_sums(columns, spheres=spheres)

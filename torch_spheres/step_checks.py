@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from torch_spheres.advice import users_level
 from torch_spheres.batch_log import BatchLog
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from torch_spheres.ranks import Ranks
     from torch_spheres.splitting import Split
 
-__all__ = ["Agreed", "StepChecks", "by_rank"]
+__all__ = ["Agreed", "HandChecks", "StepChecks", "by_rank"]
 
 _WHAT = ("forward", "forward_backward")
 _INT64 = 2**63 - 1
@@ -136,6 +137,7 @@ class StepChecks:
                 f"{ranks.rank} has {', '.join(shapes)}"
             )
         if wrong := BatchLog.compare([row[len(names) :] for row in lists]):
+            ranks.batches.forget()
             raise ValueError(wrong)
         if len({*column["steps"]}) > 1:
             raise ValueError(
@@ -144,9 +146,10 @@ class StepChecks:
                 "out on all ranks (where that depends on a loss or a gradient of the rank's own "
                 "rows, use the whole batch's: model.gather(), or what forward_backward returns)"
             )
-        for what in ("settings", "values"):
-            if len({*column[what]}) > 1:
-                self._refuse_drift(ranks, module, what)
+        if len({*column["settings"]}) > 1:
+            _refuse_settings(ranks, self._steps.optimizers)
+        if len({*column["values"]}) > 1:
+            _refuse_values(ranks, values_of(module))
         self._compare_inputs([column["inputs"][r] for r in has_rows])
         if len({*column["state"]}) > 1 and not ranks.told and not any(column["alone"]):
             ranks.told = True
@@ -170,29 +173,6 @@ class StepChecks:
             if len({*values}) > 1:
                 raise ValueError(f"the ranks {text}: {by_rank(values)}")
 
-    def _refuse_drift(self, ranks: Ranks, module: nn.Module, what: str) -> NoReturn:
-        named: dict[str, Any]
-        if what == "settings":
-            named = dict(hyperparameters(self._steps.optimizers))
-        else:
-            named = digests(values_of(module))
-        found = first_difference(ranks.objects(named, "the comparison of weights"))
-        name, values = found or ("something", [])
-        if what == "settings":
-            raise ValueError(
-                f"the ranks' optimizers differ: {name} is {by_rank(values)}; a schedule has to go "
-                "by what all ranks have alike (the whole batch's loss: model.gather(), or what "
-                "forward_backward returns), not by a loss of the rank's own rows"
-            )
-        kinds = {value: [r for r, v in enumerate(values) if v == value] for value in values}
-        shown = " and ".join(f"ranks {where}" for where in kinds.values())
-        raise ValueError(
-            f"the ranks' models have drifted apart: {name!r} is not the same on {shown}. Something "
-            "that is a rank's own has changed it: a learning rate, a schedule by the loss of the "
-            "rank's rows, a weight that was set on some ranks only. Make a SphereParallel of the "
-            "module anew on all ranks to go on with rank 0's values"
-        )
-
     def _compare_inputs(self, digests_: Sequence[int]) -> None:
         """Whether all ranks were given the same rows: then each trains on all of a batch."""
         if len(digests_) < 2 or len({*digests_}) > 1 or digests_[0] == 0:
@@ -208,6 +188,49 @@ class StepChecks:
             raise ValueError(f"{text} (and so they have in another call before)")
         if not before:
             warnings.warn(text, UserWarning, stacklevel=users_level())
+
+
+class HandChecks:
+    """Of a loop that computes gradients itself: the same, as far as there is no model to know.
+
+    Args:
+        optimizer: whose parameters it trains.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._sums = 0
+
+    def meet(self, ranks: Ranks) -> None:
+        """Before a sum over all ranks.
+
+        Raises:
+            ValueError: their batches, parameters or hyperparameters are not the same.
+        """
+        self._sums += 1
+        due = is_due(self._sums)
+        settings = digest_of(hyperparameters([self._optimizer])) if due else 0
+        values = digest_of(self._values()) if due else 0
+        mine = [self._sums, settings, values, *ranks.batches.numbers()]
+        lists = ranks.meet("the start of a sum", mine).tolist()
+        if all(row == lists[0] for row in lists):
+            return
+        sums, settings_, values_ = ([row[i] for row in lists] for i in range(3))
+        if len({*sums}) > 1:
+            raise ValueError(f"the ranks have made different numbers of sums: {by_rank(sums)}")
+        if wrong := BatchLog.compare([row[3:] for row in lists]):
+            ranks.batches.forget()
+            raise ValueError(wrong)
+        if len({*settings_}) > 1:
+            _refuse_settings(ranks, [self._optimizer])
+        if len({*values_}) > 1:
+            _refuse_values(ranks, self._values())
+
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        groups = self._optimizer.param_groups
+        for i, parameter in enumerate(p for group in groups for p in group["params"]):
+            if parameter.layout is torch.strided and not is_lazy(parameter):
+                yield f"parameter {i} of shape {tuple(parameter.shape)}", parameter
 
 
 def by_rank(values: Sequence[Any]) -> str:
@@ -250,6 +273,29 @@ def _refuse_trained(ranks: Ranks, module: nn.Module) -> NoReturn:
                     "all of them"
                 )
     raise ValueError("the ranks have other parameters that require a gradient")
+
+
+def _refuse_settings(ranks: Ranks, optimizers: Iterable[Optimizer]) -> NoReturn:
+    everybody = ranks.objects(dict(hyperparameters(optimizers)), "the comparison of settings")
+    name, values = first_difference(everybody) or ("something", [])
+    raise ValueError(
+        f"the ranks' optimizers differ: {name} is {by_rank(values)}; a schedule has to go by what "
+        "all ranks have alike (the whole batch's loss: model.gather(), or what forward_backward "
+        "returns), not by a loss of the rank's own rows"
+    )
+
+
+def _refuse_values(ranks: Ranks, named: Iterable[tuple[str, Tensor]]) -> NoReturn:
+    everybody = ranks.objects(digests(named), "the comparison of weights")
+    name, values = first_difference(everybody) or ("something", [])
+    kinds = {value: [r for r, v in enumerate(values) if v == value] for value in values}
+    shown = " and ".join(f"ranks {where}" for where in kinds.values())
+    raise ValueError(
+        f"the ranks' models have drifted apart: {name!r} is not the same on {shown}. Something "
+        "that is a rank's own has changed it: a learning rate, a schedule by the loss of the "
+        "rank's rows, a weight that was set on some ranks only. Make a SphereParallel of the "
+        "module anew on all ranks to go on with rank 0's values"
+    )
 
 
 def _warn_of_states() -> None:
