@@ -27,6 +27,7 @@ _OFTEN = 64  # calls between two comparisons, once there were so many
 _SMALL = 1 << 14  # bytes: all of them go into a checksum that knows their order
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 _PLAIN = (Tensor, nn.Parameter)  # others may be shards of a tensor, or compute what they are
 
 
@@ -50,13 +51,14 @@ def values_of(module: nn.Module, *, buffers: bool = True) -> Iterator[tuple[str,
 
 def _checksum(tensor: Tensor) -> int:
     """Of its bits. A large tensor's is their sum, at the speed of memory, and that of its begin."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    crc = zlib.crc32(flat[:_SMALL].cpu().numpy().data)
-    if len(flat) <= _SMALL:
+    value = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = (torch.view_as_real(value) if value.is_complex() else value).reshape(-1)
+    crc = zlib.crc32(flat[: _SMALL // flat.itemsize].view(torch.uint8).cpu().numpy().data)
+    if flat.nbytes <= _SMALL:
         return crc
-    words = flat[: len(flat) // 8 * 8].view(torch.int64)
-    rest = flat[len(words) * 8 :]
-    return zlib.crc32(repr((int(words.sum()), [*rest.cpu().numpy()])).encode(), crc)
+    # (As integers of the same size, which may begin anywhere in memory where the values may.)
+    total = int(flat.view(_INTEGERS[flat.itemsize]).sum(dtype=torch.int64))
+    return zlib.crc32(str(total).encode(), crc)
 
 
 @torch.no_grad()

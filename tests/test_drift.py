@@ -1,0 +1,86 @@
+"""Checksums of weights and of hyperparameters: what is compared between ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torch_spheres.drift import Steps, digests, first_difference, hyperparameters, is_due, values_of
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+    torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+def of(value):
+    return digests([("value", value)])["value"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 7, 5000, 70_001])
+def test_any_changed_bit_shows(dtype, count):
+    raw = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(count)).to(dtype)
+    before = of(raw)
+    assert of(raw.clone()) == before
+    for place in {0, count // 2, count - 1}:
+        changed = raw.clone()
+        as_bytes = (torch.view_as_real(changed) if dtype.is_complex else changed).reshape(-1)
+        as_bytes = as_bytes.view(torch.uint8)
+        as_bytes[place * changed.itemsize] ^= 1
+        assert of(changed) != before
+
+
+def test_wherever_a_tensor_begins_in_memory():
+    memory = torch.randn(20_011)
+    for begin in (0, 1, 3):
+        view = memory[begin : begin + 20_000]
+        assert of(view) == of(view.clone())
+    table = torch.randn(300, 200)
+    assert of(table.t()) == of(table.t().contiguous()) != of(table)
+    assert of(torch.zeros(0)) == of(torch.zeros(0))
+
+
+def test_first_values_are_not_only_summed():
+    table = torch.randn(20, 8)
+    assert of(table.flip(0)) != of(table)
+
+
+def test_what_is_compared():
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.LazyLinear(4))
+    assert [name for name, _ in values_of(module)] == [
+        "0.weight", "0.bias", "1.weight", "1.bias",
+        "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    ]  # fmt: skip
+    assert len([*values_of(module, buffers=False)]) == 4
+    optimizer = torch.optim.AdamW(module[0].parameters(), lr=torch.tensor(0.5))
+    found = dict(hyperparameters([optimizer]))
+    assert found["lr of AdamW, group 0"] == 0.5
+    assert found["betas of AdamW, group 0"] == (0.9, 0.999)
+    assert not any("params" in name for name in found)
+
+
+def test_the_first_difference_is_named():
+    assert first_difference([{"a": 1, "b": 2}, {"a": 1, "b": 2}]) is None
+    assert first_difference([{"a": 1, "b": 2}, {"a": 1, "b": 3}]) == ("b", [2, 3])
+    assert first_difference([{"a": 1}, {"a": 1, "c": 3}]) == ("c", ["nothing", 3])
+
+
+def test_when_values_are_compared():
+    assert [n for n in range(1, 300) if is_due(n)] == [2, 4, 8, 16, 32, 64, 128, 192, 256]
+
+
+def test_steps_of_the_optimizers_of_a_module():
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    steps = Steps(module)
+    mine, both = (
+        torch.optim.SGD(module.parameters()),
+        torch.optim.SGD([*module.parameters(), *other.parameters()]),
+    )
+    others = torch.optim.SGD(other.parameters())
+    for optimizer in (mine, others, both, mine):
+        optimizer.step()
+    assert steps.made == 3 and steps.optimizers == [mine, both]
+    del mine, optimizer
+    assert len(steps.optimizers) == 1  # they are not kept
