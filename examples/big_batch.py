@@ -20,14 +20,20 @@ from torch import nn
 import torch_spheres as ts
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=28_800)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--limit-mib", type=int, help="MiB of address space to add; default: any")
-    parser.add_argument("--concurrency", type=int, default=2)
+    parser.add_argument("--rows", type=positive, default=28_800)
+    parser.add_argument("--width", type=positive, default=256)
+    parser.add_argument("--depth", type=positive, default=24)
+    parser.add_argument("--steps", type=positive, default=3)
+    parser.add_argument("--limit-mib", type=positive, help="MiB that may be added; default: any")
+    parser.add_argument("--concurrency", type=positive, default=2)
     parser.add_argument("--plain", action="store_true", help="the usual loop, without spheres")
     return parser.parse_args()
 

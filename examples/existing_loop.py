@@ -7,6 +7,8 @@ the loop before adds in the order of the hierarchy's tree.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +82,7 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help
     torch.set_num_threads(1)  # the spheres' shards run with one intra-op thread each
     sequential = before()
     for concurrency in (1, 2, 12):

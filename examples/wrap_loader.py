@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 import zlib
 
@@ -62,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help
     main()

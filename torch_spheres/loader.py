@@ -167,6 +167,16 @@ class SphereLoader(DataLoader[T]):
         shared = self._membership.ranks is not None
         return _rebuild, (_base_of(self), self._own_attributes(), shape, shared)
 
+    def __repr__(self) -> str:
+        try:
+            of = f"{len(self.dataset):,} samples"  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            of = "samples"
+        return (
+            f"{type(self).__name__}({of} of {type(self.dataset).__name__}, "
+            f"batch_size={self.batch_size}, num_workers={self.num_workers}) on {self.spheres!r}"
+        )
+
     # ---- figures ----
 
     def stats(self) -> LoaderStats:
