@@ -23,6 +23,7 @@ from torch_spheres.outputs import FIRST, ONCE, ROWS, SCALAR, Way, same
 from torch_spheres.phases import phase
 from torch_spheres.random import next_base
 from torch_spheres.ranks import Ranks
+from torch_spheres.refusals import refuse_ranks_without_rows
 from torch_spheres.shards import Call
 from torch_spheres.splitting import Split, without_dim
 from torch_spheres.tree import tree_sums
@@ -74,6 +75,8 @@ class SharedCall(Call):
             for v, d in zip(split.flat, split.dims, strict=True)
         ]
         self._somebody_has_none = 0 in table[2]
+        if self.crew.together:
+            refuse_ranks_without_rows(table[2])
         return split
 
     def _check(self, table: list[list[int]], split: Split) -> None:
@@ -196,6 +199,7 @@ class SharedCall(Call):
             layouts["layout"],
             "the exchange of gradients",
             self.crew.spheres,
+            late=self.crew.together,
         )
         return GradientFold(
             self.split.places,

@@ -1,0 +1,262 @@
+"""Batch norm with the statistics of the whole batch, over all shards and ranks.
+
+Torch's `SyncBatchNorm` is for GPUs and for whole processes. This one is for the shards of
+`SphereParallel`, on CPUs: a shard's count, mean and squared deviations are put together in float64
+in the fixed tree, so that the bits depend neither on who ran the shards nor on how many ranks there
+are, and so are the two sums that its backward needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from torch_spheres import _compat
+from torch_spheres.random import ShardRandom, current_shard
+from torch_spheres.shard_sums import ShardSums, Total, shard_sums_here
+
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "waits_for_others"]
+
+_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_HALF = (torch.bfloat16, torch.float16)
+_OWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replaces a model's batch norms by such as see the whole batch inside `SphereParallel`.
+
+    ::
+
+        model = ts.SphereParallel(ts.convert_sync_batchnorm(model))
+
+    As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but for CPUs, and for shards as well as
+    ranks: in training mode, in the shards of a `SphereParallel` (or of `parallelize_`), mean and
+    variance are those of the batch of all shards of all ranks, as plain torch has them for the
+    whole batch, up to rounding, forward and backward; with the same bits for any `concurrency` and
+    any number of ranks. Anywhere else, and in evaluation mode, it is torch's own batch norm.
+
+    A shard waits in such a layer for all others. So the activations, and in backward the gradients,
+    of all shards are alive at a time, with `forward_backward` too.
+
+    Args:
+        module: with `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` or torch's `SyncBatchNorm` layers,
+            whose parameters, buffers, hooks and other attributes the new ones take over. It is
+            changed in place.
+
+    Returns:
+        The module; a new one if it is a batch norm itself.
+
+    Raises:
+        TypeError: `module` is no module, or has a batch norm with a forward of its own.
+        ValueError: a lazy batch norm has not got its shapes yet.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm)}
+    for name, part in layers.items():
+        _check(name, part)
+    made = {part: _converted(part) for part in layers.values()}
+    for part in [*module.modules()]:
+        for name, child in part._modules.items():
+            if isinstance(child, _BatchNorm):
+                part._modules[name] = made[child]
+    return made[module] if isinstance(module, _BatchNorm) else module
+
+
+def _check(name: str, part: _BatchNorm) -> None:
+    where = f"the {type(part).__name__} {name!r}"
+    if isinstance(part, LazyModuleMixin):
+        raise ValueError(f"{where} has no shapes yet: run a batch through the model first")
+    if not isinstance(part, SyncBatchNorm) and type(part).forward not in _OWN:
+        raise TypeError(
+            f"{where} has a forward of its own, of which a converted layer would have nothing; "
+            "convert the layers beside it one by one, or replace it by torch's batch norm"
+        )
+
+
+def _converted(part: _BatchNorm) -> _BatchNorm:
+    if isinstance(part, SyncBatchNorm):
+        return part
+    made = SyncBatchNorm.__new__(SyncBatchNorm)
+    for name, value in vars(part).items():  # registries of its own, with the same objects
+        vars(made)[name] = value.copy() if isinstance(value, (dict, set)) else value
+    vars(made).pop("process_group", None)
+    made._dims = next((dims for kind, dims in _DIMS.items() if isinstance(part, kind)), None)
+    return made
+
+
+class SyncBatchNorm(_BatchNorm):
+    """What `convert_sync_batchnorm` makes of a batch norm; its arguments are the same.
+
+    Shape: ``(N, C, ...)``, as the layer that it was made of; the output is of the same shape and
+    dtype. float64 is computed in float64, other types in float32.
+    """
+
+    _dims: tuple[int, ...] | None = None  # that an input may have; None: two and more
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        dims = self._dims
+        if input.dim() < 2 if dims is None else input.dim() not in dims:
+            wanted = "at least 2D" if dims is None else " or ".join(f"{d}D" for d in dims)
+            raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """As torch's, but for the statistics of the whole batch in a shard that trains."""
+        return self._forward_in_training(input) if self.training else super().forward(input)
+
+    @_compat.disable_compiler
+    def _forward_in_training(self, x: Tensor) -> Tensor:
+        shard = current_shard()
+        if not isinstance(shard, ShardRandom):
+            return super().forward(x)
+        sums, layer = shard_sums_here(), shard.number_of(self)
+        if sums is None or layer is None:
+            raise RuntimeError(
+                "a converted batch norm is called in a shard that the model does not know of: it "
+                "is registered nowhere (layers in a list: use nn.ModuleList), or was put into "
+                "training mode by the forward itself. Register it, and call train() before"
+            )
+        self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
+        found = sums.reduce(shard.leaf, layer, False, _of_shard(x.detach()), _statistics)
+        count, mean, variance = found
+        kept = torch.float64 if x.dtype is torch.float64 else torch.float32
+        self._track(count, mean, variance)
+        where = sums, shard.leaf, layer
+        return _Normalise.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, self.weight, self.bias, mean.to(kept), variance.to(kept), count, self.eps, where
+        )
+
+    @torch.no_grad()
+    def _track(self, count: float, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        for running, new in (
+            (self.running_mean, mean),
+            (self.running_var, variance * (count / (count - 1))),
+        ):
+            if running is not None:
+                running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+
+
+def waits_for_others(module: nn.Module) -> bool:
+    """Whether a module's shards need each other's statistics while they run."""
+    return any(isinstance(part, SyncBatchNorm) and part.training for part in module.modules())
+
+
+def _of_shard(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Values for each channel, their mean, and the sum of squared deviations from it."""
+    count = x.numel() // x.shape[1] if x.numel() else 0
+    if count == 0:
+        zeros = torch.zeros(x.shape[1], dtype=torch.float64)
+        return 0, zeros, zeros
+    if x.dtype in _HALF:
+        x = x.float()
+    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return count, mean.double(), variance.double() * count
+
+
+def _statistics(
+    shards: Mapping[int, tuple[int, Tensor, Tensor]], total: Total
+) -> tuple[float, Tensor, Tensor]:
+    """Of the whole batch: values for each channel, mean and variance."""
+    sums = total({
+        k: torch.cat([torch.tensor([n], dtype=torch.float64), mean * n])
+        for k, (n, mean, _) in shards.items()
+    })  # fmt: skip
+    count, mean = float(sums[0]), sums[1:] / sums[0]
+    if count <= 1:
+        raise ValueError(
+            "batch norm cannot train on a batch of one value for each channel, which has no "
+            "variance: use larger batches, and drop_last=True in the loader"
+        )
+    squares = total({k: m2 + (own - mean) ** 2 * n for k, (n, own, m2) in shards.items()})
+    return count, mean, squares / count
+
+
+def _sums(shards: Mapping[int, Tensor], total: Total) -> Tensor:
+    return total(shards)
+
+
+class _Normalise(torch.autograd.Function):
+    """The batch norm of a shard, given the whole batch's mean and variance."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: float,
+        eps: float,
+        where: tuple[ShardSums, int, int],
+    ) -> Tensor:
+        ctx.count, ctx.eps, ctx.where = count, eps, where[1:]
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
+        if x.dtype in _HALF:  # torch's kernel takes all three in one type
+            weight = None if weight is None else weight.to(mean.dtype)
+            bias = None if bias is None else bias.to(mean.dtype)
+        # In evaluation mode the kernel takes mean and variance as they are.
+        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        # The shard's own: sums of grad * normalised x, and of grad.
+        _, products, plain = torch.ops.aten.native_batch_norm_backward(
+            grad, x, scale, None, None, mean, invstd, True, ctx.eps, [False, True, True]
+        )
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = None
+        if needs_x:
+            sums = shard_sums_here()
+            if sums is None:
+                raise RuntimeError(
+                    "a loss was computed from a tensor that a shard made inside the model; its "
+                    "batch norm needs the gradients of all shards. Return the tensor from forward"
+                )
+            leaf, layer = ctx.where
+            own = torch.cat([products, plain]).double()
+            means = (sums.reduce(leaf, layer, True, own, _sums) / ctx.count).to(mean.dtype)
+            grad_x = _grad_of_input(grad, x, mean, invstd, scale * invstd, *means.chunk(2))
+        return (
+            grad_x,
+            products.to(weight.dtype) if needs_weight else None,
+            plain.to(weight.dtype if weight is not None else plain.dtype) if needs_bias else None,
+            *(None,) * 5,
+        )
+
+
+def _grad_of_input(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    factor: Tensor,
+    mean_product: Tensor,
+    mean_grad: Tensor,
+) -> Tensor:
+    """``factor * (grad - mean_grad - (x - mean) * invstd * mean_product)``, in two passes."""
+    dtype = x.dtype
+    if dtype in _HALF:
+        grad, x = grad.float(), x.float()
+    ones, slope = torch.ones_like(mean), -factor * invstd * mean_product
+    rest = torch.native_batch_norm(x, slope, -factor * mean_grad, mean, ones, False, 0.0, 0.0)[0]
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    return rest.addcmul_(grad, factor.view(shape)).to(dtype)
