@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torch_spheres import _core
 from torch_spheres.context import unset
-from torch_spheres.errors import Caught, RankError, StoppedError
+from torch_spheres.errors import Caught, StoppedError
 from torch_spheres.meeting import Meeting
 from torch_spheres.ranks import Ranks
 from torch_spheres.system import KissingSpheres
@@ -34,9 +34,12 @@ T = TypeVar("T")
 Total = Callable[[Mapping[int, Tensor]], Tensor]
 """The sum in the tree of one float64 tensor for each shard, over all ranks."""
 
+Direction = Literal["forward", "backward"]
+Key = tuple[int, Direction]
+_DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 _WHAT = "the sum over all shards inside of a layer"
 _SUM, _END, _FAILED = range(3)  # what a rank has come for
-_HEAD = 3  # numbers in front of a rank's sums: one of these, the layer's number, its pass
+_HEAD = 3  # numbers in front of a rank's sums: one of these, the layer's, the direction's
 _here = threading.local()
 
 
@@ -50,7 +53,7 @@ class _Sum:
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}  # by leaf
         self.waiting: list[int] = []  # spheres
-        self.key: tuple[int, bool] | None = None
+        self.key: Key | None = None
         self.result: Any = None
 
 
@@ -78,11 +81,11 @@ class ShardSums:
         self._lock = threading.Lock()
         self._sum = _Sum()
         self._ended = 0
-        self._failed = False
+        self._failed = threading.Event()
         self._is_apart = False  # the ranks know of an error, or cannot be told
 
     def map(
-        self, run: Callable[[Callable[[int], Any]], list[T]], fn: Callable[[int], T]
+        self, run: Callable[[Callable[[int], Any]], list[Any]], fn: Callable[[int], T]
     ) -> list[T]:
         """Has `run` run the shards ``fn(k)``; one such pass at a time on these spheres.
 
@@ -118,7 +121,7 @@ class ShardSums:
     def _fail(self) -> None:
         """Wakes those who wait."""
         with self._lock:
-            self._failed = True
+            self._failed.set()
             waiting, self._sum.waiting = self._sum.waiting, []
         self._call_back(waiting)
 
@@ -129,7 +132,7 @@ class ShardSums:
     def _end_shard(self) -> None:
         with self._lock:
             self._ended += 1
-            if self._failed or self._sum.key is None:
+            if self._failed.is_set() or self._sum.key is None:
                 return
             key = self._sum.key
         raise RuntimeError(self._not_all_come(key))
@@ -140,7 +143,7 @@ class ShardSums:
         self,
         leaf: int,
         layer: int,
-        is_backward: bool,
+        direction: Direction,
         values: Any,
         combine: Callable[[Mapping[int, Any], Total], T],
     ) -> T:
@@ -149,7 +152,7 @@ class ShardSums:
         Args:
             leaf: the shard's.
             layer: its number among the module's ``modules()``.
-            is_backward: the layer's gradients are summed.
+            direction: of the layer's pass.
             values: of this shard.
             combine: called once, with this process's values by leaf, and a function that adds
                 tensors over all ranks.
@@ -159,9 +162,9 @@ class ShardSums:
             RankError: nor do the ranks, or one has failed.
             StoppedError: the spheres are being stopped.
         """
-        key = layer, is_backward
+        key = layer, direction
         with self._lock:
-            if self._failed:
+            if self._failed.is_set():
                 raise _AnotherFailed
             if self._ended:
                 raise RuntimeError(self._not_all_come(key))
@@ -180,13 +183,14 @@ class ShardSums:
             else:
                 mine.waiting.append(_core.current_sphere())
         if not is_last:
-            return self._wait(mine)
+            found: T = self._wait(mine)
+            return found
         try:
             with unset(), torch.no_grad():
                 result = combine(mine.values, lambda v: self._total(key, v))
         except BaseException:
             with self._lock:
-                self._failed = True
+                self._failed.set()
             self._call_back(mine.waiting)
             raise
         mine.result = result
@@ -194,11 +198,11 @@ class ShardSums:
         return result
 
     def _wait(self, mine: _Sum) -> Any:
-        while mine.result is None and not self._failed:
+        while mine.result is None and not self._failed.is_set():
             try:
                 self._spheres._core.pause()
             except StoppedError:
-                if self._failed:
+                if self._failed.is_set():
                     break
                 raise StoppedError(
                     "the spheres were stopped while shards waited for each other in "
@@ -210,24 +214,23 @@ class ShardSums:
 
     # ---- over the ranks ----
 
-    def _total(self, key: tuple[int, bool], values: Mapping[int, Tensor]) -> Tensor:
+    def _total(self, key: Key, values: Mapping[int, Tensor]) -> Tensor:
         column = [values.get(k) for k in range(self._places)]
         if self._ranks is not None:
             division = self._ranks.divide(self._places)
-            parts = []
+            parts: list[Tensor | None] = []
             for part in division.parts[self._ranks.rank]:
                 own = {*division.in_part(part)}
-                parts.append(
-                    tree_sums([[v if k in own else None for k, v in enumerate(column)]])[0]
-                )
+                mine = [v if k in own else None for k, v in enumerate(column)]
+                parts += tree_sums([mine])
             (like,) = {v.shape for v in values.values()}
             table = self._exchange(_SUM, key, parts, Caught())
             column = [None] * division.places
             for theirs, row in zip(division.parts, table, strict=True):
                 size = 1 + like.numel()
                 for p, part in enumerate(theirs):
-                    has, *_ = told = row[p * size : (p + 1) * size]
-                    if has:
+                    told = row[p * size : (p + 1) * size]
+                    if told[0]:
                         column[division.place(part)] = told[1:].clone()
         (total,) = tree_sums([column])
         assert total is not None
@@ -236,7 +239,7 @@ class ShardSums:
     def _exchange(
         self,
         status: int,
-        key: tuple[int, bool] | None,
+        key: Key | None,
         parts: list[Tensor | None],
         caught: Caught,
     ) -> list[Tensor]:
@@ -251,7 +254,8 @@ class ShardSums:
         length = next((len(p) for p in parts if p is not None), 0)
         nothing = torch.zeros(1 + length, dtype=torch.float64)
         one = torch.ones(1, dtype=torch.float64)
-        head = torch.tensor([status, *(key or (-1, False))], dtype=torch.float64)
+        where = (-1, 0) if key is None else (key[0], _DIRECTIONS.index(key[1]))
+        head = torch.tensor([status, *where], dtype=torch.float64)
         told = [head, *(nothing if p is None else torch.cat([one, p]) for p in parts)]
         try:
             rows = Meeting(ranks, _WHAT, torch.cat(told).view(torch.uint8)).finish()
@@ -269,18 +273,18 @@ class ShardSums:
     # ---- for errors ----
 
     def _purpose(self, head: tuple[int, ...]) -> str:
-        status, layer, is_backward = head
+        status, layer, direction = head
         if status == _SUM:
-            return f"at {self._name((layer, bool(is_backward)))}"
+            return f"at {self._name((layer, _DIRECTIONS[direction]))}"
         return "its shards have ended"
 
-    def _name(self, key: tuple[int, bool] | None) -> str:
+    def _name(self, key: Key | None) -> str:
         assert key is not None
-        layer, is_backward = key
+        layer, direction = key
         name = [name for name, _ in self._module.named_modules()][layer]
-        return f"the {'backward' if is_backward else 'forward'} of {name or 'the module'!r}"
+        return f"the {direction} of {name or 'the module'!r}"
 
-    def _not_all_come(self, key: tuple[int, bool]) -> str:
+    def _not_all_come(self, key: Key) -> str:
         return (
             f"a shard has ended without coming to {self._name(key)}, where others wait for the "
             "whole batch's statistics. Every shard has to pass the same converted batch norms as "

@@ -21,7 +21,7 @@ from torch_spheres import _compat
 from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.shard_sums import ShardSums, Total, shard_sums_here
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "waits_for_others"]
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "sees_all_rows", "waits_for_others"]
 
 _DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _HALF = (torch.bfloat16, torch.float16)
@@ -58,14 +58,16 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm)}
+    layers: dict[str, _BatchNorm] = {
+        name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm)
+    }
     for name, part in layers.items():
         _check(name, part)
     made = {part: _converted(part) for part in layers.values()}
-    for part in [*module.modules()]:
-        for name, child in part._modules.items():
+    for parent in [*module.modules()]:
+        for name, child in parent._modules.items():
             if isinstance(child, _BatchNorm):
-                part._modules[name] = made[child]
+                parent._modules[name] = made[child]
     return made[module] if isinstance(module, _BatchNorm) else module
 
 
@@ -125,7 +127,7 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
-        found = sums.reduce(shard.leaf, layer, False, _of_shard(x.detach()), _statistics)
+        found = sums.reduce(shard.leaf, layer, "forward", _of_shard(x.detach()), _statistics)
         count, mean, variance = found
         kept = torch.float64 if x.dtype is torch.float64 else torch.float32
         self._track(count, mean, variance)
@@ -154,6 +156,17 @@ class SyncBatchNorm(_BatchNorm):
 def waits_for_others(module: nn.Module) -> bool:
     """Whether a module's shards need each other's statistics while they run."""
     return any(isinstance(part, SyncBatchNorm) and part.training for part in module.modules())
+
+
+def sees_all_rows(module: nn.Module) -> bool:
+    """Whether two shards' rows, on the bare module, say nothing about a call in training mode.
+
+    A converted batch norm without running statistics has those of the rows in evaluation mode too.
+    """
+    return any(
+        isinstance(part, SyncBatchNorm) and part.training and part.running_mean is None
+        for part in module.modules()
+    )
 
 
 def _of_shard(x: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -211,7 +224,9 @@ class _Normalise(torch.autograd.Function):
             weight = None if weight is None else weight.to(mean.dtype)
             bias = None if bias is None else bias.to(mean.dtype)
         # In evaluation mode the kernel takes mean and variance as they are.
-        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        return torch.native_batch_norm(
+            x, weight, bias, mean, variance, training=False, momentum=0.0, eps=eps
+        )[0]
 
     @staticmethod
     @once_differentiable
@@ -220,7 +235,16 @@ class _Normalise(torch.autograd.Function):
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         # The shard's own: sums of grad * normalised x, and of grad.
         _, products, plain = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, None, None, mean, invstd, True, ctx.eps, [False, True, True]
+            grad,
+            x,
+            scale,
+            None,
+            None,
+            mean,
+            invstd,
+            train=True,
+            eps=ctx.eps,
+            output_mask=[False, True, True],
         )
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = None
@@ -233,7 +257,7 @@ class _Normalise(torch.autograd.Function):
                 )
             leaf, layer = ctx.where
             own = torch.cat([products, plain]).double()
-            means = (sums.reduce(leaf, layer, True, own, _sums) / ctx.count).to(mean.dtype)
+            means = (sums.reduce(leaf, layer, "backward", own, _sums) / ctx.count).to(mean.dtype)
             grad_x = _grad_of_input(grad, x, mean, invstd, scale * invstd, *means.chunk(2))
         return (
             grad_x,
@@ -257,6 +281,8 @@ def _grad_of_input(
     if dtype in _HALF:
         grad, x = grad.float(), x.float()
     ones, slope = torch.ones_like(mean), -factor * invstd * mean_product
-    rest = torch.native_batch_norm(x, slope, -factor * mean_grad, mean, ones, False, 0.0, 0.0)[0]
+    rest = torch.native_batch_norm(
+        x, slope, -factor * mean_grad, mean, ones, training=False, momentum=0.0, eps=0.0
+    )[0]
     shape = (1, -1, *(1,) * (x.dim() - 2))
     return rest.addcmul_(grad, factor.view(shape)).to(dtype)

@@ -1,0 +1,461 @@
+"""Batch norm over the whole batch: plain torch is the judge, and the bits are the same for all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+import warnings
+from collections.abc import Callable
+
+import fork_server
+import pytest
+import torch
+from sync_batch_norm_support import batches, make, plain, trained
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import torch_spheres as ts
+
+KINDS = {nn.BatchNorm1d: (), nn.BatchNorm2d: (4, 3), nn.BatchNorm3d: (2, 3, 2)}
+HANGS = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def no_advice() -> None:
+    """These models are so small that plain torch would be faster, which users are told."""
+    warnings.filterwarnings("ignore", "the shards of this model are so small")
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize("way", ["loop", "lean"])
+@pytest.mark.parametrize(
+    ("levels", "rows"), [(1, 13), (2, 100), (2, 13), (2, 5), (2, 2), (3, 150), (3, 5)]
+)
+def test_training_is_that_of_plain_torch_with_the_same_bits(
+    way: str, levels: int, rows: int
+) -> None:
+    expected, losses = plain(rows)
+    digests = set()
+    for concurrency in (1, 2, 3, 12) if rows < 150 else (2, 3):
+        digest, model, found = trained(way, levels, rows, concurrency)
+        digests.add(digest)
+        torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-5)
+        for name, value in model.state_dict().items():
+            theirs = expected.state_dict()[name]
+            torch.testing.assert_close(value, theirs, rtol=1e-3, atol=1e-4, msg=name)
+    assert len(digests) == 1
+
+
+def gradients(
+    model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+    """Outputs, gradients of the inputs and parameters, and buffers."""
+    x = x.clone().requires_grad_()
+    y = call(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    (y * weights).sum().backward()
+    return y.detach(), [x.grad, *(p.grad for p in model.parameters())], [*model.buffers()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"bias": False}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_plain_torchs(kind, options, dtype) -> None:
+    torch.manual_seed(0)
+    layer = kind(6, **options, dtype=dtype)
+    for p in layer.parameters():
+        nn.init.uniform_(p)
+    x = torch.randn(29, 6, *KINDS[kind], dtype=dtype) * 2 + 3
+    mine = ts.convert_sync_batchnorm(copy.deepcopy(layer))
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        parallel = ts.SphereParallel(mine, spheres)
+        for _ in range(2):
+            expected = gradients(layer, layer, x)
+            found = gradients(mine, parallel, x)
+            close = {
+                torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+                torch.float64: {"rtol": 1e-9, "atol": 1e-9},
+                torch.bfloat16: {"rtol": 0.05, "atol": 0.1},
+            }[dtype]
+            torch.testing.assert_close(found, expected, **close)
+
+
+def test_a_mean_far_from_zero_costs_no_digits() -> None:
+    x = torch.randn(100, 3, 8, 8, dtype=torch.float64) + 1e7
+    with ts.KissingSpheres() as spheres:
+        layers = nn.BatchNorm2d(3).double(), ts.convert_sync_batchnorm(nn.BatchNorm2d(3).double())
+        ts.SphereParallel(layers[1], spheres)(x)
+        layers[0](x)
+    torch.testing.assert_close(layers[1].running_var, layers[0].running_var, rtol=1e-8, atol=0)
+
+
+def test_other_layouts_and_autocast() -> None:
+    layer = nn.BatchNorm2d(5)
+    net = nn.Sequential(nn.Conv2d(2, 5, 3), layer)
+    x = torch.randn(30, 2, 6, 6)
+    mine = ts.convert_sync_batchnorm(copy.deepcopy(net))
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        parallel = ts.SphereParallel(mine, spheres)
+        for inputs in (x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+            found, expected = gradients(mine, parallel, inputs), gradients(net, net, inputs)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = parallel(x), net(x)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+
+
+def test_the_rest_of_the_library_takes_it() -> None:
+    """Hooks, copies, pickles, state dicts, checkpoints of activations, evaluation, large buffers."""
+    model = ts.convert_sync_batchnorm(make())
+    x, y = next(batches(50))
+    with ts.KissingSpheres(concurrency=2) as spheres, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the shards of this model are so small")
+        parallel = ts.SphereParallel(model, spheres)
+        optimizer = torch.optim.Adam(parallel.parameters())
+        ts.GradientHook(optimizer, parallel)
+        again = copy.deepcopy(parallel)
+        F.cross_entropy(parallel(x), y).backward()
+        optimizer.step()
+        again.load_state_dict(parallel.state_dict())
+        for p in parallel.parameters():
+            p.grad = None
+        outputs = [each(x) for each in (parallel, again, pickle.loads(pickle.dumps(model)))]
+        assert torch.equal(outputs[0], outputs[1])
+        torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-4, atol=1e-4)
+        assert parallel.state_dict().keys() == make().state_dict().keys()
+        with torch.no_grad():
+            assert not torch.equal(parallel(x)[:2], parallel(x[:2]))
+        model.last.eval()
+        model.last.track_running_stats = True
+        parallel.eval()
+        parallel(x)
+
+
+def test_without_gradients_and_partly_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    expected = copy.deepcopy(model)
+    mine = ts.convert_sync_batchnorm(model)
+    x = torch.randn(40, 4)
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        parallel = ts.SphereParallel(mine, spheres)
+        with torch.no_grad():
+            torch.testing.assert_close(parallel(x), expected(x), rtol=1e-4, atol=1e-5)
+        for each in (mine, expected):
+            each[1].eval()
+            each[0].requires_grad_(requires_grad=False)
+            each[3].weight.requires_grad_(requires_grad=False)
+        found, theirs = gradients(mine, parallel, x), gradients(expected, expected, x)
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inside_a_checkpoint_of_activations(reentrant: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+
+        def forward(self, x):
+            return checkpoint(self.inner, x * 1, use_reentrant=reentrant)
+
+    model = Block()
+    mine = ts.convert_sync_batchnorm(copy.deepcopy(model))
+    x = torch.randn(40, 4)
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        found = gradients(mine, ts.SphereParallel(mine, spheres), x)
+    torch.testing.assert_close(found[:2], gradients(model, model, x)[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_large_buffers_and_retained_graphs() -> None:
+    model = nn.Sequential(nn.Linear(2, 40_000), nn.BatchNorm1d(40_000))
+    mine = ts.convert_sync_batchnorm(copy.deepcopy(model))
+    x = torch.randn(24, 2)
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        parallel = ts.SphereParallel(mine, spheres)
+        y = parallel(x)
+        y.square().sum().backward(retain_graph=True)
+        first = mine[0].weight.grad.clone()
+        y.square().sum().backward()
+        assert torch.equal(mine[0].weight.grad, first + first)
+    model(x)
+    torch.testing.assert_close(mine[1].running_var, model[1].running_var, rtol=1e-4, atol=1e-6)
+
+
+def test_without_reproducible_there_is_one_way_too() -> None:
+    model = ts.convert_sync_batchnorm(make())
+    x, _ = next(batches(40))
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        parallel = ts.SphereParallel(model, spheres, reproducible=False)
+        for _ in range(3):
+            parallel(x).sum().backward()
+            assert parallel.plan == "12 shards on 2 spheres"
+
+
+# ---- conversion ----
+
+
+def test_conversion_keeps_what_the_layers_have() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ModuleDict({"deep": nn.BatchNorm1d(4)}))
+    model.append(nn.Sequential(model[0]))  # the same layer under two names
+    model[0].eval()
+    called = []
+    model[0].register_forward_hook(lambda *_: called.append(1))
+    before = model.state_dict(keep_vars=True)
+    mine = ts.convert_sync_batchnorm(model)
+    assert mine is model
+    after = mine.state_dict(keep_vars=True)
+    assert [*after] == [*before] and all(after[name] is before[name] for name in before)
+    assert mine[0] is mine[2][0] and not mine[0].training and mine[1]["deep"].training
+    mine[0](torch.randn(2, 3, 4, 4))
+    assert called
+    assert ts.convert_sync_batchnorm(mine)[0] is mine[0]
+    one = nn.BatchNorm1d(3)
+    assert ts.convert_sync_batchnorm(one) is not one
+    torchs = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    assert type(ts.convert_sync_batchnorm(torchs)[0]) is type(mine[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outside_of_shards_it_is_torchs(kind) -> None:
+    layer = kind(6)
+    mine = ts.convert_sync_batchnorm(copy.deepcopy(layer))
+    x = torch.randn(7, 6, *KINDS[kind])
+    for _ in range(2):
+        torch.testing.assert_close(gradients(mine, mine, x), gradients(layer, layer, x))
+    assert torch.equal(mine.eval()(x), layer.eval()(x))
+    for each in (layer, mine):
+        with pytest.raises(ValueError, match="expected"):
+            each(torch.randn(2, 6, 1, 1, 1, 1))
+
+
+def test_what_cannot_be_converted_is_refused() -> None:
+    class Own(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with pytest.raises(TypeError, match=r"Own '1' has a forward of its own"):
+        ts.convert_sync_batchnorm(nn.Sequential(nn.ReLU(), Own(3)))
+    with pytest.raises(ValueError, match=r"LazyBatchNorm1d '0' has no shapes yet"):
+        ts.convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        ts.convert_sync_batchnorm(3)  # type: ignore[arg-type]
+
+
+def test_torchs_own_is_refused_with_the_way_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.SyncBatchNorm(2)))
+    with pytest.raises(TypeError, match=r"SyncBatchNorm in it, '1\.0'.*convert_sync_batchnorm"):
+        ts.SphereParallel(model)
+    with pytest.raises(TypeError, match="convert_sync_batchnorm"):
+        ts.parallelize_(model)
+
+
+# ---- errors ----
+
+
+class Odd(nn.Module):
+    """Does something else in the shard that has the row of the largest number."""
+
+    def __init__(self, what: Callable[[Odd, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.what = what
+        self.one, self.two = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.max() >= 59:
+            found = self.what(self, x)
+            if found is not None:
+                return found
+        return self.two(self.one(x))
+
+
+def odd(what: Callable[[Odd, Tensor], Tensor | None]) -> Callable[[ts.KissingSpheres], nn.Module]:
+    def made(spheres: ts.KissingSpheres) -> nn.Module:
+        return ts.SphereParallel(ts.convert_sync_batchnorm(Odd(what)), spheres)
+
+    return made
+
+
+def fail(_model: Odd, _x: Tensor) -> None:
+    raise ZeroDivisionError("of the user's")
+
+
+ROWS = torch.arange(60.0)[:, None].expand(60, 3).contiguous()
+
+
+@HANGS
+@pytest.mark.parametrize("concurrency", [1, 2, 12])
+@pytest.mark.parametrize(
+    ("what", "kind", "match"),
+    [
+        (fail, ZeroDivisionError, "of the user's"),
+        (lambda _, x: x, RuntimeError, "a shard has ended without coming to the forward of 'one'"),
+        (lambda m, x: m.one(x), RuntimeError, "without coming to the forward of 'two'"),
+        (lambda m, x: m.one(m.two(x)), RuntimeError, "go different ways"),
+        (lambda m, x: m.two(m.two(m.one(x))), RuntimeError, "has ended without"),
+    ],
+)
+def test_a_shard_that_does_not_come_is_no_hang(concurrency, what, kind, match) -> None:
+    with ts.KissingSpheres(concurrency=concurrency) as spheres:
+        model = odd(what)(spheres)
+        for lean in (False, True):
+            with pytest.raises(kind, match=match) as caught:
+                if lean:
+                    model.forward_backward(lambda y, _: y.sum(), ROWS, ROWS)
+                else:
+                    model(ROWS)
+            assert not any(note.startswith("also") for note in caught.value.__notes__)
+        model(ROWS - 60)  # and the spheres go on
+
+
+@HANGS
+def test_an_error_in_a_shards_backward_is_no_hang() -> None:
+    def hooked(model: Odd, x: Tensor) -> Tensor:
+        y = model.one(x * model.two.weight)
+        y.register_hook(lambda grad: fail(model, grad))
+        return model.two(y)
+
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = odd(hooked)(spheres)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError, match="of the user's"):
+                model(ROWS).sum().backward()
+        model(ROWS - 60).sum().backward()
+
+
+@HANGS
+def test_a_batch_of_one_value_is_refused() -> None:
+    with ts.KissingSpheres() as spheres:
+        model = ts.SphereParallel(ts.convert_sync_batchnorm(nn.BatchNorm1d(3)), spheres)
+        with pytest.raises(ValueError, match="one value for each channel"):
+            model(torch.randn(1, 3))
+        model(torch.randn(2, 3))
+
+
+@HANGS
+def test_layers_that_the_model_does_not_know_are_refused() -> None:
+    hidden = [ts.convert_sync_batchnorm(nn.BatchNorm1d(3))]
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.known = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return hidden[0](self.known(x))
+
+    with ts.KissingSpheres() as spheres:
+        with pytest.raises(RuntimeError, match="registered nowhere"):
+            ts.SphereParallel(Holds(), spheres)(torch.randn(24, 3))
+
+
+@HANGS
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_stop_wakes_shards_that_wait(concurrency: int) -> None:
+    begun, gate = threading.Event(), threading.Event()
+
+    def wait(_model: Odd, _x: Tensor) -> None:
+        begun.set()
+        gate.wait(50)
+
+    spheres = ts.KissingSpheres(concurrency=concurrency).start()
+    model = odd(wait)(spheres)
+    errors = []
+
+    def call() -> None:
+        try:
+            model(ROWS)
+        except BaseException as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert begun.wait(50)
+    with pytest.raises(TimeoutError):
+        spheres.stop(timeout=0)
+    gate.set()
+    spheres.stop()
+    caller.join()
+    (error,) = errors
+    assert isinstance(error, ts.StoppedError)
+    spheres.start()
+    begun.clear()
+    model(ROWS)
+    spheres.stop()
+
+
+CTRL_C = """
+import threading, torch, torch_spheres as ts
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        if x.max() >= 59 and not gate.is_set():
+            print("waits", flush=True)
+            gate.wait(50)
+        return self.norm(x)
+
+gate = threading.Event()
+rows = torch.arange(60.0)[:, None].expand(60, 3).contiguous()
+with ts.KissingSpheres(concurrency=2) as spheres:
+    model = ts.SphereParallel(ts.convert_sync_batchnorm(Net()), spheres)
+    try:
+        model(rows)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    gate.set()
+    print(model(rows).shape, flush=True)
+"""
+
+
+@HANGS
+def test_ctrl_c_wakes_shards_that_wait() -> None:
+    with fork_server.start(CTRL_C) as process:
+        assert process.readline() == "waits\n"
+        process.interrupt()
+        assert process.readline() == "interrupted\n"
+        assert process.readline() == "torch.Size([60, 3])\n", process.stderr
+        assert process.wait() == 0, process.stderr
+
+
+@HANGS
+def test_two_models_and_barriers_on_the_same_spheres() -> None:
+    """Each pass has all leaves: half of one model's shards and half of the other's would hang."""
+    x, y = next(batches(40))
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        models = [ts.SphereParallel(ts.convert_sync_batchnorm(make()), spheres) for _ in range(3)]
+        plain_model = ts.SphereParallel(nn.Linear(3, 3), spheres)
+        done = threading.Event()
+
+        def train(model: nn.Module) -> None:
+            for _ in range(10):
+                F.cross_entropy(model(x), y).backward()
+
+        threads = [threading.Thread(target=train, args=(model,)) for model in models]
+
+        def meet() -> None:
+            while not done.is_set():
+                spheres.barrier(1, 50)
+                spheres.epoch(50)
+                plain_model(torch.randn(24, 3)).sum().backward()
+                spheres.map(lambda _: time.sleep(0), range(30))
+
+        other = threading.Thread(target=meet)
+        for thread in (*threads, other):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done.set()
+        other.join()
+        grads = [[p.grad for p in model.parameters()] for model in models]
+        assert all(map(torch.equal, grads[0], grads[1]))
