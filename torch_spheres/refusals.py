@@ -84,6 +84,7 @@ def refuse_ranks_without_rows(rows: Sequence[int]) -> None:
     if 0 in rows:
         raise ValueError(
             f"the ranks have {list(rows)} rows: with batch norms of ts.convert_sync_batchnorm() "
-            "in training mode each of them needs a row at least; use larger batches, and "
-            "drop_last=True in the loader"
+            "in training mode each of them needs a row at least, and a batch of fewer rows than "
+            "there are shards has none for the last ranks; use larger batches, and drop_last=True "
+            "in the loader"
         )
