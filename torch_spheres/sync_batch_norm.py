@@ -41,8 +41,11 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     whole batch, up to rounding, forward and backward; with the same bits for any `concurrency` and
     any number of ranks. Anywhere else, and in evaluation mode, it is torch's own batch norm.
 
-    A shard waits in such a layer for all others. So the activations, and in backward the gradients,
-    of all shards are alive at a time, with `forward_backward` too.
+    A shard waits in such a layer for all others, on a leaf of its own. So the activations, and in
+    backward the gradients, of all shards are alive at a time, with `forward_backward` too; a work
+    item that occupies a leaf holds the model up until it ends; and every rank needs rows. All
+    shards have to pass the same layers in the same order, or there is a RuntimeError. Models on
+    accelerators, or with compiled parts, are refused in training mode.
 
     Args:
         module: with `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` or torch's `SyncBatchNorm` layers,

@@ -296,7 +296,8 @@ class KissingSpheres(Views):
         """While no items wait for each other, as the shards of synchronised batch norm do."""
         self._core.require_outside(what)
         begin = time.monotonic()
-        if not self._together.acquire(timeout=-1 if timeout is None else timeout):
+        longest = -1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        if not self._together.acquire(timeout=longest):
             raise TimeoutError(
                 f"{what}: another barrier, or a model's shards, were still waiting for each other "
                 f"after {timeout} s"
