@@ -81,6 +81,27 @@ def test_a_layer_is_plain_torchs(kind, options, dtype) -> None:
             torch.testing.assert_close(found, expected, **close)
 
 
+def test_shards_that_select_no_rows_take_part() -> None:
+    class Selects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x[x[:, 0] > 0]).square().sum()
+
+    torch.manual_seed(0)
+    x = torch.randn(30, 3)
+    x[:10, 0] = -1
+    model = Selects()
+    mine = ts.convert_sync_batchnorm(copy.deepcopy(model))
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        ts.SphereParallel(mine, spheres, scalars="sum")(x).backward()
+    model(x).backward()
+    torch.testing.assert_close(mine.norm.running_var, model.norm.running_var)
+    torch.testing.assert_close(mine.norm.weight.grad, model.norm.weight.grad)
+
+
 def test_a_mean_far_from_zero_costs_no_digits() -> None:
     x = torch.randn(100, 3, 8, 8, dtype=torch.float64) + 1e7
     with ts.KissingSpheres() as spheres:

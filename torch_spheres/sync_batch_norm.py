@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from torch_spheres import _compat
 from torch_spheres.random import ShardRandom, current_shard
-from torch_spheres.shard_sums import ShardSums, Total, shard_sums_here
+from torch_spheres.shard_sums import Total, shard_sums_here
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "sees_all_rows", "waits_for_others"]
 
@@ -134,7 +134,7 @@ class SyncBatchNorm(_BatchNorm):
         count, mean, variance = found
         kept = torch.float64 if x.dtype is torch.float64 else torch.float32
         self._track(count, mean, variance)
-        where = sums, shard.leaf, layer
+        where = shard.leaf, layer
         return _Normalise.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, self.weight, self.bias, mean.to(kept), variance.to(kept), count, self.eps, where
         )
@@ -219,10 +219,12 @@ class _Normalise(torch.autograd.Function):
         variance: Tensor,
         count: float,
         eps: float,
-        where: tuple[ShardSums, int, int],
+        where: tuple[int, int],
     ) -> Tensor:
-        ctx.count, ctx.eps, ctx.where = count, eps, where[1:]
+        ctx.count, ctx.eps, ctx.where = count, eps, where
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
+        if not x.numel():  # rows that the shard has selected, and which torch's kernels fail for
+            return torch.empty_like(x)
         if x.dtype in _HALF:  # torch's kernel takes all three in one type
             weight = None if weight is None else weight.to(mean.dtype)
             bias = None if bias is None else bias.to(mean.dtype)
@@ -236,19 +238,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        # The shard's own: sums of grad * normalised x, and of grad.
-        _, products, plain = torch.ops.aten.native_batch_norm_backward(
-            grad,
-            x,
-            scale,
-            None,
-            None,
-            mean,
-            invstd,
-            train=True,
-            eps=ctx.eps,
-            output_mask=[False, True, True],
-        )
+        products, plain = _sums_of_shard(grad, x, mean, invstd, scale, ctx.eps)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = None
         if needs_x:
@@ -270,6 +260,19 @@ class _Normalise(torch.autograd.Function):
         )
 
 
+def _sums_of_shard(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Of the gradient times the normalised input, and of the gradient."""
+    if not x.numel():
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    _, products, plain = torch.ops.aten.native_batch_norm_backward(
+        grad, x, scale, None, None, mean, invstd, train=True, eps=eps,
+        output_mask=[False, True, True],
+    )  # fmt: skip
+    return products, plain
+
+
 def _grad_of_input(
     grad: Tensor,
     x: Tensor,
@@ -281,6 +284,8 @@ def _grad_of_input(
 ) -> Tensor:
     """``factor * (grad - mean_grad - (x - mean) * invstd * mean_product)``, in two passes."""
     dtype = x.dtype
+    if not x.numel():
+        return torch.empty_like(x)
     if dtype in _HALF:
         grad, x = grad.float(), x.float()
     ones, slope = torch.ones_like(mean), -factor * invstd * mean_product
