@@ -9,13 +9,11 @@ are, and so are the two sums that its backward needs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from torch_spheres import _compat
 from torch_spheres.random import ShardRandom, current_shard
@@ -23,9 +21,15 @@ from torch_spheres.shard_sums import Total, shard_sums_here
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "sees_all_rows", "waits_for_others"]
 
-_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _HALF = (torch.bfloat16, torch.float16)
-_OWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_OWN = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # (the first is that of all three)
+
+if TYPE_CHECKING:
+    _Base = nn.BatchNorm1d
+else:
+    _Base = nn.Module
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -61,22 +65,20 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    layers: dict[str, _BatchNorm] = {
-        name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm)
-    }
+    layers = {n: part for n, part in module.named_modules() if isinstance(part, (*_KINDS, *_LAZY))}
     for name, part in layers.items():
         _check(name, part)
-    made = {part: _converted(part) for part in layers.values()}
+    made: dict[Any, nn.Module] = {part: _converted(part) for part in layers.values()}
     for parent in [*module.modules()]:
         for name, child in parent._modules.items():
-            if isinstance(child, _BatchNorm):
+            if child in made:
                 parent._modules[name] = made[child]
-    return made[module] if isinstance(module, _BatchNorm) else module
+    return made.get(module, module)
 
 
-def _check(name: str, part: _BatchNorm) -> None:
+def _check(name: str, part: nn.Module) -> None:
     where = f"the {type(part).__name__} {name!r}"
-    if isinstance(part, LazyModuleMixin):
+    if isinstance(part, _LAZY):
         raise ValueError(f"{where} has no shapes yet: run a batch through the model first")
     if not isinstance(part, SyncBatchNorm) and type(part).forward not in _OWN:
         raise TypeError(
@@ -85,31 +87,23 @@ def _check(name: str, part: _BatchNorm) -> None:
         )
 
 
-def _converted(part: _BatchNorm) -> _BatchNorm:
+def _converted(part: nn.Module) -> nn.Module:
     if isinstance(part, SyncBatchNorm):
         return part
-    made = SyncBatchNorm.__new__(SyncBatchNorm)
+    kind = next(made for kind, made in _MADE_OF.items() if isinstance(part, kind))
+    made = kind.__new__(kind)
     for name, value in vars(part).items():  # registries of its own, with the same objects
         vars(made)[name] = value.copy() if isinstance(value, (dict, set)) else value
     vars(made).pop("process_group", None)
-    made._dims = next((dims for kind, dims in _DIMS.items() if isinstance(part, kind)), None)
     return made
 
 
-class SyncBatchNorm(_BatchNorm):
-    """What `convert_sync_batchnorm` makes of a batch norm; its arguments are the same.
+class SyncBatchNorm(_Base):
+    """What makes a batch norm see the whole batch; see `convert_sync_batchnorm`.
 
-    Shape: ``(N, C, ...)``, as the layer that it was made of; the output is of the same shape and
-    dtype. float64 is computed in float64, other types in float32.
+    Shape: that of the layer that was converted; the output is of the same shape and dtype. float64
+    is computed in float64, other types in float32.
     """
-
-    _dims: tuple[int, ...] | None = None  # that an input may have; None: two and more
-
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
-        dims = self._dims
-        if input.dim() < 2 if dims is None else input.dim() not in dims:
-            wanted = "at least 2D" if dims is None else " or ".join(f"{d}D" for d in dims)
-            raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """As torch's, but for the statistics of the whole batch in a shard that trains."""
@@ -154,6 +148,34 @@ class SyncBatchNorm(_BatchNorm):
         ):
             if running is not None:
                 running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+
+
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
+    """Of a `BatchNorm1d`."""
+
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
+    """Of a `BatchNorm2d`."""
+
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
+    """Of a `BatchNorm3d`."""
+
+
+class SyncBatchNormNd(SyncBatchNorm, nn.BatchNorm1d):
+    """Of torch's `SyncBatchNorm`, which takes inputs of any number of dimensions, from two on."""
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+_MADE_OF: dict[type[nn.Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNormNd,
+}
 
 
 def waits_for_others(module: nn.Module) -> bool:
