@@ -12,6 +12,7 @@ import torch
 from sync_batch_norm_support import batches, make, plain, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import torch_spheres as ts
@@ -225,7 +226,7 @@ def test_conversion_keeps_what_the_layers_have() -> None:
     model.append(nn.Sequential(model[0]))  # the same layer under two names
     model[0].eval()
     called = []
-    model[0].register_forward_hook(lambda *_: called.append(1))
+    handle = model[0].register_forward_hook(lambda *_: called.append(1))
     before = model.state_dict(keep_vars=True)
     mine = ts.convert_sync_batchnorm(model)
     assert mine is model
@@ -233,7 +234,9 @@ def test_conversion_keeps_what_the_layers_have() -> None:
     assert [*after] == [*before] and all(after[name] is before[name] for name in before)
     assert mine[0] is mine[2][0] and not mine[0].training and mine[1]["deep"].training
     mine[0](torch.randn(2, 3, 4, 4))
-    assert called
+    handle.remove()
+    mine[0](torch.randn(2, 3, 4, 4))
+    assert called == [1]
     assert ts.convert_sync_batchnorm(mine)[0] is mine[0]
     one = nn.BatchNorm1d(3)
     assert ts.convert_sync_batchnorm(one) is not one
@@ -262,6 +265,10 @@ def test_what_cannot_be_converted_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"Own '1' has a forward of its own"):
         ts.convert_sync_batchnorm(nn.Sequential(nn.ReLU(), Own(3)))
+    parametrized = nn.BatchNorm1d(3)
+    parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
+    with pytest.raises(TypeError, match="is parametrized"):
+        ts.convert_sync_batchnorm(parametrized)
     with pytest.raises(ValueError, match=r"LazyBatchNorm1d '0' has no shapes yet"):
         ts.convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_spheres import _compat
 from torch_spheres.random import ShardRandom, current_shard
@@ -60,7 +61,8 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         The module; a new one if it is a batch norm itself.
 
     Raises:
-        TypeError: `module` is no module, or has a batch norm with a forward of its own.
+        TypeError: `module` is no module, or has a batch norm with a forward of its own, or one that
+            is parametrized.
         ValueError: a lazy batch norm has not got its shapes yet.
     """
     if not isinstance(module, nn.Module):
@@ -85,6 +87,8 @@ def _check(name: str, part: nn.Module) -> None:
             f"{where} has a forward of its own, of which a converted layer would have nothing; "
             "convert the layers beside it one by one, or replace it by torch's batch norm"
         )
+    if is_parametrized(part):
+        raise TypeError(f"{where} is parametrized: convert it before you register that")
 
 
 def _converted(part: nn.Module) -> nn.Module:
@@ -92,8 +96,9 @@ def _converted(part: nn.Module) -> nn.Module:
         return part
     kind = next(made for kind, made in _MADE_OF.items() if isinstance(part, kind))
     made = kind.__new__(kind)
-    for name, value in vars(part).items():  # registries of its own, with the same objects
-        vars(made)[name] = value.copy() if isinstance(value, (dict, set)) else value
+    vars(made).update(vars(part))  # (hooks in the same dicts, where their handles remove them)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        vars(made)[name] = vars(part)[name].copy()
     vars(made).pop("process_group", None)
     return made
 
