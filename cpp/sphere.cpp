@@ -281,6 +281,28 @@ void Sphere::take_turn() {
   system_.dispatch();
 }
 
+/// As a Parker does: a call that comes first is kept, and what was published before it is seen
+/// afterwards.
+void Sphere::pause() {
+  Presence seen = Presence::kHere;
+  if (presence.compare_exchange_strong(seen, Presence::kPaused)) {
+    const State before = clock.state();
+    enter(State::kReady);
+    enter(State::kWaiting);
+    system_.permits_.release();
+    // An item that this leaf would have taken after its own is for an idle sibling.
+    if (system_.ring_.had_work(siblings)) system_.permits_.mark_ready(offset);
+    system_.dispatch();
+    // (kStop wakes it, and then it waits for no permit: a leaf that has just left may have one.)
+    while (!granted.load(std::memory_order_acquire) && !system_.stopping()) parker.park();
+    granted.store(false, std::memory_order_relaxed);  // ours: nobody else grants while busy
+    enter(State::kReady);
+    enter(before);
+  }
+  presence.exchange(Presence::kHere);
+  // A message may have come with one of the wakes: run() reads it after the turn, before it sleeps.
+}
+
 /// One pass over the batches in flight, oldest first, or those from before the meeting that it is
 /// called to; true if it found anything to do.
 bool Sphere::run_available() {

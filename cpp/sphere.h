@@ -40,6 +40,13 @@ struct Message {
   std::uint64_t sent = 0;  // now_ns(), for a trace; 0: nobody traced
 };
 
+/// Of a leaf that may pause in the middle of an item.
+enum class Presence : std::uint8_t {
+  kHere,    ///< it has its permit
+  kPaused,  ///< it sleeps, without one
+  kCalled,  ///< it goes on as soon as there is one, or does not fall asleep
+};
+
 /// What users send each other; the core only carries it.
 class Letter {
  public:
@@ -76,6 +83,8 @@ class Sphere {
 
   /// The thread's whole life.
   void run();
+  /// See System::pause.   Owner.
+  void pause();
 
   const SphereId id;
   const std::int32_t offset;  // its leaf number, if it is one
@@ -101,6 +110,8 @@ class Sphere {
   std::atomic<bool> busy{false};
   /// The permit that came with `busy`.
   std::atomic<bool> granted{false};
+  /// Whether the leaf is in an item or has paused in it, and whether it has been called back.
+  std::atomic<Presence> presence{Presence::kHere};
   /// It must get to a meeting: wake it, though somebody else has taken all its items, or once the
   /// helper is gone.
   std::atomic<bool> insists{false};

@@ -24,7 +24,7 @@ enum class State : std::uint8_t {
   kReady,         ///< awake: reading messages, handing work down, looking for work
   kProcessing,    ///< running work items
   kIdle,          ///< asleep: nothing to do
-  kWaiting,       ///< asleep at a barrier that other spheres have not reached yet
+  kWaiting,       ///< asleep at a barrier, or in an item, that waits for other spheres
   kAccumulating,  ///< summing gradients
   kTerminating,   ///< leaving: the thread ends; also the state before start()
 };

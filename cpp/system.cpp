@@ -83,6 +83,7 @@ void System::start() {
       sphere->doorbell.store(false);
       sphere->busy.store(false);
       sphere->granted.store(false);
+      sphere->presence.store(Presence::kHere);
       sphere->insists.store(false);
       sphere->gradients_ready.store(0);
     }
@@ -223,6 +224,10 @@ void System::post(SphereId target, const Message& message) {
 void System::dispatch() {
   while (permits_.any_ready() && permits_.try_acquire()) {
     Sphere* next = nullptr;
+    // Those in the middle of an item come first: others may wait for what they are at.
+    if (const std::int32_t back = permits_.pop_returning(); back >= 0) {
+      next = leaf_spheres_[static_cast<std::size_t>(back)];
+    }
     for (std::int32_t leaf; next == nullptr && (leaf = permits_.pop_ready()) >= 0;) {
       next = candidate(leaf);
     }

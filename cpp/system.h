@@ -78,6 +78,17 @@ class System {
   /// Items of the batch that have not begun never will; those that run finish.
   void cancel(const std::shared_ptr<Batch>& batch);
 
+  // ---- items that wait for each other ----
+  /// In the middle of an item, on its leaf's own thread: lets others have the permit, and sleeps
+  /// until somebody calls the leaf back and there is a permit again.  May return without a call, so
+  /// ask in a loop for what was waited for; after request_stop() it returns without a permit.
+  ///
+  /// Items that wait for each other all have to run at once, each on a leaf of its own: siblings
+  /// must not have more of them than there are siblings, nor be at a barrier.
+  void pause();
+  /// Any thread.  A call that comes before the pause has that return at once.
+  void call_back(SphereId leaf);
+
   // ---- a hand from the thread that waits (use Helper) ----
   /// Makes the calling thread one of the `concurrency` that run work; what it runs counts for the
   /// root.  False if all permits are out, another thread helps, the root stands at a barrier or the

@@ -106,4 +106,20 @@ bool System::wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout
   return wait_news(timeout, [&] { return stopping() || gradient_rounds() >= rounds; });
 }
 
+// ---- items that wait for each other ----
+
+void System::pause() {
+  if (!on_own_thread() || !topology_.is_leaf(current()->id)) {
+    throw std::logic_error("pause() outside of a work item");
+  }
+  sphere(current()->id).pause();
+}
+
+void System::call_back(SphereId leaf) {
+  Sphere& called = sphere(leaf);
+  if (called.presence.exchange(Presence::kCalled) != Presence::kPaused) return;
+  permits_.mark_returning(called.offset);
+  dispatch();
+}
+
 }  // namespace torch_spheres

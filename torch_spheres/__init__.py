@@ -29,6 +29,7 @@ from torch_spheres.prepare import prepare
 from torch_spheres.sampler import SphereBatchSampler
 from torch_spheres.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
 from torch_spheres.stats_log import StatsLog
+from torch_spheres.sync_batch_norm import convert_sync_batchnorm
 from torch_spheres.system import KissingSpheres, usable_cores
 from torch_spheres.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.tree import tree_sum
@@ -56,6 +57,7 @@ __all__ = [
     "Trace",
     "Work",
     "checkpoint_state",
+    "convert_sync_batchnorm",
     "gather_metrics",
     "load_checkpoint",
     "parallelize_",

@@ -20,6 +20,7 @@ from torch import nn
 import torch_spheres
 from torch_spheres import _compat
 from torch_spheres.replica import Replica
+from torch_spheres.sync_batch_norm import waits_for_others
 
 __all__ = ["Adviser", "users_level"]
 
@@ -54,11 +55,16 @@ class Adviser:
             return  # a batch that only works in shards (memory, for one) is no case for advice
         if whole * self._MARGIN > ours:
             return
+        other_way = (
+            "torch's own batch norm does not have shards wait for each other"
+            if waits_for_others(module)
+            else "SphereParallel(..., reproducible=False) chooses the faster way by itself"
+        )
         warnings.warn(
             f"the shards of this model are so small that plain PyTorch would be faster: a forward "
             f"takes {ours * 1e3:.1f} ms in shards and {whole * 1e3:.1f} ms as a whole. Larger "
-            "batches make shards worth it; SphereParallel(..., reproducible=False) chooses the "
-            "faster way by itself; ignore this if it is the same bits that you are here for",
+            f"batches make shards worth it; {other_way}; ignore this if it is the same bits that "
+            "you are here for",
             UserWarning,
             stacklevel=users_level(),
         )

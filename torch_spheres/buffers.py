@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_spheres.advice import users_level
 from torch_spheres.shard import Shard
+from torch_spheres.sync_batch_norm import SyncBatchNorm
 
 if TYPE_CHECKING:
     from torch_spheres.shards import Call
@@ -115,5 +116,7 @@ def _warn_of_numbers_that_differ(
 
 
 def needs_two_rows(part: nn.Module) -> bool:
-    """Batch norm over rows alone cannot train on one."""
-    return part.training and isinstance(part, nn.BatchNorm1d)
+    """Batch norm over rows alone cannot train on one, unless it sees those of all shards."""
+    return (
+        part.training and isinstance(part, nn.BatchNorm1d) and not isinstance(part, SyncBatchNorm)
+    )

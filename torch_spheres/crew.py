@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from torch_spheres.context import CallerContext, caller_context
 from torch_spheres.intra_op import rest
+from torch_spheres.ranks import Ranks
+from torch_spheres.shard_sums import ShardSums
 from torch_spheres.system import KissingSpheres
 from torch_spheres.tuning import Plan
 
@@ -25,11 +28,20 @@ class Crew:
 
     spheres: KissingSpheres
     plan: Plan
+    together: bool = False  # the shards wait for each other, in layers that need all of them
+    sums: Callable[[int], ShardSums] | None = None  # of a pass of so many shards that do
 
     @property
     def concurrency(self) -> int:
-        """How many shards run at once, at most."""
-        return max(1, self.plan.workers)
+        """How many shards are on their way at once, at most."""
+        return self.plan.shards if self.together else max(1, self.plan.workers)
+
+    def for_call(self, module: nn.Module, places: int, ranks: Ranks | None) -> Crew:
+        """One that brings the shards of a call together, if they wait for each other."""
+        if not self.together:
+            return self
+        sums = lambda count: ShardSums(self.spheres, module, places, count, ranks)  # noqa: E731
+        return replace(self, sums=sums)
 
     def context(self) -> CallerContext:
         """What the calling thread has set, to be set wherever the shards run."""
@@ -44,6 +56,11 @@ class Crew:
             return [fn(k) for k in range(count)]
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.
         ours = contextvars.copy_context()
+        if self.sums is not None:  # each shard on a leaf of its own
+            rest()
+            return self.sums(count).map(
+                lambda run: self.spheres.map(lambda k: ours.copy().run(run, k), range(count)), fn
+            )
         if self.plan.workers == 1:
             alone = self.spheres.map(lambda _: ours.run(lambda: [*map(fn, range(count))]), range(1))
             return alone[0]

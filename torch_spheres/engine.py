@@ -24,15 +24,24 @@ from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
 from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
-from torch_spheres.refusals import refuse_tracing
+from torch_spheres.refusals import refuse_off_cpu, refuse_torchs_sync_batch_norm, refuse_tracing
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.same_model import sync_module
 from torch_spheres.shards import Call
 from torch_spheres.sharing import SharedCall
 from torch_spheres.splitting import rows_to_tune_by
 from torch_spheres.step_checks import StepChecks
+from torch_spheres.sync_batch_norm import waits_for_others
 from torch_spheres.system import KissingSpheres
-from torch_spheres.tuning import Plan, Trial, Tuners, all_ways, lean_ways, reproducible_ways
+from torch_spheres.tuning import (
+    Plan,
+    Trial,
+    Tuners,
+    all_ways,
+    lean_ways,
+    reproducible_ways,
+    waiting_ways,
+)
 from torch_spheres.whole_batch import Losses, face
 
 __all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "start_engine"]
@@ -169,14 +178,18 @@ class Engine:
         concurrency = spheres.concurrency if on_cpu else 0
         if self.reproducible or self._shares:
             ways = reproducible_ways
+        together = waits_for_others(self.module)
+        if together:
+            refuse_off_cpu(on_cpu)
+            ways = waiting_ways
         tuner = self._tuners.of(
-            (rows.bit_length(), self.module.training, on_cpu, what),
+            (rows.bit_length(), self.module.training, on_cpu, what, together),
             lambda: ways(spheres.leaves, concurrency),
         )
         trial = tuner.trial(rows)
         plan = tuner.chosen if trial is None else trial.plan
         assert plan is not None
-        return Crew(spheres, plan), trial
+        return Crew(spheres, plan, together), trial
 
     def _run(
         self, crew: Crew, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -406,6 +419,7 @@ def check_model(model: Any) -> None:
                 f"module has a {name} in it, which runs in parallel already and does not work "
                 f"inside another parallel module; {way_out}"
             )
+        refuse_torchs_sync_batch_norm(model, part)
         if isinstance(part, torch.jit.ScriptModule):
             raise TypeError(
                 f"module has a {name} in it, whose copies cannot share its parameters; use the "

@@ -111,6 +111,7 @@ class Exchange:
         layout: of what is summed.
         what: for errors: the name of the meeting.
         spheres: who shares the additions when there are many.
+        late: nothing is sent before the end: until then the ranks talk of something else.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class Exchange:
         layout: Layout,
         what: str,
         spheres: KissingSpheres | None = None,
+        late: bool = False,
     ) -> None:
+        self._is_late = late
         self._ranks, self._layout, self._what = ranks, layout, what
         self._division, self._spheres = division, spheres
         parts = max(map(len, division.parts))
@@ -161,7 +164,7 @@ class Exchange:
                 tree_sums(mine, outs=outs)
             with self._lock:
                 self._added.add((part, b))
-                if not self._is_small:
+                if not self._is_small and not self._is_late:
                     self._send()
 
     def _send(self) -> None:

@@ -56,6 +56,8 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
         finally:
             call.pool.give_back(replica)
 
+    if call.crew.together:
+        call.reached.close()
     # While one shard is alone, what it reaches can be added to what is summed.
     grads = call.fold(run, lambda: goals.append(call.targets(targets)), one_first=call.closely)
     done = [shard for shard in shards if shard is not None]

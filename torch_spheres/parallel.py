@@ -84,7 +84,8 @@ class SphereParallel(Delegating):
 
     Buffers: every shard starts from the same values; of those that changed, floating-point ones
     become the mean over the shards that ran (summed in the tree), others those of the first shard.
-    Where `BatchNorm1d` trains, a shard has at least two rows.
+    Where `BatchNorm1d` trains, a shard has at least two rows. Batch norm sees a shard's rows;
+    `convert_sync_batchnorm` makes it see the whole batch.
 
     Random numbers (dropout, ``torch.rand``, ...) come from a generator of each shard's own, seeded
     by one number drawn from torch's default generator in the call: see `torch_spheres.random`.

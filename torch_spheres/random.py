@@ -174,7 +174,9 @@ class ShardRandom(RandomSource):
 
     def __init__(self, call: CallRandom, shard: int) -> None:
         super().__init__(lambda: call.base() + shard)
-        self.call = call
+        self.call, self.leaf = call, shard
+        self.number_of: Callable[[Any], int | None] = lambda _: None
+        """A module's number in the shard's replica, if it is part of that."""
         self.reentrant = False  # a reentrant checkpoint was met, see shard.py
         self.own_leaves: Callable[[], set[int]] = set  # by id, those that such a one may reach
 

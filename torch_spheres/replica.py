@@ -127,6 +127,10 @@ class Replica:
             vars(mine).update(vars(p))
         return True
 
+    def number_of(self, copied: nn.Module) -> int | None:
+        """Of one of its parts, in the order of ``modules()``."""
+        return next((i for i, part in enumerate(self.parts) if part.copied is copied), None)
+
     def rebind(self, names: Iterable[Iterable[str]], *, hooks: bool = True) -> None:
         """Takes over the module's attributes and hooks, for the shards of one call.
 

@@ -17,6 +17,7 @@ from torch_spheres.nesting import unflatten
 from torch_spheres.outputs import ROWS, SCALAR, Way, same
 from torch_spheres.random import random_states, restore_random_states
 from torch_spheres.rounding import differs, rounding_of
+from torch_spheres.sync_batch_norm import sees_all_rows
 from torch_spheres.trial_runs import Run, equal_states, runs_without_trace
 
 if TYPE_CHECKING:
@@ -32,8 +33,13 @@ STRIDE = 5  # from the two shards that are looked at in one call to those of ano
 
 
 def two_ranges(call: Call, pair: int) -> tuple[int, int, int] | None:
-    """Two neighbouring ranges of rows: two shards, or the halves of a process's only one."""
+    """Two neighbouring ranges of rows: two shards, or the halves of a process's only one.
+
+    None: there are none, or what the bare module makes of them says nothing about the shards.
+    """
     bounds = call.split.bounds
+    if sees_all_rows(call.module):
+        return None
     if len(bounds) > 1:
         k = pair % (len(bounds) - 1)
         return bounds[k][0], bounds[k][1], bounds[k + 1][1]

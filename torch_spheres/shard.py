@@ -45,6 +45,7 @@ class Shard:
     def __post_init__(self) -> None:
         replica, inputs = self.replica, self.inputs  # (the shard itself would be a cycle)
         self.random.own_leaves = lambda: {*replica.leaves, *map(id, inputs)}
+        self.random.number_of = replica.number_of
 
     def rebuild(self) -> Any:
         """What the module returned."""

@@ -21,7 +21,7 @@ from torch_spheres.phases import phase
 from torch_spheres.random import CallRandom, ShardRandom
 from torch_spheres.ranks import Ranks
 from torch_spheres.reached import Reached
-from torch_spheres.refusals import refuse_forward_ad
+from torch_spheres.refusals import refuse_compiled, refuse_forward_ad
 from torch_spheres.replica import Replica
 from torch_spheres.replica_pool import ReplicaPool
 from torch_spheres.shard import Shard, in_shard
@@ -74,6 +74,7 @@ class Call:
         self.keys = (*range(len(args)), *kwargs)
         self.context = crew.context()
         self.split = self._split([*zip(self.keys, (*args, *kwargs.values()), strict=True)])
+        self.crew = crew = crew.for_call(module, self.split.places, ranks)
         self.random = CallRandom(self.base, crew.spheres if crew.plan.workers > 0 else None)
         self.shards: list[Shard | None] = []
         self._freed = False
@@ -82,6 +83,7 @@ class Call:
         self.ways: list[Way] = []  # how each output is put together
         self.compiled: tuple[Any, ...] | None = None
         if any(map(_compat.is_compiled, pool.parts)):
+            refuse_compiled(crew.together)
             self.compiled = self._signature()
             _compat.prepare_to_compile()
         training = tuple(part.training for part in pool.parts)
@@ -235,7 +237,8 @@ class Call:
     @property
     def runs_one_first(self) -> bool:
         """Whether one shard has to be looked at before others run."""
-        return self.is_first and any(b.nbytes > _LARGE for b in self.module.buffers())
+        large = any(b.nbytes > _LARGE for b in self.module.buffers())
+        return self.is_first and large and not self.crew.together
 
     def run_forward(self) -> list[Any]:
         """All shards' forward on the spheres; the outputs put together, as flat leaves."""
@@ -386,7 +389,7 @@ class Call:
 
         def run() -> None:
             prepare()
-            first = min(len(rest), one_first)
+            first = min(len(rest), one_first and not self.crew.together)
             self.crew.map(item, first)
             self.crew.map(item, len(rest) - first)
 

@@ -19,6 +19,7 @@ from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.outputs import FIRST, ONCE, ROWS, SCALAR, Way, same
 from torch_spheres.phases import phase
 from torch_spheres.ranks import Ranks
+from torch_spheres.refusals import refuse_ranks_without_rows
 from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
 from torch_spheres.step_checks import by_rank
@@ -55,6 +56,8 @@ class SharedCall(Call):
             for v, d in zip(split.flat, split.dims, strict=True)
         ]
         self._somebody_has_none = 0 in agreed.rows
+        if self.crew.together:
+            refuse_ranks_without_rows(agreed.rows)
         return split
 
     # ---- sums ----
@@ -143,6 +146,7 @@ class SharedCall(Call):
             layouts["layout"],
             "the exchange of gradients",
             self.crew.spheres,
+            late=self.crew.together,
         )
         return GradientFold(
             self.split.places,

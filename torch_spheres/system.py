@@ -6,10 +6,11 @@ import atexit
 import contextlib
 import math
 import os
+import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -75,6 +76,8 @@ class KissingSpheres(Views):
         self._core = _core.System(levels, min(concurrency, self._topology.leaves))
         self._starts = 0
         self._loading: weakref.WeakSet[Any] = weakref.WeakSet()  # workers of loaders, to be stopped
+        # Held by who has items wait for each other, and by barriers: each needs all leaves to come.
+        self._together = threading.Lock()
         self._prepare_views(cores)
         _live.add(self)
 
@@ -276,7 +279,8 @@ class KissingSpheres(Views):
         """
         level = as_index("level", level, 0, self.levels - 1)
         self._ensure_started("barrier()")
-        self._core.barrier(level, as_timeout(timeout))
+        with self._alone("barrier()", as_timeout(timeout)) as left:
+            self._core.barrier(level, left)
 
     def epoch(self, timeout: float | None = None) -> int:
         """Ends an epoch: a barrier over all spheres, reported up the tree to the root.
@@ -284,7 +288,24 @@ class KissingSpheres(Views):
         Returns the number of epochs ended so far, this one included. Raises as `barrier`.
         """
         self._ensure_started("epoch()")
-        return self._core.epoch(as_timeout(timeout))
+        with self._alone("epoch()", as_timeout(timeout)) as left:
+            return self._core.epoch(left)
+
+    @contextlib.contextmanager
+    def _alone(self, what: str, timeout: float | None) -> Iterator[float | None]:
+        """While no items wait for each other, as the shards of synchronised batch norm do."""
+        self._core.require_outside(what)
+        begin = time.monotonic()
+        longest = -1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        if not self._together.acquire(timeout=longest):
+            raise TimeoutError(
+                f"{what}: another barrier, or a model's shards, were still waiting for each other "
+                f"after {timeout} s"
+            )
+        try:
+            yield None if timeout is None else max(0.0, timeout - (time.monotonic() - begin))
+        finally:
+            self._together.release()
 
     # ---- messages ----
 

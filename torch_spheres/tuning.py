@@ -22,7 +22,10 @@ from torch import Tensor
 
 from torch_spheres import _compat
 
-__all__ = ["Plan", "Trial", "Tuner", "Tuners", "all_ways", "lean_ways", "reproducible_ways"]
+__all__ = [
+    "Plan", "Trial", "Tuner", "Tuners", "all_ways", "lean_ways", "reproducible_ways",
+    "waiting_ways",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
     if plans[0].workers > 1:
         plans.append(Plan(leaves, 1, _TINY))
     return plans
+
+
+def waiting_ways(leaves: int, concurrency: int) -> list[Plan]:
+    """The one way in which shards can wait for each other: each on a leaf of its own."""
+    return [Plan(leaves, min(concurrency, leaves))]
 
 
 def all_ways(leaves: int, concurrency: int) -> list[Plan]:

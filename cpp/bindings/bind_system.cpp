@@ -63,6 +63,11 @@ void bind_system(py::module_& module) {
       .def("submit", &PySystem::submit, py::arg("fn"), py::arg("items"), py::arg("collect"))
       .def("submit_native", &PySystem::submit_native, py::arg("fn"), py::arg("items"))
       .def("cancel", &PySystem::cancel, py::arg("work"))
+      .def(
+          "pause", &PySystem::pause,
+          "In a work item: sleeps, without a turn to compute, until call_back(), or for no reason.")
+      .def("call_back", &PySystem::call_back, py::arg("leaf"),
+           "Ends the pause of the item that a leaf is at, or the one to come.")
       .def("wait", &PySystem::wait, py::arg("timeout") = py::none())
       .def(
           "waiters",

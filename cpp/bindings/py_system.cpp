@@ -222,6 +222,21 @@ void PySystem::cancel(const PyBatch& batch) {
   system_->cancel(batch.core());
 }
 
+void PySystem::pause() {
+  {
+    const py::gil_scoped_release release;
+    system_->pause();
+  }
+  if (system_->stop_requested()) throw StoppedError("the spheres were stopped");
+}
+
+void PySystem::call_back(SphereId leaf) {
+  if (!system_->topology().contains(leaf) || !system_->topology().is_leaf(leaf)) {
+    throw std::invalid_argument("there is no leaf " + std::to_string(leaf));
+  }
+  system_->call_back(leaf);
+}
+
 void PySystem::remember(PyBatch batch) {
   // Bounded: what is in flight, plus the first batch that failed and has not been waited for.
   bool error_kept = false;

@@ -38,6 +38,9 @@ class PySystem {
   std::shared_ptr<Batch> submit_core(const std::shared_ptr<Work>& work, std::int64_t items,
                                      const char* what);
   void cancel(const PyBatch& batch);
+  /// Raises StoppedError if the spheres are being stopped.
+  void pause();
+  void call_back(SphereId leaf);
   void wait(Seconds timeout);
   int waiters() const { return waiters_.load(); }
   bool barrier(int level, Seconds timeout);
