@@ -289,23 +289,23 @@ bool System::try_begin_help() {
 }
 
 bool System::help(const Batch& batch, Milliseconds time) {
-  Slot* slot = ring_.find(batch.ticket_);
-  if (slot == nullptr || !WorkRing::enter(*slot)) return true;
+  Slot& slot = ring_.slot_of(batch);
+  if (!WorkRing::enter(slot)) return true;
   std::int64_t finished = 0;
   bool more = false;
-  if (slot->batch.get() == &batch) {  // or it was done, and the next one stands there
+  if (slot.batch.get() == &batch) {  // or it was done, and the next one stands there
     // From the last leaf down, while those that are woken begin with the first.
     const std::int32_t leaves = topology_.leaves();
     const auto until =
         now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
-    Claimer claimer(ring_, *slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
+    Claimer claimer(ring_, slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
                     sphere(0).counters, until);
     claimer.record_with(recorder_here());
-    run_work(*slot, claimer);
+    run_work(slot, claimer);
     finished = claimer.finished();
     more = claimer.had_work();
   }
-  if (ring_.leave(*slot, finished)) tell_news();
+  if (ring_.leave(slot, finished)) tell_news();
   return !more;
 }
 

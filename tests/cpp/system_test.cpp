@@ -100,6 +100,22 @@ TEST(the_65th_batch_waits_and_is_not_lost) {
   for (const auto& work : works) check_all_once(*work, 5);
 }
 
+TEST(one_slow_batch_does_not_hold_up_the_others) {
+  System system(2, 2);
+  system.start();
+  Gate gate;
+  auto slow = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) { gate.pass(); });
+  const auto held = submit(system, slow, 1);
+  for (std::size_t i = 0; i < 3 * kBatchesInFlight; ++i) {
+    const auto batch = std::make_shared<Batch>(std::make_shared<CountingWork>(), 1);
+    CHECK(system.try_submit(batch) == Submitted::kAccepted);  // one at a time: there is room
+    finish(batch);
+  }
+  CHECK(!held->done());
+  gate.open();
+  finish(held);
+}
+
 TEST(an_error_ends_its_batch_exactly_and_nothing_else) {
   System system(3, 8);
   system.start();
