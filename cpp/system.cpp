@@ -96,26 +96,32 @@ void System::start() {
     }
     try {
       sphere->thread = std::thread([this, &s = *sphere] { run_sphere(s); });
-    } catch (const std::system_error& error) {
+    } catch (const std::exception& error) {  // no more threads, or no memory for one
       thread_leaves();
       const SphereId started = sphere->id;
       request_stop();
       for (SphereId id = 0; id < started; ++id) this->sphere(id).parker.wake();
       while (!join_for(Milliseconds(1000))) {
       }
-      throw std::system_error(error.code(), "only " + std::to_string(started) + " of " +
-                                                std::to_string(topology_.total()) +
-                                                " sphere threads could be started");
+      const auto* refused = dynamic_cast<const std::system_error*>(&error);
+      if (refused == nullptr) throw;
+      throw std::system_error(refused->code(), "only " + std::to_string(started) + " of " +
+                                                   std::to_string(topology_.total()) +
+                                                   " sphere threads could be started");
     }
   }
 }
 
 void System::run_sphere(Sphere& sphere) {
+  // However it ends, pthread_exit() in a work item included: join_for() waits for all.
+  const struct Leaving {
+    System& system;
+    ~Leaving() { system.thread_leaves(); }
+  } leaving{*this};
   current_sphere = &sphere;
   current_system = this;
   sphere.run();
   if (thread_exit_hook_) thread_exit_hook_();
-  thread_leaves();
 }
 
 /// Afterwards join_for() does not wait for the calling thread any more.

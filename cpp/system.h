@@ -54,7 +54,7 @@ class System {
 
   // ---- life ----
   /// Creates one thread per sphere.  Throws std::system_error, with no thread left, if the system
-  /// has no more.  No-op when running.
+  /// has no more, or std::bad_alloc.  No-op when running.
   void start();
   bool running() const { return running_.load(std::memory_order_acquire); }
   /// Takes no more work, cancels items that have not begun, opens barriers, sends the spheres home.

@@ -124,7 +124,12 @@ void PySystem::start() {
   if (system_->running()) return;
   starts_.fetch_add(1);
   sums_.store(0);
-  system_->start();
+  try {
+    system_->start();
+  } catch (...) {
+    starts_.fetch_sub(1);
+    throw;
+  }
 }
 
 PySystem::Lost PySystem::stop(Seconds timeout) {
