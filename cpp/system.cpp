@@ -68,7 +68,6 @@ System::~System() {
 
 void System::start() {
   if (running()) return;
-  fork_generation_ = fork_generation();
   stopping_.store(false);
   permits_.reset(concurrency_);
   gradient_rounds_.store(0);
@@ -160,11 +159,11 @@ bool System::join_for(Milliseconds timeout) {
   return true;
 }
 
-bool System::forked() const { return running() && fork_generation_ != fork_generation(); }
+bool System::forked() const { return fork_generation_ != fork_generation(); }
 
 const Sphere* System::current() { return current_sphere; }
 
-bool System::on_own_thread() const { return current_system == this; }
+bool System::is_here(const System* system) { return current_system == system; }
 
 // ---- work ----
 
@@ -259,6 +258,8 @@ Sphere* System::candidate(std::int32_t leaf) {
 }
 
 /// Runs what the claimer takes of a visited batch; an error ends the hand-out of the batch.
+// (GCC binds the reference to what pthread_exit() throws to a null pointer.)
+[[gnu::no_sanitize("null")]]
 void System::run_work(Slot& slot, Claimer& claimer) {
   try {
     slot.batch->work()->run(claimer);

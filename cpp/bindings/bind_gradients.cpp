@@ -40,7 +40,7 @@ bool try_add(SumJob& job, py::sequence shards, py::handle out) {
 void run_job(const SumJob& job, PySystem* system) {
   if (system == nullptr || !system->running() || system->core().on_own_thread() ||
       job.bytes() < kWorthSharing) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     job.run_here();
     return;
   }
@@ -50,7 +50,7 @@ void run_job(const SumJob& job, PySystem* system) {
     wait_interruptibly({}, [&](Milliseconds time) { return helper.wait_for(*batch, time); });
   } catch (...) {
     // The buffers die with this call: let no sphere touch them afterwards.
-    const py::gil_scoped_release release;
+    const GilRelease release;
     system->core().cancel(batch);
     while (!batch->wait_for(Milliseconds(1000))) {
     }
@@ -68,7 +68,7 @@ void bind_gradients(py::module_& module) {
   module.def(
       "read_range",
       [](std::uintptr_t data, std::size_t numel) {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         return read_range(reinterpret_cast<const float*>(data), numel);
       },
       py::arg("data"), py::arg("numel"),

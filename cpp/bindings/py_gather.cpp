@@ -58,7 +58,7 @@ void PyGather::settle() {
   if (!batch_) return;
   // (In the child of a fork there is nobody who could be writing.)
   if (!system_->core().forked()) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     system_->core().cancel(batch_);
     while (!batch_->wait_for(Milliseconds(1000))) {
     }
@@ -80,7 +80,7 @@ void PyGather::begin(const std::shared_ptr<PySystem>& system) {
   auto work = std::make_shared<GatherWork>(job_);
   auto batch = std::make_shared<Batch>(work, job_.items());
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     if (system->core().try_submit(batch) != Submitted::kAccepted) return;
   }
   // (With the GIL: the system that this was begun on before may go, and it owns Python objects.)
@@ -109,7 +109,7 @@ void PyGather::finish(const std::shared_ptr<PySystem>& system) {
   settle();
   if (copied) return;
   // What was begun is done once more, which does no harm.
-  const py::gil_scoped_release release;
+  const GilRelease release;
   job_.run_here();
 }
 
