@@ -29,12 +29,6 @@ PyGather::Numbers::Numbers(const py::buffer& array) : info_(array.request()) {
   }
 }
 
-PyGather::Turn::Turn(std::atomic<bool>& taken) : taken_(taken) {
-  if (taken_.exchange(true)) {
-    throw std::runtime_error("this Gather is in use already; one thread at a time may call it");
-  }
-}
-
 PyGather::PyGather(const py::sequence& columns, py::object keep) : keep_(std::move(keep)) {
   numbers_.reserve(columns.size());
   for (const py::handle item : columns) {
@@ -68,7 +62,7 @@ void PyGather::settle() {
 }
 
 void PyGather::start(const std::shared_ptr<PySystem>& system) {
-  const Turn turn(taken_);
+  const Turn turn(taken_, "Gather");
   begin(system);
 }
 
@@ -90,12 +84,12 @@ void PyGather::begin(const std::shared_ptr<PySystem>& system) {
 }
 
 bool PyGather::done() const {
-  const Turn turn(taken_);
+  const Turn turn(taken_, "Gather");
   return batch_ && batch_->done();
 }
 
 void PyGather::finish(const std::shared_ptr<PySystem>& system) {
-  const Turn turn(taken_);
+  const Turn turn(taken_, "Gather");
   if (system) begin(system);
   if (batch_ && !system_->core().forked() && !system_->core().on_own_thread()) {
     Helper helper(system_->core());
