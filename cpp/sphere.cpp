@@ -44,7 +44,6 @@ void Sphere::run() {
     recorder.record({now_ns(), now_ns(), native_id.load(), 1, 0, TraceKind::kThread, 0});
   }
   enter(State::kReady);
-  seen_ticket_ = system_.ring_.oldest();
   work_deferred_ = standing_ = false;
   meeting_ = 0;
   gradients_from_ = {};
@@ -131,10 +130,9 @@ void Sphere::hand_down() {
   if (is_leaf) return;  // its parent has marked it ready already
   const std::uint64_t newest = system_.ring_.newest();
   std::int64_t most = 0;
-  for (std::uint64_t t = std::max(seen_ticket_, system_.ring_.oldest()); t < newest; ++t) {
-    if (Slot* slot = system_.ring_.find(t)) {
-      most = std::max(most, slot->items.load(std::memory_order_relaxed));
-    }
+  for (const Slot* slot : system_.ring_.in_flight(newest)) {
+    if (slot->ticket.load(std::memory_order_relaxed) < seen_ticket_) continue;
+    most = std::max(most, slot->items.load(std::memory_order_relaxed));
   }
   seen_ticket_ = newest;
   std::int64_t waiting = 0;  // in the queues of leaves
@@ -308,10 +306,8 @@ void Sphere::pause() {
 bool Sphere::run_available() {
   bool any = false;
   WorkRing& ring = system_.ring_;
-  const std::uint64_t end = meeting_ != 0 ? called_at_ : ring.newest();
-  for (std::uint64_t t = ring.oldest(); t < end; ++t) {
-    Slot* slot = ring.find(t);
-    if (slot == nullptr || !WorkRing::enter(*slot)) continue;
+  for (Slot* slot : ring.in_flight(meeting_ != 0 ? called_at_ : WorkRing::kNoLimit)) {
+    if (!WorkRing::enter(*slot)) continue;
     Claimer claimer(ring, *slot, id, offset, siblings, system_.leaf_counters_.data(), counters);
     claimer.record_with(&recorder);
     if (claimer.had_work()) {

@@ -68,7 +68,6 @@ System::~System() {
 
 void System::start() {
   if (running()) return;
-  fork_generation_ = fork_generation();
   stopping_.store(false);
   permits_.reset(concurrency_);
   gradient_rounds_.store(0);
@@ -97,26 +96,32 @@ void System::start() {
     }
     try {
       sphere->thread = std::thread([this, &s = *sphere] { run_sphere(s); });
-    } catch (const std::system_error& error) {
+    } catch (const std::exception& error) {  // no more threads, or no memory for one
       thread_leaves();
       const SphereId started = sphere->id;
       request_stop();
       for (SphereId id = 0; id < started; ++id) this->sphere(id).parker.wake();
       while (!join_for(Milliseconds(1000))) {
       }
-      throw std::system_error(error.code(), "only " + std::to_string(started) + " of " +
-                                                std::to_string(topology_.total()) +
-                                                " sphere threads could be started");
+      const auto* refused = dynamic_cast<const std::system_error*>(&error);
+      if (refused == nullptr) throw;
+      throw std::system_error(refused->code(), "only " + std::to_string(started) + " of " +
+                                                   std::to_string(topology_.total()) +
+                                                   " sphere threads could be started");
     }
   }
 }
 
 void System::run_sphere(Sphere& sphere) {
+  // However it ends, pthread_exit() in a work item included: join_for() waits for all.
+  const struct Leaving {
+    System& system;
+    ~Leaving() { system.thread_leaves(); }
+  } leaving{*this};
   current_sphere = &sphere;
   current_system = this;
   sphere.run();
   if (thread_exit_hook_) thread_exit_hook_();
-  thread_leaves();
 }
 
 /// Afterwards join_for() does not wait for the calling thread any more.
@@ -155,11 +160,11 @@ bool System::join_for(Milliseconds timeout) {
   return true;
 }
 
-bool System::forked() const { return running() && fork_generation_ != fork_generation(); }
+bool System::forked() const { return fork_generation_ != fork_generation(); }
 
 const Sphere* System::current() { return current_sphere; }
 
-bool System::on_own_thread() const { return current_system == this; }
+bool System::is_here(const System* system) { return current_system == system; }
 
 // ---- work ----
 
@@ -258,6 +263,8 @@ Sphere* System::candidate(std::int32_t leaf) {
 }
 
 /// Runs what the claimer takes of a visited batch; an error ends the hand-out of the batch.
+// (GCC binds the reference to what pthread_exit() throws to a null pointer.)
+[[gnu::no_sanitize("null")]]
 void System::run_work(Slot& slot, Claimer& claimer) {
   try {
     slot.batch->work()->run(claimer);
@@ -294,23 +301,23 @@ bool System::try_begin_help() {
 }
 
 bool System::help(const Batch& batch, Milliseconds time) {
-  Slot* slot = ring_.find(batch.ticket_);
-  if (slot == nullptr || !WorkRing::enter(*slot)) return true;
+  Slot& slot = ring_.slot_of(batch);
+  if (!WorkRing::enter(slot)) return true;
   std::int64_t finished = 0;
   bool more = false;
-  if (slot->batch.get() == &batch) {  // or it was done, and the next one stands there
+  if (slot.batch.get() == &batch) {  // or it was done, and the next one stands there
     // From the last leaf down, while those that are woken begin with the first.
     const std::int32_t leaves = topology_.leaves();
     const auto until =
         now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
-    Claimer claimer(ring_, *slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
+    Claimer claimer(ring_, slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
                     sphere(0).counters, until);
     claimer.record_with(recorder_here());
-    run_work(*slot, claimer);
+    run_work(slot, claimer);
     finished = claimer.finished();
     more = claimer.had_work();
   }
-  if (ring_.leave(*slot, finished)) tell_news();
+  if (ring_.leave(slot, finished)) tell_news();
   return !more;
 }
 

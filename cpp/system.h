@@ -15,7 +15,8 @@
 // run.  kWork is coalesced by the receiver's doorbell, so a sleeping leaf whose siblings do its
 // work never has more than one waiting.
 //
-// After fork() the child has no sphere threads: forked() says so, and nothing else may be called.
+// After fork() the child has no sphere threads: forked() says so, and nothing may be called but
+// that, running() and what reads figures.
 #pragma once
 
 #include <atomic>
@@ -54,7 +55,7 @@ class System {
 
   // ---- life ----
   /// Creates one thread per sphere.  Throws std::system_error, with no thread left, if the system
-  /// has no more.  No-op when running.
+  /// has no more, or std::bad_alloc.  No-op when running.
   void start();
   bool running() const { return running_.load(std::memory_order_acquire); }
   /// Takes no more work, cancels items that have not begun, opens barriers, sends the spheres home.
@@ -62,14 +63,17 @@ class System {
   bool stop_requested() const { return stopping(); }
   /// True once every thread has ended and is joined.
   bool join_for(Milliseconds timeout);
-  /// True in a child process that was forked after start().
+  /// True in a child process of the one that made it, where another thread may have held any lock
+  /// of it at the fork().
   bool forked() const;
   /// Called on each sphere's thread before it ends.  Set before start().
   void on_thread_exit(std::function<void()> hook) { thread_exit_hook_ = std::move(hook); }
 
   /// The sphere whose thread is calling, and its system; null elsewhere.
   static const Sphere* current();
-  bool on_own_thread() const;
+  bool on_own_thread() const { return is_here(this); }
+  /// Whether the calling thread is a sphere of that system, which may be gone: it is only compared.
+  static bool is_here(const System* system);
 
   // ---- work ----
   /// Hands out a batch; one with no items is complete at once.
@@ -174,7 +178,7 @@ class System {
   std::vector<Sphere*> leaf_spheres_;         // by leaf number
   std::function<void()> thread_exit_hook_;
   Tracer tracer_;
-  std::atomic<std::uint64_t> fork_generation_{0};  // forked() may be asked while start() sets it
+  const std::uint64_t fork_generation_;
 
   std::atomic<bool> running_{false};
   std::atomic<bool> stopping_{false};

@@ -5,11 +5,13 @@
 // slices of the batches in flight, oldest first; owner and thief both take with one fetch_add, so
 // nothing is pushed or popped per item and there is no ABA.
 //
-// The batches in flight stand in a ring of kBatchesInFlight slots; a submitter that finds its slot
-// taken waits (back-pressure).  Slots are never freed, so a thief may look at a stale one.
+// The batches in flight stand in kBatchesInFlight slots; a batch takes any free one, so one that
+// takes long holds nobody up, and a submitter that finds none waits (back-pressure).  Slots are
+// never freed, so a thief may look at a stale one.
 //
 //     submitter:  ring.publish(batch)                        (one at a time: caller's mutex)
-//     leaf:       Visit visit(slot); while (claimer.next(chunk)) run(chunk);
+//     leaf:       for (Slot* slot : ring.in_flight(limit))
+//                   if (WorkRing::enter(*slot)) { run what a Claimer takes; ring.leave(*slot, n); }
 //
 // Invariant (pending): slot.pending = items not yet finished or cancelled + visitors inside.  It
 // goes from 0 to n only in publish, and a visitor enters only by raising it from non-zero, so a
@@ -18,11 +20,18 @@
 // Ordering: publish stores pending (release) after everything else; entering is an acquire RMW of
 // it, so a visitor sees the batch whole.  Leaving is a release RMW; the last one to leave acquires,
 // so the completing thread, and whoever it tells, sees the effects of every item.
+// Invariant (taken): a slot's bit of taken_ is set before its pending leaves 0, and cleared after
+// it is 0 again, by the thread that completed the batch.
+// Ordering: publish sets the bit (release) after ticket and cursors, which whoever sees the bit
+// (acquire) may therefore read; clearing it (release) pairs with publish, which looks for a free
+// slot (acquire).  A reader may see the bit of one batch and the ticket of the slot's next: it is
+// told of something newer than it asked for, which is in flight as well.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -36,7 +45,7 @@
 
 namespace torch_spheres {
 
-inline constexpr std::size_t kBatchesInFlight = 64;
+inline constexpr std::size_t kBatchesInFlight = 64;  // the bits of a word
 /// A slice's cursor has 32 bits for the position; one is kept free for failed claims past the end.
 inline constexpr std::int64_t kMaxItemsPerLeaf = std::int64_t{1} << 31;
 
@@ -94,7 +103,7 @@ class Batch {
   friend class System;
   const std::shared_ptr<Work> work_;
   const std::int64_t items_;
-  std::uint64_t ticket_ = 0;        // written in publish, for the thread that submitted it
+  std::size_t slot_ = 0;            // written in publish, for the thread that submitted it
   std::atomic<bool> erred_{false};  // set once: by the first error, before stop() or after
   std::atomic<bool> stopped_{false};
   std::atomic<std::int64_t> cancelled_{0};
@@ -107,8 +116,8 @@ class Batch {
 /// One place in the ring.
 struct Slot {
   alignas(64) std::atomic<std::int64_t> pending{0};
-  /// Ticket + 1 of the batch inside; 0 while the slot is free.
-  std::atomic<std::uint64_t> ticket_plus_one{0};
+  /// Of the last batch inside: batches have rising tickets.  Relaxed, as `items`: see taken_.
+  std::atomic<std::uint64_t> ticket{0};
   std::atomic<std::int64_t> items{0};
   std::shared_ptr<Batch> batch;  // written in publish and by the completing thread only
   std::unique_ptr<Cursor[]> cursors;
@@ -141,41 +150,68 @@ class WorkRing {
   explicit WorkRing(std::int32_t leaves) : leaves_(leaves) {}
 
   std::int32_t leaves() const { return leaves_; }
-  std::uint64_t oldest() const { return oldest_.load(); }
+  /// The ticket that the next batch will have.
   std::uint64_t newest() const { return tail_.load(); }
-  bool was_full() const {
-    return slots_[tail_.load() % kBatchesInFlight].ticket_plus_one.load() != 0;
-  }
-  /// The slot of a ticket if that batch is still in flight.
-  Slot* find(std::uint64_t ticket) {
-    Slot& slot = slots_[ticket % kBatchesInFlight];
-    return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
-  }
-  const Slot* find(std::uint64_t ticket) const {
-    const Slot& slot = slots_[ticket % kBatchesInFlight];
-    return slot.ticket_plus_one.load(std::memory_order_acquire) == ticket + 1 ? &slot : nullptr;
-  }
+  bool was_full() const { return taken_.load() == ~std::uint64_t{0}; }
 
-  /// Puts a batch (items > 0) into flight; false when its slot is still taken.
+  static constexpr std::uint64_t kNoLimit = ~std::uint64_t{0};
+  /// Slots of batches in flight, oldest first.
+  class InFlight {
+   public:
+    Slot* const* begin() const { return slots_.data(); }
+    Slot* const* end() const { return slots_.data() + count_; }
+
+   private:
+    friend class WorkRing;
+    void add(Slot& slot, std::uint64_t ticket) {
+      std::size_t at = count_++;
+      for (; at > 0 && tickets_[at - 1] > ticket; --at) {  // seldom: slots are taken in turn
+        tickets_[at] = tickets_[at - 1];
+        slots_[at] = slots_[at - 1];
+      }
+      tickets_[at] = ticket;
+      slots_[at] = &slot;
+    }
+    std::size_t count_ = 0;
+    std::array<std::uint64_t, kBatchesInFlight> tickets_;  // as they were when they were looked at
+    std::array<Slot*, kBatchesInFlight> slots_;
+  };
+  /// Those whose tickets are below `end`.
+  InFlight in_flight(std::uint64_t end = kNoLimit) {
+    InFlight result;
+    each_in_flight(end,
+                   [&](std::size_t i, std::uint64_t ticket) { result.add(slots_[i], ticket); });
+    return result;
+  }
+  /// Where a batch was put; it may be done, and the next one stand there.
+  Slot& slot_of(const Batch& batch) { return slots_[batch.slot_]; }
+
+  /// Puts a batch (items > 0) into flight; false when all slots are taken.
   bool publish(const std::shared_ptr<Batch>& batch) {
-    const std::uint64_t ticket = tail_.load();
-    Slot& slot = slots_[ticket % kBatchesInFlight];
-    if (slot.ticket_plus_one.load(std::memory_order_acquire) != 0) return false;
+    const std::uint64_t ticket = tail_.load(std::memory_order_relaxed);  // written here only
+    const std::uint64_t taken = taken_.load(std::memory_order_acquire);
+    if (taken == ~std::uint64_t{0}) return false;
+    // The first free one behind the last that was taken.
+    const std::size_t next = (last_ + 1) % kBatchesInFlight;
+    const int busy = std::countr_one(std::rotr(taken, static_cast<int>(next)));
+    last_ = (next + static_cast<std::size_t>(busy)) % kBatchesInFlight;
+    Slot& slot = slots_[last_];
     if (!slot.cursors) slot.cursors = std::make_unique<Cursor[]>(std::size_t(leaves_));
     const std::int64_t n = batch->items();
     for (std::int32_t leaf = 0; leaf < leaves_; ++leaf) {
       const std::int64_t count = n > leaf ? (n - leaf + leaves_ - 1) / leaves_ : 0;
       slot.cursors[static_cast<std::size_t>(leaf)].fill(count);
     }
-    batch->ticket_ = ticket;
+    batch->slot_ = last_;
     slot.batch = batch;
     slot.items.store(n, std::memory_order_relaxed);
-    // The ticket first: a late visitor of the slot's last batch may enter, and even complete this
-    // one, as soon as pending is not zero, and completing takes the ticket away.
-    slot.ticket_plus_one.store(ticket + 1, std::memory_order_release);
+    slot.ticket.store(ticket, std::memory_order_relaxed);
+    // The bit first: a late visitor of the slot's last batch may enter, and even complete this one,
+    // as soon as pending is not zero, and completing takes the bit away.  seq_cst: pairs with the
+    // load in had_work() by a leaf that has just given up its turn.
+    taken_.fetch_or(std::uint64_t{1} << last_);
     slot.pending.store(n, std::memory_order_release);
-    // seq_cst: pairs with the load of newest() by a leaf that has just given up its turn.
-    tail_.store(ticket + 1);
+    tail_.store(ticket + 1);  // last: who hands down what is below it finds it in flight, or done
     return true;
   }
 
@@ -195,11 +231,7 @@ class WorkRing {
   std::shared_ptr<Batch> leave(Slot& slot, std::int64_t finished) {
     if (slot.pending.fetch_sub(finished + 1, std::memory_order_acq_rel) != finished + 1) return {};
     std::shared_ptr<Batch> batch = std::move(slot.batch);
-    slot.ticket_plus_one.store(0, std::memory_order_release);
-    std::uint64_t oldest = oldest_.load();
-    while (oldest < tail_.load() && find(oldest) == nullptr) {
-      if (oldest_.compare_exchange_weak(oldest, oldest + 1)) ++oldest;
-    }
+    taken_.fetch_and(~(std::uint64_t{1} << batch->slot_));
     finish(*batch);
     return batch;
   }
@@ -238,33 +270,43 @@ class WorkRing {
   }
 
   /// Whether a leaf's own queue, up to a ticket, has an item that nobody has taken.
-  bool had_own_work(std::int32_t leaf, std::uint64_t end) { return had_work({leaf, 1, 1}, end); }
+  bool had_own_work(std::int32_t leaf, std::uint64_t end) const {
+    return had_work({leaf, 1, 1}, end);
+  }
   /// Whether a leaf's own queue, or a sibling's, has one.
-  bool had_work(const Siblings& siblings) { return had_work(siblings, tail_.load()); }
-  bool had_work(const Siblings& siblings, std::uint64_t end) {
-    for (std::uint64_t t = oldest_.load(); t < end; ++t) {
-      Slot* slot = find(t);
-      if (slot == nullptr) continue;
-      for (std::int32_t i = 0; i < siblings.count; ++i) {
-        if (slot->was_left(siblings.base + i * siblings.step) > 0) return true;
+  bool had_work(const Siblings& siblings, std::uint64_t end = kNoLimit) const {
+    bool any = false;
+    each_in_flight(end, [&](std::size_t slot, std::uint64_t) {
+      for (std::int32_t i = 0; i < siblings.count && !any; ++i) {
+        any = slots_[slot].was_left(siblings.base + i * siblings.step) > 0;
       }
-    }
-    return false;
+    });
+    return any;
   }
   /// Items waiting in one leaf's queue.
   std::int64_t was_queued(std::int32_t leaf) const {
     std::int64_t queued = 0;
-    for (std::uint64_t t = oldest_.load(), end = tail_.load(); t < end; ++t) {
-      if (const Slot* slot = find(t)) queued += slot->was_left(leaf);
-    }
+    each_in_flight(kNoLimit,
+                   [&](std::size_t slot, std::uint64_t) { queued += slots_[slot].was_left(leaf); });
     return queued;
   }
 
  private:
+  /// In no order: calls see(index of a slot, ticket) for those whose tickets are below `end`.
+  template <typename See>
+  void each_in_flight(std::uint64_t end, See see) const {
+    for (std::uint64_t left = taken_.load(); left != 0; left &= left - 1) {
+      const auto slot = static_cast<std::size_t>(std::countr_zero(left));
+      const std::uint64_t ticket = slots_[slot].ticket.load(std::memory_order_relaxed);
+      if (ticket < end) see(slot, ticket);
+    }
+  }
+
   const std::int32_t leaves_;
   std::array<Slot, kBatchesInFlight> slots_;
+  std::size_t last_ = kBatchesInFlight - 1;  // slot that was taken last; publish only
   alignas(64) std::atomic<std::uint64_t> tail_{0};
-  alignas(64) std::atomic<std::uint64_t> oldest_{0};  // no batch below it is in flight
+  alignas(64) std::atomic<std::uint64_t> taken_{0};  // a bit for each slot
 };
 
 }  // namespace torch_spheres

@@ -131,6 +131,24 @@ def test_more_batches_than_fit_make_the_submitter_wait() -> None:
     assert sorted(ran) == list(range(3 * 64)) and all(w.done() for w in works)
 
 
+def test_one_slow_item_holds_up_no_other_batch() -> None:
+    gate, batches = threading.Event(), 3 * 64
+    with KissingSpheres(concurrency=2) as spheres:
+        slow = spheres.distribute_work([1], lambda _: gate.wait(LIMIT))
+        mapped = in_thread(lambda: [spheres.map(abs, [-i]) for i in range(batches)])
+        try:
+            assert mapped() == [[i] for i in range(batches)]
+
+            def hand_out(_: object) -> list[bool]:  # in an item: there is room, one at a time
+                works = [spheres.distribute_work([1], abs) for _ in range(60)]
+                return [work.cancelled == 0 for work in works]
+
+            assert spheres.map(hand_out, [0]) == [[True] * 60]
+        finally:
+            gate.set()
+        slow.wait(LIMIT)
+
+
 def test_wait_also_waits_for_work_handed_out_by_items() -> None:
     ran: list[int] = []
 

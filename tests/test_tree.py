@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from effort import rounds
@@ -193,6 +195,29 @@ def test_empty_and_scalar_tensors():
     assert ts.tree_sum([torch.empty(0)] * 12).shape == (0,)
     scalars = [torch.tensor(0.1 * (k + 1)) for k in range(12)]
     assert_same_bits(ts.tree_sum(scalars), tree(scalars))
+
+
+def test_sums_under_way_refuse_another_thread():
+    job, shards = _core.SumJob(1), [torch.ones(100_000)] * 12
+    total, more = torch.empty(100_000), torch.empty(100_000)
+    assert job.try_add(shards, total)
+    with ts.KissingSpheres(concurrency=1) as spheres:
+        gate = threading.Event()
+        held = spheres.distribute_work([0], lambda _: gate.wait(60))
+        runner = threading.Thread(target=job.run, args=(spheres._core,))
+        runner.start()
+        while not spheres.stats().queued:  # until the sums wait for the item
+            threading.Event().wait(0.001)
+        try:
+            with pytest.raises(RuntimeError, match="SumJob is in use already"):
+                job.try_add(shards, more)
+            with pytest.raises(RuntimeError, match="SumJob is in use already"):
+                job.run()
+        finally:
+            gate.set()
+            runner.join()
+        held.wait(60)
+    assert (total == 12).all()
 
 
 def test_many_tensors_at_once():

@@ -25,6 +25,7 @@ __all__: list[str] = [
     "active_isa",
     "current_sphere",
     "item_time_edges",
+    "join_dropped",
     "keep_freed_memory",
     "native_thread_id",
     "read_range",
@@ -217,7 +218,11 @@ class System:
         self,
         levels: typing.SupportsInt | typing.SupportsIndex,
         concurrency: typing.SupportsInt | typing.SupportsIndex,
-    ) -> None: ...
+        starts: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        `starts`: of the system that it replaces.
+        """
     def barrier(
         self,
         level: typing.SupportsInt | typing.SupportsIndex,
@@ -352,6 +357,11 @@ def current_sphere() -> int:
 def item_time_edges() -> tuple[int, ...]:
     """
     The upper edges, in nanoseconds, of all buckets of item times but the last.
+    """
+
+def join_dropped() -> None:
+    """
+    Waits until the threads of all systems that were dropped have ended.
     """
 
 def keep_freed_memory(lean: bool) -> bool:

@@ -74,7 +74,6 @@ class KissingSpheres(Views):
         concurrency = as_index("concurrency", cores if concurrency is None else concurrency, 1)
         self._topology = Topology(levels)
         self._core = _core.System(levels, min(concurrency, self._topology.leaves))
-        self._starts = 0
         self._loading: weakref.WeakSet[Any] = weakref.WeakSet()  # workers of loaders, to be stopped
         # Held by who has items wait for each other, and by barriers: each needs all leaves to come.
         self._together = threading.Lock()
@@ -131,7 +130,6 @@ class KissingSpheres(Views):
         keep_freed_memory(self.levels)
         self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
-        self._starts += 1
         return self
 
     def stop(self, timeout: float | None = None) -> None:
@@ -354,3 +352,15 @@ def _stop_all() -> None:
     for spheres in list(_live):
         if spheres.running:
             spheres._core.stop(None)
+    _core.join_dropped()
+
+
+def _renew_stopped() -> None:
+    """In a forked child: a thread of the parent may have held a lock of spheres that do not run."""
+    for spheres in list(_live):
+        old = spheres._core
+        if not old.forked():
+            spheres._core = _core.System(spheres.levels, spheres.concurrency, old.starts)
+
+
+os.register_at_fork(after_in_child=_renew_stopped)

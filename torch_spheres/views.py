@@ -38,7 +38,11 @@ class Views:
     """The part of `KissingSpheres` that looks at them."""
 
     _core: _core.System
-    _starts: int
+
+    @property
+    def _starts(self) -> int:
+        """How often they were started."""
+        return self._core.starts
 
     def _prepare_views(self, cores: int) -> None:
         self._rows = Rows()

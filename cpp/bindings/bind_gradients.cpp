@@ -1,11 +1,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+
 #include "bindings.h"
 #include "gradient_work.h"
 #include "helper.h"
 #include "py_system.h"
 #include "tensor_view.h"
+#include "turn.h"
 
 namespace torch_spheres::bindings {
 
@@ -14,7 +17,16 @@ namespace {
 /// Below this a hand-over to other threads costs more than it saves.
 constexpr std::size_t kWorthSharing = 4u << 20;
 
-bool try_add(SumJob& job, py::sequence shards, py::handle out) {
+/// Owner: one thread at a time, as its sums are run without the GIL; a second one gets an error.
+struct PySumJob {
+  explicit PySumJob(int depth) : job(depth) {}
+  SumJob job;
+  std::atomic<bool> taken{false};
+};
+
+bool try_add(PySumJob& self, py::sequence shards, py::handle out) {
+  const Turn turn(self.taken, "SumJob");
+  SumJob& job = self.job;
   TensorView target;
   if (shards.size() != job.leaves() || !view_tensor(out, target)) return false;
   std::vector<const void*> pointers(job.leaves());
@@ -37,10 +49,12 @@ bool try_add(SumJob& job, py::sequence shards, py::handle out) {
   return true;
 }
 
-void run_job(const SumJob& job, PySystem* system) {
+void run_job(PySumJob& self, PySystem* system) {
+  const Turn turn(self.taken, "SumJob");
+  const SumJob& job = self.job;
   if (system == nullptr || !system->running() || system->core().on_own_thread() ||
       job.bytes() < kWorthSharing) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     job.run_here();
     return;
   }
@@ -50,7 +64,7 @@ void run_job(const SumJob& job, PySystem* system) {
     wait_interruptibly({}, [&](Milliseconds time) { return helper.wait_for(*batch, time); });
   } catch (...) {
     // The buffers die with this call: let no sphere touch them afterwards.
-    const py::gil_scoped_release release;
+    const GilRelease release;
     system->core().cancel(batch);
     while (!batch->wait_for(Milliseconds(1000))) {
     }
@@ -68,7 +82,7 @@ void bind_gradients(py::module_& module) {
   module.def(
       "read_range",
       [](std::uintptr_t data, std::size_t numel) {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         return read_range(reinterpret_cast<const float*>(data), numel);
       },
       py::arg("data"), py::arg("numel"),
@@ -77,15 +91,15 @@ void bind_gradients(py::module_& module) {
   module.def("read_tensors_by", &read_tensors_by, py::arg("exchange"),
              "Once, on import: torch.Tensor.__dlpack_c_exchange_api__, or None.");
 
-  py::class_<SumJob>(module, "SumJob", "Tree sums of buffers given by address; see tree_sum().")
+  py::class_<PySumJob>(module, "SumJob", "Tree sums of buffers given by address; see tree_sum().")
       .def(py::init([](int depth) {
              if (depth < 0 || depth >= kMaxLevels) {
                throw std::invalid_argument("depth must be 0 to 3, got " + std::to_string(depth));
              }
-             return std::make_unique<SumJob>(depth);
+             return std::make_unique<PySumJob>(depth);
            }),
            py::arg("depth"))
-      .def_property_readonly("depth", &SumJob::depth)
+      .def_property_readonly("depth", [](const PySumJob& self) { return self.job.depth(); })
       .def(
           "try_add", &try_add, py::arg("shards"), py::arg("out"),
           "Adds the sum of tensors (None: absent) into a tensor. False, with nothing added, unless "

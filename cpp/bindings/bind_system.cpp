@@ -3,6 +3,7 @@
 
 #include "allocator.h"
 #include "bindings.h"
+#include "dropped.h"
 #include "py_system.h"
 
 namespace torch_spheres::bindings {
@@ -40,12 +41,16 @@ void bind_system(py::module_& module) {
       "The id of the sphere whose thread is calling, or -1.");
   module.def("keep_freed_memory", &keep_freed_memory, py::arg("lean"),
              "Has the C library reuse freed memory instead of returning it; see memory.py.");
+  module.def(
+      "join_dropped", [] { wait_interruptibly({}, &join_dropped_for); },
+      "Waits until the threads of all systems that were dropped have ended.");
   module.def("set_thread_hooks", &SphereGil::set_hooks, py::arg("enter"), py::arg("leave"),
              "Called on a sphere's thread before its first and after its last Python call.");
 
   py::class_<PySystem, std::shared_ptr<PySystem>>(module, "System",
                                                   "The running hierarchy; see KissingSpheres.")
-      .def(py::init<int, int>(), py::arg("levels"), py::arg("concurrency"))
+      .def(py::init<int, int, std::uint64_t>(), py::arg("levels"), py::arg("concurrency"),
+           py::arg("starts") = 0, "`starts`: of the system that it replaces.")
       .def_property_readonly("concurrency",
                              [](const PySystem& self) { return self.core().concurrency(); })
       .def("start", &PySystem::start)
@@ -58,7 +63,7 @@ void bind_system(py::module_& module) {
           py::arg("timeout") = py::none(),
           "Returns what nobody was told of: how many items were not run, and an item's error.")
       .def("running", &PySystem::running)
-      .def("forked", [](const PySystem& self) { return self.core().forked(); })
+      .def("forked", &PySystem::forked)
       .def("on_own_thread", [](const PySystem& self) { return self.core().on_own_thread(); })
       .def("submit", &PySystem::submit, py::arg("fn"), py::arg("items"), py::arg("collect"))
       .def("submit_native", &PySystem::submit_native, py::arg("fn"), py::arg("items"))

@@ -16,7 +16,7 @@ void PyBatch::wait(Seconds timeout) const {
   }
   if (!batch_->done()) {
     if (getpid() != process_) throw std::runtime_error(std::string("wait()") + kForked);
-    if (system_->on_own_thread()) {
+    if (System::is_here(system_)) {
       throw std::runtime_error(
           "wait() called on sphere " + Topology::path_string(System::current()->id) +
           ", from inside a work item, might wait for itself; wait on the thread that submitted the "

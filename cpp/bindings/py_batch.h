@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "gil.h"
 #include "python_work.h"
 #include "system.h"
 
@@ -56,7 +57,7 @@ bool wait_interruptibly(Seconds timeout, Slice slice) {
     }
     bool done = false;
     {
-      const py::gil_scoped_release release;
+      const GilRelease release;
       done = slice(time);
     }
     if (done) return true;

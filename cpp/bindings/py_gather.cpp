@@ -29,12 +29,6 @@ PyGather::Numbers::Numbers(const py::buffer& array) : info_(array.request()) {
   }
 }
 
-PyGather::Turn::Turn(std::atomic<bool>& taken) : taken_(taken) {
-  if (taken_.exchange(true)) {
-    throw std::runtime_error("this Gather is in use already; one thread at a time may call it");
-  }
-}
-
 PyGather::PyGather(const py::sequence& columns, py::object keep) : keep_(std::move(keep)) {
   numbers_.reserve(columns.size());
   for (const py::handle item : columns) {
@@ -58,7 +52,7 @@ void PyGather::settle() {
   if (!batch_) return;
   // (In the child of a fork there is nobody who could be writing.)
   if (!system_->core().forked()) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     system_->core().cancel(batch_);
     while (!batch_->wait_for(Milliseconds(1000))) {
     }
@@ -68,7 +62,7 @@ void PyGather::settle() {
 }
 
 void PyGather::start(const std::shared_ptr<PySystem>& system) {
-  const Turn turn(taken_);
+  const Turn turn(taken_, "Gather");
   begin(system);
 }
 
@@ -80,7 +74,7 @@ void PyGather::begin(const std::shared_ptr<PySystem>& system) {
   auto work = std::make_shared<GatherWork>(job_);
   auto batch = std::make_shared<Batch>(work, job_.items());
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     if (system->core().try_submit(batch) != Submitted::kAccepted) return;
   }
   // (With the GIL: the system that this was begun on before may go, and it owns Python objects.)
@@ -90,12 +84,12 @@ void PyGather::begin(const std::shared_ptr<PySystem>& system) {
 }
 
 bool PyGather::done() const {
-  const Turn turn(taken_);
+  const Turn turn(taken_, "Gather");
   return batch_ && batch_->done();
 }
 
 void PyGather::finish(const std::shared_ptr<PySystem>& system) {
-  const Turn turn(taken_);
+  const Turn turn(taken_, "Gather");
   if (system) begin(system);
   if (batch_ && !system_->core().forked() && !system_->core().on_own_thread()) {
     Helper helper(system_->core());
@@ -109,7 +103,7 @@ void PyGather::finish(const std::shared_ptr<PySystem>& system) {
   settle();
   if (copied) return;
   // What was begun is done once more, which does no harm.
-  const py::gil_scoped_release release;
+  const GilRelease release;
   job_.run_here();
 }
 

@@ -10,6 +10,7 @@
 
 #include "py_system.h"
 #include "row_gather.h"
+#include "turn.h"
 
 namespace torch_spheres::bindings {
 
@@ -44,17 +45,6 @@ class PyGather {
 
    private:
     py::buffer_info info_;
-  };
-  /// While it lives no other thread may be in here.
-  class Turn {
-   public:
-    explicit Turn(std::atomic<bool>& taken);
-    ~Turn() { taken_.store(false); }  // releases to the next turn's exchange
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-
-   private:
-    std::atomic<bool>& taken_;
   };
   void begin(const std::shared_ptr<PySystem>& system);
   void settle();

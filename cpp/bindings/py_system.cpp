@@ -2,9 +2,11 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "dropped.h"
 
 namespace torch_spheres::bindings {
 
@@ -13,37 +15,30 @@ namespace {
 class PyLetter final : public Letter {
  public:
   explicit PyLetter(py::object sent) : value(std::move(sent)) {}
-  ~PyLetter() override {
-    const py::gil_scoped_acquire gil;
-    value = py::object();
-  }
+  ~PyLetter() override { drop(value); }
   py::object value;
 };
 
-/// Systems that were dropped on one of their own threads, which cannot join itself.  The next
-/// system that is made, or the end of the interpreter, joins them.
-struct Graveyard {
-  std::mutex mutex;
-  std::vector<std::unique_ptr<System>> systems;
-};
-Graveyard& graveyard() {
-  static auto* instance = new Graveyard;
-  return *instance;
+/// In a destructor: what a signal handler raised while that waited is raised right after it.
+void raise_later(py::error_already_set& error) {
+  auto later = std::make_unique<py::error_already_set>(error);
+  const auto raise = [](void* raised) {
+    const std::unique_ptr<py::error_already_set> owner(static_cast<py::error_already_set*>(raised));
+    owner->restore();
+    return -1;
+  };
+  if (Py_AddPendingCall(raise, later.get()) == 0) {
+    (void)later.release();
+  } else {
+    later->discard_as_unraisable("torch_spheres: waiting for the items of dropped spheres");
+  }
 }
 
 }  // namespace
 
-PySystem::PySystem(int levels, int concurrency) {
-  std::vector<std::unique_ptr<System>> dead;
-  {
-    const std::lock_guard lock(graveyard().mutex);
-    dead.swap(graveyard().systems);
-  }
-  const py::gil_scoped_release release;  // their threads may need the GIL to end
-  for (auto& system : dead) {
-    if (system->forked()) (void)system.release();  // see ~PySystem
-  }
-  dead.clear();
+PySystem::PySystem(int levels, int concurrency, std::uint64_t starts) : starts_(starts) {
+  const GilRelease release;
+  join_dropped_for(Milliseconds(0));
   system_ = std::make_unique<System>(levels, concurrency);
   system_->on_thread_exit(&SphereGil::leave_thread);
 }
@@ -51,23 +46,27 @@ PySystem::PySystem(int levels, int concurrency) {
 PySystem::~PySystem() {
   outstanding_.clear();
   if (system_->forked()) {
-    (void)system_.release();  // its threads are in the parent: nothing to join, nothing to free
+    (void)system_.release();  // see join_dropped_for()
     return;
   }
-  if (system_->on_own_thread()) {
-    system_->request_stop();
-    const std::lock_guard lock(graveyard().mutex);
-    graveyard().systems.push_back(std::move(system_));
-    return;
+  system_->request_stop();
+  // Not joined are threads that will not get the GIL any more, and none on a sphere's thread: that
+  // cannot wait for itself, and two that drop each other's systems would wait for each other.
+  if (!ending() && System::current() == nullptr) {
+    try {
+      wait_interruptibly({}, [this](Milliseconds time) { return system_->join_for(time); });
+      return;
+    } catch (py::error_already_set& error) {
+      raise_later(error);
+    }
   }
-  const py::gil_scoped_release release;
-  system_.reset();
+  keep_dropped(std::move(system_));
 }
 
 void PySystem::begin_trace(std::size_t capacity) {
   bool begun = false;
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     begun = system_->begin_trace(capacity);
   }
   if (!begun) {
@@ -78,7 +77,7 @@ void PySystem::begin_trace(std::size_t capacity) {
 }
 
 TraceRecord PySystem::end_trace() {
-  const py::gil_scoped_release release;
+  const GilRelease release;
   return system_->end_trace();
 }
 
@@ -119,12 +118,17 @@ void PySystem::require_outside(const char* what) const {
 void PySystem::start() {
   if (system_->forked()) require_running("start()");
   require_outside("start()");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   const std::lock_guard lock(life_mutex_);
   if (system_->running()) return;
   starts_.fetch_add(1);
   sums_.store(0);
-  system_->start();
+  try {
+    system_->start();
+  } catch (...) {
+    starts_.fetch_sub(1);
+    throw;
+  }
 }
 
 PySystem::Lost PySystem::stop(Seconds timeout) {
@@ -134,7 +138,7 @@ PySystem::Lost PySystem::stop(Seconds timeout) {
   require_outside("stop()");
   std::uint64_t run = 0;
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     const std::lock_guard lock(life_mutex_);
     run = starts_;
     system_->request_stop();
@@ -169,7 +173,7 @@ std::shared_ptr<Batch> PySystem::submit_core(const std::shared_ptr<Work>& work, 
   for (;;) {
     Submitted submitted = Submitted::kStopped;
     {
-      const py::gil_scoped_release release;
+      const GilRelease release;
       submitted = system_->try_submit(batch);
     }
     if (submitted == Submitted::kAccepted) return batch;
@@ -218,7 +222,7 @@ PyBatch PySystem::submit_native(const NativeFunction& function, py::object items
 }
 
 void PySystem::cancel(const PyBatch& batch) {
-  const py::gil_scoped_release release;
+  const GilRelease release;
   system_->cancel(batch.core());
 }
 

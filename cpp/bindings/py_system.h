@@ -17,7 +17,10 @@ namespace torch_spheres::bindings {
 
 class PySystem {
  public:
-  PySystem(int levels, int concurrency);
+  /// `starts`: of the system that it replaces.
+  PySystem(int levels, int concurrency, std::uint64_t starts);
+  /// Stops it, and waits for items that run; after Ctrl-C, which is raised right after, they end by
+  /// themselves.
   ~PySystem();
 
   System& core() { return *system_; }
@@ -31,6 +34,8 @@ class PySystem {
   };
   Lost stop(Seconds timeout);
   bool running() const { return system_->running() && !system_->forked(); }
+  /// Whether its threads are in the process that this one was forked from.
+  bool forked() const { return system_->running() && system_->forked(); }
 
   PyBatch submit(py::object fn, py::tuple items, bool collect);
   PyBatch submit_native(const NativeFunction& function, py::object items);

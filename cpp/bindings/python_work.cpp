@@ -1,24 +1,14 @@
 #include "python_work.h"
 
 #include <stdexcept>
+#include <string>
 #include <utility>
 
-#include "system.h"
+#include "topology.h"
 
 namespace torch_spheres::bindings {
 
 namespace {
-
-thread_local PyThreadState* sphere_state = nullptr;
-
-// Leaked on purpose: spheres may use them as long as the interpreter lives.
-struct Hooks {
-  py::object enter, leave;
-};
-Hooks& hooks() {
-  static auto* instance = new Hooks;
-  return *instance;
-}
 
 /// Python's own switch interval: how long a C-only loop may keep others waiting.
 constexpr std::uint64_t kSwitchNs = 5'000'000;
@@ -37,58 +27,23 @@ py::object shown(const py::object& object) {
 
 }  // namespace
 
-void SphereGil::set_hooks(py::function enter, py::function leave) {
-  hooks().enter = std::move(enter);
-  hooks().leave = std::move(leave);
-}
-
-void SphereGil::acquire() {
-  if (sphere_state != nullptr) {
-    PyEval_RestoreThread(sphere_state);
-    return;
-  }
-  PyGILState_Ensure();  // made once, released in leave_thread()
-  sphere_state = PyThreadState_Get();
-  const std::string name = "sphere " + Topology::path_string(System::current()->id);
-  try {
-    if (hooks().enter) hooks().enter(name);
-  } catch (py::error_already_set& error) {
-    error.discard_as_unraisable("torch_spheres: entering a sphere's thread");
-  }
-}
-
-void SphereGil::release() { PyEval_SaveThread(); }
-
-void SphereGil::leave_thread() {
-  if (sphere_state == nullptr) return;
-  PyEval_RestoreThread(sphere_state);
-  try {
-    if (hooks().leave) hooks().leave();
-  } catch (py::error_already_set& error) {
-    error.discard_as_unraisable("torch_spheres: leaving a sphere's thread");
-  }
-  sphere_state = nullptr;
-  PyGILState_Release(PyGILState_UNLOCKED);
-}
-
 PythonWork::PythonWork(py::object fn, py::tuple items, py::object results)
     : fn_(std::move(fn)),
       items_(std::move(items)),
       results_(std::move(results)),
       unfinished_(static_cast<std::int64_t>(py::len(items_))) {}
 
-PythonWork::~PythonWork() {
-  const py::gil_scoped_acquire gil;
-  fn_ = py::object();
-  items_ = py::object();
-  results_ = py::object();
-  error_ = py::object();
-}
+PythonWork::~PythonWork() { drop(fn_, items_, results_, error_); }
 
 void PythonWork::run(Claimer& claimer) {
   Chunk chunk;
   if (!claimer.next(chunk)) return;  // before the GIL: most visits find nothing
   SphereGil gil;
+  call_or_stay([&] { run_items(claimer, chunk, gil); });
+}
+
+/// GIL held.  Runs the items of a chunk, and takes more until nothing is left.
+void PythonWork::run_items(Claimer& claimer, Chunk& chunk, SphereGil& gil) {
   claimer.begin_items();
   std::uint64_t last_switch = now_ns();
   std::int64_t ran = 0;
@@ -121,8 +76,7 @@ void PythonWork::run(Claimer& claimer) {
   // is done: a function that owns its own spheres would keep them, and itself, alive otherwise.
   // acq_rel: the calls of all others come before.
   if (unfinished_.fetch_sub(ran, std::memory_order_acq_rel) == ran) {
-    fn_ = py::object();
-    items_ = py::object();
+    let_go(fn_, items_);
   }
 }
 
@@ -138,14 +92,18 @@ void PythonWork::record_error(std::int64_t item, SphereId sphere) {
     if (is_first) error_ = error;
     first = error_;
   }
-  if (!is_first && first.is(error)) return;
+  if (is_first || !first.is(error)) call_or_stay([&] { add_note(first, error, item, sphere); });
+}
+
+void PythonWork::add_note(const py::object& first, const py::object& error, std::int64_t item,
+                          SphereId sphere) const {
   try {
     py::object note = py::str("raised by work item " + std::to_string(item) + " (") +
                       shown(items_[py::int_(item)]) +
                       py::str(") on sphere " + Topology::path_string(sphere) + " (id " +
                               std::to_string(sphere) + ")");
     // One exception is raised, the first; the others are not to vanish.
-    if (!is_first) note = py::str("also: ") + shown(error) + py::str(" ") + note;
+    if (!first.is(error)) note = py::str("also: ") + shown(error) + py::str(" ") + note;
     first.attr("add_note")(note);
   } catch (const py::error_already_set&) {
     // An exception class with an add_note of its own: the error is worth more than the note.
@@ -171,10 +129,7 @@ void PythonWork::raise() {
   throw py::error_already_set();
 }
 
-NativeWork::~NativeWork() {
-  const py::gil_scoped_acquire gil;
-  owner_ = py::object();
-}
+NativeWork::~NativeWork() { drop(owner_); }
 
 void NativeWork::run(Claimer& claimer) {
   Chunk chunk;

@@ -1,4 +1,4 @@
-// Work items that are Python calls, and how a sphere's thread holds the GIL for them.
+// Work items that are Python calls, and those that are calls of C functions.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,37 +7,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <vector>
 
 #include "claimer.h"
+#include "gil.h"
 
 namespace torch_spheres::bindings {
-
-namespace py = pybind11;
-
-/// Holds the GIL on a sphere's thread, with the one thread state that the sphere keeps for life.
-class SphereGil {
- public:
-  SphereGil() { acquire(); }
-  ~SphereGil() { release(); }
-  SphereGil(const SphereGil&) = delete;
-  SphereGil& operator=(const SphereGil&) = delete;
-  /// Gives other threads a chance.
-  void yield() {
-    release();
-    acquire();
-  }
-
-  /// Called on a sphere's thread before it ends: gives the thread state back.
-  static void leave_thread();
-  /// Python callables for a sphere's first and last moment with Python: enter(name), leave().
-  static void set_hooks(py::function enter, py::function leave);
-
- private:
-  static void acquire();
-  static void release();
-};
 
 /// fn(item) for each of a list of Python objects.
 class PythonWork final : public Work {
@@ -61,7 +36,11 @@ class PythonWork final : public Work {
   void clear();
 
  private:
+  void run_items(Claimer& claimer, Chunk& chunk, SphereGil& gil);
   void record_error(std::int64_t item, SphereId sphere);
+  /// Notes on `first`, the exception that is raised, where `error` came from.
+  void add_note(const py::object& first, const py::object& error, std::int64_t item,
+                SphereId sphere) const;
 
   py::object fn_;       // this and items_: null once all items have been run
   py::object items_;    // a tuple

@@ -1,13 +1,15 @@
 // The small parts alone: the parker's lost wake-ups, the mailbox's lost or repeated messages,
-// permits left unused, and late arrivals at a barrier.
+// permits left unused, late arrivals at a barrier, and a cursor's items taken or cancelled.
 #include "mailbox.h"
 
 #include <algorithm>
+#include <array>
 #include <thread>
 #include <vector>
 
 #include "barrier.h"
 #include "check.h"
+#include "cursor.h"
 #include "park.h"
 #include "permits.h"
 #include "shaky_atomic.h"
@@ -334,6 +336,51 @@ TEST(arrivals_and_an_abort_race_for_one_outcome) {
   }
   for (auto& thread : threads) thread.join();
   CHECK_EQ(wrong, 0);
+}
+
+// Owner, thief and one who cancels, with other threads between any two of their accesses.
+TEST(what_is_taken_of_a_cursor_and_what_is_cancelled_make_up_its_items) {
+  const int turns = rounds(2'000);
+  BasicCursor<ShakyAtomic> cursor;
+  StartLine start(4), finish(4);
+  std::array<std::atomic<int>, 6> hits{};
+  std::atomic<std::int64_t> cancelled{0};
+  std::vector<std::thread> threads;
+  for (int taker = 0; taker < 2; ++taker) {
+    threads.emplace_back([&, taker] {
+      for (int round = 0; round < turns; ++round) {
+        start.wait();
+        for (auto taken = cursor.take(1 + taker); taken.count > 0; taken = cursor.take(1 + taker)) {
+          for (std::int64_t i = 0; i < taken.count; ++i) ++hits.at(std::size_t(taken.first + i));
+        }
+        finish.wait();
+      }
+    });
+  }
+  threads.emplace_back([&] {
+    for (int round = 0; round < turns; ++round) {
+      start.wait();
+      if (round % 2 == 0) cancelled += cursor.cancel();
+      finish.wait();
+    }
+  });
+  int twice = 0, lost = 0;
+  for (int round = 0; round < turns; ++round) {
+    const int items = 1 + round % static_cast<int>(hits.size());
+    cursor.fill(items);
+    start.wait();
+    finish.wait();
+    std::int64_t seen = cancelled.exchange(0);
+    for (std::atomic<int>& hit : hits) {
+      twice += hit.load() > 1;
+      seen += hit.exchange(0);
+    }
+    lost += seen != items;
+    CHECK_EQ(cursor.was_left(), 0);
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK_EQ(twice, 0);
+  CHECK_EQ(lost, 0);
 }
 
 int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

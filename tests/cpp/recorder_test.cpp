@@ -1,30 +1,13 @@
 // Rings of events, and recorders that are turned on and off under their owners.
-#include <cstdlib>
 #include <thread>
 
+#include "no_memory.h"
 #include "shaky_atomic.h"
 #include "system_support.h"
 #include "trace.h"
 
 using namespace torch_spheres;
 using namespace torch_spheres::testing;
-
-namespace {
-
-std::atomic<std::size_t> memory_taken{0};
-thread_local bool no_memory = false;
-
-}  // namespace
-
-// All other forms of new and delete end up in these.
-[[gnu::noinline]] void* operator new(std::size_t size) {
-  void* memory = no_memory ? nullptr : std::malloc(size);
-  if (memory == nullptr) throw std::bad_alloc();
-  memory_taken += size;
-  return memory;
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -69,15 +52,15 @@ TEST(a_ring_takes_memory_as_it_is_needed) {
 
 TEST(events_that_there_is_no_memory_for_are_lost) {
   TraceRing ring(600);
-  no_memory = true;
+  allocations_left = 0;
   for (std::uint64_t i = 0; i < 3; ++i) ring.push(numbered(i));
-  no_memory = false;
+  allocations_left = -1;
   CHECK_EQ(ring.lost(), std::uint64_t{3});
   CHECK_EQ(ring.events().size(), std::size_t{0});
   for (std::uint64_t i = 0; i < 10; ++i) ring.push(numbered(i));
-  no_memory = true;
+  allocations_left = 0;
   for (std::uint64_t i = 10; i < 300; ++i) ring.push(numbered(i));
-  no_memory = false;
+  allocations_left = -1;
   CHECK_EQ(ring.lost(), std::uint64_t{3 + 300 - 256});
   CHECK_EQ(ring.events().size(), std::size_t{256});
   check_numbers(ring.events(), 0);

@@ -2,6 +2,7 @@
 
 #include <numeric>
 
+#include "no_memory.h"
 #include "system_support.h"
 
 using namespace torch_spheres;
@@ -98,6 +99,22 @@ TEST(the_65th_batch_waits_and_is_not_lost) {
   finish(extra);
   for (const auto& batch : batches) finish(batch);
   for (const auto& work : works) check_all_once(*work, 5);
+}
+
+TEST(one_slow_batch_does_not_hold_up_the_others) {
+  System system(2, 2);
+  system.start();
+  Gate gate;
+  auto slow = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) { gate.pass(); });
+  const auto held = submit(system, slow, 1);
+  for (std::size_t i = 0; i < 3 * kBatchesInFlight; ++i) {
+    const auto batch = std::make_shared<Batch>(std::make_shared<CountingWork>(), 1);
+    CHECK(system.try_submit(batch) == Submitted::kAccepted);  // one at a time: there is room
+    finish(batch);
+  }
+  CHECK(!held->done());
+  gate.open();
+  finish(held);
 }
 
 TEST(an_error_ends_its_batch_exactly_and_nothing_else) {
@@ -328,6 +345,36 @@ TEST(after_the_work_all_spheres_sleep) {
   }
   CHECK(settled);
   CHECK(messages > 0);
+}
+
+TEST(a_start_without_memory_leaves_no_thread_and_may_be_tried_again) {
+  System system(2, 2);
+  int failed = 0;
+  for (bool started = false; !started;) {
+    allocations_left = failed;
+    try {
+      system.start();
+      started = true;
+    } catch (const std::bad_alloc&) {
+      ++failed;
+    }
+    allocations_left = -1;
+    CHECK_EQ(system.running(), started);
+  }
+  CHECK(failed >= system.topology().total());  // each thread needs some
+  auto work = std::make_shared<CountingWork>();
+  finish(submit(system, work, 100));
+  check_all_once(*work, 100);
+}
+
+TEST(a_thread_that_an_item_ends_is_not_waited_for) {
+  System system(2, 2);
+  system.start();
+  auto work =
+      std::make_shared<CountingWork>(1, [](SphereId, std::int64_t) { pthread_exit(nullptr); });
+  const auto batch = submit(system, work, 1);
+  while (work->most_running.load() == 0) std::this_thread::yield();
+  stop(system);
 }
 
 TEST(bad_arguments) {

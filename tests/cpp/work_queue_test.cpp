@@ -1,9 +1,8 @@
-// The ring of batches and its cursors, without any sphere: last items, late visitors, cancelled
+// The ring of batches, without any sphere: last items, late visitors, cancelled
 // rests and back-pressure, each forced.
 #include "work_queue.h"
 
 #include <algorithm>
-#include <array>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -12,12 +11,10 @@
 
 #include "check.h"
 #include "claimer.h"
-#include "shaky_atomic.h"
 #include "start_line.h"
 
 using namespace torch_spheres;
 using torch_spheres::testing::rounds;
-using torch_spheres::testing::ShakyAtomic;
 using torch_spheres::testing::StartLine;
 
 namespace {
@@ -77,11 +74,16 @@ struct Ring {
   /// One pass over all batches in flight; how many it completed.
   int visit_all(std::int32_t leaf, const Siblings& siblings) {
     int completed = 0;
-    for (std::uint64_t t = ring.oldest(), end = ring.newest(); t < end; ++t) {
-      if (Slot* slot = ring.find(t)) completed += visit(*slot, leaf, siblings);
-    }
+    for (Slot* slot : ring.in_flight()) completed += visit(*slot, leaf, siblings);
     return completed;
   }
+  /// Of the batches in flight, oldest first.
+  std::vector<std::uint64_t> tickets() {
+    std::vector<std::uint64_t> all;
+    for (const Slot* slot : ring.in_flight()) all.push_back(slot->ticket);
+    return all;
+  }
+  Slot* oldest() { return *ring.in_flight().begin(); }
   std::uint64_t total(std::uint64_t (*of)(const WorkCounters&)) const {
     return std::accumulate(counters.begin(), counters.end(), std::uint64_t{0},
                            [&](std::uint64_t sum, const WorkCounters& c) { return sum + of(c); });
@@ -152,7 +154,7 @@ TEST(the_last_item_goes_to_owner_or_thief) {
     auto work = std::make_shared<Tally>(1);
     auto batch = std::make_shared<Batch>(work, 1);
     wrong += !r.ring.publish(batch);
-    slot = r.ring.find(r.ring.newest() - 1);
+    slot = r.oldest();
     start.wait();
     finish.wait();
     wrong += work->count() != 1 || !batch->done() || completed.load() != round + 1;
@@ -197,71 +199,42 @@ TEST(the_last_items_of_a_slice_are_not_taken_twice) {
   }
 }
 
-// Owner, thief and one who cancels, with other threads between any two of their accesses.
-TEST(what_is_taken_of_a_cursor_and_what_is_cancelled_make_up_its_items) {
-  const int turns = rounds(2'000);
-  BasicCursor<ShakyAtomic> cursor;
-  StartLine start(4), finish(4);
-  std::array<std::atomic<int>, 6> hits{};
-  std::atomic<std::int64_t> cancelled{0};
-  std::vector<std::thread> threads;
-  for (int taker = 0; taker < 2; ++taker) {
-    threads.emplace_back([&, taker] {
-      for (int round = 0; round < turns; ++round) {
-        start.wait();
-        for (auto taken = cursor.take(1 + taker); taken.count > 0; taken = cursor.take(1 + taker)) {
-          for (std::int64_t i = 0; i < taken.count; ++i) ++hits.at(std::size_t(taken.first + i));
-        }
-        finish.wait();
-      }
-    });
-  }
-  threads.emplace_back([&] {
-    for (int round = 0; round < turns; ++round) {
-      start.wait();
-      if (round % 2 == 0) cancelled += cursor.cancel();
-      finish.wait();
-    }
-  });
-  int twice = 0, lost = 0;
-  for (int round = 0; round < turns; ++round) {
-    const int items = 1 + round % static_cast<int>(hits.size());
-    cursor.fill(items);
-    start.wait();
-    finish.wait();
-    std::int64_t seen = cancelled.exchange(0);
-    for (std::atomic<int>& hit : hits) {
-      twice += hit.load() > 1;
-      seen += hit.exchange(0);
-    }
-    lost += seen != items;
-    CHECK_EQ(cursor.was_left(), 0);
-  }
-  for (auto& thread : threads) thread.join();
-  CHECK_EQ(twice, 0);
-  CHECK_EQ(lost, 0);
-}
-
 TEST(a_late_visitor_finds_the_next_batch_of_the_slot) {
   Ring r(12);
   CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(5), 5)));
-  Slot* late = r.ring.find(0);
-  CHECK(late != nullptr);
+  Slot* late = r.oldest();
   CHECK_EQ(r.visit_all(3, r.siblings()), 1);
   CHECK(!WorkRing::enter(*late));  // free
-  CHECK(r.ring.find(0) == nullptr);
+  CHECK(r.tickets().empty());
   for (std::size_t i = 1; i < kBatchesInFlight; ++i) {
     CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(1), 1)));
   }
   CHECK_EQ(r.visit_all(0, r.siblings()), static_cast<int>(kBatchesInFlight) - 1);
   auto work = std::make_shared<Tally>(20);
   CHECK(r.ring.publish(std::make_shared<Batch>(work, 20)));
-  CHECK(r.ring.find(kBatchesInFlight) == late);
-  CHECK(r.ring.find(0) == nullptr);
-  CHECK(r.visit(*late, 7, r.siblings()));
-  CHECK_EQ(work->count(), 20);
-  CHECK_EQ(work->most(), 1);
-  CHECK_EQ(r.ring.oldest(), r.ring.newest());
+  CHECK(r.oldest() == late && r.visit(*late, 7, r.siblings()));
+  CHECK(work->count() == 20 && work->most() == 1 && r.tickets().empty());
+}
+
+TEST(a_batch_that_takes_long_holds_no_slot_but_its_own) {
+  Ring r(12);
+  const auto publish = [&r](std::int64_t n) {
+    CHECK(!r.ring.was_full());
+    const auto batch = std::make_shared<Batch>(std::make_shared<Tally>(n), n);
+    CHECK(r.ring.publish(batch));
+    return batch;
+  };
+  const auto slow = publish(2);
+  Slot* const held = r.oldest();
+  CHECK(WorkRing::enter(*held));  // somebody is at it all the time
+  for (int lap = 0; lap < 3; ++lap) {
+    for (std::size_t i = 1; i < kBatchesInFlight; ++i) publish(1);
+    CHECK(r.ring.was_full() && r.oldest() == held && std::ranges::is_sorted(r.tickets()));
+    CHECK_EQ(r.visit_all(0, {0, 1, 1}), static_cast<int>(kBatchesInFlight) - 1);
+    CHECK(r.tickets() == std::vector<std::uint64_t>{0} && r.ring.had_own_work(1, 1));
+  }
+  CHECK_EQ(r.visit_all(1, {1, 1, 1}), 0);
+  CHECK(r.ring.leave(*held, 0) == slow);
 }
 
 // Visitors that ignore tickets and try every slot all the time, so that they enter, and complete,
@@ -272,7 +245,7 @@ TEST(visitors_storm_slots_while_they_are_recycled) {
   std::vector<Slot*> slots;
   for (std::size_t i = 0; i < kBatchesInFlight; ++i) {
     CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(1), 1)));
-    slots.push_back(r.ring.find(i));
+    slots.push_back(*(r.ring.in_flight().end() - 1));
   }
   auto work = std::make_shared<Tally>(3);
   std::atomic<int> completed{0};
@@ -312,7 +285,7 @@ TEST(the_65th_batch_is_refused_until_one_is_done) {
   CHECK(r.ring.was_full());
   CHECK(!r.ring.publish(batch));
   CHECK_EQ(r.ring.was_queued(0), static_cast<std::int64_t>(2 * kBatchesInFlight));
-  CHECK(r.visit(*r.ring.find(0), 0, r.siblings()));
+  CHECK(r.visit(*r.oldest(), 0, r.siblings()));
   CHECK(!r.ring.was_full());
   CHECK(r.ring.publish(batch));
   CHECK(r.ring.was_full());
@@ -375,7 +348,7 @@ TEST(an_error_inside_a_chunk_counts_exactly) {
     });
     auto batch = std::make_shared<Batch>(work, n);
     CHECK(r.ring.publish(batch));
-    CHECK(r.visit(*r.ring.find(0), 0, r.siblings()));
+    CHECK(r.visit(*r.oldest(), 0, r.siblings()));
     CHECK(batch->done() && batch->failed());
     CHECK_EQ(work->hits(bad), 0);
     CHECK(batch->cancelled() >= 1);
