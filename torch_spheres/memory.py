@@ -3,9 +3,10 @@
 glibc gives large tensors back as soon as they are freed, and gets them anew, page by page cleared
 by the system, in the next step. For activations of many megabytes that can take as long as the
 arithmetic. Starting spheres, `wrap` and `SphereParallel` tell glibc to keep what is freed, as
-torch's allocator does on CUDA, in one heap for all threads: the process then stays as large as it
-ever was. From three levels on, which are for saving memory, blocks of a megabyte and more are given
-back all the same: the heap would grow to several times what is in use.
+torch's allocator does on CUDA, in at most as many heaps as there are cores: the process then
+stays as large as it ever was. From three levels on, which are for saving memory, there is one heap,
+and blocks of a megabyte and more are given back all the same: it would grow to several times what
+is in use.
 ``TORCH_SPHERES_KEEP_MEMORY=0`` in the environment leaves glibc alone; with another allocator
 (tcmalloc, jemalloc) nothing changes.
 """

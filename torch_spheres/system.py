@@ -126,7 +126,7 @@ class KissingSpheres(Views):
             RuntimeError: the system has no more threads to give (none is left running), or the
                 spheres belong to the process that this one was forked from.
         """
-        # Before its threads come, or each would have a heap of its own.
+        # Before its threads come: those that have a heap of their own keep it.
         keep_freed_memory(self.levels)
         self._began = self._began or (time.monotonic_ns(), time.process_time_ns())
         self._core.start()
