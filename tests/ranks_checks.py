@@ -190,12 +190,164 @@ def right_loops(spheres):
         step(model, optimizer, *batch)
     thread.join()
 
+    # A thread for each epoch, and one rank leaves an evaluation before the others.
+    for _ in range(3):
+        got: queue.Queue = queue.Queue()
+        iterator = iter(loader)
+        thread = threading.Thread(target=lambda i=iterator, q=got: [q.put(b) for b in i])
+        thread.start()
+        for _ in range(2 + rank()):
+            got.get()
+        thread.join()
+    test = ts.wrap(DataLoader(DATA, BATCH), spheres)
+    for n, _ in enumerate(test):
+        if rank() == 0 and n == 1:
+            break
+    for x, y in loader:
+        step(model, optimizer, x, y)
+
+    # A GAN whose noise all ranks draw alike: told of.
+    images, noise = model_on(spheres)[0], model_on(spheres)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x, _ in loader:
+            images(x).mean().backward()
+            fake = noise(torch.randn(len(x), 6))
+            images(torch.cat([fake, fake[:, :1]], 1)).mean().backward()
+
+    # A buffer that only an evaluation of rank 0 writes to.
+    counted, steps = model_on(spheres, lambda: nn.Sequential(nn.Linear(6, 5), nn.Identity()))
+    counted.module[1].register_buffer("seen", torch.zeros(()))
+    for n, (x, y) in enumerate(loader):
+        counted.module[1].seen += rank() == 0 and n == 2
+        step(counted, steps, x, y)
+
+    # Optimizers with others inside of them, not as many on all ranks.
+    inner = torch.optim.SGD(model.parameters(), lr=0.0)
+    for x, y in loader:
+        step(model, optimizer, x, y)
+        for _ in range(rank()):
+            inner.step()
+
     # The same rows on all ranks, as they come from a dataset that has them twice.
     twice = TensorDataset(X[:12].repeat(12, 1), Y[:12].repeat(12))
     train(spheres, ts.wrap(DataLoader(twice, BATCH), spheres), 2)
     constant, target = torch.ones(12, 6), torch.zeros(12, dtype=torch.long)
     for _ in range(3):
         step(model, optimizer, constant, target)
+
+
+class Files(torch.utils.data.Dataset):
+    """With a list of files, as a folder gives them."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return X[int(self.files[index].split("/")[-1])], Y[index]
+
+
+def contents(spheres):
+    """Datasets of one length that are not the same."""
+    second = rank() == 1
+    order = np.random.default_rng(rank()).permutation(ROWS)
+    for data in (
+        torch.utils.data.Subset(DATA, order[:96].tolist()),
+        TensorDataset(X[order], Y[order]),
+        torch.utils.data.ConcatDataset([DATA, torch.utils.data.Subset(DATA, [second] * 12)]),
+        [*order],
+    ):
+        with pytest.raises(ValueError, match="the checksum of the dataset is"):
+            iter(ts.wrap(DataLoader(data, BATCH), spheres))
+    names = [f"/node{rank()}/data/{k}" for k in range(ROWS)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(spheres, ts.wrap(DataLoader(Files(names), BATCH), spheres))
+    with pytest.warns(UserWarning, match="lists on the ranks' Files are not the same"):
+        iter(ts.wrap(DataLoader(Files(names[::-1] if second else names), BATCH), spheres))
+    # Which of two loaders a batch is from; another batch is left out on each rank; a list of them.
+    model, optimizer = model_on(spheres)
+    first = iter(ts.wrap(DataLoader(DATA, BATCH), spheres))
+    other = iter(ts.wrap(DataLoader(DATA, BATCH), spheres))
+    with pytest.raises(ValueError, match="of different epochs, or loaders"):
+        step(model, optimizer, *next(first if second else other))
+    kept = [*ts.wrap(DataLoader(DATA, BATCH, sampler=Shuffled("by rank")), spheres)]
+    with pytest.raises(ValueError, match=r"index lists of batch"):
+        step(model, optimizer, *kept[0])
+    with pytest.raises(ValueError, match="in_order=False"):
+        ts.wrap(DataLoader(DATA, BATCH, num_workers=2, in_order=False), spheres)
+    with ts.KissingSpheres(3, concurrency=1) as more:
+        loader = ts.wrap(DataLoader(DATA, BATCH), more)
+        with pytest.raises(ValueError, match="hands out rows for 144 shards, and the model has 12"):
+            step(model, optimizer, *next(iter(loader)))
+
+
+def calls(spheres):
+    """What the model is called with, beside its rows."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.1))
+
+        def forward(self, x, scale=1.0, flag=False):
+            return self.layers(x) * scale
+
+    second = rank() == 1
+    x = part(X[:48])
+    for how, match in (
+        (lambda m: m(x, 1.0 + second), "different arguments that are no tensors"),
+        (lambda m: m(x, flag=second), "different arguments that are no tensors"),
+        (lambda m: m.module.layers[1].train(not second) and m(x), "different modes in parts"),
+    ):
+        model, _ = model_on(spheres, Scaled)
+        model(x).sum()
+        with pytest.raises(ValueError, match=match):
+            how(model)
+    model, _ = model_on(spheres, Scaled)
+    with (
+        pytest.raises(ValueError, match="different settings of autocast"),
+        torch.autocast("cpu", enabled=second),
+    ):
+        model(x)
+    # One of two equal blocks is frozen, another on each rank.
+    blocks = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model, _ = model_on(spheres, lambda: blocks)
+    blocks[rank()].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"weight .* does on rank ., and does not on rank ."):
+        model(x)
+    model, _ = model_on(spheres, lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
+    with pytest.raises(ValueError, match=r"a batch of 17 rows over 12 shards .* BatchNorm1d"):
+        model(part(X[:17]))
+    model(part(X[:24]))
+
+
+def evaluations(spheres):
+    model, optimizer = model_on(spheres)
+    loader = ts.wrap(DataLoader(DATA, BATCH), spheres)
+
+    def figures():
+        model.eval()
+        with torch.no_grad():
+            for x, y in loader:
+                ts.gather_metrics(model, hits=model(x).argmax(1) == y)
+        model.train()
+
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    figures()
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    with torch.no_grad():
+        model.module.bias += rank() == 1
+    with pytest.raises(ValueError, match="'bias' is not the same"):
+        figures()
+    loader = ts.wrap(DataLoader(DATA, BATCH, sampler=Shuffled("by rank")), spheres)
+    with pytest.raises(ValueError, match="index lists of batch 0"):
+        figures()
 
 
 # ---- loaders that were not wrapped ----
@@ -299,10 +451,6 @@ def drift(spheres):
             with torch.no_grad():
                 model.module[0].weight.copy_(model.module[0].weight.flip(0))
 
-    def buffer(model, optimizer, n, loss):
-        if second and n == 1:
-            model.module[1].scale += 1  # (what the forward writes is brought together anyway)
-
     def momentum(model, optimizer, n, loss):
         if second and n == 1:
             optimizer.state.clear()
@@ -315,14 +463,12 @@ def drift(spheres):
         (by_loss, "lr of SGD, group 0 is"),
         (weight, "'0.weight' is not the same on ranks"),
         (swapped, "'0.weight' is not the same on ranks"),
-        (buffer, "'1.scale' is not the same on ranks"),
         (momentum, "'0.weight' is not the same on ranks"),
         (frozen, r"2.bias \(5,\) does on rank 0, and does not on rank 1"),
     ]
     for mistake, match in cases:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
-        module[1].register_buffer("scale", torch.ones(3))
         model = ts.SphereParallel(module, spheres)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         x, y = part(X[:48]), part(Y[:48])
@@ -419,6 +565,12 @@ def losses(spheres):
         "kl": lambda o: F.kl_div(o.log_softmax(1), t.softmax(1), reduction="batchmean"),
         "mean": lambda o: o.mean(),
         "sum then mean": lambda o: (o - t).square().sum(1).mean(),
+        "ce sum / n / 2": lambda o: F.cross_entropy(o, y, reduction="sum") / n / 2,
+        "0.3 ce sum / n": lambda o: 0.3 * F.cross_entropy(o, y, reduction="sum") / n,
+        "scaled": lambda o: F.cross_entropy(o, y, reduction="sum") / n * 65536.0,
+        "bfloat16": lambda o: F.cross_entropy(o.bfloat16(), y, reduction="sum") / n,
+        "means of columns": lambda o: (o - t).square().mean(0).sum(),
+        "tasks": lambda o: torch.stack([F.cross_entropy(o, y), o.square().mean()]).sum(),
         "mean then sum": lambda o: (o - t).square().mean(1).sum() / n,
         "two": lambda o: F.cross_entropy(o, y) + 0.1 * o.square().mean(),
         "whole": lambda o: F.cross_entropy(now.gather(o), now.gather(y), reduction="sum"),
@@ -432,6 +584,15 @@ def losses(spheres):
                 loss(now(x)).backward()
         told = [str(w.message) for w in caught if "rank's own rows, and" in str(w.message)]
         assert len(told) == (name in wrong), (name, told)
+    # Where all ranks have as many rows, the rows of all of them are a multiple of their own.
+    now, _ = model_on(spheres)
+    x, y = part(X[:96]), part(Y[:96])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (F.cross_entropy(now(x), y, reduction="sum") / len(x) / 2).backward()
+    now, _ = model_on(spheres)
+    with pytest.warns(UserWarning, match="a sum divided by 96, not a mean over the rank's 48 rows"):
+        (F.cross_entropy(now(x), y, reduction="sum") / 96).backward()
     # A penalty on the weights does not go through the outputs.
     now, _ = model_on(spheres)
     with warnings.catch_warnings():
@@ -460,9 +621,6 @@ def checkpoints(spheres, folder):
     def weight(parts):
         parts["model"].module[0].bias.data[0] = 4
 
-    def buffer(parts):
-        parts["model"].module[1].running_var += 1
-
     def state(parts):
         next(iter(parts["optimizer"].state.values()))["exp_avg"] += 1
 
@@ -475,7 +633,6 @@ def checkpoints(spheres, folder):
     for mistake, match in (
         (rate, r"optimizer: lr of Adam, group 0 .*0.001 on rank 0, 0.5 on rank 1"),
         (weight, r"model\.0\.bias"),
-        (buffer, r"model\.1\.running_var"),
         (state, r"optimizer\.state\[0\]\.exp_avg"),
         (schedule, r"scheduler\.best .*1.0 on rank 0, 2.0 on rank 1"),
     ):

@@ -10,15 +10,28 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
 
 __all__ = ["BatchLog", "EpochLog"]
 
 _BACK = 16  # batches by which a rank may be ahead of another
-_EPOCHS = 3  # that are compared at a time: of the loaders that handed out a batch last
+_EPOCHS = 4  # that are compared at a time: those that began last
 _PLACES = 3 + _BACK
+
+
+class _Thread(threading.local):
+    """A thread's mark: idents are given again to later threads."""
+
+    def __init__(self) -> None:
+        self.mark = object()
+
+
+_thread = _Thread()
+
+
+def _this_thread() -> object:
+    return _thread.mark
 
 
 class EpochLog:
@@ -31,72 +44,89 @@ class EpochLog:
     def __init__(self, number: int) -> None:
         self.number, self.count = number, 0
         self.digests: deque[int] = deque(maxlen=_BACK)  # of all lists up to each of the last
-        self.thread = 0  # that asked for the last one
-        self.turn = 0  # of the log, when that was
+        self.thread = _this_thread()  # that asked for the last one
 
-    def numbers(self) -> list[int]:
-        """`_PLACES` integers."""
-        is_here = self.thread == threading.get_ident()
+    def numbers(self, is_latest: bool) -> list[int]:
+        """`_PLACES` integers; `is_latest`: the loop's last batch was from it."""
         found = [*self.digests]
-        return [self.number, self.count, is_here, *[-1] * (_BACK - len(found)), *found]
+        return [self.number, self.count, is_latest, *[-1] * (_BACK - len(found)), *found]
 
 
 class BatchLog:
     """Of all loaders that share their batches with the same ranks."""
 
     def __init__(self) -> None:
-        self._epochs: weakref.WeakSet[EpochLog] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._numbers, self._turns = itertools.count(1), itertools.count(1)
-        self._seen = 0
-        self._latest = (0, -1)  # the thread that got the last batch, and the digest up to that
+        self._epochs: deque[EpochLog] = deque(maxlen=_EPOCHS)
+        self._numbers = itertools.count(1)
+        self._turn = self._seen = 0  # batches
+        self._latest: EpochLog | None = None  # from which the last batch was
 
     def begin(self, number: int | None = None) -> EpochLog:
         """A new epoch, of that number; None: all ranks begin it together, and so in one order."""
         epoch = EpochLog(next(self._numbers) if number is None else number)
-        with self._lock:
-            self._epochs.add(epoch)
+        self._epochs.append(epoch)
         return epoch
 
     def handed_out(self, epoch: EpochLog, count: int, digest: int) -> None:
         """The loop gets batch `count` of an epoch, counted from 1; `digest` is of all up to it."""
-        epoch.count, epoch.thread, epoch.turn = count, threading.get_ident(), next(self._turns)
+        epoch.count, epoch.thread = count, _this_thread()
         epoch.digests.append(digest)
-        self._latest = epoch.thread, digest
+        if epoch not in self._epochs:
+            self._epochs.append(epoch)
+        self._turn += 1
+        self._latest = epoch
 
     def numbers(self) -> list[int]:
         """For the ranks' comparison; always as many. On the thread that calls the model."""
-        with self._lock:
-            begun = [epoch for epoch in self._epochs if epoch.turn > 0]
-        latest = sorted(begun, key=lambda epoch: epoch.turn)[-_EPOCHS:]
-        found = [n for epoch in latest for n in epoch.numbers()]
-        return [*found, *[0] * (_EPOCHS * _PLACES - len(found))]
+        # (A thread of the user's own may fetch ahead of the loop, on each rank as it likes.)
+        latest = self._latest
+        if latest is not None and latest.thread is not _this_thread():
+            latest = None
+        found = [n for epoch in list(self._epochs) for n in epoch.numbers(epoch is latest)]
+        # (Nor do all ranks have to make as many samplers, which have negative numbers.)
+        number = 0 if latest is None else max(0, latest.number)
+        return [number, *found, *[0] * (_EPOCHS * _PLACES - len(found))]
 
     @property
-    def latest(self) -> int:
-        """Of the index lists of its epoch up to the last batch; -1: another thread has got that."""
-        thread, digest = self._latest
-        return digest if thread == threading.get_ident() else -1
+    def latest(self) -> tuple[int, int]:
+        """How many batches the last one's epoch has had, and the digest of all up to that.
+
+        (-1, -1): there was none, or another thread has got it.
+        """
+        epoch = self._latest
+        if epoch is None or epoch.thread is not _this_thread():
+            return -1, -1
+        return epoch.count, epoch.digests[-1]
 
     def forget(self) -> None:
-        """What has been found to differ is not said again when another epoch begins."""
-        self._latest = (0, -1)
+        """What has been found to differ is not said again of other epochs."""
+        self._latest = None
+        self._epochs.clear()
 
     @property
     def moved(self) -> bool:
         """Whether batches were handed out since this was asked for last."""
-        with self._lock:
-            latest = max((epoch.turn for epoch in self._epochs), default=0)
-        moved, self._seen = latest > self._seen, latest
+        moved, self._seen = self._turn > self._seen, self._turn
         return moved
+
+    @property
+    def ever(self) -> bool:
+        """Whether any batch has been handed out."""
+        return self._turn > 0
 
     @staticmethod
     def compare(table: Sequence[Sequence[int]]) -> str | None:
         """What is wrong, if anything: from every rank's `numbers`."""
         by_rank = []
         for numbers in table:
-            epochs = [numbers[i : i + _PLACES] for i in range(0, len(numbers), _PLACES)]
+            epochs = [numbers[i : i + _PLACES] for i in range(1, len(numbers), _PLACES)]
             by_rank.append({epoch[0]: epoch[1:] for epoch in epochs if epoch[0]})
+        latest = {numbers[0] for numbers in table}
+        if len(latest) > 1 and 0 not in latest:
+            return (
+                "the ranks' last batches are of different epochs, or loaders: all have to take "
+                "batches from the same ones, in the same order"
+            )
         for number in sorted(set().union(*by_rank)):
             there = {
                 rank: epochs[number] for rank, epochs in enumerate(by_rank) if number in epochs
@@ -109,14 +139,14 @@ class BatchLog:
 def _compare(there: dict[int, Sequence[int]]) -> str | None:
     counts = {rank: numbers[0] for rank, numbers in there.items()}
     least, most = min(counts.values()), max(counts.values())
-    # (A thread of the user's own may fetch batches ahead of the loop, on each rank as it likes.)
-    in_the_loop = all(numbers[1] for numbers in there.values())
-    if most - least >= _BACK or (in_the_loop and most > least):
+    if most > least and all(numbers[1] for numbers in there.values()):
         shown = ", ".join(f"rank {rank} has had {count}" for rank, count in counts.items())
         return (
             f"the ranks are at different batches of an epoch ({shown}): one of them has skipped a "
             "step, or taken a batch more. All have to call the model for the same batches"
         )
+    if most - least >= _BACK or least == 0:  # one has left the epoch, or not begun it
+        return None
     digests = {rank: numbers[-1 - (numbers[0] - least)] for rank, numbers in there.items()}
     if len({*digests.values()} - {-1}) > 1:
         kinds = {

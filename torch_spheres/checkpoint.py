@@ -34,7 +34,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch_spheres import _compat
 from torch_spheres.arguments import as_index
 from torch_spheres.drift import digest_of, digests, first_difference, hyperparameters, values_of
-from torch_spheres.engine import engine_of
 from torch_spheres.errors import Caught, RankError
 from torch_spheres.parallel import SphereParallel
 from torch_spheres.random import random_states, restore_random_states
@@ -215,10 +214,7 @@ def _need_same_values(ranks: Ranks | None, objects: Mapping[str, Any]) -> None:
 def _values(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, thing in objects.items():
         if isinstance(thing, nn.Module):
-            # (Buffers are all ranks' where they share batches; others keep their own.)
-            engine = engine_of(thing)
-            shared = engine is not None and engine.ranks is not None
-            for key, value in values_of(thing, buffers=shared):
+            for key, value in values_of(thing):
                 yield f"{name}.{key}", value
         elif isinstance(thing, Optimizer):
             for key, value in hyperparameters([thing]):

@@ -40,10 +40,10 @@ def is_due(call: int) -> bool:
     return call > 1 and (call & (call - 1) == 0 if call < _OFTEN else call % _OFTEN == 0)
 
 
-def values_of(module: nn.Module, *, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """What all ranks have alike, by name."""
-    named = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
-    for name, value in named:
+def values_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, by name."""
+    # (Not the buffers: an evaluation of one rank alone may write to them.)
+    for name, value in module.named_parameters():
         is_plain = type(value) in _PLAIN and value.layout is torch.strided
         if is_plain and not nn.parameter.is_lazy(value) and value.device.type != "meta":
             yield name, value
@@ -101,7 +101,7 @@ def first_difference(tables: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any
 
 
 class Steps:
-    """The optimizers that train a module, and how many steps they have made.
+    """The optimizers that train a module, and whether they have made a step.
 
     Args:
         module: whose parameters; not kept alive.
@@ -109,25 +109,38 @@ class Steps:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self._known: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        self.made = 0
+        # Whether it trains the module, and of how many groups it was then.
+        self._known: weakref.WeakKeyDictionary[Optimizer, tuple[bool, int]]
+        self._known = weakref.WeakKeyDictionary()
+        self._stepped = False
+        self._calls = 0
         _all.add(self)
         _listen()
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """That have made a step, in the order of their first ones."""
-        return [optimizer for optimizer, is_ours in self._known.items() if is_ours]
+        return [optimizer for optimizer, (is_ours, _) in self._known.items() if is_ours]
+
+    def calls_after_steps(self) -> int:
+        """How many calls of the module there were, this one too, before which a step was made.
+
+        (Not how many steps: some optimizers have others inside of them, not as many on all ranks.)
+        """
+        self._calls += self._stepped
+        self._stepped = False
+        return self._calls
 
     def count(self, optimizer: Optimizer) -> None:
         """One of the process's optimizers has made a step."""
-        is_ours = self._known.get(optimizer)
-        if is_ours is None:
+        is_ours, groups = self._known.get(optimizer, (False, 0))
+        if not is_ours and groups != len(optimizer.param_groups):
             module = self._module()
             mine = set() if module is None else {id(p) for p in module.parameters()}
             trained = (p for group in optimizer.param_groups for p in group["params"])
-            is_ours = self._known[optimizer] = any(id(p) in mine for p in trained)
-        self.made += is_ours
+            is_ours = any(id(p) in mine for p in trained)
+            self._known[optimizer] = is_ours, len(optimizer.param_groups)
+        self._stepped |= is_ours
 
 
 _all: weakref.WeakSet[Steps] = weakref.WeakSet()

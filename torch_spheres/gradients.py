@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_spheres.arguments import as_index
 from torch_spheres.engine import engine_of
 from torch_spheres.exchange import total_over_ranks
+from torch_spheres.group_watch import Membership
 from torch_spheres.phases import phase
 from torch_spheres.ranks import ProcessGroup, find_ranks
 from torch_spheres.step_checks import HandChecks
@@ -63,6 +64,7 @@ class GradientHook:
         elif isinstance(model_or_spheres, KissingSpheres):
             self._spheres = model_or_spheres
             self._ranks = find_ranks(process_group, model_or_spheres.leaves)
+            self._membership = Membership("the hook", process_group, self._ranks)
         else:
             raise TypeError(
                 "model_or_spheres must be a SphereParallel, a model that parallelize_() was called "
@@ -186,6 +188,8 @@ class GradientHook:
         """
         spheres = self._spheres
         core = spheres._core
+        if self._by_hand:
+            self._ranks = self._membership.look(spheres.leaves)
         with self._lock:
             if not self._added and (self._ranks is None or not self._by_hand):
                 return

@@ -144,6 +144,8 @@ class SphereLoader(DataLoader[T]):
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        group = vars(self).get("process_group")
+        memo[id(group)] = group  # which cannot be copied
         made = memo[id(self)] = type(self).__new__(type(self))  # what it holds may refer to it
         return made._fill(
             copy.deepcopy(self._own_attributes(), memo),
@@ -165,7 +167,10 @@ class SphereLoader(DataLoader[T]):
         # By the class that was wrapped: its sphere class is made when it is needed.
         shape = self.spheres.levels, self.spheres.concurrency
         shared = self._membership.ranks is not None
-        return _rebuild, (_base_of(self), self._own_attributes(), shape, shared)
+        attributes = self._own_attributes()
+        if not isinstance(attributes.get("process_group"), (bool, type(None))):
+            attributes["process_group"] = None  # a group of another process's is no group here
+        return _rebuild, (_base_of(self), attributes, shape, shared)
 
     def __repr__(self) -> str:
         try:

@@ -10,7 +10,7 @@ known: cross-entropy, binary cross-entropy, squares, or one whose gradients are 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,24 +41,26 @@ def look_at_loss(output: Any, grad: Tensor, raw: Tensor, rows: int, total: int) 
         return None
     kinds = _reductions(roots[0].grad_fn, output)
     count = _counted(grad, raw) if len(kinds) == 1 else None
-    if len(kinds) == 1 and kinds[0][2] == "MseLossBackward0":
+    if len(kinds) == 1 and kinds[0].node == "MseLossBackward0":
         # s * sum((y - t)^2) has the gradients 2 * s * (y - t).
         squares = float(grad.double().square().sum())
         count = 4 * float(roots[0]) / squares if squares > 0 else None
-    if all(kind == "mean" for kind, _, _ in kinds):
+    # (Gradients of a loss in a half type have two or three digits.)
+    near = 1e-3 if roots[0].dtype in (torch.float32, torch.float64) else 2e-2
+    if all(kind.is_mean for kind in kinds):
         used, positions = _used(grad, raw)
-        if count is not None and used < positions and math.isclose(count, used, rel_tol=1e-3):
+        if count is not None and used < positions and math.isclose(count, used, rel_tol=near):
             return (
                 f"it is a mean over {used} of the rank's {positions} values (the others are left "
                 "out, by ignore_index for one), but is weighted by the rank's rows"
             )
         return None
-    if any(kind == "sum" and not scaled for kind, scaled, _ in kinds):
+    if any(not kind.is_mean and kind.scales == 0 for kind in kinds):
         return "it is a sum over the rank's rows, not a mean, and comes out divided by the ranks"
-    if count is None:
+    # Scaled twice, it may be a mean over the rank's rows and something else.
+    if count is None or kinds[0].scales > 1:
         return None
-    share = count / rows
-    if _fits(share) and not math.isclose(share * rows % total, 0, abs_tol=1e-3 * total):
+    if _is_multiple(count, rows, near) and not _is_multiple(count, total, near):
         return None
     return (
         f"it is a sum divided by {count:.6g}, not a mean over the rank's {rows} rows of the "
@@ -66,37 +68,53 @@ def look_at_loss(output: Any, grad: Tensor, raw: Tensor, rows: int, total: int) 
     )
 
 
-def _fits(number: float) -> bool:
-    """Whether it is a whole number, to rounding."""
-    return number > 0.5 and math.isclose(number, round(number), rel_tol=1e-3)
+def _is_multiple(count: float, of: int, near: float) -> bool:
+    """Whether it is a whole multiple, to rounding."""
+    times = count / of
+    return times > 0.5 and math.isclose(times, round(times), rel_tol=near)
 
 
-def _reductions(root: Any, output: Any) -> list[tuple[str, bool, str]]:
-    """``"mean"`` or ``"sum"``, whether it is scaled afterwards, and the node, on each way."""
+class _Reduction(NamedTuple):
+    """Where a loss's graph reduces rows."""
+
+    is_mean: bool
+    scales: int  # multiplications and divisions that come afterwards
+    node: str
+
+
+def _reductions(root: Any, output: Any) -> list[_Reduction]:
+    """One for each way from the loss to the output."""
     found = []
-    waiting, seen = [(root, False)], {root}
+    waiting, seen = [(root, 0)], {root}
     while waiting and len(seen) < _MOST:
-        node, scaled = waiting.pop()
-        name = type(node).__name__
-        kind = _compat.reduction_of(node)
-        kind = "mean" if name in _MEANS else "sum" if name in _SUMS else kind
+        node, scales = waiting.pop()
+        name, kind = type(node).__name__, _kind_of(node)
+        # A sum of what is a mean already (over columns, over tasks) is a mean.
+        if kind is not None and _leads_to(node, output):
+            is_mean = kind == "mean" or not _leads_to(node, output, past_means=False)
+            found.append(_Reduction(is_mean, scales, name))
         if kind is not None:
-            if _leads_to(node, output):
-                found.append((kind, scaled, name))
             continue
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                waiting.append((following, scaled or name in _SCALE))
+                waiting.append((following, scales + (name in _SCALE)))
     return found
 
 
-def _leads_to(node: Any, output: Any) -> bool:
+def _kind_of(node: Any) -> str | None:
+    name = type(node).__name__
+    return "mean" if name in _MEANS else "sum" if name in _SUMS else _compat.reduction_of(node)
+
+
+def _leads_to(node: Any, output: Any, *, past_means: bool = True) -> bool:
     waiting, seen = [node], {node}
     while waiting and len(seen) < _MOST:
         here = waiting.pop()
         if here is output:
             return True
+        if not past_means and _kind_of(here) == "mean":
+            continue
         new = {f for f, _ in here.next_functions if f is not None} - seen
         seen |= new
         waiting.extend(new)

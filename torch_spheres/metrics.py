@@ -85,6 +85,9 @@ def gather_metrics(
             f"gather_metrics(): the processes have {counts} rows, which are not their parts of a "
             f"batch of {total}: give the rows as the wrapped loader, or the model, hands them out"
         )
+    engine = engine_of(model_or_spheres)
+    if ranks is not None and engine is not None and engine.pool.checks is not None:
+        engine.pool.checks.compare_evaluation(ranks, engine.module)
     sizes = [len(places) for places in division.ranges(rank, total)]
     columns = [
         _by_leaf(value, division.owned(rank), sizes, spheres.leaves) for value in values.values()

@@ -10,6 +10,7 @@ import itertools
 import pickle
 import sys
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -109,10 +110,11 @@ class Ranks:
         _compat.require(_compat.RANKS)
         self.rank, self.world = this_rank(group)
         self._is_gloo, self.device = _backend_of(group)
-        self.told = False  # a warning, once
+        self.told = self.told_of_lists = False  # warnings, once
         self.batches = BatchLog()  # that loaders have handed out
         self.draws_alone = False  # a loader of this process alone, since an epoch began
         self.loads_portions = False  # whether the last batch was this rank's part of one
+        self._loads_for = 0  # leaves of the loader that handed it out
         self.models = itertools.count(1)  # that share their batches
         self.samplers = itertools.count(1)
         self.sent = 0  # bytes of tensors that this rank has sent to others
@@ -125,6 +127,18 @@ class Ranks:
         self._works = Works()
         self._parted: tuple[str, tuple[int, ...]] | None = None
         _leave_last_words()
+
+    def loaded(self, leaves: int) -> None:
+        """A loader that divides over so many leaves has handed out this rank's part of a batch."""
+        global _latest
+        self.loads_portions, self._loads_for = True, leaves
+        _latest = weakref.ref(self)
+
+    @staticmethod
+    def latest_loader() -> tuple[Ranks, int] | None:
+        """Who shared the last batch, and over how many leaves; None: there was none."""
+        ranks = None if _latest is None else _latest()
+        return None if ranks is None or not ranks.is_there() else (ranks, ranks._loads_for)
 
     def is_there(self) -> bool:
         """Whether the group has not been destroyed."""
@@ -242,7 +256,11 @@ class Ranks:
         """Every rank's value, pickled; for what is said seldom."""
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         rows = Meeting(self, what, mine).finish()
-        return [pickle.loads(row.numpy().data) for row in rows]  # from our own ranks
+        with (
+            warnings.catch_warnings()
+        ):  # (torch's tree specs warn of themselves when they are read)
+            warnings.simplefilter("ignore", FutureWarning)
+            return [pickle.loads(row.numpy().data) for row in rows]  # from our own ranks
 
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
         """Rank 0's values, into everybody's tensors."""
@@ -336,6 +354,7 @@ def _ends_soon(work: Any) -> bool:
     return True
 
 
+_latest: weakref.ref[Ranks] | None = None  # whose batch a loader has handed out last
 _made: Counter[str] = Counter()  # by the group's name
 _live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by group
 

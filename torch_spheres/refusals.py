@@ -14,6 +14,7 @@ __all__ = [
     "refuse_forward_ad",
     "refuse_off_cpu",
     "refuse_ranks_without_rows",
+    "refuse_shards_of_one_row",
     "refuse_torchs_sync_batch_norm",
     "refuse_tracing",
 ]
@@ -87,4 +88,17 @@ def refuse_ranks_without_rows(rows: Sequence[int]) -> None:
             "in training mode each of them needs a row at least, and a batch of fewer rows than "
             "there are shards has none for the last ranks; use larger batches, and drop_last=True "
             "in the loader"
+        )
+
+
+def refuse_shards_of_one_row(rows: int, shards: int) -> None:
+    """Where several processes train a batch norm over rows, whose shards need two rows each.
+
+    (One process runs fewer shards then; the rows of several were divided before.)
+    """
+    if rows < 2 * shards:
+        raise ValueError(
+            f"a batch of {rows} rows over {shards} shards has shards of one row, of which a "
+            "BatchNorm1d that trains over rows can have no statistics: use drop_last=True, batches "
+            f"of {2 * shards} rows or more, or ts.convert_sync_batchnorm(model)"
         )

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_spheres.buffers import needs_two_rows
 from torch_spheres.errors import Caught
 from torch_spheres.exchange import Exchange, Layout, total_over_ranks
 from torch_spheres.folding import GradientFold, Grads
 from torch_spheres.outputs import FIRST, ONCE, ROWS, SCALAR, Way, same
 from torch_spheres.phases import phase
 from torch_spheres.ranks import Ranks
-from torch_spheres.refusals import refuse_ranks_without_rows
+from torch_spheres.refusals import refuse_ranks_without_rows, refuse_shards_of_one_row
 from torch_spheres.shards import Call
 from torch_spheres.splitting import Split
 from torch_spheres.step_checks import by_rank
@@ -51,6 +52,8 @@ class SharedCall(Call):
         agreed = checks.compare(self.ranks, self.module, facts, split, table)
         self.base = agreed.base
         split.share(agreed.rows)
+        if any(map(needs_two_rows, self.pool.parts)):
+            refuse_shards_of_one_row(split.total, split.shards)
         split.flat = [
             v if d is None else own_rows_only(v, split.total, d)
             for v, d in zip(split.flat, split.dims, strict=True)

@@ -72,13 +72,16 @@ class StepChecks:
         self._calls = 0
         self._steps = Steps(module)
         self._alike = 0  # the inputs that were the same on all ranks, the last time
+        self._told_of_inputs = self._told_of_groups = False
+        self._evaluated = -1  # calls, when an evaluation compared the weights
 
     # ---- what this rank says ----
 
     def tell(self, ranks: Ranks, module: nn.Module, what: str, split: Split | None) -> _Facts:
         """Of this call; `split` is None if it has failed."""
         self._calls += 1
-        params = [p for p in module.parameters() if p.requires_grad]
+        params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        trained = [(n, None if is_lazy(p) else p.shape) for n, p in params]
         flat = [] if split is None else split.flat
         dims = [] if split is None else split.dims
         tensors = [(v, d) for v, d in zip(flat, dims, strict=True) if isinstance(v, Tensor)]
@@ -92,13 +95,16 @@ class StepChecks:
             "call": self._calls,
             "what": _WHAT.index(what),
             "mode": 2 * module.training + torch.is_grad_enabled(),
-            "trained": zlib.crc32(repr([None if is_lazy(p) else p.shape for p in params]).encode()),
+            "parts": zlib.crc32(bytes(part.training for part in module.modules())),
+            "autocast": zlib.crc32(repr(_autocast()).encode()),
+            "plain": zlib.crc32(repr(_plain(flat, dims)).encode()),
+            "trained": zlib.crc32(repr(trained).encode()),
             "rows": 0 if split is None else split.rows,
             "form": zlib.crc32(repr(shapes).encode()),
             "seed": torch.initial_seed() & _INT64,
             "state": zlib.crc32(torch.get_rng_state().numpy().tobytes()),
             "alone": ranks.draws_alone,
-            "steps": self._steps.made,
+            "steps": self._steps.calls_after_steps(),
             "inputs": _digest_of_rows(tensors) if compares else 0,
             "values": digest_of(values_of(module)) if due else 0,
             "settings": digest_of(hyperparameters(self._steps.optimizers)) if due else 0,
@@ -121,6 +127,7 @@ class StepChecks:
             ValueError: they are about to do what has no meaning together.
         """
         lists = table.tolist()
+        self._compare_loaders(ranks, split)
         if mine["inputs"] == 0 and all(row == lists[0] for row in lists):  # mostly
             self._alike = 0
             return Agreed(lists[0][_BASE], [split.rows] * len(lists))
@@ -142,19 +149,35 @@ class StepChecks:
         if len({*column["steps"]}) > 1:
             raise ValueError(
                 "the ranks' optimizers have made different numbers of steps of this model's "
-                f"parameters: {by_rank(column['steps'])}; a step that is left out has to be left "
-                "out on all ranks (where that depends on a loss or a gradient of the rank's own "
-                "rows, use the whole batch's: model.gather(), or what forward_backward returns)"
+                f"parameters, between calls: {by_rank(column['steps'])}; a step that is left out "
+                "has to be left out on all ranks (where that depends on a loss or a gradient of "
+                "the rank's own rows, use the whole batch's: model.gather(), or what "
+                "forward_backward returns)"
             )
         if len({*column["settings"]}) > 1:
             _refuse_settings(ranks, self._steps.optimizers)
         if len({*column["values"]}) > 1:
             _refuse_values(ranks, values_of(module))
-        self._compare_inputs([column["inputs"][r] for r in has_rows])
+        self._compare_inputs(ranks, [column["inputs"][r] for r in has_rows])
         if len({*column["state"]}) > 1 and not ranks.told and not any(column["alone"]):
             ranks.told = True
             _warn_of_states()
         return Agreed(column["base"][0], column["rows"])
+
+    def compare_evaluation(self, ranks: Ranks, module: nn.Module) -> None:
+        """Weights and batches, when the ranks put together what each has evaluated.
+
+        Raises:
+            ValueError: they are not the same.
+        """
+        due, self._evaluated = self._evaluated != self._calls, self._calls
+        values = digest_of(values_of(module)) if due else 0
+        lists = ranks.meet("an evaluation", [values, *ranks.batches.numbers()]).tolist()
+        if len({row[0] for row in lists}) > 1:
+            _refuse_values(ranks, values_of(module))
+        if wrong := BatchLog.compare([row[1:] for row in lists]):
+            ranks.batches.forget()
+            raise ValueError(wrong)
 
     @staticmethod
     def _compare_calls(column: dict[str, list[int]]) -> None:
@@ -163,6 +186,15 @@ class StepChecks:
             ("call different models, in the order in which they were made", column["model"]),
             ("call the model in different ways", [_WHAT[c] for c in column["what"]]),
             ("are in different modes", modes),
+            (
+                "are in different modes in parts of the model (train() and eval()): checksums",
+                column["parts"],
+            ),
+            ("have different settings of autocast: checksums", column["autocast"]),
+            (
+                "give the model different arguments that are no tensors of rows: checksums",
+                column["plain"],
+            ),
             ("have called the model a different number of times", column["call"]),
             (
                 "were seeded differently (random numbers belong to shards: give all the same seed)",
@@ -173,7 +205,28 @@ class StepChecks:
             if len({*values}) > 1:
                 raise ValueError(f"the ranks {text}: {by_rank(values)}")
 
-    def _compare_inputs(self, digests_: Sequence[int]) -> None:
+    def _compare_loaders(self, ranks: Ranks, split: Split) -> None:
+        """Whether the loader has the model's ranks and levels."""
+        latest = ranks.latest_loader()
+        if latest is None:
+            return
+        theirs, leaves = latest
+        if theirs is ranks and leaves != split.shards:
+            raise ValueError(
+                f"the loader hands out rows for {leaves} shards, and the model has {split.shards}: "
+                "give wrap() the model's spheres, ts.wrap(loader, model.spheres)"
+            )
+        if theirs is not ranks and not self._told_of_groups:
+            self._told_of_groups = True
+            warnings.warn(
+                "the last batch came from a loader that shares its batches with another process "
+                f"group (of {theirs.world}) than the model's (of {ranks.world}): give both the "
+                "same process_group",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+
+    def _compare_inputs(self, ranks: Ranks, digests_: Sequence[int]) -> None:
         """Whether all ranks were given the same rows: then each trains on all of a batch."""
         if len(digests_) < 2 or len({*digests_}) > 1 or digests_[0] == 0:
             self._alike = 0
@@ -181,12 +234,16 @@ class StepChecks:
         text = (
             "all ranks have called the model with the same rows, where each should have its part "
             "of a batch: wrap the loader, ts.wrap(loader, model.spheres), which hands out this "
-            "rank's rows, or give a plain DataLoader a SphereBatchSampler"
+            "rank's rows, or give a plain DataLoader a SphereBatchSampler. Where the loop draws "
+            "the rows itself (noise), all ranks draw the same: draw them for the whole batch, and "
+            "take this rank's part"
         )
         before, self._alike = self._alike, digests_[0]
-        if before and before != digests_[0]:
+        # (Where there is a loader that shares its batches, it may be noise.)
+        if before and before != digests_[0] and not ranks.batches.ever:
             raise ValueError(f"{text} (and so they have in another call before)")
-        if not before:
+        if not self._told_of_inputs:
+            self._told_of_inputs = True
             warnings.warn(text, UserWarning, stacklevel=users_level())
 
 
@@ -233,6 +290,16 @@ class HandChecks:
                 yield f"parameter {i} of shape {tuple(parameter.shape)}", parameter
 
 
+def _autocast() -> tuple[Any, ...]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def _plain(flat: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+    """Arguments that every shard gets as they are: numbers, texts and switches."""
+    whole = (v for v, d in zip(flat, dims, strict=True) if d is None)
+    return [v for v in whole if isinstance(v, (bool, int, float, complex, str, bytes))]
+
+
 def by_rank(values: Sequence[Any]) -> str:
     """For errors."""
     return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
@@ -275,9 +342,14 @@ def _refuse_trained(ranks: Ranks, module: nn.Module) -> NoReturn:
     raise ValueError("the ranks have other parameters that require a gradient")
 
 
-def _refuse_settings(ranks: Ranks, optimizers: Iterable[Optimizer]) -> NoReturn:
+def _refuse_settings(ranks: Ranks, optimizers: Iterable[Optimizer]) -> None:
     everybody = ranks.objects(dict(hyperparameters(optimizers)), "the comparison of settings")
-    name, values = first_difference(everybody) or ("something", [])
+    # (An optimizer that shards its states has others inside of it, not the same on all ranks.)
+    common = set.intersection(*map(set, everybody))
+    found = first_difference([{n: v for n, v in e.items() if n in common} for e in everybody])
+    if found is None:
+        return
+    name, values = found
     raise ValueError(
         f"the ranks' optimizers differ: {name} is {by_rank(values)}; a schedule has to go by what "
         "all ranks have alike (the whole batch's loss: model.gather(), or what forward_backward "
@@ -302,7 +374,8 @@ def _warn_of_states() -> None:
     warnings.warn(
         "torch's default generator is not at the same place on all ranks: something draws "
         "from it on each, such as a dataset that is loaded with num_workers=0. The shards' "
-        "own numbers are those of rank 0, but the result depends on the number of ranks. "
+        "own numbers are those of rank 0; but if what is drawn goes into the training, the result "
+        "depends on the number of ranks. "
         "Draw from a generator seeded by torch_spheres.sample_seed() in a dataset",
         UserWarning,
         stacklevel=users_level(),

@@ -88,6 +88,12 @@ def ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ran
             "a loader with batch_size=None has no batches whose rows could be divided over the "
             "processes; give it a batch_size, or use wrap(loader, process_group=False)"
         )
+    if not loader.in_order and loader.num_workers > 0:
+        raise ValueError(
+            "a loader with in_order=False gives each process its batches in an order of its own, "
+            "so that parts of different batches would meet; use in_order=True, or wrap(loader, "
+            "process_group=False)"
+        )
     if workers == "process":
         raise ValueError(
             'workers="process" cannot load a part of each batch: give the loader a '

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torch_spheres import _compat
+from torch_spheres.advice import users_level
+from torch_spheres.loading.contents import digest_of_dataset, digest_of_samples
 from torch_spheres.loading.info import current_batch
 from torch_spheres.ranks import Ranks, draw_alone
 
@@ -42,9 +44,6 @@ def _is_texts(value: Any) -> bool:
     return is_list and all(isinstance(v, (str, bytes)) for v in value)
 
 
-_BATCHES = "the checksum of the batches before it"
-
-
 def same_epoch(loader: SphereLoader[Any], resumed: Progress | None) -> None:
     """Has all ranks begin the same epoch: of the same loader, with rank 0's random state.
 
@@ -60,26 +59,35 @@ def same_epoch(loader: SphereLoader[Any], resumed: Progress | None) -> None:
     place = None
     if resumed is not None:
         place = resumed.tasks, resumed.yielded, resumed.digest, resumed.base_seed, resumed.begun
+    contents, lists = digest_of_dataset(loader.dataset)
     facts = {
         "batch_size": loader.batch_size,
         "drop_last": loader.drop_last,
         "the number of samples": _length_of(loader),
-        "the state that it is resumed from": None
-        if place is None
-        else zlib.crc32(repr(place).encode()),
-        # (Calls of a model that shares its batches compare them too; not all models do.)
-        _BATCHES: ranks.batches.latest,
+        "the checksum of the dataset": contents,
+        "the state that it is resumed from": (
+            None if place is None else zlib.crc32(repr(place).encode())
+        ),
     }
+    # (Calls of a model that shares its batches compare batches too; not all models do.)
     mine = [-1 if fact is None else int(fact) for fact in facts.values()]
-    table = ranks.meet("the beginning of an epoch", mine).T.tolist()
-    for name, values in zip(facts, table, strict=True):
-        known = {*values} - ({-1} if name == _BATCHES else set())
-        if len(known) > 1:
-            ranks.batches.forget()
-            raise ValueError(
-                f"the ranks begin different epochs: {name} is {_by_rank(values)} (-1: none); all "
-                "have to load the same data, and the same states"
-            )
+    *columns, listed, counts, digests = ranks.meet(
+        "the beginning of an epoch", [*mine, lists, *ranks.batches.latest]
+    ).T.tolist()
+    for name, values in zip(facts, columns, strict=True):
+        if len({*values}) > 1:
+            _refuse_epoch(ranks, f"{name} is {_by_rank(values)}")
+    if len({*counts}) == 1 and len({*digests}) > 1:
+        _refuse_epoch(ranks, f"the checksum of the batches before it is {_by_rank(digests)}")
+    if len({*listed}) > 1 and not ranks.told_of_lists:
+        ranks.told_of_lists = True
+        warnings.warn(
+            f"the lists on the ranks' {type(loader.dataset).__name__} are not the same, or not in "
+            "the same order (such as files as os.listdir() gives them, or names from a set): each "
+            "rank has its own samples under the numbers of the batch's; sort them",
+            UserWarning,
+            stacklevel=users_level(),
+        )
     states = [torch.get_rng_state(), *([] if own is None else [own.get_state()])]
     first = ranks.gather(torch.cat(states), "the beginning of an epoch")[0]
     ranks.draws_alone = False
@@ -87,6 +95,14 @@ def same_epoch(loader: SphereLoader[Any], resumed: Progress | None) -> None:
         torch.set_rng_state(first[: len(states[0])].clone())
         if own is not None:
             own.set_state(first[len(states[0]) :].clone())
+
+
+def _refuse_epoch(ranks: Ranks, what: str) -> NoReturn:
+    ranks.batches.forget()
+    raise ValueError(
+        f"the ranks begin different epochs: {what} (-1: none); all have to load the same data, in "
+        "the same order, and the same states"
+    )
 
 
 def _length_of(loader: SphereLoader[Any]) -> int | None:
@@ -126,30 +142,11 @@ class Portions:
 
     def read(self, batch: int, samples: Sequence[Any]) -> None:
         """All ranks have read these samples of an iterable dataset, for a batch of that number."""
-        self._digests[batch] = _digest(samples)
+        self._digests[batch] = digest_of_samples(samples)
 
     def digest_of_samples(self, batch: int) -> int:
         """Of what was read for a batch; once."""
         return self._digests.pop(batch, -1)
-
-
-_LOOKED_AT = 64  # elements at either end of a tensor
-
-
-def _digest(samples: Sequence[Any]) -> int:
-    """Tells samples apart by their plain values and by both ends of their tensors."""
-    crc = 0
-    for leaf in _compat.pytree.tree_leaves(list(samples)):
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.is_cpu:
-            raw = leaf.detach().resolve_conj().resolve_neg().reshape(-1)
-            ends = torch.cat([raw[:_LOOKED_AT], raw[-_LOOKED_AT:]]).contiguous()
-            crc = zlib.crc32(ends.view(torch.uint8).numpy().tobytes(), crc)
-        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            flat = leaf.reshape(-1)
-            crc = zlib.crc32(np.concatenate([flat[:_LOOKED_AT], flat[-_LOOKED_AT:]]).tobytes(), crc)
-        elif isinstance(leaf, (bool, int, float, complex, str, bytes)):
-            crc = zlib.crc32(repr(leaf).encode(), crc)
-    return crc
 
 
 def collate_own(
