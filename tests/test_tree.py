@@ -202,8 +202,9 @@ def test_sums_under_way_refuse_another_thread():
     total, more = torch.empty(100_000), torch.empty(100_000)
     assert job.try_add(shards, total)
     with ts.KissingSpheres(concurrency=1) as spheres:
-        gate = threading.Event()
-        held = spheres.distribute_work([0], lambda _: gate.wait(60))
+        begun, gate = threading.Event(), threading.Event()
+        held = spheres.distribute_work([0], lambda _: (begun.set(), gate.wait(60)))
+        assert begun.wait(60)  # before that, it is the item that is queued
         runner = threading.Thread(target=job.run, args=(spheres._core,))
         runner.start()
         while not spheres.stats().queued:  # until the sums wait for the item
