@@ -11,48 +11,43 @@ from rank_output import printed
 HERE = Path(__file__).parent
 
 
-def run(how, world, folder):
+def run(program, how, world, folder):
     """Each rank's output."""
-    with fork_server.ranks(world, HERE / "ranks_checks.py", how, folder) as ranks:
+    with fork_server.ranks(world, HERE / f"ranks_checks_{program}.py", how, folder) as ranks:
         codes = [rank.wait() for rank in ranks]
         assert codes == [0] * world, "\n".join(rank.stderr for rank in ranks)
         return [printed(rank.stdout) for rank in ranks]
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("how", ["index_lists", "not_wrapped", "contents"])
+def test_what_any_number_of_ranks_would_not_have_noticed(how, world, tmp_path):
+    run("data", how, world, tmp_path)
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
-    ("how", "world"),
+    ("program", "how"),
     [
-        *(("index_lists", world) for world in (2, 3)),
-        ("right_loops", 2),
-        *(("not_wrapped", world) for world in (2, 3)),
-        ("by_hand", 2),
-        *(("contents", world) for world in (2, 3)),
-        ("calls", 2),
-        ("evaluations", 2),
-        ("other_models", 2),
-        ("drift", 2),
-        ("skipped", 2),
-        ("losses", 2),
-        ("checkpoints", 2),
-        ("alone", 2),
-        ("again", 2),
-        ("untold", 2),
+        *(("data", how) for how in ("right_loops", "evaluations", "other_models", "skipped")),
+        *(("models", how) for how in ("calls", "by_hand", "drift", "losses", "checkpoints")),
+        *(("models", how) for how in ("alone", "again", "untold")),
     ],
 )
-def test_what_ranks_would_not_have_noticed(how, world, tmp_path):
-    run(how, world, tmp_path)
+def test_what_ranks_would_not_have_noticed(program, how, tmp_path):
+    run(program, how, 2, tmp_path)
 
 
 @pytest.mark.timeout(200)
 def test_sums_of_an_evaluation_are_those_of_one_process(tmp_path):
-    found = {line for world in (1, 2, 3, 4, 6) for line in run("metrics", world, tmp_path)}
+    found = {line for world in (1, 2, 3, 4, 6) for line in run("data", "metrics", world, tmp_path)}
     assert len(found) == 1 and "sums" in found.pop()
 
 
 @pytest.mark.timeout(200)
 def test_a_rank_that_exits_is_said_to_have_exited(tmp_path):
-    with fork_server.ranks(3, HERE / "ranks_checks.py", "exit", tmp_path) as ranks:
+    with fork_server.ranks(3, HERE / "ranks_checks_models.py", "leaves_early", tmp_path) as ranks:
         for number in (0, 2):
             assert ranks[number].wait() == 0, ranks[number].stderr
             told = printed(ranks[number].stdout)

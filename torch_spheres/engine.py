@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from torch_spheres.lazy_modules import initialise, is_lazy
 from torch_spheres.losses import forward_backward
 from torch_spheres.memory import keep_freed_memory
 from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.parallel_forward import PARALLEL_FORWARD
 from torch_spheres.random import ShardRandom, current_shard
 from torch_spheres.ranks import ProcessGroup, Ranks, find_ranks
 from torch_spheres.refusals import refuse_off_cpu, refuse_torchs_sync_batch_norm, refuse_tracing
@@ -44,10 +44,7 @@ from torch_spheres.tuning import (
 )
 from torch_spheres.whole_batch import Losses, face
 
-__all__ = ["Engine", "ParallelForward", "check_model", "engine_of", "start_engine"]
-
-PARALLEL_FORWARD = "_parallel_forward"
-"""The attribute of a parallel model that has its `ParallelForward`."""
+__all__ = ["Engine", "check_model", "engine_of", "start_engine"]
 
 
 class Engine:
@@ -273,63 +270,6 @@ class Engine:
         group = None if state["shares"] else False
         self.ranks = find_ranks(group, self.spheres.leaves)
         self._membership = Membership("the model", group, self.ranks)
-
-
-class ParallelForward:
-    """The forward that callers see: it runs the engine, and looks like the module's own."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    @_compat.disable_compiler  # compiled code around has a gap here
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
-        return self.run(args, kwargs)
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call does."""
-        return self.engine.forward(self.engine.module, args, kwargs)
-
-    def is_used_by(self, model: nn.Module) -> bool:
-        """Whether calls of the model come here."""
-        return vars(model).get(PARALLEL_FORWARD) is self
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """As `functools.wraps` sets it, but looked up when somebody asks: the module may change."""
-        return self.engine.module.forward
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self.__wrapped__.__doc__
-
-    @property
-    def __func__(self) -> Callable[..., Any]:
-        """As of a bound method: accelerate puts autocast around it and binds that to the model."""
-        return _Unbound(self)
-
-    def __getattr__(self, name: str) -> Any:
-        # (Python 3.14's has __annotate__ instead; torch.export looks at the code.)
-        if name in (*functools.WRAPPER_ASSIGNMENTS, "__annotations__", "__code__"):
-            return getattr(self.__wrapped__, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-class _Unbound:
-    """The parallel forward of whatever model it is called with, such as a copy of the first one."""
-
-    __slots__ = ("_bound",)
-
-    def __init__(self, bound: ParallelForward) -> None:
-        self._bound = bound
-
-    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return vars(model)[PARALLEL_FORWARD](*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        bound = inspect.signature(self._bound)
-        first = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
-        return bound.replace(parameters=[first, *bound.parameters.values()])
 
 
 class _OnSpheres(torch.autograd.Function):

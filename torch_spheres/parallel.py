@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torch_spheres.delegation import Delegating
-from torch_spheres.engine import PARALLEL_FORWARD, Engine, ParallelForward, start_engine
+from torch_spheres.engine import Engine, start_engine
+from torch_spheres.parallel_forward import PARALLEL_FORWARD, ParallelForward
 from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
 from torch_spheres.whole_batch import gather_rows

@@ -11,14 +11,9 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from torch_spheres import _compat
-from torch_spheres.engine import (
-    PARALLEL_FORWARD,
-    Engine,
-    ParallelForward,
-    check_model,
-    start_engine,
-)
+from torch_spheres.engine import Engine, check_model, start_engine
 from torch_spheres.lazy_modules import is_lazy
+from torch_spheres.parallel_forward import PARALLEL_FORWARD, ParallelForward
 from torch_spheres.ranks import ProcessGroup
 from torch_spheres.system import KissingSpheres
 
