@@ -217,6 +217,7 @@ def contents(spheres):
         loader = ts.wrap(DataLoader(DATA, BATCH), more)
         with pytest.raises(ValueError, match="hands out rows for 144 shards, and the model has 12"):
             step(model, optimizer, *next(iter(loader)))
+        step(model, optimizer, part(X[:24]), part(Y[:24]))  # of no loader
 
 
 def evaluations(spheres):

@@ -135,9 +135,10 @@ class Ranks:
         _latest = weakref.ref(self)
 
     @staticmethod
-    def latest_loader() -> tuple[Ranks, int] | None:
-        """Who shared the last batch, and over how many leaves; None: there was none."""
-        ranks = None if _latest is None else _latest()
+    def take_latest_loader() -> tuple[Ranks, int] | None:
+        """Who shared the last batch, and over how many leaves; None: there was none since."""
+        global _latest
+        ranks, _latest = None if _latest is None else _latest(), None
         return None if ranks is None or not ranks.is_there() else (ranks, ranks._loads_for)
 
     def is_there(self) -> bool:

@@ -207,7 +207,7 @@ class StepChecks:
 
     def _compare_loaders(self, ranks: Ranks, split: Split) -> None:
         """Whether the loader has the model's ranks and levels."""
-        latest = ranks.latest_loader()
+        latest = ranks.take_latest_loader()
         if latest is None:
             return
         theirs, leaves = latest
