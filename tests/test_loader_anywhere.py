@@ -21,6 +21,9 @@ import torch_spheres as ts
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create:UserWarning",
     "ignore:This process .* is multi-threaded:DeprecationWarning",
+    # Connections belong to threads that have ended by the time when they are freed.
+    "ignore:unclosed database:ResourceWarning",
+    "ignore:Exception ignored.*(sqlite3|database connection)",
 )
 
 
