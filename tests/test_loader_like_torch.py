@@ -326,6 +326,23 @@ def test_data_pipes(spheres, workers, persistent):
     assert sorted(itertools.chain(*mine[0])) == [*range(1, 21)] and mine[0] != mine[1]
 
 
+def test_data_pipes_are_divided_by_one_worker_at_a_time(monkeypatch, spheres):
+    """Torch finds the parts of a pipe with a hook that it refuses to set a second time."""
+    pipes = pytest.importorskip("torch.utils.data.datapipes.iter")
+    IterDataPipe = torch.utils.data.IterDataPipe  # noqa: N806 - a class
+    hook = IterDataPipe.set_reduce_ex_hook.__func__
+
+    def slow(kind, function):
+        hook(kind, function)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(IterDataPipe, "set_reduce_ex_hook", classmethod(slow))
+    pipe = pipes.IterableWrapper(range(40)).shuffle().sharding_filter()
+    loader = ts.wrap(DataLoader(pipe, 4, shuffle=True, num_workers=6), spheres)
+    for _ in range(3):
+        assert sorted(torch.cat([*loader]).tolist()) == [*range(40)]
+
+
 def test_data_pipes_have_no_position(spheres):
     pipes = pytest.importorskip("torch.utils.data.datapipes.map")
     loader = ts.wrap(DataLoader(pipes.SequenceWrapper(range(10)), 3, num_workers=2), spheres)

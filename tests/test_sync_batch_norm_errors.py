@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_spheres as ts
+from torch_spheres.shard_sums import ShardSums
 
 HANGS = pytest.mark.timeout(60)
 
@@ -78,6 +79,27 @@ def test_a_shard_that_does_not_come_is_no_hang(concurrency, what, kind, match) -
                     model(ROWS)
             assert not any(note.startswith("also") for note in caught.value.__notes__)
         model(ROWS - 60)  # and the spheres go on
+
+
+@HANGS
+@pytest.mark.parametrize(
+    "what", [lambda m, x: m.two(m.two(m.one(x))), lambda m, x: m.one(m.two(x)), lambda m, x: x]
+)
+def test_what_follows_from_a_shards_error_is_not_reported(monkeypatch, what) -> None:
+    """However long the one that has failed takes until it wakes the others."""
+    wake = ShardSums._fail
+
+    def late(self: ShardSums) -> None:
+        time.sleep(0.2)
+        wake(self)
+
+    monkeypatch.setattr(ShardSums, "_fail", late)
+    with ts.KissingSpheres(concurrency=12) as spheres:
+        model = odd(what)(spheres)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="has ended without|different ways") as caught:
+                model(ROWS)
+            assert not any(note.startswith("also") for note in caught.value.__notes__)
 
 
 @HANGS

@@ -134,6 +134,7 @@ class ShardSums:
             self._ended += 1
             if self._failed.is_set() or self._sum.key is None:
                 return
+            self._failed.set()  # before the lock is let go: what follows from it is no other error
             key = self._sum.key
         raise RuntimeError(self._not_all_come(key))
 
@@ -167,11 +168,13 @@ class ShardSums:
             if self._failed.is_set():
                 raise _AnotherFailed
             if self._ended:
+                self._failed.set()
                 raise RuntimeError(self._not_all_come(key))
             mine = self._sum
             if mine.key is None:
                 mine.key = key
             elif mine.key != key:
+                self._failed.set()
                 raise RuntimeError(
                     f"the shards go different ways: one is at {self._name(mine.key)}, another at "
                     f"{self._name(key)}, and each waits there for the whole batch's statistics. "
