@@ -97,7 +97,7 @@ def test_what_follows_from_a_shards_error_is_not_reported(monkeypatch, what) -> 
     with ts.KissingSpheres(concurrency=12) as spheres:
         model = odd(what)(spheres)
         for _ in range(3):
-            with pytest.raises(RuntimeError, match="has ended without|different ways") as caught:
+            with pytest.raises(RuntimeError, match=r"has ended without|different ways") as caught:
                 model(ROWS)
             assert not any(note.startswith("also") for note in caught.value.__notes__)
 
