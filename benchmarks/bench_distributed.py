@@ -28,9 +28,9 @@ from models import TASKS, Task
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_spheres as ts
+from torch_spheres.distributed.group import find_ranks
+from torch_spheres.distributed.tree_all_reduce import Exchange, Layout
 from torch_spheres.errors import Caught
-from torch_spheres.exchange import Exchange, Layout
-from torch_spheres.ranks import find_ranks
 
 DDP, LOOP, BY_SHARD = "DDP", "the loop as it was", "forward_backward"
 STEP_TARGET = 1 / 1.15  # DDP's time by ours

@@ -20,8 +20,8 @@ from typing import TextIO
 from common import Ratio, Report, Row, Section, arguments, compare
 
 import torch_spheres as ts
-from torch_spheres.live import Live
-from torch_spheres.watching.readings import Reading
+from torch_spheres.observe.live import Live
+from torch_spheres.observe.readings import Reading
 
 HERTZ = 4.0
 TARGET = 0.01  # of a core

@@ -59,10 +59,10 @@ def spheres():
 @pytest.fixture
 def no_comparison(monkeypatch):
     """The bare module is not called to be compared with: for tests that count calls."""
-    from torch_spheres import losses, row_wise
+    from torch_spheres.training import forward_backward, row_check
 
-    monkeypatch.setattr(row_wise, "_compare", lambda _call, _ranges, unknown, _outputs: unknown)
-    monkeypatch.setattr(losses, "check_loss", lambda *_: None)
+    monkeypatch.setattr(row_check, "_compare", lambda _call, _ranges, unknown, _outputs: unknown)
+    monkeypatch.setattr(forward_backward, "check_loss", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_spheres as ts
-from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.training.pytree import flatten, unflatten
 
 
 class Calls(nn.Module):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import torch_spheres as ts
-from torch_spheres import exchange
-from torch_spheres.ranks import Ranks
+from torch_spheres.distributed import tree_all_reduce
+from torch_spheres.distributed.group import Ranks
 
 
 def rows_of(rows: int, spheres: ts.KissingSpheres) -> list[int]:
@@ -61,7 +61,7 @@ def trained(name, kind, way, rows, spheres):
 
 def in_small_buckets() -> list[int]:
     """Has all models sent in many buckets, as large ones are; counts them."""
-    exchange._BUCKET, exchange._SMALL = 1 << 10, 0
+    tree_all_reduce._BUCKET, tree_all_reduce._SMALL = 1 << 10, 0
     sent, scatter = [0], Ranks.scatter_async
 
     def counting(*args):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torch_spheres as ts
-from torch_spheres.advice import Adviser
+from torch_spheres.training.slow_warning import Adviser
 
 
 @pytest.fixture(autouse=True)

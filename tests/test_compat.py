@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import torch_spheres as ts
 from torch_spheres import _compat, _core
-from torch_spheres.ranks import Ranks
+from torch_spheres.distributed.group import Ranks
 
 SOURCE = Path(ts.__file__).parent
 RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -249,8 +249,9 @@ def test_a_torch_without_any_of_them_is_imported_with_warnings():
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_importing_under_another_default_device(device):
     code = (
-        f"import torch; torch.set_default_device('{device}'); import torch_spheres as ts\n"
-        "assert all(api.found for api in ts._compat.LOOKED_UP if api.needed_by)\n"
+        f"import torch; torch.set_default_device('{device}')\n"
+        "from torch_spheres import _compat, SphereParallel, wrap\n"
+        "assert all(api.found for api in _compat.LOOKED_UP if api.needed_by)\n"
         "assert not torch.cuda.is_initialized()"
     )
     done = fork_server.run(fork_server.IMPORT_ANEW + code)

@@ -12,10 +12,10 @@ from effort import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_spheres.division import divide, fitting, parts_of, run_of, tree_order, way_out
-from torch_spheres.folding import GradientFold
-from torch_spheres.sampler import SphereBatchSampler
-from torch_spheres.tree import tree_sum
+from torch_spheres.data.sampler import SphereBatchSampler
+from torch_spheres.reduction.partition import divide, fitting, parts_of, run_of, tree_order, way_out
+from torch_spheres.reduction.streaming_sum import GradientFold
+from torch_spheres.reduction.tree_sum import tree_sum
 
 
 def subtrees(first, leaves):

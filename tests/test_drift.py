@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from torch_spheres.drift import Steps, digests, first_difference, hyperparameters, is_due, values_of
+from torch_spheres.distributed.drift import (
+    Steps,
+    digests,
+    first_difference,
+    hyperparameters,
+    is_due,
+    values_of,
+)
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,

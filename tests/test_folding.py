@@ -19,10 +19,10 @@ from reference import digest, tree
 from torch import nn
 
 import torch_spheres as ts
-from torch_spheres._threads import has_gil
-from torch_spheres.division import tree_order
-from torch_spheres.folding import GradientFold
-from torch_spheres.tree import tree_sum
+from torch_spheres.reduction.partition import tree_order
+from torch_spheres.reduction.streaming_sum import GradientFold
+from torch_spheres.reduction.tree_sum import tree_sum
+from torch_spheres.runtime.thread_hooks import has_gil
 
 
 def grad_of(shard: int, parameter: int, dtype: torch.dtype) -> torch.Tensor:
@@ -231,7 +231,9 @@ def test_sparse_gradients_have_the_same_bits_in_any_order(dtype):
 
 @pytest.mark.parametrize("count", [2, 4, 5, 12])
 def test_portions_of_large_gradients_have_the_bits_of_the_tree(count, monkeypatch):
-    monkeypatch.setattr("torch_spheres.folding._PORTION", 100)  # bytes; a gradient has 60 or 30
+    monkeypatch.setattr(
+        "torch_spheres.reduction.streaming_sum._PORTION", 100
+    )  # bytes; a gradient has 60 or 30
     shards = set(range(12 - count, 12))
     fold = GradientFold(12, sorted(shards), 3)
     for _ in shards:

@@ -25,7 +25,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 import torch_spheres as ts
 from torch_spheres import _core
-from torch_spheres.loading.gather import gathers, prepare
+from torch_spheres.data.tensor_gather import gathers, prepare
 
 
 def gather(dataset, indices, system):

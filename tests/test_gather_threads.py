@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.loading.gather import prepare
+from torch_spheres.data.tensor_gather import prepare
 
 
 def test_rows_are_gathered_while_nobody_waits(spheres):

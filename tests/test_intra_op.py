@@ -9,7 +9,7 @@ import fork_server
 import torch
 
 import torch_spheres as ts
-from torch_spheres import intra_op
+from torch_spheres.runtime import openmp
 
 
 def threads():
@@ -20,18 +20,18 @@ def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert intra_op._pause() is not None, "torch 2.13 comes with an OpenMP that can pause"
+        assert openmp._pause() is not None, "torch 2.13 comes with an OpenMP that can pause"
         x, w = torch.randn(512, 512), torch.randn(512, 512)
         idle = threads()
         product = torch.nn.functional.linear(x, w)
         helpers = threads() - idle
         assert helpers
-        intra_op.rest()
+        openmp.rest()
         deadline = time.monotonic() + 10
         while helpers & threads() and time.monotonic() < deadline:
             time.sleep(0.01)  # a joined thread leaves the list a moment later
         assert not helpers & threads()
-        intra_op.rest()  # nothing to end is no error
+        openmp.rest()  # nothing to end is no error
         assert torch.equal(torch.nn.functional.linear(x, w), product)
         assert threads() - idle - helpers and torch.get_num_threads() == 4
     finally:
@@ -40,7 +40,7 @@ def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
 
 def test_a_step_on_several_spheres_rests_first(monkeypatch):
     rests = []
-    monkeypatch.setattr("torch_spheres.crew.rest", lambda: rests.append(1))
+    monkeypatch.setattr("torch_spheres.training.executor.rest", lambda: rests.append(1))
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()
@@ -51,17 +51,17 @@ def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():
     """From Python 3.12 on nobody can start a thread then; what else goes wrong is an error."""
     done = fork_server.run("""
 import threading
-from torch_spheres import _threads
+from torch_spheres.runtime import thread_hooks
 
 def refuse(self):
     raise RuntimeError(text)
 
 threading.Thread.start = refuse
 text = "can't create new thread at interpreter shutdown"
-_threads._enter("sphere 0")
+thread_hooks._enter("sphere 0")
 text = "can't start new thread"
 try:
-    _threads._enter("sphere 0")
+    thread_hooks._enter("sphere 0")
 except RuntimeError as error:
     print(error)
 """)

@@ -145,25 +145,25 @@ print(json.dumps([[weights, moments, torch.rand(3).tolist()], [*batches]]), flus
 torch.manual_seed(1)
 save(2)
 blocked = f"{path}/below.pt"
-expect(mine(FileExistsError, ts.errors.RankError), mine("File exists", "rank 0 of"),
+expect(mine(FileExistsError, ts.RankError), mine("File exists", "rank 0 of"),
        lambda: save_checkpoint(blocked, **parts))
 if world == 3:
-    expect(mine(ts.errors.RankError, TypeError),
+    expect(mine(ts.RankError, TypeError),
            mine("rank 1 of 3: TypeError: x, NoneType", "x, NoneType"),
            lambda: save_checkpoint(path, x=mine(optimizer, None)))
-    expect(ts.errors.RankError, "at different steps (by rank: 7, 8, 9)",
+    expect(ts.RankError, "at different steps (by rank: 7, 8, 9)",
            lambda: save(7 + rank))
-    expect(ts.errors.RankError, "a folder that all share? (by rank: [2, ",
+    expect(ts.RankError, "a folder that all share? (by rank: [2, ",
            lambda: load_checkpoint(mine(path, two + "none"), **parts))
     torch.manual_seed(2)
     other = f"{folder}/other{rank}.pt"
     save_checkpoint(other, step=2, process_group=False, **parts)  # each for itself
     assert load_checkpoint(other, **parts) == 2  # the same, wherever it is
-    expect(ts.errors.RankError, "see different files", lambda: load_checkpoint(
+    expect(ts.RankError, "see different files", lambda: load_checkpoint(
         mine(two, other), **parts))
     with open(other, "r+b") as file:
         file.truncate(100)
-    expect(mine(ts.errors.RankError, ValueError), "is no whole checkpoint",
+    expect(mine(ts.RankError, ValueError), "is no whole checkpoint",
            lambda: load_checkpoint(mine(path, other), **parts))
     assert load_checkpoint(path, **parts) == 2  # and nobody has hung or got out of step
 
@@ -186,7 +186,7 @@ if world == 3:
     dist.barrier()
     if rank == 0:
         pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    expect(ts.errors.RankError, "rank 0 of 3 did not come to it", lambda: save(5))
+    expect(ts.RankError, "rank 0 of 3 did not come to it", lambda: save(5))
 # Not by the interpreter's end: a thread of gloo's that wants the GIL then aborts the process.
 sys.stdout.flush()
 os._exit(0)

@@ -24,7 +24,7 @@ from system_support import eventually
 from terminal import Program, Screen, script
 
 import torch_spheres as ts
-from torch_spheres.watching import displays
+from torch_spheres.observe import displays
 
 SUBTREES = ["root", *map(str, range(12)), "all"]
 HEADER = """

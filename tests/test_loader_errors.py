@@ -15,7 +15,7 @@ from loader_support import Asking
 from torch.utils.data import DataLoader
 
 import torch_spheres as ts
-from torch_spheres.loading import ahead
+from torch_spheres.data import prefetch_iter
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -67,7 +67,7 @@ def test_errors_of_collate_fn_and_worker_init_fn(spheres):
 
 
 def test_random_numbers_that_threads_share_are_told_of_once(spheres, monkeypatch):
-    looked, now = threading.Event(), ahead.shared_states
+    looked, now = threading.Event(), prefetch_iter.shared_states
 
     def looking():
         states = now()
@@ -82,7 +82,7 @@ def test_random_numbers_that_threads_share_are_told_of_once(spheres, monkeypatch
         assert looked.wait(60)
         np.random.seed(worker)
 
-    monkeypatch.setattr(ahead, "shared_states", looking)
+    monkeypatch.setattr(prefetch_iter, "shared_states", looking)
     for plain in (
         DataLoader(Asking(meanwhile(random.random), 8), 1, num_workers=2),
         DataLoader(Asking(meanwhile(np.random.rand), 8), 1, num_workers=2),

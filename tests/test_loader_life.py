@@ -19,7 +19,7 @@ from loader_support import Numbers, Stream, eventually, wrapped
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres._threads import has_gil
+from torch_spheres.runtime.thread_hooks import has_gil
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -10,7 +10,7 @@ from loader_support import Numbers
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.loading.stats import LoaderStats, Meter
+from torch_spheres.data.loader_stats import LoaderStats, Meter
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -97,7 +97,7 @@ def test_advice_says_what_to_change(gil, monkeypatch):
     def advice(**changes):
         return dataclasses.replace(FIGURES, **changes).advice
 
-    monkeypatch.setattr("torch_spheres.loading.stats.has_gil", lambda: gil)
+    monkeypatch.setattr("torch_spheres.data.loader_stats.has_gil", lambda: gil)
     if gil:
         assert "kept 1.0 cores busy" in advice() and 'workers="process"' in advice()
     else:
@@ -112,7 +112,7 @@ def test_advice_says_what_to_change(gil, monkeypatch):
 
 
 def test_the_news_come_once_and_only_when_another_way_is_faster(monkeypatch):
-    monkeypatch.setattr("torch_spheres.loading.stats.has_gil", lambda: True)
+    monkeypatch.setattr("torch_spheres.data.loader_stats.has_gil", lambda: True)
 
     def meter(**changes):
         made = Meter(2)
@@ -134,7 +134,7 @@ def test_the_news_come_once_and_only_when_another_way_is_faster(monkeypatch):
 
 
 def test_the_loop_hears_of_it(spheres, monkeypatch):
-    monkeypatch.setattr("torch_spheres.loading.stats.has_gil", lambda: True)
+    monkeypatch.setattr("torch_spheres.data.loader_stats.has_gil", lambda: True)
     loader = ts.wrap(DataLoader(Numbers(40), 4, num_workers=2), spheres)
     for _ in range(20):
         loader._meter.handed_out([], 4, 0)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torch.utils.data._utils.worker import _generate_state
 
 import torch_spheres as ts
-from torch_spheres.loading.info import shown
+from torch_spheres.data.worker_info import shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

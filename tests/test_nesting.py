@@ -13,7 +13,7 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 import torch_spheres as ts
-from torch_spheres.nesting import flatten, unflatten
+from torch_spheres.training.pytree import flatten, unflatten
 
 Point = namedtuple("Point", ["x", "y"])
 

@@ -12,8 +12,8 @@ from plots_support import axes, drawn, legend, title
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.loading.stats import CALLS_KEPT, Call, Meter
-from torch_spheres.plots.waits import shares
+from torch_spheres.data.loader_stats import CALLS_KEPT, Call, Meter
+from torch_spheres.observe.plots.waits import shares
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -159,7 +159,7 @@ def test_a_registry_asks_the_collector_at_each_scrape() -> None:
 
 def test_without_the_client_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    monkeypatch.delitem(sys.modules, "torch_spheres.prometheus", raising=False)
+    monkeypatch.delitem(sys.modules, "torch_spheres.observe.prometheus", raising=False)
     spheres = KissingSpheres(levels=1)
     for call in (spheres.prometheus_collector, spheres.stats().to_prometheus):
         with pytest.raises(ImportError, match=r'pip install "torch_spheres\[prometheus\]"'):

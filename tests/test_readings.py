@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.watching.readings import Rates, Reading, Rows, Totals
+from torch_spheres.observe.readings import Rates, Reading, Totals
+from torch_spheres.runtime.sample_counter import SampleCounter
 
 LIMIT = 60.0
 SUBTREES = ["root", *map(str, range(12)), "all"]
@@ -86,7 +87,7 @@ def test_rates_are_of_the_time_between_two_readings() -> None:
 
 
 def test_rows_are_counted_from_any_thread() -> None:
-    counted = Rows()
+    counted = SampleCounter()
     threads = [
         threading.Thread(target=lambda: [counted.loaded(1) for _ in range(10_000)])
         for _ in range(4)
@@ -109,7 +110,7 @@ class Slow(int):
 
 
 def test_a_signals_handler_may_count_while_its_thread_does() -> None:
-    counted, rows = Rows(), Slow(4)
+    counted, rows = SampleCounter(), Slow(4)
     rows.meanwhile = lambda: signal.raise_signal(signal.SIGUSR1)
     before = signal.signal(signal.SIGUSR1, lambda *_: counted.tell(7))
     try:
@@ -120,7 +121,7 @@ def test_a_signals_handler_may_count_while_its_thread_does() -> None:
 
 
 def test_a_forked_child_counts_though_a_thread_of_its_parent_was_counting() -> None:
-    counted, rows = Rows(), Slow(4)
+    counted, rows = SampleCounter(), Slow(4)
     begun, gate = threading.Event(), threading.Event()
     rows.meanwhile = lambda: (begun.set(), gate.wait(LIMIT))
     thread = threading.Thread(target=counted.loaded, args=[rows])

@@ -229,7 +229,9 @@ def test_comparing_leaves_no_trace(spheres, monkeypatch):
 
     found = run()
     with monkeypatch.context() as patch:
-        patch.setattr("torch_spheres.row_wise._compare", lambda _c, _r, unknown, _o: unknown)
+        patch.setattr(
+            "torch_spheres.training.row_check._compare", lambda _c, _r, unknown, _o: unknown
+        )
         expected = run()
     assert found[0] == expected[0] == 12
     for i in (1, 2):

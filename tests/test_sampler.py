@@ -16,7 +16,7 @@ from sampler_support import SAMPLERS, WORLDS, FakeSpheres, draws, every_sampler,
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.sampler import SphereBatchSampler, shard_bounds
+from torch_spheres.data.sampler import SphereBatchSampler, shard_bounds
 
 # ---- as BatchSampler -----------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sampler_support import SAMPLERS, WORLDS, draws, every_sampler, given_generator, saved
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from torch_spheres.sampler import SphereBatchSampler
+from torch_spheres.data.sampler import SphereBatchSampler
 
 # ---- resumption ----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import torch_spheres as ts
-from torch_spheres.rounding import differs
+from torch_spheres.training.rounding import differs
 
 X = torch.randn(26, 5, 4, generator=torch.Generator().manual_seed(0))
 

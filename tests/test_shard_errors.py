@@ -15,7 +15,7 @@ from reference import digest
 from torch import nn
 
 import torch_spheres as ts
-from torch_spheres.shards import Call
+from torch_spheres.training.sharded_call import Call
 
 X = torch.arange(50.0)[:, None].repeat(1, 4) / 50
 

@@ -16,8 +16,8 @@ from stats_support import made
 
 import torch_spheres as ts
 from torch_spheres import ITEM_TIME_EDGES_NS, KissingSpheres
-from torch_spheres.item_times import quantile_ns
-from torch_spheres.stats_table import duration
+from torch_spheres.observe.histogram import quantile_ns
+from torch_spheres.observe.table import duration
 
 LIMIT = 60.0  # seconds, for waits that end at once unless something is broken
 

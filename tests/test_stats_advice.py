@@ -39,7 +39,7 @@ def test_advice_items_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         made([9.5] * 12, concurrency=12, cores_used=0.1, waiting=12)
     )
     for gil in (True, False):
-        monkeypatch.setattr("torch_spheres.stats_advice.has_gil", lambda gil=gil: gil)
+        monkeypatch.setattr("torch_spheres.observe.advice.has_gil", lambda gil=gil: gil)
         locked = rules(made([9.5] * 4, cores_used=1.0))
         assert "1.0 of 4 cores busy" in locked
         assert ("Python runs one thread at a time" in locked) == gil
@@ -96,5 +96,5 @@ def test_advice_short_items() -> None:
 
 def test_at_most_three_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     for rule in ("_idle", "_waiting_items", "_uneven", "_short_items"):
-        monkeypatch.setattr(f"torch_spheres.stats_advice.{rule}", lambda _, rule=rule: rule)
+        monkeypatch.setattr(f"torch_spheres.observe.advice.{rule}", lambda _, rule=rule: rule)
     assert made([5.0]).advice() == ("_idle", "_waiting_items", "_uneven")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_spheres as ts
-from torch_spheres.shard_sums import ShardSums
+from torch_spheres.training.shard_sums import ShardSums
 
 HANGS = pytest.mark.timeout(60)
 

@@ -25,8 +25,9 @@ from trace_support import (
 )
 
 import torch_spheres as ts
-from torch_spheres import _core, recording
-from torch_spheres.tuning import Plan
+from torch_spheres import _core
+from torch_spheres.observe import trace_recorder
+from torch_spheres.training.autotune import Plan
 
 X = torch.randn(36, 8, generator=torch.Generator().manual_seed(0))
 
@@ -195,10 +196,10 @@ def test_states_at_both_ends_of_a_trace(first, events, last, since, lost, shown)
         last_state=number(last),
         last_since=since,
         lost=lost,
-        events=np.array(rows, recording._EVENT).tobytes(),
+        events=np.array(rows, trace_recorder._EVENT).tobytes(),
     )
     record = SimpleNamespace(begin=100, end=200, queued=0, tracks=[track])
-    slices = recording._Reader(_core.Topology(2), record, {}).slices()
+    slices = trace_recorder._Reader(_core.Topology(2), record, {}).slices()
     assert [(s.name, s.begin_ns, s.end_ns) for s in slices] == shown
 
 
@@ -273,7 +274,7 @@ def test_phases_of_shards_are_on_the_sphere_that_ran_them(spheres):
 def test_phases_on_the_calling_thread_have_a_track_of_its_name(spheres, monkeypatch):
     model = ts.SphereParallel(network(), spheres)
     alone = Plan(12, 0)
-    monkeypatch.setattr("torch_spheres.engine.reproducible_ways", lambda *_: [alone])
+    monkeypatch.setattr("torch_spheres.training.engine.reproducible_ways", lambda *_: [alone])
 
     def step():
         model(X).sum().backward()

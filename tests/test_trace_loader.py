@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from trace_support import check_file, check_trace, load, phases_in
 
 import torch_spheres as ts
-from torch_spheres.plots import plot_timeline
+from torch_spheres.observe.plots import plot_timeline
 
 
 class Rows(Dataset):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import torch_spheres as ts
 from torch_spheres import _compat, _core
-from torch_spheres.tree import tree_sums
+from torch_spheres.reduction.tree_sum import tree_sums
 
 FAST = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OTHER = [torch.int32, torch.int64, torch.complex64, torch.complex128]

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import torch_spheres as ts
-from torch_spheres import tuning
-from torch_spheres.memory import keep_freed_memory
-from torch_spheres.tuning import Tuner, all_ways, lean_ways, reproducible_ways
+from torch_spheres.runtime.malloc import keep_freed_memory
+from torch_spheres.training import autotune
+from torch_spheres.training.autotune import Tuner, all_ways, lean_ways, reproducible_ways
 
 
 def names(ways, leaves=12, concurrency=2):
@@ -140,7 +140,7 @@ def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits(mon
             return module[0].weight, model.plan, model.plan_costs
 
     with monkeypatch.context() as patch:  # tiny on any machine
-        patch.setattr(tuning, "_TINY", float("inf"))
+        patch.setattr(autotune, "_TINY", float("inf"))
         weight, plan, costs = train(3)
     assert plan in costs and set(costs) == {"12 shards on 3 spheres", "12 shards on 1 sphere"}
     alone, plan, _ = train(1)

@@ -1,4 +1,4 @@
-"""MKL chooses its kernels when the package is imported, on one thread; see vector_math.py."""
+"""MKL chooses its kernels on import, on one thread; see runtime/mkl_warmup.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fork_server
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_spheres.vector_math import FUNCTIONS, settle
+from torch_spheres.runtime.mkl_warmup import FUNCTIONS, settle
 
 
 class Calls(TorchDispatchMode):
@@ -34,6 +34,7 @@ def test_import_calls_every_function_in_both_types():
         for name in {functions}:
             setattr(torch, name, noted(name, getattr(torch, name)))
         import torch_spheres
+        torch_spheres.KissingSpheres
         wanted = [(n, t) for t in (torch.float32, torch.float64) for n in {functions}]
         assert sorted(names, key=str) == sorted(wanted, key=str), names
     """

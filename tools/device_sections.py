@@ -76,8 +76,8 @@ def check_processes(until: float) -> Result:
     from torch import nn
 
     import torch_spheres as ts
-    from torch_spheres.exchange import total_over_ranks
-    from torch_spheres.ranks import Ranks
+    from torch_spheres.distributed.group import Ranks
+    from torch_spheres.distributed.tree_all_reduce import total_over_ranks
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if device == "cuda" else "gloo"

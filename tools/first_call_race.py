@@ -2,7 +2,7 @@
 
 Many processes at once each make a tensor and take its root, on two threads, twice. That the two
 differ is a bug of MKL in torch (https://github.com/pytorch/pytorch/issues/188792), and what
-torch_spheres/vector_math.py is for. It takes minutes: most of it is to import torch.
+torch_spheres/runtime/mkl_warmup.py is for. It takes minutes: most of it is to import torch.
 """
 
 from __future__ import annotations

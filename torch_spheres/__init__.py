@@ -8,32 +8,66 @@
         squares = spheres.map(lambda x: x * x, range(100))
 """
 
-from torch_spheres._core import NativeFunction, State, Topology, Work
-from torch_spheres.checkpoint import (
-    checkpoint_state,
-    load_checkpoint,
-    restore_checkpoint_state,
-    save_checkpoint,
-)
-from torch_spheres.division import shard_bounds
-from torch_spheres.errors import RankError, StoppedError
-from torch_spheres.gradients import GradientHook
-from torch_spheres.loader import SphereLoader, wrap
-from torch_spheres.loading.info import sample_seed
-from torch_spheres.loading.stats import LoaderStats
-from torch_spheres.metrics import gather_metrics
-from torch_spheres.parallel import SphereParallel
-from torch_spheres.parallelize import parallelize_
-from torch_spheres.plots import plot_loader, plot_timeline
-from torch_spheres.prepare import prepare
-from torch_spheres.sampler import SphereBatchSampler
-from torch_spheres.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
-from torch_spheres.stats_log import StatsLog
-from torch_spheres.sync_batch_norm import convert_sync_batchnorm
-from torch_spheres.system import KissingSpheres, usable_cores
-from torch_spheres.trace import Arrow, Counter, Slice, Trace
-from torch_spheres.tree import tree_sum
-from torch_spheres.vector_math import settle as _settle
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torch_spheres.runtime.default_pool import register_pool_class
+
+if TYPE_CHECKING:
+    from torch_spheres._core import NativeFunction, State, Topology, Work
+    from torch_spheres.checkpoint import (
+        checkpoint_state,
+        load_checkpoint,
+        restore_checkpoint_state,
+        save_checkpoint,
+    )
+    from torch_spheres.data.loader import SphereLoader, wrap
+    from torch_spheres.data.loader_stats import LoaderStats
+    from torch_spheres.data.sampler import SphereBatchSampler
+    from torch_spheres.data.worker_info import sample_seed
+    from torch_spheres.errors import RankError, StoppedError
+    from torch_spheres.observe.plots import plot_loader, plot_timeline
+    from torch_spheres.observe.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
+    from torch_spheres.observe.tensorboard import StatsLog
+    from torch_spheres.observe.trace import Arrow, Counter, Slice, Trace
+    from torch_spheres.prepare_training import prepare
+    from torch_spheres.reduction.partition import shard_bounds
+    from torch_spheres.reduction.tree_sum import tree_sum
+    from torch_spheres.runtime.pool import usable_cores
+    from torch_spheres.spheres import KissingSpheres
+    from torch_spheres.training.gradient_hook import GradientHook
+    from torch_spheres.training.metrics import gather_metrics
+    from torch_spheres.training.module import SphereParallel
+    from torch_spheres.training.parallelize import parallelize_
+    from torch_spheres.training.sync_batch_norm import convert_sync_batchnorm
+
+# A name is imported when it is asked for (PEP 562): a program pays for what it uses.
+_MODULES = {
+    "._core": "NativeFunction State Topology Work",
+    ".checkpoint": "checkpoint_state load_checkpoint restore_checkpoint_state save_checkpoint",
+    ".data.loader": "SphereLoader wrap",
+    ".data.loader_stats": "LoaderStats",
+    ".data.sampler": "SphereBatchSampler",
+    ".data.worker_info": "sample_seed",
+    ".errors": "RankError StoppedError",
+    ".observe.plots": "plot_loader plot_timeline",
+    ".observe.stats": "ITEM_TIME_EDGES_NS SphereStats Stats",
+    ".observe.tensorboard": "StatsLog",
+    ".observe.trace": "Arrow Counter Slice Trace",
+    ".prepare_training": "prepare",
+    ".reduction.partition": "shard_bounds",
+    ".reduction.tree_sum": "tree_sum",
+    ".runtime.pool": "usable_cores",
+    ".spheres": "KissingSpheres",
+    ".training.gradient_hook": "GradientHook",
+    ".training.metrics": "gather_metrics",
+    ".training.module": "SphereParallel",
+    ".training.parallelize": "parallelize_",
+    ".training.sync_batch_norm": "convert_sync_batchnorm",
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "ITEM_TIME_EDGES_NS",
@@ -74,4 +108,20 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_settle()
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_WHERE[name], __name__), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Lower packages make spheres where the user gives none, and cannot import what is above them.
+register_pool_class(lambda: importlib.import_module(".spheres", __name__).KissingSpheres)

@@ -30,6 +30,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from torch_spheres import _core
+
 __all__ = ["LOOKED_UP", "PrivateApi", "missing", "require"]
 
 PARALLEL, LOADER = "SphereParallel", "wrap()"
@@ -253,7 +255,7 @@ def _dispatch_key(name: str) -> Any:
 
 
 DRAW_KEY = "DeferredInit"
-"""Declared by PyTorch, and used for nothing there; see random.py."""
+"""Declared by PyTorch, and used for nothing there; see runtime/rng.py."""
 draw_key = _dispatch_key(DRAW_KEY)
 IncludeDispatchKey = _look_up("torch._C._IncludeDispatchKeyGuard", PARALLEL, LOADER)
 ExcludeDispatchKey = _look_up("torch._C._ExcludeDispatchKeyGuard", PARALLEL, LOADER)
@@ -268,6 +270,7 @@ dlpack_exchange: Any = _look_up(
     "torch.Tensor.__dlpack_c_exchange_api__",
     without="C++ asks tensors for their memory by Python calls, half a microsecond for each",
 )
+_core.read_tensors_by(dlpack_exchange)
 
 # ---- the loader ----
 

@@ -32,12 +32,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torch_spheres import _compat
-from torch_spheres.arguments import as_index
-from torch_spheres.drift import digest_of, digests, first_difference, hyperparameters, values_of
+from torch_spheres.distributed.drift import (
+    digest_of,
+    digests,
+    first_difference,
+    hyperparameters,
+    values_of,
+)
+from torch_spheres.distributed.group import Ranks, find_ranks
 from torch_spheres.errors import Caught, RankError
-from torch_spheres.parallel import SphereParallel
-from torch_spheres.random import random_states, restore_random_states
-from torch_spheres.ranks import Ranks, find_ranks
+from torch_spheres.runtime.arguments import as_index
+from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.training.module import SphereParallel
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
 

@@ -1,0 +1,1 @@
+"""Loaders on the spheres' threads: `wrap`, the batch sampler, prefetching and resumption."""

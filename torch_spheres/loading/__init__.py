@@ -1,1 +1,0 @@
-"""What a wrapped loader is made of; `torch_spheres.loader` puts it together."""

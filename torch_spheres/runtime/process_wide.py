@@ -1,0 +1,33 @@
+"""The switches of what this package changes for the whole process.
+
+Each is an environment variable, 1 (the default) or 0:
+
+- ``TORCH_SPHERES_KEEP_MEMORY``: glibc keeps freed memory (malloc.py); from the first spheres,
+  `wrap` or `SphereParallel` on.
+- ``TORCH_SPHERES_WARM_UP_MKL``: MKL chooses its kernels early (mkl_warmup.py); on import.
+- ``TORCH_SPHERES_EXIT_HOOKS``: `sys.excepthook` and `atexit` tell the other ranks why this one has
+  ended (distributed/failures.py); from the first use of a process group on.
+- ``TORCH_SPHERES_STEP_HOOK``: a hook behind every optimizer's step notes which optimizers train a
+  model, for the ranks' comparison of learning rates (distributed/drift.py); likewise.
+
+Fork hooks and the threads' hooks have no switch: without them a forked child or a stopped thread
+would hang. They touch nothing but this package's own state.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["is_on"]
+
+
+def is_on(variable: str) -> bool:
+    """Whether the environment variable is not 0.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    wanted = os.environ.get(variable, "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"the environment variable {variable} must be 0 or 1, got {wanted!r}")
+    return wanted == "1"

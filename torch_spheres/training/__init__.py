@@ -1,0 +1,1 @@
+"""Models that run in shards: `SphereParallel`, `parallelize_` and `GradientHook`."""

@@ -1,0 +1,122 @@
+"""Buffers that shards have changed: the statistics of batch norm and the like."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from torch_spheres.runtime.stack_level import users_level
+from torch_spheres.training.shard_task import Shard
+from torch_spheres.training.sync_batch_norm import SyncBatchNorm
+
+if TYPE_CHECKING:
+    from torch_spheres.training.sharded_call import Call
+
+__all__ = ["buffers_of", "merge_buffers", "needs_two_rows", "take_new_shapes"]
+
+Place = tuple[nn.Module, str]
+
+
+def buffers_of(module: nn.Module) -> list[Place]:
+    """As `Replica.begin_shard` lists them."""
+    return [(m, name) for m in module.modules() for name, v in m._buffers.items() if v is not None]
+
+
+def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
+    """Buffers that were given another shape: the module's own become what all shards agree on.
+
+    Args:
+        shards: of this process.
+        alone: there is no other process that would have to agree.
+
+    Returns:
+        The error of a buffer on which they do not agree.
+    """
+    for i, (buffer, _) in enumerate(shards[0].buffers if shards else ()):
+        values = [shard.buffers[i][1] for shard in shards]
+        if all(v is None or v.shape == buffer.given.shape for v in values):
+            continue
+        first = values[0]
+        agree = first is not None and all(v is not None and torch.equal(v, first) for v in values)
+        if first is None or not agree or not alone:
+            shapes = sorted({tuple(v.shape) for v in values if v is not None})
+            return ValueError(
+                f"buffer {buffer.name!r} of {type(buffer.source).__name__}, of shape "
+                f"{tuple(buffer.given.shape)}, was given others while the shards ran: {shapes}. "
+                "SphereParallel takes the mean of the shards' buffers, which have to have one "
+                "shape: run a batch through model.module first where the first batch gives a "
+                "buffer its shape (observers of quantization), and return from forward what grows "
+                "with the rows"
+            )
+        buffer.source._buffers[buffer.name] = first.clone()
+        for shard in shards:
+            shard.buffers[i] = (shard.buffers[i][0], None)
+    return None
+
+
+def merge_buffers(call: Call, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
+    """Of the buffers that changed, the mean over the shards; the first shard's if integer.
+
+    Args:
+        call: knows how to sum, over other processes too.
+        shards: of this process.
+        changed: where they are, by their number in `buffers_of`.
+    """
+    if not changed:
+        return
+    _warn_of_numbers_that_differ(call, shards, changed)
+    sums: list[tuple[Tensor, list[Tensor]]] = []
+    firsts: list[tuple[Tensor, Tensor | None]] = []
+    with torch.no_grad():
+        for i, (source, name) in changed.items():
+            target = source._buffers[name]
+            assert target is not None
+            # A shard that left the buffer alone has the value it was given.
+            taken = [shard.buffers[i] for shard in shards]
+            given = [buffer.given if value is None else value for buffer, value in taken]
+            if target.is_floating_point() or target.is_complex():
+                sums.append((target, given))
+            else:
+                firsts.append((target, given[0] if given else None))
+        totals = call.totals([given for _, given in sums], [t for t, _ in sums])
+        for (target, _), total in zip(sums, totals, strict=True):
+            assert total is not None
+            target.copy_(total / call.ran)
+        values = call.first_shards([v for _, v in firsts], [t for t, _ in firsts])
+        for (target, _), value in zip(firsts, values, strict=True):
+            target.copy_(value)
+
+
+def _warn_of_numbers_that_differ(
+    call: Call, shards: Sequence[Shard], changed: Mapping[int, Place]
+) -> None:
+    """Says, once for each buffer, that of numbers which have no mean the first shard's are kept."""
+    for i, (source, name) in changed.items():
+        values = [shard.buffers[i][1] for shard in shards]
+        first = next((v for v in values if v is not None), None)
+        if first is None or first.is_floating_point() or first.is_complex():
+            continue
+        path = f"{type(source).__name__}.{name}"
+        agree = all(v is not None and torch.equal(v, first) for v in values)
+        if agree or path in call.pool.reported:
+            continue
+        call.pool.reported.add(path)
+        warnings.warn(
+            f"the shards left different numbers in the buffer {path}, of {first.dtype}, of which "
+            "the first shard's are kept (floating-point buffers become the mean over the shards, "
+            "so that sums come out as a shard's share). Count outside of the module, from what it "
+            "returns",
+            UserWarning,
+            stacklevel=users_level(),
+        )
+
+
+def needs_two_rows(part: nn.Module) -> bool:
+    """Batch norm over rows alone cannot train on one, unless it sees those of all shards."""
+    return (
+        part.training and isinstance(part, nn.BatchNorm1d) and not isinstance(part, SyncBatchNorm)
+    )

@@ -1,0 +1,388 @@
+"""`Engine`: runs a model's calls in shards, for `SphereParallel` and for `parallelize_`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from torch_spheres import _compat
+from torch_spheres.distributed.gather_rows import Losses, face
+from torch_spheres.distributed.group import ProcessGroup, Ranks, find_ranks
+from torch_spheres.distributed.membership import Membership
+from torch_spheres.distributed.model_sync import sync_module
+from torch_spheres.runtime.default_pool import new_pool
+from torch_spheres.runtime.malloc import keep_freed_memory
+from torch_spheres.runtime.pool import SpherePool
+from torch_spheres.runtime.rng import ShardRandom, current_shard
+from torch_spheres.training.autotune import (
+    Plan,
+    Trial,
+    Tuners,
+    all_ways,
+    lean_ways,
+    reproducible_ways,
+    waiting_ways,
+)
+from torch_spheres.training.batch_split import rows_to_tune_by
+from torch_spheres.training.collective import SharedCall
+from torch_spheres.training.executor import Crew
+from torch_spheres.training.forward_backward import forward_backward
+from torch_spheres.training.lazy_modules import initialise, is_lazy
+from torch_spheres.training.parallel_forward import PARALLEL_FORWARD
+from torch_spheres.training.pytree import flatten, unflatten
+from torch_spheres.training.refusals import (
+    refuse_off_cpu,
+    refuse_torchs_sync_batch_norm,
+    refuse_tracing,
+)
+from torch_spheres.training.replica_pool import ReplicaPool
+from torch_spheres.training.sharded_call import Call
+from torch_spheres.training.slow_warning import Adviser
+from torch_spheres.training.split_options import Cutting
+from torch_spheres.training.step_checks import StepChecks
+from torch_spheres.training.sync_batch_norm import waits_for_others
+
+if TYPE_CHECKING:
+    from torch_spheres.spheres import KissingSpheres
+
+__all__ = ["Engine", "check_model", "engine_of", "start_engine"]
+
+
+class Engine:
+    """What a model that runs in shards has beside its weights: spheres, replicas, measurements.
+
+    A deep copy has the same spheres; one that was unpickled has made its own. Neither has a module
+    until whoever copied it assigns that.
+    """
+
+    module: nn.Module
+    """What the shards run."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spheres: KissingSpheres,
+        *,
+        reproducible: bool,
+        process_group: ProcessGroup | bool | None,
+        cutting: Cutting,
+    ) -> None:
+        self.module, self.reproducible, self.cutting = module, reproducible, cutting
+        self._take(spheres)
+        self._join(find_ranks(process_group, spheres.leaves))
+        self._membership = Membership("the model", process_group, self.ranks)
+
+    def _join(self, ranks: Ranks | None) -> None:
+        self.ranks, self.number = ranks, 0 if ranks is None else next(ranks.models)
+        self.pool.checks = None if ranks is None else StepChecks(self.module, self.number)
+
+    def sync(self) -> None:
+        """Gives all ranks rank 0's values, and finds out whether they have the same model."""
+        if self.ranks is not None:
+            settings = {"levels": self.spheres.levels, "reproducible": self.reproducible}
+            sync_module(self.module, self.ranks, settings)
+
+    def _take(self, spheres: KissingSpheres) -> None:
+        self.spheres = spheres
+        self.pool = ReplicaPool()
+        self._tuners = Tuners()
+        self._adviser = Adviser()
+        self._losses = Losses()
+
+    @property
+    def plan(self) -> str | None:
+        """How batches are run in training; None while that is being measured."""
+        latest = self._tuners.latest
+        return None if latest is None or latest.chosen is None else latest.chosen.name
+
+    @property
+    def plan_costs(self) -> dict[str, float]:
+        """What each way to run a batch in training took so far, in seconds per row."""
+        latest = self._tuners.latest
+        return {} if latest is None else latest.costs
+
+    def forward(
+        self, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs the shards and puts their outputs together.
+
+        Args:
+            unsplit: called instead, if a batch that is not split is the fastest way.
+            args: positional arguments of the module.
+            kwargs: keyword arguments of the module.
+        """
+        refuse_tracing()
+        self._begin()
+        crew, trial = self._choose("forward", all_ways, args, kwargs)
+        run = functools.partial(self._run, crew, unsplit, args, kwargs)
+        if trial is not None:
+            result = run()
+            trial.forward_done(flatten(result)[0])
+            return result
+        advise = self.reproducible and not self._shares and self.module.training
+        advise = advise and current_shard() is None
+        if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
+            return self._adviser.watch(run, self.module, args, kwargs)
+        return run()
+
+    def forward_backward(
+        self, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
+    ) -> Tensor:
+        """See `SphereParallel.forward_backward`."""
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+        if isinstance(inputs, Mapping):
+            args, kwargs = (), dict(inputs)
+        self._begin()
+        # Whole batches are no choice here: they would take the memory that this call saves.
+        crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
+        call = self._call(crew, args, kwargs, "forward_backward")
+        loss = forward_backward(call, loss_fn, targets)
+        if trial is not None:
+            trial.done()
+        return loss
+
+    def _begin(self) -> None:
+        self._refuse_inside()
+        if not self._would_share:
+            return
+        ranks = self._membership.look(self.spheres.leaves)
+        if ranks is not self.ranks:
+            self.pool.layouts.clear()
+            self._join(ranks)
+            self.sync()
+
+    def _refuse_inside(self) -> None:
+        shard = current_shard()
+        if isinstance(shard, ShardRandom) and shard.call.runs_on is self.spheres:
+            raise RuntimeError(
+                "a parallel model is called inside the forward, or the loss, of another one that "
+                "runs on the same spheres, which would wait for each other: call its bare module "
+                "there (model.module), which has the same weights, or give it spheres of its own"
+            )
+
+    def _choose(
+        self,
+        what: str,
+        ways: Callable[[int, int], list[Plan]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Crew, Trial | None]:
+        spheres = self.spheres
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        rows = rows_to_tune_by(tensors, self.cutting)
+        # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
+        # device's own, for which threads that it waits for would wait in turn.
+        on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
+        concurrency = spheres.concurrency if on_cpu else 0
+        if self.reproducible or self._shares:
+            ways = reproducible_ways
+        together = waits_for_others(self.module)
+        if together:
+            refuse_off_cpu(on_cpu)
+            ways = waiting_ways
+        tuner = self._tuners.of(
+            (rows.bit_length(), self.module.training, on_cpu, what, together),
+            lambda: ways(spheres.leaves, concurrency),
+        )
+        trial = tuner.trial(rows)
+        plan = tuner.chosen if trial is None else trial.plan
+        assert plan is not None
+        return Crew(spheres, plan, together), trial
+
+    def _run(
+        self, crew: Crew, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if crew.plan.shards == 1 and crew.plan.workers == 0:
+            return unsplit(*args, **kwargs)
+        if self.ranks is not None and not self._shares and self._has_no_rows(args, kwargs):
+            return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks without
+        call = self._call(crew, args, kwargs)
+        outputs = call.run_forward()
+        if torch.is_grad_enabled():
+            # (After the forward, which finds what it reaches beside the parameters.)
+            tensors = [*call.trainable, *call.inputs_with_grad]
+            outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
+            if isinstance(call, SharedCall):
+                rows, total = call.split.rows, call.split.total
+                outputs = [face(o, rows, total, self._losses) for o in outputs]
+        assert call.nesting is not None
+        return unflatten(outputs, call.nesting)
+
+    def _has_no_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
+        return bool(tensors) and tensors[0].shape[self.cutting.default_dim] == 0
+
+    @property
+    def _would_share(self) -> bool:
+        """Whether the call that is made now is one of all ranks, if there are any."""
+        return torch.is_grad_enabled() or self.module.training
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the call that is made now is one of all ranks."""
+        return self.ranks is not None and self._would_share
+
+    def _call(
+        self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
+    ) -> Call:
+        ranks, own = self.ranks if self._shares else None, None
+        if self.ranks is not None and ranks is None and self.ranks.loads_portions:
+            # An evaluation of what a loader has divided: in the shards of the whole batch.
+            own = self.ranks.divide(self.spheres.leaves).owned(self.ranks.rank)
+        if ranks is not None and self.pool.checks is None:  # of a copy
+            self.pool.checks = StepChecks(self.module, self.number)
+        kind = Call if ranks is None else SharedCall
+        make = functools.partial(
+            kind, self.module, self.pool, crew, args, kwargs, ranks, what,
+            cutting=self.cutting, own_leaves=own,
+        )  # fmt: skip
+        call = make()
+        if any(map(is_lazy, self.module.modules())):
+            initialise(call)
+            call = make()
+        return call
+
+    # ---- copies ----
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.reproducible, made.cutting = self.reproducible, copy.deepcopy(self.cutting)
+        made.ranks, made.number = self.ranks, self.number
+        made._membership = copy.deepcopy(self._membership)
+        made._take(self.spheres)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads stay behind, and groups: what is unpickled shares with the default one."""
+        return {
+            "reproducible": self.reproducible,
+            "cutting": self.cutting,
+            "spheres": (self.spheres.levels, self.spheres.concurrency),
+            "shares": self.ranks is not None,
+            "number": self.number,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        levels, concurrency = state["spheres"]
+        self.reproducible, self.cutting = state["reproducible"], state["cutting"]
+        self.number = state["number"]
+        self._take(new_pool(levels, concurrency=concurrency))
+        group = None if state["shares"] else False
+        self.ranks = find_ranks(group, self.spheres.leaves)
+        self._membership = Membership("the model", group, self.ranks)
+
+
+class _OnSpheres(torch.autograd.Function):
+    """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
+
+    Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what
+    ``torch.autograd.grad`` asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        fixed = [
+            o
+            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
+            if isinstance(o, Tensor) and not differs
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) through SphereParallel: gradients of gradients would "
+                "need the shards' graphs a second time; compute such a loss on the bare "
+                "model.module, or after model.forward.remove() where parallelize_ was called"
+            )
+        return (None, None, *ctx.call.run_backward(grads))
+
+
+# ---- arguments ----
+
+
+def start_engine(
+    model: nn.Module,
+    spheres: KissingSpheres | None,
+    *,
+    reproducible: bool,
+    process_group: ProcessGroup | bool | None,
+    batch_dim: int | Mapping[str, int] = 0,
+    whole: Sequence[str] = (),
+    scalars: Literal["mean", "sum"] = "mean",
+) -> Engine:
+    """For `SphereParallel` and `parallelize_`: checks their arguments, and has all ranks agree."""
+    _compat.require(_compat.PARALLEL)
+    check_model(model)
+    if spheres is None:
+        spheres = new_pool()
+    elif not isinstance(spheres, SpherePool):
+        raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
+    if not isinstance(reproducible, bool):
+        raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+    cutting = Cutting(batch_dim, whole, scalars)  # type: ignore[arg-type]
+    cutting.check_names(model)
+    keep_freed_memory(spheres.levels)
+    engine = Engine(
+        model,
+        spheres,
+        reproducible=reproducible,
+        process_group=process_group,
+        cutting=cutting,
+    )
+    engine.sync()
+    return engine
+
+
+def check_model(model: Any) -> None:
+    """Whether a model can be run in shards.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(model).__name__}")
+    for part in _parts(model):
+        name = type(part).__name__
+        if isinstance(part, (DataParallel, DistributedDataParallel)) or engine_of(part) is not None:
+            way_out = (
+                "its model.forward.remove() takes off what parallelize_() has put on"
+                if hasattr(vars(part).get("forward"), "remove")
+                else "wrap the bare module, and put DistributedDataParallel around the "
+                "SphereParallel"
+            )
+            raise TypeError(
+                f"module has a {name} in it, which runs in parallel already and does not work "
+                f"inside another parallel module; {way_out}"
+            )
+        refuse_torchs_sync_batch_norm(model, part)
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module has a {name} in it, whose copies cannot share its parameters; use the "
+                "module that it was made of, or torch.compile"
+            )
+
+
+def engine_of(module: object) -> Engine | None:
+    """The engine of a `SphereParallel`, or of a model that `parallelize_` was called on."""
+    forward = vars(module).get(PARALLEL_FORWARD) if isinstance(module, nn.Module) else None
+    return forward.engine if forward is not None and forward.is_used_by(module) else None
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all in it, with `SphereParallel` itself, which `modules()` leaves out."""
+    yield module
+    for part in module.children():
+        yield from _parts(part)

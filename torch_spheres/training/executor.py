@@ -1,0 +1,68 @@
+"""Who runs the shards of a call, and in which context."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from torch_spheres.distributed.group import Ranks
+from torch_spheres.runtime.caller_context import CallerContext, caller_context
+from torch_spheres.runtime.openmp import rest
+from torch_spheres.runtime.pool import SpherePool
+from torch_spheres.training.autotune import Plan
+from torch_spheres.training.shard_sums import ShardSums
+
+__all__ = ["Crew"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who runs a plan's shards."""
+
+    spheres: SpherePool
+    plan: Plan
+    together: bool = False  # the shards wait for each other, in layers that need all of them
+    sums: Callable[[int], ShardSums] | None = None  # of a pass of so many shards that do
+
+    @property
+    def concurrency(self) -> int:
+        """How many shards are on their way at once, at most."""
+        return self.plan.shards if self.together else max(1, self.plan.workers)
+
+    def for_call(self, module: nn.Module, places: int, ranks: Ranks | None) -> Crew:
+        """One that brings the shards of a call together, if they wait for each other."""
+        if not self.together:
+            return self
+        sums = lambda count: ShardSums(self.spheres, module, places, count, ranks)  # noqa: E731
+        return replace(self, sums=sums)
+
+    def context(self) -> CallerContext:
+        """What the calling thread has set, to be set wherever the shards run."""
+        if self.plan.workers > 0:
+            return caller_context()
+        grad = torch.is_grad_enabled()  # it keeps all but this, which autograd takes away
+        return lambda: torch.set_grad_enabled(grad)
+
+    def map(self, fn: Callable[[int], T], count: int) -> list[T]:
+        """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
+        if self.plan.workers == 0 or count == 0:
+            return [fn(k) for k in range(count)]
+        # Context variables are the caller's too: torch's compiler keeps its configuration in them.
+        ours = contextvars.copy_context()
+        if self.sums is not None:  # each shard on a leaf of its own
+            rest()
+            return self.sums(count).map(
+                lambda run: self.spheres.map(lambda k: ours.copy().run(run, k), range(count)), fn
+            )
+        if self.plan.workers == 1:
+            alone = self.spheres.map(lambda _: ours.run(lambda: [*map(fn, range(count))]), range(1))
+            return alone[0]
+        rest()
+        return self.spheres.map(lambda k: ours.copy().run(fn, k), range(count))

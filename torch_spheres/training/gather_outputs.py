@@ -1,0 +1,117 @@
+"""The shards' outputs put together, and gradients on their way to the shards and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_spheres.training.batch_split import aligned
+from torch_spheres.training.merge_outputs import FIRST, ONCE, SCALAR, gather_output
+from torch_spheres.training.row_check import compared
+from torch_spheres.training.shard_task import Shard
+
+if TYPE_CHECKING:
+    from torch_spheres.training.sharded_call import Call
+
+__all__ = ["cut_grad", "gather", "gather_input_grad"]
+
+
+def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
+    """The whole batch's outputs, as flat leaves; the call learns how each is put together."""
+    if not shards:
+        return []
+    first = shards[0]
+    call.nesting = first.nesting
+    for k, shard in enumerate(shards):
+        if shard.nesting != first.nesting:
+            raise ValueError(
+                f"the module returned {_described(first)} for shard 0, but {_described(shard)} for "
+                f"shard {k}: the outputs' structure must not depend on the rows, as that of a list "
+                "with tensors for each row does; stack or pad them into one tensor"
+            )
+    for i, value in enumerate(first.outputs):
+        if isinstance(value, Tensor) and value.is_nested:
+            raise TypeError(
+                f"output {i} of the module is a nested tensor, which SphereParallel cannot put "
+                "together; pad it inside the module (torch.nested.to_padded_tensor, output_size=)"
+            )
+        if isinstance(value, Tensor) and value.layout not in (torch.strided, torch.sparse_coo):
+            raise TypeError(
+                f"output {i} of the module is a tensor of layout {value.layout}, which "
+                "SphereParallel cannot put together; return to_dense()"
+            )
+    columns = [*zip(*(shard.outputs for shard in shards), strict=True)]
+    call.differentiable_outputs = [
+        any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
+    ]
+    comparison = compared(call, first.outputs, first.nesting)
+    found = comparison.ways
+    if comparison.means:
+        call.sums = False
+    inside = call.in_objects()
+    sizes, dim = call.split.sizes, call.cutting.default_dim
+    outputs: list[Any] = []
+    with torch.no_grad():
+        for i, values in enumerate(columns):
+            way = found[i]
+            if inside[i] and isinstance(values[0], Tensor) and values[0].dim() == 0:
+                way = ONCE  # a parameter of a distribution, and no loss
+            elif way == SCALAR and not _has_mean(values[0], call.sums):
+                way = ONCE
+            output, way = gather_output(i, values, sizes, way, dim, call.scalars_total)
+            outputs.append(output)
+            call.ways.append(way)
+    return outputs
+
+
+def _has_mean(value: Any, sums: bool) -> bool:
+    """Whether scalars of the shards can be put together: no flags, and no numbers' mean."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return True
+    return sums and value.dtype is not torch.bool
+
+
+def _described(shard: Shard) -> str:
+    nesting = "" if shard.nesting is None else repr(shard.nesting.spec)
+    return f"{len(shard.outputs)} values ({' '.join(nesting.split())[:100]})"
+
+
+def cut_grad(
+    call: Call, grad: Tensor | None, i: int, shards: list[Shard | None]
+) -> list[Tensor | None] | None:
+    """The gradient of output `i`, for each shard."""
+    way = call.ways[i]
+    if grad is None or way == FIRST:
+        return None
+    if way == SCALAR:
+        return [*call.weighted([grad] * len(shards))]
+    if way == ONCE:
+        return [grad, *[None] * (len(shards) - 1)]
+    assert isinstance(way, int)
+    kinds = {s.outputs[i].layout for s in shards if s is not None}
+    if kinds - {torch.strided}:
+        raise TypeError(
+            f"output {i} of the module is a tensor of layout {kinds.pop()}, whose gradient "
+            "SphereParallel cannot cut into shards; return to_dense()"
+        )
+    sizes = [0 if shard is None else shard.outputs[i].shape[way] for shard in shards]
+    pieces = grad.split(sizes, way) if sizes else ()
+    return [aligned(piece if way == 0 else piece.contiguous()) for piece in pieces]
+
+
+def gather_input_grad(
+    call: Call, value: Tensor, dim: int | None, parts: list[Tensor | None]
+) -> Tensor | None:
+    """The gradient of an argument from those of its parts."""
+    if dim is None:  # all shards had all of it
+        return call.totals([parts], [value])[0]
+    if all(part is None for part in parts):
+        return None
+    filled = [
+        torch.zeros_like(value.narrow(dim, begin, end - begin)) if part is None else part
+        for (begin, end), part in zip(call.split.bounds, parts, strict=True)
+    ]
+    return torch.cat(filled, dim)

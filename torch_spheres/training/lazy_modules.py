@@ -1,0 +1,45 @@
+"""Lazy modules, which take their shapes from the first batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from torch_spheres.distributed.model_sync import sync_module
+from torch_spheres.errors import Caught
+
+if TYPE_CHECKING:
+    from torch_spheres.training.sharded_call import Call
+
+__all__ = ["initialise", "is_lazy"]
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a module takes its shapes from the first batch, which has not come yet."""
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())
+
+
+def initialise(call: Call) -> None:
+    """Runs the module on the first shard's rows, without a trace but for what is lazy.
+
+    In evaluation mode, so that it leaves statistics and random numbers alone.
+    """
+    module = call.module
+    training = [m for m in module.modules() if m.training]
+    with Caught() as caught:
+        if not call.split.bounds:
+            raise ValueError("the first batch of a lazy module needs rows on every rank")
+        module.eval()
+        args, kwargs = call.arguments(call.split.parts(0))
+        try:
+            with torch.no_grad():
+                module(*args, **kwargs)
+        finally:
+            for part in training:
+                part.training = True
+    call.agree("the initialisation of lazy modules", caught)
+    if call.ranks is not None:
+        sync_module(module, call.ranks, {})

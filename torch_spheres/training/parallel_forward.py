@@ -1,0 +1,77 @@
+"""The forward that callers of a parallel model see."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from torch_spheres import _compat
+
+if TYPE_CHECKING:
+    from torch_spheres.training.engine import Engine
+
+__all__ = ["PARALLEL_FORWARD", "ParallelForward"]
+
+PARALLEL_FORWARD = "_parallel_forward"
+"""The attribute of a parallel model that has its `ParallelForward`."""
+
+
+class ParallelForward:
+    """The forward that callers see: it runs the engine, and looks like the module's own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @_compat.disable_compiler  # compiled code around has a gap here
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call does."""
+        return self.engine.forward(self.engine.module, args, kwargs)
+
+    def is_used_by(self, model: nn.Module) -> bool:
+        """Whether calls of the model come here."""
+        return vars(model).get(PARALLEL_FORWARD) is self
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """As `functools.wraps` sets it, but looked up when somebody asks: the module may change."""
+        return self.engine.module.forward
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__wrapped__.__doc__
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As of a bound method: accelerate puts autocast around it and binds that to the model."""
+        return _Unbound(self)
+
+    def __getattr__(self, name: str) -> Any:
+        # (Python 3.14's has __annotate__ instead; torch.export looks at the code.)
+        if name in (*functools.WRAPPER_ASSIGNMENTS, "__annotations__", "__code__"):
+            return getattr(self.__wrapped__, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Unbound:
+    """The parallel forward of whatever model it is called with, such as a copy of the first one."""
+
+    __slots__ = ("_bound",)
+
+    def __init__(self, bound: ParallelForward) -> None:
+        self._bound = bound
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(model)[PARALLEL_FORWARD](*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self._bound)
+        first = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[first, *bound.parameters.values()])

@@ -1,0 +1,244 @@
+"""Whether values of rows that are together are those of rows alone: else the user is told."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_spheres import _compat
+from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.stack_level import users_level
+from torch_spheres.training.merge_outputs import ROWS, SCALAR, Way, same
+from torch_spheres.training.pytree import unflatten
+from torch_spheres.training.rounding import differs, rounding_of
+from torch_spheres.training.sync_batch_norm import sees_all_rows
+from torch_spheres.training.trial_run import Run, equal_states, runs_without_trace
+
+if TYPE_CHECKING:
+    from torch_spheres.training.batch_split import Split
+    from torch_spheres.training.sharded_call import Call
+
+__all__ = ["STRIDE", "Three", "check_buffers", "check_loss", "check_values", "ignores_the_count",
+           "two_ranges"]  # fmt: skip
+
+Three = tuple[Any, Any, Any]  # of an output: of both ranges together, of the first, of the second
+_SCALARS = 256  # times the precision
+STRIDE = 5  # from the two shards that are looked at in one call to those of another
+
+
+def two_ranges(call: Call, pair: int) -> tuple[int, int, int] | None:
+    """Two neighbouring ranges of rows: two shards, or the halves of a process's only one.
+
+    None: there are none, or what the bare module makes of them says nothing about the shards.
+    """
+    bounds = call.split.bounds
+    if sees_all_rows(call.module):
+        return None
+    if len(bounds) > 1:
+        k = pair % (len(bounds) - 1)
+        return bounds[k][0], bounds[k][1], bounds[k + 1][1]
+    if call.ranks is None or not bounds or bounds[0][1] - bounds[0][0] < 2:
+        return None
+    begin, end = bounds[0]
+    return begin, (begin + end) // 2, end
+
+
+def check_values(
+    call: Call,
+    values: Sequence[Three],
+    ways: Sequence[Way],
+    rows: tuple[int, int, int],
+    sums: bool,
+) -> None:
+    """Warns, once, if the rows together are not what they are alone."""
+    learned = call.cutting.learned
+    if learned.warned:
+        return
+    inside = call.in_objects() if call.what == "forward" else ()
+    eps = rounding_of(call)
+    for i, (three, way) in enumerate(zip(values, ways, strict=True)):
+        text = None
+        if isinstance(way, int):
+            text = _rows_differ(three, way, eps)
+        elif way == SCALAR and all(map(_has_values, three)) and inside and not inside[i]:
+            text = _scalars_differ(three, rows, eps, sums)
+        elif way == ROWS and not same([*three[0]], [*three[1], *three[2]]):
+            text = _NOT_ROW_WISE
+        if text is not None:
+            learned.warned = True
+            warnings.warn(f"output {i} of the module {text}", UserWarning, users_level())
+            return
+
+
+def check_buffers(call: Call, runs: Sequence[Run]) -> None:
+    """Warns, once for each, of buffers that are another thing when shards write to them."""
+    whole, *alone = (run.changes for run in runs)
+    eps = rounding_of(call)
+    for key, (value, given) in whole.items():
+        both = [changes.get(key, (given, given))[0] for changes in alone]
+        if value.is_floating_point() or value.is_complex():
+            far = differs(value, (both[0] + both[1]) / 2, eps)
+        else:
+            far = not torch.equal(value, both[0])
+        name = ".".join(key)
+        if far and f"buffer {name}" not in call.pool.reported:
+            call.pool.reported.add(f"buffer {name}")
+            warnings.warn(
+                f"the module's forward leaves in the buffer {name} something else for rows "
+                "together than what SphereParallel makes of the shards' (the mean of "
+                "floating-point buffers, the first shard's of others): a sum or a count over rows, "
+                "a queue of rows, a greatest value. Keep it outside of the module, and write to it "
+                "what the module returns",
+                UserWarning,
+                users_level(),
+            )
+
+
+def ignores_the_count(call: Call, run: Run, ways: Sequence[Way], span: tuple[int, int]) -> bool:
+    """Whether scalars do not change with ``num_items_in_batch=``: then they are means over rows."""
+    twice = {"num_items_in_batch": lambda count: 2 * count}
+    runs, _ = runs_without_trace(call, training=False, spans=[span], change=twice)
+    if not runs or runs[0].nesting != run.nesting:
+        return False
+    eps = rounding_of(call)
+    scalars = [
+        (before, after)
+        for before, after, way in zip(run.outputs, runs[0].outputs, ways, strict=True)
+        if way == SCALAR and _has_values(before) and not torch.equal(2 * after, before)
+    ]
+    return bool(scalars) and not any(differs(before, after, eps) for before, after in scalars)
+
+
+_NOT_ROW_WISE = (
+    "is not the same for rows that are alone in a shard and for rows together with others: the "
+    "module looks across the rows of a batch, or its batch is not dimension 0, as in layers that "
+    "have batch_first=False. Shards know their own rows alone, so the result is not that of the "
+    "bare module. SphereParallel(..., batch_dim=1), or batch_dim={'name': 1}, says where the batch "
+    "is, and whole=('name',) which arguments every shard needs all of, such as a mask; what looks "
+    "across rows (a contrastive loss, for one) belongs outside of the module"
+)
+
+
+def _rows_differ(three: Three, dim: int, eps: float) -> str | None:
+    whole, *alone = (torch.from_numpy(v) if _is_numeric(v) else v for v in three)
+    if not isinstance(whole, Tensor):
+        same_rows = same(whole, np.concatenate(alone, dim))
+        return None if same_rows else _NOT_ROW_WISE
+    if not all(map(_has_values, three)):
+        return None
+    parts = whole.split([v.shape[dim] for v in alone], dim)
+    far = any(differs(a, b, eps) for a, b in zip(parts, alone, strict=True))
+    return _NOT_ROW_WISE if far else None
+
+
+def _has_values(value: Any) -> bool:
+    """Whether it can be compared by value."""
+    if not isinstance(value, Tensor):
+        return True
+    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+
+
+def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: bool) -> str | None:
+    whole, *alone = (v.detach().to(torch.complex128 if v.is_complex() else torch.float64)
+                     for v in three)  # fmt: skip
+    mean = alone[0] * (rows[1] / rows[0]) + alone[1] * (rows[2] / rows[0])
+    total = alone[0] + alone[1]
+    ours, other = (total, mean) if sums else (mean, total)
+    # (A reduction rounds less than a network whose values may cancel.)
+    relative = min(math.sqrt(eps), _SCALARS * eps)
+    if not differs(whole, ours, eps, relative):
+        return None
+    if not differs(whole, other, eps, relative):
+        now, then = ("sum", "mean") if sums else ("mean", "sum")
+        return (
+            f"has no dimensions and is a {then} over rows, but the shards' are put together as a "
+            f"{now}: SphereParallel(..., scalars={then!r}) makes it right"
+        )
+    return (
+        "has no dimensions, and is neither the mean nor the sum of the shards': it is a mean over "
+        "something else than rows (tokens that are not padding, for one), or looks across rows. "
+        f"The shards' {'sum' if sums else 'mean, weighted by their rows'}, is what comes out. "
+        "Return a value for each row, or a sum and a count with scalars='sum'; or compute it "
+        "outside of the module, with forward_backward() and a loss that returns (sum, count)"
+    )
+
+
+# ---- losses of forward_backward ----
+
+
+def check_loss(call: Call, loss_fn: Callable[[Any, Any], Any], goal: Split) -> None:
+    """Warns, once, if a loss of `forward_backward` is put together as what it is not.
+
+    The outputs of two shards' rows are given to it together and alone, in some of the calls.
+    """
+    learned = call.cutting.learned
+    ranges = two_ranges(call, (call.number - 1) * STRIDE)
+    told = learned.warned or learned.warned_of_loss
+    if told or not call.closely or ranges is None or _compat.dispatch_modes():
+        return
+    begin, middle, end = ranges
+    spans = (begin, end), (begin, middle), (middle, end)
+    runs, drew = runs_without_trace(call, training=False, spans=spans)
+    if not runs or drew:
+        return
+    losses = []
+    before = random_states()
+    try:
+        with torch.no_grad():
+            for run, span in zip(runs, spans, strict=True):
+                (target,) = goal.build(goal.cut(*span))
+                losses.append(loss_fn(unflatten(run.outputs, run.nesting), target))
+    except Exception:  # noqa: BLE001
+        return  # it needs a trace, or is wrong in evaluation mode: the shards show what is wrong
+    finally:
+        drew = not equal_states(before, random_states())
+        restore_random_states(before)
+    if drew:
+        return
+    text = _loss_differs(call, losses, (end - begin, middle - begin, end - middle))
+    if text is not None:
+        learned.warned_of_loss = True
+        warnings.warn(text, UserWarning, users_level())
+
+
+def _loss_differs(call: Call, losses: list[Any], rows: tuple[int, int, int]) -> str | None:
+    sums = isinstance(losses[0], tuple)
+    values = [loss[0] if sums else loss for loss in losses]
+    if not all(isinstance(v, Tensor) and v.numel() == 1 for v in values):
+        return None
+    three = values[0].reshape(()), values[1].reshape(()), values[2].reshape(())
+    if _scalars_differ(three, rows, rounding_of(call), sums) is None:
+        if not sums or float(losses[0][1]) == float(losses[1][1]) + float(losses[2][1]):
+            return None
+        return (
+            "loss_fn returns (sum, count), but the counts of two shards do not add up to that of "
+            f"their rows together: {[float(loss[1]) for loss in losses]}. Return the count of what "
+            "was summed"
+        )
+    is_sum = not sums and _scalars_differ(three, rows, rounding_of(call), sums=True) is None
+    found = "a sum over rows" if is_sum else (
+        "no mean over rows: it is one over something else (tokens that are not padding, classes "
+        "with weights), or looks across rows"
+    )  # fmt: skip
+    if sums:
+        return (
+            "loss_fn returns (sum, count), but the sums of two shards do not add up to that of "
+            "their rows together: it looks across rows, of which each shard has its own alone. Use "
+            "model(x), and compute such a loss from the outputs of the whole batch"
+        )
+    return (
+        f"loss_fn returns {found}, and the shards' are put together as a mean weighted by their "
+        "rows, which is another loss. Return (sum, count), whose quotient over the whole batch is "
+        "the loss, such as (F.cross_entropy(out, y, reduction='sum'), (y != -100).sum()); or use "
+        "model(x), and compute the loss from the outputs"
+    )

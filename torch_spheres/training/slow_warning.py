@@ -1,0 +1,85 @@
+"""Says, once, when the bare module would be faster than its shards.
+
+Twelve small shards cost twelve times what torch needs for each call. Whether that is more than the
+spheres gain is measured, not guessed: once, when the way to run the shards has been chosen, the
+forward of the whole batch is timed on a copy of the module with torch's own threads.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_spheres import _compat
+from torch_spheres.runtime.stack_level import users_level
+from torch_spheres.training.replica import Replica
+from torch_spheres.training.sync_batch_norm import waits_for_others
+
+__all__ = ["Adviser"]
+
+
+class Adviser:
+    """Compares forward passes of the shards, which it is told of, with one of the whole batch."""
+
+    _SAMPLES = 3
+    _MARGIN = 1.25  # the forward passes differ by less than this: no advice
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def watch(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs a forward on the spheres; after a few of them comes the comparison."""
+        if len(self._seconds) >= self._SAMPLES:  # (several threads may have come at once)
+            return run()
+        begin = time.perf_counter()
+        result = run()
+        self._seconds.append(time.perf_counter() - begin)
+        if len(self._seconds) == self._SAMPLES:
+            self._compare(module, args, kwargs)
+        return result
+
+    def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if any(map(_compat.is_compiled, module.modules())):
+            return  # it would be compiled for the whole batch, which can take minutes
+        ours = min(self._seconds)
+        try:
+            whole = _seconds_of_whole_batch(module, args, kwargs, 1.5 * ours)
+        except Exception:  # noqa: BLE001
+            return  # a batch that only works in shards (memory, for one) is no case for advice
+        if whole * self._MARGIN > ours:
+            return
+        other_way = (
+            "torch's own batch norm does not have shards wait for each other"
+            if waits_for_others(module)
+            else "SphereParallel(..., reproducible=False) chooses the faster way by itself"
+        )
+        warnings.warn(
+            f"the shards of this model are so small that plain PyTorch would be faster: a forward "
+            f"takes {ours * 1e3:.1f} ms in shards and {whole * 1e3:.1f} ms as a whole. Larger "
+            f"batches make shards worth it; {other_way}; ignore this if it is the same bits that "
+            "you are here for",
+            UserWarning,
+            stacklevel=users_level(),
+        )
+
+
+def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience: float) -> float:
+    """The fastest of a few forward passes that leave no trace: no hooks, buffers, random numbers.
+
+    The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
+    """
+    replica = Replica(module)
+    replica.rebind([[*vars(part)] for part in module.modules()], hooks=False)
+    replica.begin_shard()
+    seconds: list[float] = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        while len(seconds) < 3 and sum(seconds) <= patience:
+            begin = time.perf_counter()
+            replica.module(*args, **kwargs)
+            seconds.append(time.perf_counter() - begin)
+    return min(seconds)

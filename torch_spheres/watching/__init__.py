@@ -1,1 +1,0 @@
-"""What `KissingSpheres.live` and notebooks show of the spheres."""
