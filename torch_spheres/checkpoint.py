@@ -43,7 +43,6 @@ from torch_spheres.distributed.group import Ranks, find_ranks
 from torch_spheres.errors import Caught, RankError
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.rng import random_states, restore_random_states
-from torch_spheres.training.module import SphereParallel
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
 
@@ -277,7 +276,7 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 def _misfit(thing: Any, saved: Any) -> str:
     """Why what torch loads in part, or as it is, does not fit; classes of yours know better."""
     own = type(thing).state_dict, type(thing).load_state_dict
-    if any(own == (k.state_dict, k.load_state_dict) for k in (nn.Module, SphereParallel)):
+    if isinstance(thing, nn.Module) and all(map(_is_known, own)):
         here = thing.state_dict(keep_vars=True)
         if names := sorted(here.keys() ^ saved.keys()):
             return f"only one of them has {', '.join(names[:4])} (of {len(names)} in all)"
@@ -293,6 +292,11 @@ def _misfit(thing: Any, saved: Any) -> str:
         if lacking := thing.defaults.keys() - groups[0].keys():
             return f"it has no {', '.join(sorted(lacking))}, as {type(thing).__name__} has"
     return ""
+
+
+def _is_known(method: Any) -> bool:
+    """Whether it is torch's or ours, and not a class's own idea of its state."""
+    return method.__module__.partition(".")[0] in ("torch", "torch_spheres")
 
 
 def _restore(state: Mapping[str, Any], objects: Mapping[str, Any]) -> int:
