@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_rank_checks.py share: data, models, samplers."""
+"""What the ranks of tests/distributed/test_rank_checks.py share: data, models, samplers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs tests again and again on a machine that is never quiet, and counts what fails how often.
 
     python tools/shake.py                                   # the whole suite, once
-    python tools/shake.py --rounds 50 tests/test_trace.py   # what follows is pytest's
+    python tools/shake.py --rounds 50 tests/observe/test_trace.py   # what follows is pytest's
     python tools/shake.py --minutes 120 tests -k "not cpp"
 
 Other programs take the cores in bursts of random length, and Python switches between threads every

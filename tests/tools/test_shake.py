@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SHAKE = Path(__file__).parent.parent / "tools" / "shake.py"
+SHAKE = Path(__file__).parents[2] / "tools" / "shake.py"
 TESTS = """
 import sys
 

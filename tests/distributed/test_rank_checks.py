@@ -8,7 +8,7 @@ import fork_server
 import pytest
 from rank_output import printed
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def run(program, how, world, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def test_in_a_new_process(spheres, tmp_path):
     ran = fork_server.run(
         SCRIPT,
         tmp_path / "states.pt",
-        env={"PYTHONPATH": str(Path(__file__).parent)},
+        env={"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))},
         warn=(("ignore",),),
     )
     assert ran.stdout.splitlines() == [*map(str, expected)], ran.stderr

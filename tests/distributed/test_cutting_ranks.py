@@ -7,7 +7,7 @@ from pathlib import Path
 import fork_server
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.timeout(120)

@@ -17,7 +17,7 @@ from pathlib import Path
 import effort
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "cpp").glob("*.cpp"))
 SUMS = ROOT / "cpp" / "gradient_sum.cpp"
 """Compiles for long; needs nothing else of the core, and nothing else there needs it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fork_server
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "big_batch.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "big_batch.py"
 LIMIT = 300  # MiB; the whole batch's activations are 675
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import torch_spheres as ts
 from torch_spheres.data.rank_slice import without_rows
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WAYS = ("loop", "mean", "count")
 
 

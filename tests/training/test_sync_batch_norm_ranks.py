@@ -10,7 +10,7 @@ import fork_server
 import pytest
 from sync_batch_norm_support import trained
 
-SCRIPT = Path(__file__).parent / "ranks_sync_batch_norm.py"
+SCRIPT = Path(__file__).parents[1] / "ranks_sync_batch_norm.py"
 # way, levels, rows, concurrency. 13 rows are uneven, 11 leave a leaf without.
 CASES = [
     ["loop", 2, 100, 1],

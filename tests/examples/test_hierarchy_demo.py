@@ -9,7 +9,7 @@ import fork_server
 import pytest
 import trace_support
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "hierarchy_demo.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "hierarchy_demo.py"
 
 
 def run(*arguments, folder):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import trace_support
 
-TRAINER = Path(__file__).parent.parent / "examples" / "mnist.py"
+TRAINER = Path(__file__).parents[2] / "examples" / "mnist.py"
 
 
 def idx(array):

@@ -9,7 +9,7 @@ import fork_server
 import pytest
 from rank_output import printed
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def started(how, world, timeout):

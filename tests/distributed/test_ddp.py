@@ -49,6 +49,8 @@ os._exit(0)  # with a DDP model about, gloo's thread can abort a process that en
 @pytest.mark.timeout(110)
 @pytest.mark.parametrize("make", ["SphereParallel", "parallelize_"])
 def test_gradients_and_weights_are_those_of_ddp(tmp_path, make):
-    fork_server.run_ranks(2, RANK, tmp_path, make, env={"PYTHONPATH": str(Path(__file__).parent)})
+    fork_server.run_ranks(
+        2, RANK, tmp_path, make, env={"PYTHONPATH": str(Path(__file__).parents[1])}
+    )
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
