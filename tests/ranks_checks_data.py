@@ -1,4 +1,4 @@
-"""What ranks of tests/distributed/test_rank_checks.py run: mistakes with batches, loaders, evaluations."""
+"""What ranks of test_rank_checks.py run: mistakes with batches, loaders, evaluations."""
 
 from __future__ import annotations
 

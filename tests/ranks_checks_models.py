@@ -1,4 +1,4 @@
-"""What ranks of tests/distributed/test_rank_checks.py run: mistakes with calls, weights, losses, groups."""
+"""What ranks of test_rank_checks.py run: mistakes with calls, weights, losses, groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank of tests/distributed/test_cutting_ranks.py runs: what goes in and comes out, in two ranks."""
+"""What each rank of test_cutting_ranks.py runs: what goes in and comes out, in two ranks."""
 
 from __future__ import annotations
 

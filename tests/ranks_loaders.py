@@ -1,4 +1,4 @@
-"""What each of four ranks of tests/distributed/test_ranks.py runs: loaders, states, sums by hand, gather."""
+"""What each of four ranks of test_ranks.py runs: loaders, states, sums by hand, gather."""
 
 from __future__ import annotations
 

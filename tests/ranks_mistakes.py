@@ -1,4 +1,4 @@
-"""What each rank of tests/distributed/test_rank_errors.py runs: mistakes that all ranks hear of."""
+"""What each rank of test_rank_errors.py runs: mistakes that all ranks hear of."""
 
 from __future__ import annotations
 

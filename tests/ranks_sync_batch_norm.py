@@ -1,4 +1,4 @@
-"""What each rank of tests/training/test_sync_batch_norm_ranks.py runs: trains, and writes digests."""
+"""What each rank of test_sync_batch_norm_ranks.py runs: trains, and writes digests."""
 
 from __future__ import annotations
 
