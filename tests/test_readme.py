@@ -10,6 +10,8 @@ from pathlib import Path
 import fork_server
 import pytest
 
+import torch_spheres
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README, **{f"docs/{p.name}": p.read_text() for p in ROOT.glob("docs/*.md")}}
@@ -61,9 +63,29 @@ def test_files_that_a_page_names_exist(page):
 
 
 def anchors(text):
-    """Of a page's headings, as GitHub makes them."""
+    """Of a page's headings, as GitHub makes them; docs/api.md also has one for each name."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_api_page_has_each_public_name_once():
+    named = re.findall(r"^::: torch_spheres\.([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
+    # (Statically `torch_spheres.prepare` is the module, so the page names the function in it.)
+    names = ["prepare" if name == "prepare.prepare" else name for name in named]
+    assert sorted(names) == sorted(torch_spheres.__all__)
+
+
+def test_every_page_is_in_the_sites_navigation():
+    listed = re.findall(r": ([\w/]+\.md)\b", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(["index.md", *(p.name for p in ROOT.glob("docs/*.md"))])
+
+
+def test_the_site_asks_for_nothing_from_elsewhere():
+    assert re.search(r"^  font: false", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    # Mermaid diagrams and formulas would be drawn by scripts of other servers.
+    for page, text in PAGES.items():
+        assert "```mermaid" not in text, page
+        assert not re.search(r"!\[[^]]*\]\(https?:", text), page
 
 
 @pytest.mark.parametrize("page", PAGES)
