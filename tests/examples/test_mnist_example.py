@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import re
+import signal
 import struct
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -169,6 +171,7 @@ def test_plain_runs_without_spheres(small):
         (["--epochs", "0"], "got '0'"),
         (["--batch-size", "-1"], "'-1'|-1"),
         (["--concurrency", "x"], "got 'x'"),
+        (["--seed", str(2**63)], "64 bits, got '9223372036854775808'"),
         (["--data", "/nowhere"], "no such folder: /nowhere"),
         (["--trace", "/nowhere/run.json"], "no such folder: /nowhere"),
         (["--plot", "/nowhere/run.png"], "no such folder: /nowhere"),
@@ -198,3 +201,16 @@ def test_ctrl_c_is_one_line_and_leaves_a_picture(small, tmp_path):
         assert process.wait() == 130
     assert process.stdout.splitlines()[-1] == f"{path}: what the spheres did" and path.exists()
     assert process.stderr.splitlines()[-1] == "interrupted" and "Traceback" not in process.stderr
+
+
+def test_a_second_ctrl_c_does_not_lose_the_files(small, tmp_path):
+    path, trace = tmp_path / "rings.svg", tmp_path / "run.json"
+    arguments = ["--data", small, "--batch-size", 50, "--epochs", 100_000, "--plot", path]
+    with fork_server.start(TRAINER, *arguments, "--trace", trace) as process:
+        assert process.readline().startswith("epoch 1")
+        process.interrupt()
+        time.sleep(0.05)  # the first one has been seen; writing both files takes longer
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert path.read_text().rstrip().endswith("</svg>")
+    assert "interrupted" in process.stderr and "Traceback" not in process.stderr
