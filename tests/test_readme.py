@@ -53,11 +53,12 @@ def test_imports_warn_of_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_files_that_a_page_names_exist(page):
-    text = PAGES[page]
+    text = (ROOT / page).read_text()
     names = re.findall(r"`((?:tests|examples|benchmarks|cpp|torch_spheres)/[\w./-]+)`", text)
     names += re.findall(r"\b(tools/\w+\.py)", text)
+    names += re.findall(r"^pytest .*?(tests/[\w/]+\.py)", text, re.MULTILINE)
     for name in names:
         assert (ROOT / name).exists(), name
 
