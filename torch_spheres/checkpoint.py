@@ -277,7 +277,7 @@ def _misfit(thing: Any, saved: Any) -> str:
     """Why what torch loads in part, or as it is, does not fit; classes of yours know better."""
     own = type(thing).state_dict, type(thing).load_state_dict
     if isinstance(thing, nn.Module) and all(map(_is_known, own)):
-        here = thing.state_dict(keep_vars=True)
+        here: Any = thing.state_dict(keep_vars=True)
         if names := sorted(here.keys() ^ saved.keys()):
             return f"only one of them has {', '.join(names[:4])} (of {len(names)} in all)"
         for name, value in here.items():  # (buffers may be resized by who loads them)

@@ -15,7 +15,7 @@ from reference import digest
 from torch import nn
 
 import torch_spheres as ts
-from torch_spheres.training.sharded_call import Call
+from torch_spheres.training.sharded_call import ShardedCall
 
 X = torch.arange(50.0)[:, None].repeat(1, 4) / 50
 
@@ -159,7 +159,7 @@ class Lazy(nn.Module):
 @pytest.mark.parametrize("way", ["backward", "forward_backward"])
 def test_nothing_of_a_refused_call_is_kept(spheres, way, module):
     def calls():
-        return sum(issubclass(type(o), Call) for o in gc.get_objects())
+        return sum(issubclass(type(o), ShardedCall) for o in gc.get_objects())
 
     parallel = ts.SphereParallel(module, spheres)
     gc.collect()

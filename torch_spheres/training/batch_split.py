@@ -19,9 +19,9 @@ from torch_spheres.distributed.group import Ranks
 from torch_spheres.reduction.partition import shard_bounds
 from torch_spheres.runtime.object_graph import is_sequence, row_sequences, tensor_inside
 from torch_spheres.training.pytree import Nesting, flatten, unflatten
-from torch_spheres.training.split_options import Cutting, argument_name
+from torch_spheres.training.split_options import SplitOptions, argument_name
 
-__all__ = ["Cutting", "Split", "aligned", "rows_to_tune_by", "without_dim"]
+__all__ = ["Split", "SplitOptions", "aligned", "rows_to_tune_by", "without_dim"]
 
 _NOTHING_INSIDE = (Tensor, type(None), bool, int, float, str)
 _ALIGNMENT = 64  # bytes; kernels choose their path by it, and so their bits
@@ -35,7 +35,7 @@ class Split:
         shards: how many pieces to cut at most.
         ranks: with whom the batch is shared; these are this rank's part of it, and `share` has to
             be told how many rows there are in all.
-        cutting: which arguments are cut, and along which dimension.
+        options: which arguments are cut, and along which dimension.
         module: whose arguments they are; None: they are what a loss compares outputs with, all of
             which has rows.
         least: rows that a shard needs; fewer shards run where there are too few for all.
@@ -50,11 +50,11 @@ class Split:
         arguments: Sequence[tuple[int | str, Any]],
         shards: int,
         ranks: Ranks | None = None,
-        cutting: Cutting | None = None,
+        options: SplitOptions | None = None,
         module: nn.Module | None = None,
         least: int = 1,
     ) -> None:
-        self.cutting = Cutting() if cutting is None else cutting
+        self.options = SplitOptions() if options is None else options
         self.shards = shards
         self._ranks, self._module = ranks, module
         self._rows: int | None = None
@@ -121,10 +121,10 @@ class Split:
     def _rule(self, key: int | str) -> tuple[int | None, bool]:
         """An argument's batch dimension, and whether the user has said so."""
         if self._module is None:
-            return self.cutting.default_dim, True
-        if self.cutting.names_arguments:
-            return self.cutting.dim_of(self._name(key))
-        return self.cutting.default_dim, False
+            return self.options.default_dim, True
+        if self.options.names_arguments:
+            return self.options.dim_of(self._name(key))
+        return self.options.default_dim, False
 
     def _add(self, key: int | str, value: Any) -> None:
         leaves, nesting = flatten(value)
@@ -187,7 +187,7 @@ class Split:
 
     def _refuse_square(self, key: int | str, i: int, value: Tensor) -> None:
         """A matrix that may be of the batch's rows, or a mask for all of them."""
-        settled = self.cutting.learned.settled
+        settled = self.options.learned.settled
         place = key, i
         if value.shape[0] != value.shape[1]:
             settled.add(place)  # a mask would not have had the batch's rows
@@ -247,7 +247,7 @@ class Split:
 
     def _has_row_sequence(self, key: int | str, value: Any, dim: int, said: bool) -> bool:
         found = False
-        settled = self.cutting.learned.settled
+        settled = self.options.learned.settled
         for path, sequence in row_sequences(value):
             length = _length(sequence, dim)
             if length != self.rows:
@@ -303,6 +303,13 @@ class Split:
         """Each shard's share of the rows."""
         return [size / self.total for size in self.sizes]
 
+    def by_leaf(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One place for each leaf of the tree, of one value for each shard that runs."""
+        places: list[Tensor | None] = [None] * self.places
+        for leaf, value in zip(self.leaves, values, strict=True):
+            places[leaf] = value
+        return places
+
     def outside_objects(self, leaves: list[Any]) -> list[Any]:
         """Those that are no part of a distribution or a key-value cache."""
         inside = {*self._in_objects}
@@ -354,11 +361,11 @@ class Split:
         )
 
 
-def rows_to_tune_by(tensors: Sequence[Tensor], cutting: Cutting) -> int:
+def rows_to_tune_by(tensors: Sequence[Tensor], options: SplitOptions) -> int:
     """About how many rows a batch has: ways to run it are measured per row. Raises nothing."""
     for value in tensors:
         if not value.is_nested and value.dim() > 0:
-            return max(1, value.shape[min(cutting.default_dim, value.dim() - 1)])
+            return max(1, value.shape[min(options.default_dim, value.dim() - 1)])
     return 1
 
 

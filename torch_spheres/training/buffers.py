@@ -10,15 +10,46 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.runtime.stack_level import users_level
+from torch_spheres.training.replica_pool import ReplicaPool
 from torch_spheres.training.shard_task import Shard
 from torch_spheres.training.sync_batch_norm import SyncBatchNorm
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
-__all__ = ["buffers_of", "merge_buffers", "needs_two_rows", "take_new_shapes"]
+__all__ = ["LargeBuffers", "buffers_of", "merge_buffers", "needs_two_rows", "take_new_shapes"]
 
 Place = tuple[nn.Module, str]
+_LARGE = 1 << 16  # bytes: a smaller buffer is copied in less time than it takes to look
+
+
+class LargeBuffers:
+    """Which large buffers each shard of a call gets a copy of; of small ones it always gets one.
+
+    Args:
+        replicas: they remember to which large buffers a forward has written.
+        learns: this call's first shard has copies of all, and shows which it writes to.
+    """
+
+    def __init__(self, replicas: ReplicaPool, *, learns: bool) -> None:
+        self._replicas, self._learnt = replicas, not learns
+
+    @staticmethod
+    def any_in(module: nn.Module) -> bool:
+        """Whether a module has large buffers."""
+        return any(b.nbytes > _LARGE for b in module.buffers())
+
+    def has_copy(self, part: nn.Module, name: str, value: Tensor) -> bool:
+        """Whether the shard that begins now gets a copy of a buffer."""
+        is_small = value.nbytes <= _LARGE
+        return is_small or not self._learnt or (id(part), name) in self._replicas.written
+
+    def learn(self, shard: Shard) -> None:
+        """Takes from the first shard to which buffers it has written."""
+        self._learnt = True
+        for buffer, value in shard.buffers:
+            if value is not None:
+                self._replicas.written.add((id(buffer.source), buffer.name))
 
 
 def buffers_of(module: nn.Module) -> list[Place]:
@@ -58,7 +89,7 @@ def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
     return None
 
 
-def merge_buffers(call: Call, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
+def merge_buffers(call: ShardedCall, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
     """Of the buffers that changed, the mean over the shards; the first shard's if integer.
 
     Args:
@@ -82,17 +113,19 @@ def merge_buffers(call: Call, shards: Sequence[Shard], changed: Mapping[int, Pla
                 sums.append((target, given))
             else:
                 firsts.append((target, given[0] if given else None))
+        split = call.split
+        ran = min(split.total, split.shards) if call.ranks is not None else len(split.bounds)
         totals = call.totals([given for _, given in sums], [t for t, _ in sums])
         for (target, _), total in zip(sums, totals, strict=True):
             assert total is not None
-            target.copy_(total / call.ran)
-        values = call.first_shards([v for _, v in firsts], [t for t, _ in firsts])
+            target.copy_(total / ran)
+        values = call.collective.first_shards([v for _, v in firsts], [t for t, _ in firsts])
         for (target, _), value in zip(firsts, values, strict=True):
             target.copy_(value)
 
 
 def _warn_of_numbers_that_differ(
-    call: Call, shards: Sequence[Shard], changed: Mapping[int, Place]
+    call: ShardedCall, shards: Sequence[Shard], changed: Mapping[int, Place]
 ) -> None:
     """Says, once for each buffer, that of numbers which have no mean the first shard's are kept."""
     for i, (source, name) in changed.items():
@@ -102,9 +135,9 @@ def _warn_of_numbers_that_differ(
             continue
         path = f"{type(source).__name__}.{name}"
         agree = all(v is not None and torch.equal(v, first) for v in values)
-        if agree or path in call.pool.reported:
+        if agree or path in call.replicas.reported:
             continue
-        call.pool.reported.add(path)
+        call.replicas.reported.add(path)
         warnings.warn(
             f"the shards left different numbers in the buffer {path}, of {first.dtype}, of which "
             "the first shard's are kept (floating-point buffers become the mean over the shards, "

@@ -31,9 +31,7 @@ from torch_spheres.training.autotune import (
     waiting_ways,
 )
 from torch_spheres.training.batch_split import rows_to_tune_by
-from torch_spheres.training.collective import SharedCall
-from torch_spheres.training.executor import Crew
-from torch_spheres.training.forward_backward import forward_backward
+from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.lazy_modules import initialise, is_lazy
 from torch_spheres.training.parallel_forward import PARALLEL_FORWARD
 from torch_spheres.training.pytree import flatten, unflatten
@@ -43,9 +41,9 @@ from torch_spheres.training.refusals import (
     refuse_tracing,
 )
 from torch_spheres.training.replica_pool import ReplicaPool
-from torch_spheres.training.sharded_call import Call
+from torch_spheres.training.sharded_call import ShardedCall
 from torch_spheres.training.slow_warning import Adviser
-from torch_spheres.training.split_options import Cutting
+from torch_spheres.training.split_options import SplitOptions
 from torch_spheres.training.step_checks import StepChecks
 from torch_spheres.training.sync_batch_norm import waits_for_others
 
@@ -72,9 +70,9 @@ class Engine:
         *,
         reproducible: bool,
         process_group: ProcessGroup | bool | None,
-        cutting: Cutting,
+        options: SplitOptions,
     ) -> None:
-        self.module, self.reproducible, self.cutting = module, reproducible, cutting
+        self.module, self.reproducible, self.options = module, reproducible, options
         self._take(spheres)
         self._join(find_ranks(process_group, spheres.leaves))
         self._membership = Membership("the model", process_group, self.ranks)
@@ -120,15 +118,15 @@ class Engine:
         """
         refuse_tracing()
         self._begin()
-        crew, trial = self._choose("forward", all_ways, args, kwargs)
-        run = functools.partial(self._run, crew, unsplit, args, kwargs)
+        executor, trial = self._choose("forward", all_ways, args, kwargs)
+        run = functools.partial(self._run, executor, unsplit, args, kwargs)
         if trial is not None:
             result = run()
             trial.forward_done(flatten(result)[0])
             return result
         advise = self.reproducible and not self._shares and self.module.training
         advise = advise and current_shard() is None
-        if advise and torch.is_grad_enabled() and crew.plan.workers > 0:
+        if advise and torch.is_grad_enabled() and executor.plan.workers > 0:
             return self._adviser.watch(run, self.module, args, kwargs)
         return run()
 
@@ -141,9 +139,9 @@ class Engine:
             args, kwargs = (), dict(inputs)
         self._begin()
         # Whole batches are no choice here: they would take the memory that this call saves.
-        crew, trial = self._choose("forward_backward", lean_ways, args, kwargs)
-        call = self._call(crew, args, kwargs, "forward_backward")
-        loss = forward_backward(call, loss_fn, targets)
+        executor, trial = self._choose("forward_backward", lean_ways, args, kwargs)
+        call = self._call(executor, args, kwargs, "forward_backward")
+        loss = call.forward_backward(loss_fn, targets)
         if trial is not None:
             trial.done()
         return loss
@@ -173,10 +171,10 @@ class Engine:
         ways: Callable[[int, int], list[Plan]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Crew, Trial | None]:
+    ) -> tuple[ShardExecutor, Trial | None]:
         spheres = self.spheres
         tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        rows = rows_to_tune_by(tensors, self.cutting)
+        rows = rows_to_tune_by(tensors, self.options)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
@@ -194,22 +192,26 @@ class Engine:
         trial = tuner.trial(rows)
         plan = tuner.chosen if trial is None else trial.plan
         assert plan is not None
-        return Crew(spheres, plan, together), trial
+        return ShardExecutor(spheres, plan, together), trial
 
     def _run(
-        self, crew: Crew, unsplit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        executor: ShardExecutor,
+        unsplit: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        if crew.plan.shards == 1 and crew.plan.workers == 0:
+        if executor.plan.shards == 1 and executor.plan.workers == 0:
             return unsplit(*args, **kwargs)
         if self.ranks is not None and not self._shares and self._has_no_rows(args, kwargs):
             return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks without
-        call = self._call(crew, args, kwargs)
+        call = self._call(executor, args, kwargs)
         outputs = call.run_forward()
         if torch.is_grad_enabled():
             # (After the forward, which finds what it reaches beside the parameters.)
             tensors = [*call.trainable, *call.inputs_with_grad]
             outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
-            if isinstance(call, SharedCall):
+            if call.ranks is not None:
                 rows, total = call.split.rows, call.split.total
                 outputs = [face(o, rows, total, self._losses) for o in outputs]
         assert call.nesting is not None
@@ -217,7 +219,7 @@ class Engine:
 
     def _has_no_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
-        return bool(tensors) and tensors[0].shape[self.cutting.default_dim] == 0
+        return bool(tensors) and tensors[0].shape[self.options.default_dim] == 0
 
     @property
     def _would_share(self) -> bool:
@@ -230,18 +232,21 @@ class Engine:
         return self.ranks is not None and self._would_share
 
     def _call(
-        self, crew: Crew, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "forward"
-    ) -> Call:
+        self,
+        executor: ShardExecutor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        what: str = "forward",
+    ) -> ShardedCall:
         ranks, own = self.ranks if self._shares else None, None
         if self.ranks is not None and ranks is None and self.ranks.loads_portions:
             # An evaluation of what a loader has divided: in the shards of the whole batch.
             own = self.ranks.divide(self.spheres.leaves).owned(self.ranks.rank)
         if ranks is not None and self.pool.checks is None:  # of a copy
             self.pool.checks = StepChecks(self.module, self.number)
-        kind = Call if ranks is None else SharedCall
         make = functools.partial(
-            kind, self.module, self.pool, crew, args, kwargs, ranks, what,
-            cutting=self.cutting, own_leaves=own,
+            ShardedCall, self.module, self.pool, executor, args, kwargs, ranks, what,
+            options=self.options, own_leaves=own,
         )  # fmt: skip
         call = make()
         if any(map(is_lazy, self.module.modules())):
@@ -254,7 +259,7 @@ class Engine:
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        made.reproducible, made.cutting = self.reproducible, copy.deepcopy(self.cutting)
+        made.reproducible, made.options = self.reproducible, copy.deepcopy(self.options)
         made.ranks, made.number = self.ranks, self.number
         made._membership = copy.deepcopy(self._membership)
         made._take(self.spheres)
@@ -264,7 +269,7 @@ class Engine:
         """Threads stay behind, and groups: what is unpickled shares with the default one."""
         return {
             "reproducible": self.reproducible,
-            "cutting": self.cutting,
+            "options": self.options,
             "spheres": (self.spheres.levels, self.spheres.concurrency),
             "shares": self.ranks is not None,
             "number": self.number,
@@ -272,7 +277,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         levels, concurrency = state["spheres"]
-        self.reproducible, self.cutting = state["reproducible"], state["cutting"]
+        self.reproducible, self.options = state["reproducible"], state["options"]
         self.number = state["number"]
         self._take(new_pool(levels, concurrency=concurrency))
         group = None if state["shares"] else False
@@ -288,7 +293,7 @@ class _OnSpheres(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: ShardedCall, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
         fixed = [
@@ -332,15 +337,15 @@ def start_engine(
         raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
     if not isinstance(reproducible, bool):
         raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
-    cutting = Cutting(batch_dim, whole, scalars)  # type: ignore[arg-type]
-    cutting.check_names(model)
+    options = SplitOptions(batch_dim, whole, scalars)  # type: ignore[arg-type]
+    options.check_names(model)
     keep_freed_memory(spheres.levels)
     engine = Engine(
         model,
         spheres,
         reproducible=reproducible,
         process_group=process_group,
-        cutting=cutting,
+        options=options,
     )
     engine.sync()
     return engine

@@ -17,13 +17,13 @@ from torch_spheres.runtime.pool import SpherePool
 from torch_spheres.training.autotune import Plan
 from torch_spheres.training.shard_sums import ShardSums
 
-__all__ = ["Crew"]
+__all__ = ["ShardExecutor"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Crew:
+class ShardExecutor:
     """Who runs a plan's shards."""
 
     spheres: SpherePool
@@ -36,7 +36,7 @@ class Crew:
         """How many shards are on their way at once, at most."""
         return self.plan.shards if self.together else max(1, self.plan.workers)
 
-    def for_call(self, module: nn.Module, places: int, ranks: Ranks | None) -> Crew:
+    def for_call(self, module: nn.Module, places: int, ranks: Ranks | None) -> ShardExecutor:
         """One that brings the shards of a call together, if they wait for each other."""
         if not self.together:
             return self

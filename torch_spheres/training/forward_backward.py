@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,86 +11,128 @@ from torch import Tensor
 from torch_spheres.errors import Caught
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
+from torch_spheres.training.forward_shard import forward_shard
 from torch_spheres.training.row_check import compared
 from torch_spheres.training.row_check_values import check_loss
 from torch_spheres.training.shard_task import Shard, in_shard
-from torch_spheres.training.sharded_call import Call
 
-__all__ = ["forward_backward"]
+if TYPE_CHECKING:
+    from torch_spheres.training.sharded_call import ShardedCall
+
+__all__ = ["LossAndGradients"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: Any) -> Tensor:
-    """See `SphereParallel.forward_backward`."""
-    if not torch.is_grad_enabled():
-        raise RuntimeError("forward_backward() under torch.no_grad() has no gradients to compute")
-    goals: list[Split] = []
-    count = len(call.split.bounds)
-    losses: list[Tensor | None] = [None] * count
-    counts: list[Any] = [None] * count
-    shards: list[Shard | None] = [None] * count
+class LossAndGradients:
+    """Of one call: each shard's loss and gradients, of which the graph goes when they are known.
 
-    def run(k: int) -> tuple[Grads, Grads]:
-        replica = call.pool.borrow(call.module)
+    Args:
+        call: of the inputs.
+        loss_fn: returns a shard's loss, a mean over its rows, or ``(sum, count)``.
+        targets: cut as the inputs are.
+    """
+
+    def __init__(self, call: ShardedCall, loss_fn: Callable[[Any, Any], Any], targets: Any) -> None:
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "forward_backward() under torch.no_grad() has no gradients to compute"
+            )
+        self._call, self._loss_fn, self._targets = call, loss_fn, targets
+        self._goal: Split | None = None  # the targets, cut
+        count = len(call.split.bounds)
+        self._losses: list[Tensor | None] = [None] * count
+        self._counts: list[Any] = [None] * count
+        self._shards: list[Shard | None] = [None] * count
+
+    def run(self) -> Tensor:
+        """Runs all shards and adds the gradients to ``.grad``; returns the whole batch's loss."""
+        call = self._call
+        if call.executor.together:
+            call.reached.close()
+        # While one shard is alone, what it reaches can be added to what is summed.
+        grads = call.sum_gradients(self._run_shard, self._cut_targets, one_first=call.closely)
+        done = [shard for shard in self._shards if shard is not None]
+        # A process that ran no shard has to know what the losses are, to sum them.
+        found, kinds = next((v for v in self._losses if v is not None), None), [0]
+        with Caught() as caught:
+            if found is not None:
+                kinds = [1 + _DTYPES.index(found.dtype)]
+            self._check(done)
+        (kind,) = call.finish_forward(done, caught, kinds)
+        like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
+        with torch.no_grad():
+            loss = self._total(grads, like)
+        # Autograd adds what is known to ``.grad``, and runs the hooks.
+        pairs = zip([*call.trainable, *call.inputs_with_grad], grads, strict=True)
+        known = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
+        torch.autograd.backward([t for t, _ in known], [g for _, g in known])
+        return loss
+
+    def _cut_targets(self) -> None:
+        split = self._call.split
+        goal = Split(
+            [("targets", self._targets)], split.shards, self._call.ranks, self._call.options
+        )
+        if goal.rows != split.rows:
+            raise ValueError(
+                f"forward_backward() got inputs of {split.rows} rows and targets of {goal.rows}"
+            )
+        goal.bounds, goal.leaves, goal.total = split.bounds, split.leaves, split.total
+        self._goal = goal
+
+    def _run_shard(self, k: int) -> tuple[Grads, Grads]:
+        call, goal = self._call, self._goal
+        assert goal is not None
+        replica = call.replicas.borrow(call.module)
         try:
             with torch.enable_grad():
-                shard = call.forward_shard(k, replica)
+                shard = forward_shard(call, k, replica)
                 with in_shard(call, k, "loss", shard):
                     output = shard.rebuild()
-                    (target,) = goals[0].build(goals[0].parts(k))
-                    loss, counts[k] = _checked(loss_fn(output, target), k)
-                    if counts[k] is None:
+                    (target,) = goal.build(goal.parts(k))
+                    loss, self._counts[k] = _checked(self._loss_fn(output, target), k)
+                    if self._counts[k] is None:
                         loss = loss * call.split.weights[k]
-            call.reached.look_at_one(k, shard, [loss], count)
-            losses[k] = loss.detach()
+            call.reached.look_at_one(k, shard, [loss], len(self._losses))
+            self._losses[k] = loss.detach()
             shard.outputs = []
             del output
             with in_shard(call, k, "backward", shard):
                 found = call.reached.put_together(*shard.backward([loss], [torch.ones_like(loss)]))
             if call.is_first:
-                call.learn(shard)
+                call.large_buffers.learn(shard)
             call.reached.close()
-            shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
+            self._shards[k] = Shard(shard.random, replica, buffers=shard.buffers)
             return found
         finally:
-            call.pool.give_back(replica)
+            call.replicas.give_back(replica)
 
-    if call.crew.together:
-        call.reached.close()
-    # While one shard is alone, what it reaches can be added to what is summed.
-    grads = call.fold(run, lambda: goals.append(call.targets(targets)), one_first=call.closely)
-    done = [shard for shard in shards if shard is not None]
-    counted = {c is not None for c in counts}
-    # A process that ran no shard has to know what the losses are, to sum them.
-    found, kinds = next((v for v in losses if v is not None), None), [0]
-    with Caught() as caught:
-        if found is not None:
-            kinds = [1 + _DTYPES.index(found.dtype)]
+    def _check(self, done: list[Shard]) -> None:
+        call = self._call
         call.effects.check(done)
         compared(call)
         if call.split.bounds:
-            check_loss(call, loss_fn, goals[0])
-        if len(counted) > 1:
+            assert self._goal is not None
+            check_loss(call, self._loss_fn, self._goal)
+        if len({c is not None for c in self._counts}) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
-    (kind,) = call.finish_forward(done, caught, kinds)
-    like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
-    with torch.no_grad():
+
+    def _total(self, grads: Grads, like: Tensor) -> Tensor:
+        """The whole batch's loss; where losses are sums, loss and gradients are divided here."""
         numbers = [
-            None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in counts
+            None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in self._counts
         ]
-        loss, total = call.totals([losses, numbers], [like, torch.zeros((), dtype=torch.float64)])
+        loss, total = self._call.totals(
+            [self._losses, numbers], [like, torch.zeros((), dtype=torch.float64)]
+        )
         assert loss is not None
         if total is not None:
             loss = loss / total.to(loss.device, loss.dtype)
             for i, g in enumerate(grads):
                 if g is not None:  # not in place: where one shard ran, they are that shard's own
                     grads[i] = g / total.to(g.device, g.dtype)
-    # Autograd adds what is known to ``.grad``, and runs the hooks.
-    pairs = zip([*call.trainable, *call.inputs_with_grad], grads, strict=True)
-    known = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
-    torch.autograd.backward([t for t, _ in known], [g for _, g in known])
-    return loss
+        return loss
 
 
 def _checked(returned: Any, k: int) -> tuple[Tensor, Any]:

@@ -14,12 +14,12 @@ from torch_spheres.training.row_check import compared
 from torch_spheres.training.shard_task import Shard
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["cut_grad", "gather", "gather_input_grad"]
 
 
-def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
+def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
     """The whole batch's outputs, as flat leaves; the call learns how each is put together."""
     if not shards:
         return []
@@ -51,8 +51,10 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
     found = comparison.ways
     if comparison.means:
         call.sums = False
-    inside = call.in_objects()
-    sizes, dim = call.split.sizes, call.cutting.default_dim
+    assert call.nesting is not None
+    inside = call.nesting.in_objects()
+    sizes, dim = call.split.sizes, call.options.default_dim
+    total = lambda v: call.collective.scalars_total(call, call.weighted(v))  # noqa: E731
     outputs: list[Any] = []
     with torch.no_grad():
         for i, values in enumerate(columns):
@@ -61,7 +63,7 @@ def gather(call: Call, shards: Sequence[Shard]) -> list[Any]:
                 way = ONCE  # a parameter of a distribution, and no loss
             elif way == SCALAR and not _has_mean(values[0], call.sums):
                 way = ONCE
-            output, way = gather_output(i, values, sizes, way, dim, call.scalars_total)
+            output, way = gather_output(i, values, sizes, way, dim, total)
             outputs.append(output)
             call.ways.append(way)
     return outputs
@@ -80,7 +82,7 @@ def _described(shard: Shard) -> str:
 
 
 def cut_grad(
-    call: Call, grad: Tensor | None, i: int, shards: list[Shard | None]
+    call: ShardedCall, grad: Tensor | None, i: int, shards: list[Shard | None]
 ) -> list[Tensor | None] | None:
     """The gradient of output `i`, for each shard."""
     way = call.ways[i]
@@ -103,7 +105,7 @@ def cut_grad(
 
 
 def gather_input_grad(
-    call: Call, value: Tensor, dim: int | None, parts: list[Tensor | None]
+    call: ShardedCall, value: Tensor, dim: int | None, parts: list[Tensor | None]
 ) -> Tensor | None:
     """The gradient of an argument from those of its parts."""
     if dim is None:  # all shards had all of it

@@ -12,7 +12,7 @@ from torch_spheres.distributed.model_sync import sync_module
 from torch_spheres.errors import Caught
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["initialise", "is_lazy"]
 
@@ -22,7 +22,7 @@ def is_lazy(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())
 
 
-def initialise(call: Call) -> None:
+def initialise(call: ShardedCall) -> None:
     """Runs the module on the first shard's rows, without a trace but for what is lazy.
 
     In evaluation mode, so that it leaves statistics and random numbers alone.
@@ -40,6 +40,6 @@ def initialise(call: Call) -> None:
         finally:
             for part in training:
                 part.training = True
-    call.agree("the initialisation of lazy modules", caught)
+    call.collective.agree("the initialisation of lazy modules", caught)
     if call.ranks is not None:
         sync_module(module, call.ranks, {})

@@ -211,7 +211,7 @@ class SphereParallel(Delegating):
         """
         if self._engine.ranks is None:
             return rows
-        dim = max(0, min(self._engine.cutting.default_dim, rows.dim() - 1))
+        dim = max(0, min(self._engine.options.default_dim, rows.dim() - 1))
         return gather_rows(rows, self._engine.ranks, self._engine.spheres.leaves, dim)
 
     @contextlib.contextmanager

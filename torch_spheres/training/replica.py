@@ -76,7 +76,7 @@ class Replica:
         for part in self.parts:
             if is_parametrized(part.copied):
                 _compute_at_each_use(part.copied)
-        self.warm: set[Any] = set()  # what compiled code has seen, see Call
+        self.warm: set[Any] = set()  # what compiled code has seen, see ShardedCall
         self.bound = 0  # see ReplicaPool
         self._is_dirty = False
 

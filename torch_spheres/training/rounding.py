@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_spheres.runtime.caller_context import AUTOCAST_DEVICES
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["differs", "rounding_of"]
 
@@ -20,7 +20,7 @@ _TIES = 0.01  # of all integers
 _COARSE = torch.finfo(torch.float16).eps  # a mantissa of ten bits, which TF32 has too
 
 
-def rounding_of(call: Call) -> float:
+def rounding_of(call: ShardedCall) -> float:
     """The relative precision in which a call's results are computed: of the coarsest type."""
     tensors = [*call.module.parameters(), *call.split.flat]
     eps = 0.0

@@ -46,7 +46,7 @@ from torch_spheres.training.row_check_values import (
 from torch_spheres.training.trial_run import Run, runs_without_trace
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["Comparison", "compared"]
 
@@ -74,7 +74,9 @@ class Comparison:
         return nesting is None or (dims == self.dims and nesting == self.nesting)
 
 
-def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = None) -> Comparison:
+def compared(
+    call: ShardedCall, outputs: Sequence[Any] = (), nesting: Nesting | None = None
+) -> Comparison:
     """How the outputs are put together; warns once if the module is not row-wise.
 
     Args:
@@ -88,7 +90,7 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
     ranges = two_ranges(call, 0)
     if ranges is None:
         return unknown
-    learned = call.cutting.learned
+    learned = call.options.learned
     with learned.lock:
         form = _form(call)
         known = learned.comparisons.setdefault(form, [])
@@ -111,7 +113,7 @@ def compared(call: Call, outputs: Sequence[Any] = (), nesting: Nesting | None = 
         return found
 
 
-def _rows_are_alike(call: Call, ranges: tuple[int, int, int]) -> bool:
+def _rows_are_alike(call: ShardedCall, ranges: tuple[int, int, int]) -> bool:
     for value, dim in zip(call.split.flat, call.split.dims, strict=True):
         if isinstance(value, Tensor) and dim is not None and not value.is_meta:
             rows = value.detach().narrow(dim, ranges[0], ranges[2] - ranges[0])
@@ -120,7 +122,7 @@ def _rows_are_alike(call: Call, ranges: tuple[int, int, int]) -> bool:
     return True
 
 
-def _form(call: Call) -> Hashable:
+def _form(call: ShardedCall) -> Hashable:
     """What may change what the module returns, but for sizes: those of sequences are many.
 
     (Of several values of a kind, as lists have, one counts.)
@@ -129,7 +131,7 @@ def _form(call: Call) -> Hashable:
         (v.dim(), v.dtype) if isinstance(v, Tensor) else v if type(v) is bool else type(v)
         for v in call.split.flat
     ]
-    learned, state = call.cutting.learned, call.pool.flags
+    learned, state = call.options.learned, call.replicas.flags
     if learned.states is not None:
         learned.states.add(state)
         if len(learned.states) > _FLAGGED:  # a name that changes with each call is among them
@@ -138,12 +140,12 @@ def _form(call: Call) -> Hashable:
     return call.module.training, call.sums, call.keys, tuple(dict.fromkeys(values)), state
 
 
-def _look_again(call: Call, known: Comparison) -> None:
+def _look_again(call: ShardedCall, known: Comparison) -> None:
     """At other rows, in some of the later calls, if there are scalars.
 
     A loss that is a mean over tokens looks like one over rows while all have as many.
     """
-    learned = call.cutting.learned
+    learned = call.options.learned
     if learned.warned or not call.closely or call.number == 1 or SCALAR not in known.ways:
         return
     ranges = two_ranges(call, call.number * STRIDE)
@@ -160,7 +162,7 @@ def _look_again(call: Call, known: Comparison) -> None:
 
 
 def _compare(
-    call: Call, ranges: tuple[int, int, int], unknown: Comparison, outputs: Sequence[Any]
+    call: ShardedCall, ranges: tuple[int, int, int], unknown: Comparison, outputs: Sequence[Any]
 ) -> Comparison:
     """The comparison; `unknown` if there is none that means anything."""
     begin, middle, end = ranges
@@ -172,7 +174,7 @@ def _compare(
     else:
         return unknown
     found = _judged(call, runs, ranges, unknown, has_values=not drew and not training)
-    learned = call.cutting.learned
+    learned = call.options.learned
     if call.module.training and not training and not learned.has_trained:
         # Some look across rows in training alone; batch norm does, as everybody knows.
         learned.has_trained = True
@@ -188,7 +190,7 @@ def _is_batch_norm(part: nn.Module) -> bool:
 
 
 def _judged(
-    call: Call,
+    call: ShardedCall,
     runs: Sequence[Run],
     ranges: tuple[int, int, int],
     unknown: Comparison,

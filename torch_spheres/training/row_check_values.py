@@ -22,7 +22,7 @@ from torch_spheres.training.trial_run import Run, equal_states, runs_without_tra
 
 if TYPE_CHECKING:
     from torch_spheres.training.batch_split import Split
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["STRIDE", "Three", "check_buffers", "check_loss", "check_values", "ignores_the_count",
            "two_ranges"]  # fmt: skip
@@ -32,7 +32,7 @@ _SCALARS = 256  # times the precision
 STRIDE = 5  # from the two shards that are looked at in one call to those of another
 
 
-def two_ranges(call: Call, pair: int) -> tuple[int, int, int] | None:
+def two_ranges(call: ShardedCall, pair: int) -> tuple[int, int, int] | None:
     """Two neighbouring ranges of rows: two shards, or the halves of a process's only one.
 
     None: there are none, or what the bare module makes of them says nothing about the shards.
@@ -50,17 +50,19 @@ def two_ranges(call: Call, pair: int) -> tuple[int, int, int] | None:
 
 
 def check_values(
-    call: Call,
+    call: ShardedCall,
     values: Sequence[Three],
     ways: Sequence[Way],
     rows: tuple[int, int, int],
     sums: bool,
 ) -> None:
     """Warns, once, if the rows together are not what they are alone."""
-    learned = call.cutting.learned
+    learned = call.options.learned
     if learned.warned:
         return
-    inside = call.in_objects() if call.what == "forward" else ()
+    inside = (
+        call.nesting.in_objects() if call.what == "forward" and call.nesting is not None else ()
+    )
     eps = rounding_of(call)
     for i, (three, way) in enumerate(zip(values, ways, strict=True)):
         text = None
@@ -76,7 +78,7 @@ def check_values(
             return
 
 
-def check_buffers(call: Call, runs: Sequence[Run]) -> None:
+def check_buffers(call: ShardedCall, runs: Sequence[Run]) -> None:
     """Warns, once for each, of buffers that are another thing when shards write to them."""
     whole, *alone = (run.changes for run in runs)
     eps = rounding_of(call)
@@ -87,8 +89,8 @@ def check_buffers(call: Call, runs: Sequence[Run]) -> None:
         else:
             far = not torch.equal(value, both[0])
         name = ".".join(key)
-        if far and f"buffer {name}" not in call.pool.reported:
-            call.pool.reported.add(f"buffer {name}")
+        if far and f"buffer {name}" not in call.replicas.reported:
+            call.replicas.reported.add(f"buffer {name}")
             warnings.warn(
                 f"the module's forward leaves in the buffer {name} something else for rows "
                 "together than what SphereParallel makes of the shards' (the mean of "
@@ -100,7 +102,9 @@ def check_buffers(call: Call, runs: Sequence[Run]) -> None:
             )
 
 
-def ignores_the_count(call: Call, run: Run, ways: Sequence[Way], span: tuple[int, int]) -> bool:
+def ignores_the_count(
+    call: ShardedCall, run: Run, ways: Sequence[Way], span: tuple[int, int]
+) -> bool:
     """Whether scalars do not change with ``num_items_in_batch=``: then they are means over rows."""
     twice = {"num_items_in_batch": lambda count: 2 * count}
     runs, _ = runs_without_trace(call, training=False, spans=[span], change=twice)
@@ -176,12 +180,12 @@ def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: 
 # ---- losses of forward_backward ----
 
 
-def check_loss(call: Call, loss_fn: Callable[[Any, Any], Any], goal: Split) -> None:
+def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], goal: Split) -> None:
     """Warns, once, if a loss of `forward_backward` is put together as what it is not.
 
     The outputs of two shards' rows are given to it together and alone, in some of the calls.
     """
-    learned = call.cutting.learned
+    learned = call.options.learned
     ranges = two_ranges(call, (call.number - 1) * STRIDE)
     told = learned.warned or learned.warned_of_loss
     if told or not call.closely or ranges is None or _compat.dispatch_modes():
@@ -211,7 +215,7 @@ def check_loss(call: Call, loss_fn: Callable[[Any, Any], Any], goal: Split) -> N
         warnings.warn(text, UserWarning, users_level())
 
 
-def _loss_differs(call: Call, losses: list[Any], rows: tuple[int, int, int]) -> str | None:
+def _loss_differs(call: ShardedCall, losses: list[Any], rows: tuple[int, int, int]) -> str | None:
     sums = isinstance(losses[0], tuple)
     values = [loss[0] if sums else loss for loss in losses]
     if not all(isinstance(v, Tensor) and v.numel() == 1 for v in values):

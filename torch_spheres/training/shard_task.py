@@ -21,7 +21,7 @@ from torch_spheres.training.pytree import Nesting, flatten, unflatten
 from torch_spheres.training.replica import Buffer, Replica
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["Shard", "in_shard"]
 
@@ -86,7 +86,12 @@ class in_shard:  # noqa: N801 - used as a function is
     __slots__ = ("_begin", "_call", "_entered", "_first", "_gate", "_k", "_shard", "_what")
 
     def __init__(
-        self, call: Call, k: int, what: str, shard: Shard, context: CallerContext | None = None
+        self,
+        call: ShardedCall,
+        k: int,
+        what: str,
+        shard: Shard,
+        context: CallerContext | None = None,
     ) -> None:
         self._call, self._k, self._what, self._shard = call, k, what, shard
         begin, end = call.split.bounds[k]
@@ -126,14 +131,14 @@ class in_shard:  # noqa: N801 - used as a function is
         finally:
             call, k = self._call, self._k
             leaf = call.split.leaves[k]
-            phase_since(call.crew.spheres, self._what, leaf, self._begin)
+            phase_since(call.executor.spheres, self._what, leaf, self._begin)
             if isinstance(error, Exception):
                 _explain(error, call, k, self._what)
         if self._first and error is None:
             self._shard.replica.warm.add(self._gate)
 
 
-def _explain(error: Exception, call: Call, k: int, what: str) -> None:
+def _explain(error: Exception, call: ShardedCall, k: int, what: str) -> None:
     """Adds notes to an error: what may be the matter, and where it was."""
     if "Expected more than 1 value per channel" in str(error):
         error.add_note(

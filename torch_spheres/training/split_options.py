@@ -18,7 +18,7 @@ from torch_spheres.runtime.arguments import as_index
 if TYPE_CHECKING:
     from torch_spheres.training.row_check import Comparison
 
-__all__ = ["Cutting", "Learned", "argument_name"]
+__all__ = ["Learned", "SplitOptions", "argument_name"]
 
 _SCALARS = ("mean", "sum")
 
@@ -52,7 +52,7 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Cutting:
+class SplitOptions:
     """How the arguments are cut into shards, and outputs without dimensions put together.
 
     Args:

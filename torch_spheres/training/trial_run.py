@@ -19,7 +19,7 @@ from torch_spheres.training.pytree import Nesting, flatten_output
 from torch_spheres.training.replica import Buffer, Replica
 
 if TYPE_CHECKING:
-    from torch_spheres.training.sharded_call import Call
+    from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["Run", "equal_states", "runs_without_trace"]
 
@@ -34,7 +34,7 @@ class Run:
 
 
 def runs_without_trace(
-    call: Call,
+    call: ShardedCall,
     *,
     training: bool,
     spans: Sequence[tuple[int, int]],
@@ -56,7 +56,7 @@ def runs_without_trace(
 
 
 def _runs(
-    call: Call,
+    call: ShardedCall,
     draws: TrialRandom,
     training: bool,
     grad: bool,
@@ -72,14 +72,14 @@ def _runs(
     try:
         for first, last in ranges:
             # A new one: what the last one's forward set is gone.
-            replica = Replica(call.module, (), call.pool.known_as(), call.pool.attributes)
+            replica = Replica(call.module, (), call.replicas.known_as(), call.replicas.attributes)
             for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
                 part.training = training and source.training
                 for name in () if hooks else _compat.FORWARD_HOOKS:
                     setattr(part, name, OrderedDict())
             # (To compile it for other rows can take minutes.)
             module: Any = _compat.uncompiled(replica.module)
-            if call.pool.calls_forward:
+            if call.replicas.calls_forward:
                 module = module.forward
             values = call.split.cut(first, last)
             own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]

@@ -1,0 +1,58 @@
+"""The forward of one shard, on a replica of the module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_spheres.runtime.rng import ShardRandom
+from torch_spheres.training.forward_effects import checksum, contents, version_of
+from torch_spheres.training.pytree import flatten_output
+from torch_spheres.training.replica import Replica
+from torch_spheres.training.shard_task import Shard, in_shard
+
+if TYPE_CHECKING:
+    from torch_spheres.training.sharded_call import ShardedCall
+
+__all__ = ["forward_shard"]
+
+
+def forward_shard(call: ShardedCall, k: int, replica: Replica) -> Shard:
+    """Runs the forward of the call's shard `k` on the calling thread, see `in_shard`.
+
+    Raises:
+        RuntimeError: the forward wrote in place to its arguments.
+        Exception: whatever the module raised, with a note of how the arguments were cut.
+    """
+    shard = Shard(ShardRandom(call.random, call.split.leaves[k]), replica)
+    grad = torch.is_grad_enabled
+    taken = replica.begin_shard(call.large_buffers.has_copy)
+    try:
+        with in_shard(call, k, "forward", shard):
+            values = call.split.parts(k)
+            for i in call.differentiable if grad() else ():
+                values[i] = values[i].detach().requires_grad_()
+                shard.inputs.append(values[i])
+            args, kwargs = call.arguments(values)
+            before = contents(call.keys, (*args, *kwargs.values()))
+            plain = call.split.outside_objects(values)  # (a cache is there to be written to)
+            versions = [version_of(v) for v in plain]
+            sums = [checksum(v) for v in plain] if call.closely else []
+            called = replica.module.forward if call.replicas.calls_forward else replica.module
+            output = called(*args, **kwargs)
+            now = [checksum(v) for v in plain] if call.closely else []
+            if now != sums or versions != [version_of(v) for v in plain]:
+                raise RuntimeError(
+                    "the module's forward wrote in place to its arguments, of which a shard "
+                    "has a part or a copy: x = x.clone() first, or return what is new"
+                )
+            call.effects.look_at_arguments(before)
+    except Exception as error:
+        error.add_note(call.split.described())
+        raise
+    shard.outputs, shard.nesting = flatten_output(output)
+    call.effects.look_at(replica)
+    shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
+    shard.params = call.reached.targets(replica)
+    return shard
