@@ -16,37 +16,33 @@ import itertools
 import operator
 import warnings
 import weakref
-import zlib
-from array import array
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_spheres import _compat
-from torch_spheres.runtime.object_graph import parts_of, walk
+from torch_spheres.runtime.object_graph import walk
 from torch_spheres.runtime.rebinding import MUTABLE
 from torch_spheres.runtime.stack_level import users_level
-from torch_spheres.training.pytree import is_known
+from torch_spheres.training.change_detection import (
+    FUNCTIONS,
+    PLAIN,
+    checksum,
+    content_of,
+    version_of,
+)
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.replica_pool import ELSEWHERE, ReplicaPool
 from torch_spheres.training.shard_task import Shard
 from torch_spheres.training.split_options import argument_name
 
-__all__ = ["ForwardEffects", "checksum", "content_of", "contents", "version_of"]
+__all__ = ["ForwardEffects"]
 
-_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
-_MANY = 1000  # elements of a container that are compared
-_ALL = 10_000  # the same, with those of containers inside of it
 _CONTAINERS, _NEAR = 30, 30  # that functions hold, and objects in one of them, that are looked at
-_BYTES = 1 << 20  # of an array that is compared
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
-_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ForwardEffects:
@@ -59,7 +55,7 @@ class ForwardEffects:
         again: there has been such a call: what a first one sets up, as caches, is no change.
     """
 
-    def __init__(self, module: nn.Module, pool: ReplicaPool, *, closely: bool, again: bool) -> None:
+    def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool, *, again: bool) -> None:
         self._module, self._pool = module, pool
         self._closely, self._again = closely, again
         self._set: dict[str, None] = {}  # names of attributes, in order
@@ -113,7 +109,7 @@ class ForwardEffects:
         for prefix, part in self._module.named_modules():
             path = f"{prefix}." if prefix else ""
             for name, value in vars(part).items():
-                if name not in ELSEWHERE and type(value) not in _PLAIN:
+                if name not in ELSEWHERE and type(value) not in PLAIN:
                     (functions if callable(value) else attributes).append((path + name, value))
             for name in _compat.FORWARD_HOOKS:
                 functions += [(path + name, hook) for hook in vars(part)[name].values()]
@@ -143,7 +139,7 @@ class ForwardEffects:
         seen: set[int] = set()
         for i, part in enumerate(self._pool.parts):
             for name, value in vars(part).items():
-                if name not in ELSEWHERE and type(value) not in _PLAIN and id(value) not in seen:
+                if name not in ELSEWHERE and type(value) not in PLAIN and id(value) not in seen:
                     seen.add(id(value))
                     content = content_of(value)
                     if content is not None:
@@ -215,9 +211,11 @@ class ForwardEffects:
                 for i, (a, b) in enumerate(zip(sums, earlier, strict=True)):
                     flags[i] |= a != b
         if any(parameters):
-            raise RuntimeError(self._of_parameters(parameters))
+            written = [*itertools.compress(self._parameters, parameters)]
+            raise RuntimeError(_wrote_to_parameters(self._module, self._pool, written))
         if any(buffers):
-            raise RuntimeError(self._of_buffers(buffers))
+            changed = [*itertools.compress(self._buffers, buffers)]
+            raise RuntimeError(_wrote_to_buffers(self._module, self._pool, changed))
         if any(loose):
             flagged = zip(self._loose, loose, strict=True)
             names = [
@@ -230,53 +228,6 @@ class ForwardEffects:
                 "all shards share, at once; make them buffers of the module, whose new values "
                 "SphereParallel averages over the shards, or return what has to be kept"
             )
-
-    def _of_parameters(self, flags: list[bool]) -> str:
-        written = {id(p) for p, flag in zip(self._parameters, flags, strict=True) if flag}
-        names = [name for name, p in self._module.named_parameters() if id(p) in written]
-        own = {id(p) for p in self._pool.parameters}
-        others = [tuple(p.shape) for p in self._parameters if id(p) in written - own]
-        if others:
-            names.append(f"and tensors that are registered nowhere, of shapes {others}")
-        text = (
-            f"the module's forward wrote to its parameters {names}, which has happened once for "
-            "each shard, and in several threads, so that the weights are spoilt (or another thread "
-            "has changed them meanwhile, as a training loop beside an evaluation does). "
-        )
-        normed = [
-            type(m).__name__
-            for m in self._module.modules()
-            if getattr(m, "max_norm", None) is not None
-            and any(id(p) in written for p in m.parameters(recurse=False))
-        ]
-        if normed:
-            return text + (
-                f"{normed[0]}(max_norm=...) normalises its weight in each forward: set "
-                "max_norm=None, and after optimizer.step() do the same once, under "
-                "torch.no_grad(): weight.copy_(torch.renorm(weight, 2, 0, max_norm))"
-            )
-        return text + (
-            "Update them outside of the forward, after optimizer.step() (averages of weights, "
-            "momentum encoders), on model.module; or make them buffers, whose new values "
-            "SphereParallel averages over the shards"
-        )
-
-    def _of_buffers(self, flags: list[bool]) -> str:
-        written = [b for b, flag in zip(self._buffers, flags, strict=True) if flag]
-        own = {id(part): name for name, part in self._module.named_modules()}
-        for part, name, _ in written:
-            self._pool.written.add((id(part), name))
-        names = [
-            f"{own[id(part)]}.{name}".lstrip(".") if id(part) in own else
-            f"{name} of a {type(part).__name__} that is registered nowhere"
-            for part, name, _ in written
-        ]  # fmt: skip
-        return (
-            f"the module's forward wrote to buffers, {names}, past the copy that each shard has: "
-            "by way of a layer that is no registered part of the module, of a function that holds "
-            "the original, or for the first time after many calls. All shards did so at once. "
-            "Register the layer (nn.ModuleList), and reach it by way of self"
-        )
 
     def warn(self) -> None:
         """Says what was changed, once for each name."""
@@ -324,39 +275,9 @@ class ForwardEffects:
             )
 
 
-def contents(keys: Sequence[int | str], values: Sequence[Any]) -> list[tuple[int | str, Any, Any]]:
-    """Of arguments that may change in place: the key, the value, and what is in it now.
-
-    Key-value caches are there to be changed, and distributions do so by themselves.
-    """
-    return [
-        (key, value, content_of(value))
-        for key, value in zip(keys, values, strict=True)
-        if not isinstance(value, Tensor) and type(value) not in _PLAIN and not is_known(value)
-    ]
-
-
-def version_of(value: Any) -> int:
-    """Changes when a tensor is written to through torch; of anything else, always the same."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-
-
-def checksum(tensor: Any) -> Any:
-    """Changes with a tensor's bits; None where they cannot be read as integers."""
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
-        return None
-    bits = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    kind = _AS_INTEGERS.get(bits.element_size())
-    if kind is None or bits.is_quantized:
-        return None
-    if bits.dtype is not torch.bool:
-        bits = bits.view(kind)
-    return bits.data_ptr(), int(bits.sum(dtype=torch.int64))
-
-
 def _is_plain_object(value: Any) -> bool:
     """Of a class of the user's, as the owner of a hook is."""
-    known = isinstance(value, (nn.Module, Tensor, type, ModuleType, *_FUNCTIONS))
+    known = isinstance(value, (nn.Module, Tensor, type, ModuleType, *FUNCTIONS))
     return not known and hasattr(value, "__dict__") and not callable(value)
 
 
@@ -364,33 +285,51 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return [v for _, v in walk([("", value)], most=_NEAR) if isinstance(v, Tensor)]
 
 
-def content_of(value: Any, depth: int = 2, left: list[int] | None = None) -> Any:
-    """Equal for as long as an object was not changed in place; None: it holds nothing.
-
-    Of large ones a part is looked at: `left` says how many elements still may be.
-    """
-    left = [_ALL] if left is None else left
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType, *_FUNCTIONS)):
-        return None
-    if type(value).__module__.startswith("torch_spheres."):
-        return None
-    if isinstance(value, np.ndarray):
-        known = value.nbytes <= _BYTES and not value.dtype.hasobject
-        return zlib.crc32(value.tobytes()) if known else value.shape
-    if isinstance(value, (bytearray, array)):
-        return zlib.crc32(value)
-    items: Any = value
-    if isinstance(value, Mapping):
-        items = itertools.chain.from_iterable(value.items())
-    elif not isinstance(value, (list, tuple, set, frozenset, deque)):
-        value = [part for _, part in parts_of(value)]
-        if not value:
-            return None
-        items = value
-    allowed = min(_MANY, left[0])
-    left[0] -= min(allowed, len(value))
-    found = [
-        v if type(v) in _PLAIN else (id(v), content_of(v, depth - 1, left) if depth > 0 else None)
-        for v in itertools.islice(items, allowed)
+def _wrote_to_parameters(module: nn.Module, pool: ReplicaPool, tensors: Sequence[Tensor]) -> str:
+    written = {id(p) for p in tensors}
+    names = [name for name, p in module.named_parameters() if id(p) in written]
+    own = {id(p) for p in pool.parameters}
+    others = [tuple(p.shape) for p in tensors if id(p) in written - own]
+    if others:
+        names.append(f"and tensors that are registered nowhere, of shapes {others}")
+    text = (
+        f"the module's forward wrote to its parameters {names}, which has happened once for "
+        "each shard, and in several threads, so that the weights are spoilt (or another thread "
+        "has changed them meanwhile, as a training loop beside an evaluation does). "
+    )
+    normed = [
+        type(m).__name__
+        for m in module.modules()
+        if getattr(m, "max_norm", None) is not None
+        and any(id(p) in written for p in m.parameters(recurse=False))
     ]
-    return len(value), found
+    if normed:
+        return text + (
+            f"{normed[0]}(max_norm=...) normalises its weight in each forward: set "
+            "max_norm=None, and after optimizer.step() do the same once, under "
+            "torch.no_grad(): weight.copy_(torch.renorm(weight, 2, 0, max_norm))"
+        )
+    return text + (
+        "Update them outside of the forward, after optimizer.step() (averages of weights, "
+        "momentum encoders), on model.module; or make them buffers, whose new values "
+        "SphereParallel averages over the shards"
+    )
+
+
+def _wrote_to_buffers(
+    module: nn.Module, pool: ReplicaPool, written: Sequence[tuple[nn.Module, str, Tensor]]
+) -> str:
+    own = {id(part): name for name, part in module.named_modules()}
+    for part, name, _ in written:
+        pool.written.add((id(part), name))
+    names = [
+        f"{own[id(part)]}.{name}".lstrip(".") if id(part) in own else
+        f"{name} of a {type(part).__name__} that is registered nowhere"
+        for part, name, _ in written
+    ]  # fmt: skip
+    return (
+        f"the module's forward wrote to buffers, {names}, past the copy that each shard has: "
+        "by way of a layer that is no registered part of the module, of a function that holds "
+        "the original, or for the first time after many calls. All shards did so at once. "
+        "Register the layer (nn.ModuleList), and reach it by way of self"
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torch_spheres.runtime.rng import ShardRandom
-from torch_spheres.training.forward_effects import checksum, contents, version_of
+from torch_spheres.training.change_detection import checksum, contents, version_of
 from torch_spheres.training.pytree import flatten_output
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.shard_task import Shard, in_shard

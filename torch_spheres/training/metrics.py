@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_spheres.distributed.group import ProcessGroup, Ranks, find_ranks
 from torch_spheres.distributed.tree_all_reduce import total_over_ranks
 from torch_spheres.errors import Caught
-from torch_spheres.reduction.partition import divide
+from torch_spheres.reduction.partition import Division, divide
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.pool import SpherePool
 from torch_spheres.training.engine import engine_of
@@ -45,8 +45,7 @@ def gather_metrics(
             hits, loss, rows = hits + sums["hits"], loss + sums["loss"], rows + sums["rows"]
 
     Each shard's rows are added first, in float64, then the shards' sums in the fixed tree. All
-    processes call it together, each with its own rows, and all get the same. In one process nothing
-    is sent.
+    processes call it together, each with its own rows, and all get the same.
 
     Args:
         model_or_spheres: a `SphereParallel`, or a model that `parallelize_` was called on, whose
@@ -60,13 +59,37 @@ def gather_metrics(
         and ``"rows"``, the rows of the batch.
 
     Raises:
-        TypeError: it is no parallel model and no `KissingSpheres`, or a value is no tensor of
-            numbers with rows.
+        TypeError: it is neither such a model nor a `KissingSpheres`, or a value has no rows.
         ValueError: no values, one called ``rows``, or values of different rows; or the processes do
             not have their parts of one batch.
         RankError: another process does not come, or has failed.
     """
     spheres, ranks = _whose(model_or_spheres, process_group)
+    division, rank, total = _agreed_rows(spheres, ranks, values)
+    engine = engine_of(model_or_spheres)
+    if ranks is not None and engine is not None and engine.pool.checks is not None:
+        engine.pool.checks.compare_evaluation(ranks, engine.module)
+    sizes = [len(places) for places in division.ranges(rank, total)]
+    columns = [
+        _by_leaf(value, division.owned(rank), sizes, spheres.leaves) for value in values.values()
+    ]
+    like = [torch.zeros((), dtype=torch.float64)] * len(columns)
+    sums = (
+        tree_sums(columns)
+        if ranks is None
+        else total_over_ranks(columns, like, ranks, what="gather_metrics")
+    )
+    found: dict[str, float | int] = {}
+    for (name, value), summed in zip(values.items(), sums, strict=True):
+        number = 0.0 if summed is None else float(summed)
+        found[name] = number if value.is_floating_point() else int(number)
+    return {**found, "rows": total}
+
+
+def _agreed_rows(
+    spheres: SpherePool, ranks: Ranks | None, values: dict[str, Any]
+) -> tuple[Division, int, int]:
+    """Who has which rows, which of them this process is, and how many rows there are in all."""
     rows, names = 0, zlib.crc32(repr([*values]).encode())
     with Caught() as caught:
         rows = _rows_of(values)
@@ -88,24 +111,7 @@ def gather_metrics(
             f"gather_metrics(): the processes have {counts} rows, which are not their parts of a "
             f"batch of {total}: give the rows as the wrapped loader, or the model, hands them out"
         )
-    engine = engine_of(model_or_spheres)
-    if ranks is not None and engine is not None and engine.pool.checks is not None:
-        engine.pool.checks.compare_evaluation(ranks, engine.module)
-    sizes = [len(places) for places in division.ranges(rank, total)]
-    columns = [
-        _by_leaf(value, division.owned(rank), sizes, spheres.leaves) for value in values.values()
-    ]
-    like = [torch.zeros((), dtype=torch.float64)] * len(columns)
-    sums = (
-        tree_sums(columns)
-        if ranks is None
-        else total_over_ranks(columns, like, ranks, what="gather_metrics")
-    )
-    found: dict[str, float | int] = {}
-    for (name, value), summed in zip(values.items(), sums, strict=True):
-        number = 0.0 if summed is None else float(summed)
-        found[name] = number if value.is_floating_point() else int(number)
-    return {**found, "rows": total}
+    return division, rank, total
 
 
 def _whose(

@@ -125,6 +125,11 @@ class ReplicaPool:
             self._large[i, name] = value, size
         return found
 
+    def modes(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which modules are in training mode, and which parameters require a gradient."""
+        training = tuple(part.training for part in self.parts)
+        return training, tuple(p.requires_grad for p in self.parameters)
+
     def watches(self, kind: Hashable) -> tuple[int, bool]:
         """The number of a call among those of its kind, and whether it is to be watched closely."""
         with self._lock:

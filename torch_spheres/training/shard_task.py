@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch_spheres import _compat
 from torch_spheres.runtime.caller_context import CallerContext
 from torch_spheres.runtime.rng import ShardRandom, current_shard
 from torch_spheres.runtime.trace_hooks import phase_since
+from torch_spheres.training.batch_split import Split, without_dim
 from torch_spheres.training.graph_leaves import ShardGraph
 from torch_spheres.training.pytree import Nesting, flatten, unflatten
 from torch_spheres.training.replica import Buffer, Replica
@@ -23,7 +24,7 @@ from torch_spheres.training.replica import Buffer, Replica
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall
 
-__all__ = ["Shard", "in_shard"]
+__all__ = ["Shard", "compiled_variant", "in_shard"]
 
 # torch.compile traces when compiled code meets something new, and must not in two threads at once.
 _compiling = threading.RLock()
@@ -136,6 +137,19 @@ class in_shard:  # noqa: N801 - used as a function is
                 _explain(error, call, k, self._what)
         if self._first and error is None:
             self._shard.replica.warm.add(self._gate)
+
+
+def compiled_variant(module: nn.Module, split: Split) -> tuple[Any, ...]:
+    """What compiled code depends on, but for the rows: new ones are compiled anew."""
+    leaves = zip(split.flat, split.dims, strict=True)
+    shapes = [
+        (without_dim(v.shape, d), without_dim(v.stride(), d), v.dtype, v.requires_grad)
+        for v, d in leaves
+        if isinstance(v, Tensor)
+    ]
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), module.training
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return (*modes, *autocast, *shapes)
 
 
 def _explain(error: Exception, call: ShardedCall, k: int, what: str) -> None:

@@ -15,7 +15,7 @@ from torch_spheres.errors import Caught
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.runtime.rng import CallRandom
 from torch_spheres.runtime.trace_hooks import phase
-from torch_spheres.training.batch_split import Split, without_dim
+from torch_spheres.training.batch_split import Split
 from torch_spheres.training.buffers import (
     LargeBuffers,
     buffers_of,
@@ -34,7 +34,7 @@ from torch_spheres.training.pytree import Nesting
 from torch_spheres.training.reached_tensors import Reached
 from torch_spheres.training.refusals import refuse_compiled, refuse_forward_ad
 from torch_spheres.training.replica_pool import ReplicaPool
-from torch_spheres.training.shard_task import Shard, in_shard
+from torch_spheres.training.shard_task import Shard, compiled_variant, in_shard
 from torch_spheres.training.split_options import SplitOptions
 
 __all__ = ["ShardedCall"]
@@ -97,22 +97,15 @@ class ShardedCall:
         self.compiled: tuple[Any, ...] | None = None
         if any(map(_compat.is_compiled, replicas.parts)):
             refuse_compiled(self.executor.together)
-            self.compiled = self._signature()
+            self.compiled = compiled_variant(self.module, self.split)
             _compat.prepare_to_compile()
-        training = tuple(part.training for part in replicas.parts)
-        trained = tuple(p.requires_grad for p in replicas.parameters)
-        self._kind = what, torch.is_grad_enabled(), training, trained
+        self._kind = what, torch.is_grad_enabled(), *replicas.modes()
         self.number, self.closely = replicas.watches(self._kind)
         self.is_first = self.number == 1
         self.large_buffers = LargeBuffers(replicas, learns=self.is_first)
-        again = not self.is_first
-        self.effects = ForwardEffects(module, replicas, closely=self.closely, again=again)
+        self.effects = ForwardEffects(module, replicas, self.closely, again=not self.is_first)
         self.reached = Reached(replicas, self.closely, self.number, ranks is None)
-        self.differentiable = [
-            i
-            for i, value in enumerate(self.split.flat)
-            if isinstance(value, Tensor) and value.requires_grad
-        ]
+        self.differentiable = self.split.with_grad()
 
     def _cut(
         self,
@@ -126,18 +119,6 @@ class ShardedCall:
         if own_leaves is not None:
             split.take_leaves(own_leaves)
         return split
-
-    def _signature(self) -> tuple[Any, ...]:
-        """What compiled code depends on, but for the rows: new ones are compiled anew."""
-        leaves = zip(self.split.flat, self.split.dims, strict=True)
-        tensors = [(v, d) for v, d in leaves if isinstance(v, Tensor)]
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training
-        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        shapes = [
-            (without_dim(v.shape, d), without_dim(v.stride(), d), v.dtype, v.requires_grad)
-            for v, d in tensors
-        ]
-        return (*modes, *autocast, *shapes)
 
     def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The module's arguments, with other leaves."""
@@ -168,7 +149,9 @@ class ShardedCall:
         shards: list[Shard] = []
         outputs: list[Any] = []
         with Caught() as caught:
-            first = min(len(self.split.bounds), self._runs_one_first)
+            # Of large buffers, only those that a first shard has written to are copied for others.
+            one_first = self.is_first and LargeBuffers.any_in(self.module)
+            first = min(len(self.split.bounds), one_first and not self.executor.together)
             shards = self.executor.map(self._forward_shard, first)
             for shard in shards:
                 self.large_buffers.learn(shard)
@@ -180,11 +163,6 @@ class ShardedCall:
             outputs = gather(self, shards)
         self.finish_forward(shards, caught)
         return self.collective.share(self, outputs)
-
-    @property
-    def _runs_one_first(self) -> bool:
-        """Whether one shard has to be looked at before others run."""
-        return self.is_first and LargeBuffers.any_in(self.module) and not self.executor.together
 
     def _forward_shard(self, k: int) -> Shard:
         replica = self.replicas.borrow(self.module)
@@ -229,9 +207,7 @@ class ShardedCall:
 
     def weighted(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The shards' scalars, to be summed."""
-        if self.sums:
-            return [*values]
-        return [v * w for v, w in zip(values, self.split.weights, strict=True)]
+        return [*values] if self.sums else self.split.weighted(values)
 
     # ---- backward ----
 

@@ -1,0 +1,238 @@
+"""Which leaves of a call's arguments have the batch's rows, and along which dimension."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_spheres import _compat
+from torch_spheres.runtime.object_graph import is_sequence, row_sequences, tensor_inside
+from torch_spheres.training.pytree import Nesting, flatten
+from torch_spheres.training.split_options import SplitOptions, argument_name
+
+__all__ = ["RowDims"]
+
+_NOTHING_INSIDE = (Tensor, type(None), bool, int, float, str)
+
+
+class RowDims:
+    """The flat leaves of arguments, with the dimension along which each is cut.
+
+    Args:
+        arguments: anything nested that has tensors in it; each with its number or name.
+        options: what the user has said of them.
+        module: whose arguments they are; None: they are what a loss compares outputs with, all of
+            which has rows.
+        may_be_empty: whether there may be no rows, as on a rank of several.
+
+    Attributes:
+        flat: all leaves, one after another.
+        dims: of each leaf, the dimension along which it is cut; None: not at all.
+        spans: of each argument, its key, where its leaves end, and how they are nested.
+        rows: of the batch.
+
+    Raises:
+        ValueError: no tensor has rows, not all have as many, or it is not clear what has rows.
+        TypeError: a tensor of a kind that cannot be cut by rows.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[tuple[int | str, Any]],
+        options: SplitOptions,
+        module: nn.Module | None,
+        *,
+        may_be_empty: bool,
+    ) -> None:
+        self.options, self._module, self._may_be_empty = options, module, may_be_empty
+        self._arguments = arguments
+        self._rows: int | None = None
+        self._counted_by: int | str = 0  # the argument that has shown how many there are
+        self.flat: list[Any] = []
+        self.dims: list[int | None] = []
+        self.spans: list[tuple[int | str, int, Nesting]] = []
+        for key, value in arguments:
+            self._add(key, value)
+        self.rows = self._counted()
+        if not all(isinstance(v, Tensor) for v in self.flat):
+            self._look_at_the_rest(arguments)
+
+    def _name(self, key: int | str) -> str:
+        return argument_name(self._module, key)
+
+    def _rule(self, key: int | str) -> tuple[int | None, bool]:
+        """An argument's batch dimension, and whether the user has said so."""
+        if self._module is None:
+            return self.options.default_dim, True
+        if self.options.names_arguments:
+            return self.options.dim_of(self._name(key))
+        return self.options.default_dim, False
+
+    def _add(self, key: int | str, value: Any) -> None:
+        leaves, nesting = flatten(value)
+        dim, said = self._rule(key)
+        for i, leaf in enumerate(leaves):
+            cut = None if dim is None else self._dim_of(key, i, leaf, dim, said)
+            self.dims.append(cut)
+        self.flat += leaves
+        self.spans.append((key, len(self.flat), nesting))
+
+    def _dim_of(self, key: int | str, i: int, value: Any, dim: int, said: bool) -> int | None:
+        """Along which dimension a leaf is cut; None if not at all."""
+        if isinstance(value, PackedSequence):
+            raise TypeError(
+                "SphereParallel cannot split a PackedSequence by rows; give it the padded "
+                "tensor and the lengths, and pack inside the module"
+            )
+        if not isinstance(value, Tensor):
+            return None
+        if value.is_nested or value.layout is not torch.strided:
+            raise TypeError(
+                f"SphereParallel splits dense tensors by rows, but argument {self._name(key)!r} "
+                f"has one of layout {value.layout}{' (nested)' if value.is_nested else ''}; "
+                "convert it inside the module"
+            )
+        if value.dim() == 0:
+            return None
+        if self._module is None:
+            dim = min(dim, value.dim() - 1)  # (targets can be labels, which have one dimension)
+        rows = value.shape[dim] if dim < value.dim() else None
+        if self._rows is None:
+            if rows is None:
+                raise ValueError(
+                    f"argument {self._name(key)!r} has shape {tuple(value.shape)} and no dimension "
+                    f"{dim}, which is the batch's; {self._way_out(key)}"
+                )
+            self._rows, self._counted_by = rows, key
+        elif rows != self._rows:
+            found, first = "none" if rows is None else rows, self._name(self._counted_by)
+            path = self._path_of(key, i)
+            inside = path and (
+                f" (At {path}: a list or dict is one argument. What in it has no rows has to be an "
+                "argument of its own; a tensor for each row has to be stacked, or padded.)"
+            )
+            raise ValueError(
+                f"SphereParallel cuts every tensor among the arguments by rows. There are "
+                f"{self._rows} rows, of argument {first!r}, but argument {self._name(key)!r} has "
+                f"a tensor of shape {tuple(value.shape)}, {found} along dimension {dim}; "
+                f"{self._way_out(key)}; or is {first!r} the one that has no rows?{inside}"
+            )
+        elif value.dim() == 2 and not said:
+            self._refuse_square(key, i, value)
+        return dim
+
+    def _path_of(self, key: int | str, i: int) -> str:
+        """Where a leaf is in its argument, for errors; nothing if it is the argument."""
+        (value,) = (v for k, v in self._arguments if k == key)
+        paths = _compat.pytree.tree_flatten_with_path(value)[0]
+        return _compat.pytree.keystr(paths[i][0]) if i < len(paths) else ""
+
+    def _refuse_square(self, key: int | str, i: int, value: Tensor) -> None:
+        """A matrix that may be of the batch's rows, or a mask for all of them."""
+        settled = self.options.learned.settled
+        place = key, i
+        if value.shape[0] != value.shape[1]:
+            settled.add(place)  # a mask would not have had the batch's rows
+        elif value.shape[0] > 1 and place not in settled:
+            name = self._name(key)
+            raise ValueError(
+                f"argument {name!r} has shape {tuple(value.shape)}, with the batch's rows in both "
+                f"dimensions: say whether it is to be cut, SphereParallel(..., "
+                f"batch_dim={{{name!r}: 0}}), or every shard needs all of it, as of a mask over "
+                f"positions: whole=({name!r},)"
+            )
+
+    def _way_out(self, key: int | str) -> str:
+        if self._module is None:
+            return "targets have the batch's rows in their first dimension, or in batch_dim"
+        name = self._name(key)
+        return (
+            f"SphereParallel(..., whole=({name!r},)) gives it to every shard as it is, "
+            f"batch_dim={{{name!r}: d}} says that its rows are along dimension d"
+        )
+
+    def _counted(self) -> int:
+        if self._rows is None:
+            raise ValueError(
+                "SphereParallel found no tensor with rows among the arguments to split over the "
+                "spheres; call model.module(...) instead"
+            )
+        if self._rows == 0 and not self._may_be_empty:
+            raise ValueError("SphereParallel got a batch of 0 rows")
+        return self._rows
+
+    def _look_at_the_rest(self, arguments: Sequence[tuple[int | str, Any]]) -> None:
+        """Sequences with an element for each row, and objects that hold tensors with rows."""
+        flat, dims, spans = self.flat, self.dims, self.spans
+        self.flat, self.dims, self.spans = [], [], []
+        begin = 0
+        for (key, value), (_, end, nesting) in zip(arguments, spans, strict=True):
+            dim, said = self._rule(key)
+            leaves, cuts = flat[begin:end], dims[begin:end]
+            begin = end
+            if dim is not None and not isinstance(value, _NOTHING_INSIDE):
+                self._refuse_objects(key, leaves, dim)
+                if self._has_row_sequence(key, value, dim, said):
+                    leaves, nesting = flatten(value, functools.partial(self._is_cut, dim=dim))
+                    cuts = [
+                        dim if self._is_cut(v, dim) else
+                        self._dim_of(key, i, v, dim, said) for i, v in enumerate(leaves)
+                    ]  # fmt: skip
+            self.flat += leaves
+            self.dims += cuts
+            self.spans.append((key, len(self.flat), nesting))
+
+    def _is_cut(self, value: Any, dim: int) -> bool:
+        return (
+            is_sequence(value) and _length(value, dim) == self.rows and tensor_inside(value) is None
+        )
+
+    def _has_row_sequence(self, key: int | str, value: Any, dim: int, said: bool) -> bool:
+        found = False
+        settled = self.options.learned.settled
+        for path, sequence in row_sequences(value):
+            length = _length(sequence, dim)
+            if length != self.rows:
+                settled.add((key, path))
+                if said and not path and self._module is not None:
+                    raise ValueError(
+                        f"batch_dim= says that argument {self._name(key)!r} has the batch's rows, "
+                        f"but there are {self.rows} rows and {length} elements"
+                    )
+            elif said:
+                found = True
+            elif self.rows > 1 and (key, path) not in settled:
+                name = self._name(key)
+                raise ValueError(
+                    f"argument {name + path!r} is a {type(sequence).__name__} of {length} "
+                    f"elements, as many as the batch has rows: say whether it is to be cut, "
+                    f"SphereParallel(..., batch_dim={{{name!r}: 0}}), or every shard needs all of "
+                    f"it: whole=({name!r},)"
+                )
+        return found
+
+    def _refuse_objects(self, key: int | str, leaves: list[Any], dim: int) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, (Tensor, nn.Module, torch.Size)) or leaf is None or callable(leaf):
+                continue
+            held = tensor_inside(leaf)
+            if held is not None and held[1].dim() > dim and held[1].shape[dim] == self.rows:
+                name = self._name(key)
+                raise TypeError(
+                    f"argument {name!r} has a {type(leaf).__name__} in it, whose {held[0]} is a "
+                    f"tensor with the batch's rows that SphereParallel cannot cut; pass the "
+                    "tensors themselves, or register the class with torch.utils._pytree; "
+                    f"whole=({name!r},) gives it to every shard as it is"
+                )
+
+
+def _length(value: Any, dim: int) -> int:
+    if isinstance(value, np.ndarray):
+        return int(value.shape[dim]) if dim < value.ndim else -1
+    return len(value)
