@@ -43,6 +43,20 @@ def tree(shards: Sequence[Tensor | None]) -> Tensor | None:
     return total.to(dtype)
 
 
+def placed(values: Sequence[Tensor | None], shards: int) -> list[Tensor | None]:
+    """Shard j of S goes to the first leaf of the j-th of S equal blocks, from left to right."""
+    leaves = min(n for n in (1, 12, 144, 1728) if n % shards == 0)
+    if leaves == shards:
+        return [*values, *[None] * (leaves - len(values))]
+    order = [0]
+    while len(order) < leaves:  # all twelve children of a node stand together
+        order = [node + len(order) * child for node in order for child in range(12)]
+    column: list[Tensor | None] = [None] * leaves
+    for j, value in enumerate(values):
+        column[order[j * (leaves // shards)]] = value
+    return column
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -89,20 +103,19 @@ def set_gradients(
     model: nn.Module,
     copies: Sequence[nn.Module],
     grads: Sequence[tuple[Tensor | None, ...]],
-    leaves: int,
+    shards: int,
 ) -> None:
     """Adds the tree sums to `.grad`, and merges the copies' buffers into the model's."""
-    absent = [None] * (leaves - len(copies))
     trainable = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for i, p in enumerate(trainable):
-            p.grad = add(p.grad, tree([*(g[i] for g in grads), *absent]))
+            p.grad = add(p.grad, tree(placed([g[i] for g in grads], shards)))
         for name, buffer in model.named_buffers():
             after = [dict(shard.named_buffers())[name] for shard in copies]
             if all(torch.equal(a, buffer) for a in after):
                 continue
             if buffer.is_floating_point():
-                total = tree([*after, *absent])
+                total = tree(placed(after, shards))
                 assert total is not None
                 buffer.copy_(total / len(after))
             else:
@@ -114,14 +127,14 @@ def train_step(
     x: Tensor,
     y: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    leaves: int,
+    shards: int,
 ) -> Tensor:
     """Forward and backward of one batch, shard after shard; fills `.grad` and buffers."""
     copies: list[nn.Module] = []
     outputs: list[Tensor] = []
     seeds = ShardSeeds()
     with one_thread():
-        for k, rows in enumerate(torch.tensor_split(x, leaves)):
+        for k, rows in enumerate(torch.tensor_split(x, shards)):
             if len(rows):
                 copies.append(copy.deepcopy(model))
                 with seeds.of(k):
@@ -138,7 +151,7 @@ def train_step(
             with seeds.of(k):
                 grads.append(torch.autograd.grad(output, params, aligned(part), allow_unused=True))
     seeds.leave()
-    set_gradients(model, copies, grads, leaves)
+    set_gradients(model, copies, grads, shards)
     return loss.detach()
 
 
@@ -147,7 +160,7 @@ def train_step_by_shard(
     x: Tensor,
     y: Tensor,
     loss_fn: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, int]],
-    leaves: int,
+    shards: int,
 ) -> Tensor:
     """The same without gathering: a loss for each shard, weighted by rows or by its count."""
     copies: list[nn.Module] = []
@@ -156,7 +169,7 @@ def train_step_by_shard(
     counts: list[int] = []
     seeds = ShardSeeds()
     with one_thread():
-        split = zip(torch.tensor_split(x, leaves), torch.tensor_split(y, leaves), strict=True)
+        split = zip(torch.tensor_split(x, shards), torch.tensor_split(y, shards), strict=True)
         for k, (rows, targets) in enumerate(split):
             if not len(rows):
                 continue
@@ -172,9 +185,9 @@ def train_step_by_shard(
                 grads.append(torch.autograd.grad(loss, params, allow_unused=True))
             losses.append(loss.detach())
     seeds.leave()
-    total = tree([*losses, *([None] * (leaves - len(losses)))])
+    total = tree(placed(losses, shards))
     assert total is not None
-    set_gradients(model, copies, grads, leaves)
+    set_gradients(model, copies, grads, shards)
     if counts:
         for p in model.parameters():
             if p.grad is not None:

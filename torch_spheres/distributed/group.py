@@ -23,7 +23,7 @@ from torch_spheres.distributed.failures import leave_last_words
 from torch_spheres.distributed.handshake import Meeting
 from torch_spheres.distributed.p2p import Swap, Works
 from torch_spheres.errors import Caught, RankError
-from torch_spheres.reduction.partition import Division, divide, way_out
+from torch_spheres.reduction.partition import Division, divide, tree_leaves, way_out
 
 __all__ = ["ProcessGroup", "Ranks", "draw_alone", "find_ranks", "this_rank"]
 
@@ -63,24 +63,26 @@ def this_rank(process_group: ProcessGroup | bool | None) -> tuple[int, int]:
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
-def find_ranks(process_group: ProcessGroup | bool | None, leaves: int = 0) -> Ranks | None:
+def find_ranks(process_group: ProcessGroup | bool | None, shards: int = 0) -> Ranks | None:
     """The ranks that a batch is divided over; None if this process has it alone.
 
     Args:
         process_group: as of `this_rank`.
-        leaves: of the hierarchy, among which they are divided; 0: any number of ranks will do.
+        shards: of a batch, which the ranks share evenly: as many as the hierarchy has leaves, or
+            fewer; 0: any number of ranks will do.
 
     Raises:
         TypeError: it is no process group.
-        ValueError: this process is not in it, or its size does not divide the leaves.
+        ValueError: this process is not in it, or its size does not divide the shards.
     """
     _, world = this_rank(process_group)
     if world == 1:
         return None
-    if leaves % world:  # (nothing divides 0 unevenly)
+    if shards % world:  # (nothing divides 0 unevenly)
+        what = "leaves" if tree_leaves(shards) == shards else "shards"
         raise ValueError(
-            f"{world} processes cannot share the leaves ({leaves}) evenly: "
-            f"{way_out(world, leaves)}, or choose so many by process_group="
+            f"{world} processes cannot share the {what} ({shards}) evenly: "
+            f"{way_out(world, shards)}, or choose so many by process_group="
         )
     # One for all parts of a program: they talk in the same order on all ranks.
     group = dist.group.WORLD if process_group is None else process_group
@@ -148,9 +150,9 @@ class Ranks:
         except (ValueError, RuntimeError):
             return False
 
-    def divide(self, leaves: int) -> Division:
-        """Which of so many leaves each rank owns."""
-        return divide(self.world, leaves)
+    def divide(self, shards: int) -> Division:
+        """Which of so many shards each rank owns."""
+        return divide(self.world, shards)
 
     # ---- talk ----
 

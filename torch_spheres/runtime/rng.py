@@ -169,12 +169,13 @@ class ShardRandom(RandomSource):
 
     Args:
         call: the call of the model that it belongs to.
-        shard: its index among the leaves.
+        shard: its number.
+        leaf: of the tree, at which its gradients are summed.
     """
 
-    def __init__(self, call: CallRandom, shard: int) -> None:
+    def __init__(self, call: CallRandom, shard: int, leaf: int) -> None:
         super().__init__(lambda: call.base() + shard)
-        self.call, self.leaf = call, shard
+        self.call, self.leaf = call, leaf
         self.number_of: Callable[[Any], int | None] = lambda _: None
         """A module's number in the shard's replica, if it is part of that."""
         self.reentrant = False  # a reentrant checkpoint was met, see training/shard_task.py

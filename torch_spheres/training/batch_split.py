@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torch_spheres import _core
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.reduction.partition import shard_bounds
+from torch_spheres.reduction.partition import Division, shard_bounds, shard_leaves, tree_leaves
 from torch_spheres.training.pytree import unflatten
 from torch_spheres.training.row_dims import RowDims
 from torch_spheres.training.split_options import SplitOptions, argument_name
@@ -63,7 +62,7 @@ class Split:
         self.total = self.rows  # of all ranks
         pieces = max(1, min(shards, self.rows // least))
         self.bounds = [(a, b) for a, b in shard_bounds(self.rows, pieces) if b > a]
-        self.leaves = [*range(len(self.bounds))]  # of the tree, of each shard that runs
+        self.numbers = [*range(len(self.bounds))]  # of the shards that run
 
     def share(self, rows: list[int]) -> None:
         """Cuts anew, as this rank's part of a batch of which each rank has so many rows.
@@ -84,23 +83,22 @@ class Split:
             )
         if self.total == 0:
             raise ValueError("SphereParallel got a batch of 0 rows")
-        own = division.owned(self._ranks.rank)
+        own = division.numbers(self._ranks.rank)
         sizes = [len(r) for r in division.ranges(self._ranks.rank, self.total)]
         cuts = [*itertools.accumulate(sizes, initial=0)]
         self.bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
-        self.leaves = [leaf for leaf, size in zip(own, sizes, strict=True) if size]
+        self.numbers = [k for k, size in zip(own, sizes, strict=True) if size]
 
-    def take_leaves(self, owned: Sequence[int]) -> None:
-        """Cuts anew, into the shards that this process has of a batch that several share.
+    def take_own(self, division: Division, rank: int) -> None:
+        """Cuts anew, into the shards that a rank has of a batch that several share.
 
-        Where each shard of the whole batch begins follows from the rows here: what they are more
-        than a multiple of the shards went to the first leaves (`SphereBatchSampler.own_shards`).
+        Where each shard of the whole batch begins follows from the rows here.
         """
-        bounds = shard_bounds(self.rows, len(owned))
-        size = {leaf: b - a for leaf, (a, b) in zip(sorted(owned), bounds, strict=True)}
-        cuts = [*itertools.accumulate((size[leaf] for leaf in owned), initial=0)]
+        sizes = division.sizes(rank, self.rows)
+        cuts = [*itertools.accumulate(sizes, initial=0)]
         self.bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
-        self.leaves = [leaf for leaf in owned if size[leaf]]
+        numbers = zip(division.numbers(rank), sizes, strict=True)
+        self.numbers = [k for k, size in numbers if size]
 
     # ---- what the shards get ----
 
@@ -110,12 +108,15 @@ class Split:
         return [end - begin for begin, end in self.bounds]
 
     @property
+    def leaves(self) -> list[int]:
+        """Of the tree: where each shard that runs is summed."""
+        leaves = shard_leaves(self.shards)
+        return [leaves[k] for k in self.numbers]
+
+    @property
     def places(self) -> int:
         """Leaves of the tree in which the shards are summed: 1, 12, 144 or 1728."""
-        places = 1
-        while places < self.shards:
-            places *= _core.KISSING
-        return places
+        return tree_leaves(self.shards)
 
     @property
     def weights(self) -> list[float]:

@@ -17,6 +17,7 @@ from torch_spheres.distributed.gather_rows import Losses, face
 from torch_spheres.distributed.group import ProcessGroup, Ranks, find_ranks
 from torch_spheres.distributed.membership import Membership
 from torch_spheres.distributed.model_sync import sync_module
+from torch_spheres.reduction.partition import checked_shards
 from torch_spheres.runtime.default_pool import new_pool
 from torch_spheres.runtime.malloc import keep_freed_memory
 from torch_spheres.runtime.pool import SpherePool
@@ -71,10 +72,12 @@ class Engine:
         reproducible: bool,
         process_group: ProcessGroup | bool | None,
         options: SplitOptions,
+        shards: int,
     ) -> None:
         self.module, self.reproducible, self.options = module, reproducible, options
+        self.shards = shards
         self._take(spheres)
-        self._join(find_ranks(process_group, spheres.leaves))
+        self._join(find_ranks(process_group, shards))
         self._membership = Membership("the model", process_group, self.ranks)
 
     def _join(self, ranks: Ranks | None) -> None:
@@ -84,7 +87,7 @@ class Engine:
     def sync(self) -> None:
         """Gives all ranks rank 0's values, and finds out whether they have the same model."""
         if self.ranks is not None:
-            settings = {"levels": self.spheres.levels, "reproducible": self.reproducible}
+            settings = {"shards": self.shards, "reproducible": self.reproducible}
             sync_module(self.module, self.ranks, settings)
 
     def _take(self, spheres: KissingSpheres) -> None:
@@ -150,7 +153,7 @@ class Engine:
         self._refuse_inside()
         if not self._would_share:
             return
-        ranks = self._membership.look(self.spheres.leaves)
+        ranks = self._membership.look(self.shards)
         if ranks is not self.ranks:
             self.pool.layouts.clear()
             self._join(ranks)
@@ -187,7 +190,7 @@ class Engine:
             ways = waiting_ways
         tuner = self._tuners.of(
             (rows.bit_length(), self.module.training, on_cpu, what, together),
-            lambda: ways(spheres.leaves, concurrency),
+            lambda: ways(self.shards, concurrency),
         )
         trial = tuner.trial(rows)
         plan = tuner.chosen if trial is None else trial.plan
@@ -241,12 +244,12 @@ class Engine:
         ranks, own = self.ranks if self._shares else None, None
         if self.ranks is not None and ranks is None and self.ranks.loads_portions:
             # An evaluation of what a loader has divided: in the shards of the whole batch.
-            own = self.ranks.divide(self.spheres.leaves).owned(self.ranks.rank)
+            own = self.ranks.divide(self.shards), self.ranks.rank
         if ranks is not None and self.pool.checks is None:  # of a copy
             self.pool.checks = StepChecks(self.module, self.number)
         make = functools.partial(
             ShardedCall, self.module, self.pool, executor, args, kwargs, ranks, what,
-            options=self.options, own_leaves=own,
+            options=self.options, own_part=own,
         )  # fmt: skip
         call = make()
         if any(map(is_lazy, self.module.modules())):
@@ -260,6 +263,7 @@ class Engine:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.reproducible, made.options = self.reproducible, copy.deepcopy(self.options)
+        made.shards = self.shards
         made.ranks, made.number = self.ranks, self.number
         made._membership = copy.deepcopy(self._membership)
         made._take(self.spheres)
@@ -271,6 +275,7 @@ class Engine:
             "reproducible": self.reproducible,
             "options": self.options,
             "spheres": (self.spheres.levels, self.spheres.concurrency),
+            "shards": self.shards,
             "shares": self.ranks is not None,
             "number": self.number,
         }
@@ -278,10 +283,10 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         levels, concurrency = state["spheres"]
         self.reproducible, self.options = state["reproducible"], state["options"]
-        self.number = state["number"]
+        self.number, self.shards = state["number"], state["shards"]
         self._take(new_pool(levels, concurrency=concurrency))
         group = None if state["shares"] else False
-        self.ranks = find_ranks(group, self.spheres.leaves)
+        self.ranks = find_ranks(group, self.shards)
         self._membership = Membership("the model", group, self.ranks)
 
 
@@ -327,6 +332,7 @@ def start_engine(
     batch_dim: int | Mapping[str, int] = 0,
     whole: Sequence[str] = (),
     scalars: Literal["mean", "sum"] = "mean",
+    shards: int | None = None,
 ) -> Engine:
     """For `SphereParallel` and `parallelize_`: checks their arguments, and has all ranks agree."""
     _compat.require(_compat.PARALLEL)
@@ -346,6 +352,7 @@ def start_engine(
         reproducible=reproducible,
         process_group=process_group,
         options=options,
+        shards=checked_shards(shards, spheres.leaves),
     )
     engine.sync()
     return engine

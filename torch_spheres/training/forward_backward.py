@@ -78,7 +78,7 @@ class LossAndGradients:
             raise ValueError(
                 f"forward_backward() got inputs of {split.rows} rows and targets of {goal.rows}"
             )
-        goal.bounds, goal.leaves, goal.total = split.bounds, split.leaves, split.total
+        goal.bounds, goal.numbers, goal.total = split.bounds, split.numbers, split.total
         self._goal = goal
 
     def _run_shard(self, k: int) -> tuple[Grads, Grads]:

@@ -25,7 +25,7 @@ def forward_shard(call: ShardedCall, k: int, replica: Replica) -> Shard:
         RuntimeError: the forward wrote in place to its arguments.
         Exception: whatever the module raised, with a note of how the arguments were cut.
     """
-    shard = Shard(ShardRandom(call.random, call.split.leaves[k]), replica)
+    shard = Shard(ShardRandom(call.random, call.split.numbers[k], call.split.leaves[k]), replica)
     grad = torch.is_grad_enabled
     taken = replica.begin_shard(call.large_buffers.has_copy)
     try:

@@ -64,14 +64,14 @@ def gather_metrics(
             not have their parts of one batch.
         RankError: another process does not come, or has failed.
     """
-    spheres, ranks = _whose(model_or_spheres, process_group)
-    division, rank, total = _agreed_rows(spheres, ranks, values)
+    shards, ranks = _whose(model_or_spheres, process_group)
+    division, rank, total = _agreed_rows(shards, ranks, values)
     engine = engine_of(model_or_spheres)
     if ranks is not None and engine is not None and engine.pool.checks is not None:
         engine.pool.checks.compare_evaluation(ranks, engine.module)
     sizes = [len(places) for places in division.ranges(rank, total)]
     columns = [
-        _by_leaf(value, division.owned(rank), sizes, spheres.leaves) for value in values.values()
+        _by_leaf(value, division.owned(rank), sizes, division.leaves) for value in values.values()
     ]
     like = [torch.zeros((), dtype=torch.float64)] * len(columns)
     sums = (
@@ -87,7 +87,7 @@ def gather_metrics(
 
 
 def _agreed_rows(
-    spheres: SpherePool, ranks: Ranks | None, values: dict[str, Any]
+    shards: int, ranks: Ranks | None, values: dict[str, Any]
 ) -> tuple[Division, int, int]:
     """Who has which rows, which of them this process is, and how many rows there are in all."""
     rows, names = 0, zlib.crc32(repr([*values]).encode())
@@ -105,7 +105,7 @@ def _agreed_rows(
             )
     total = sum(counts)
     world, rank = (1, 0) if ranks is None else (ranks.world, ranks.rank)
-    division = divide(world, spheres.leaves)
+    division = divide(world, shards)
     if counts != division.counts(total):
         raise ValueError(
             f"gather_metrics(): the processes have {counts} rows, which are not their parts of a "
@@ -114,18 +114,16 @@ def _agreed_rows(
     return division, rank, total
 
 
-def _whose(
-    given: Any, process_group: ProcessGroup | bool | None
-) -> tuple[SpherePool, Ranks | None]:
+def _whose(given: Any, process_group: ProcessGroup | bool | None) -> tuple[int, Ranks | None]:
     if isinstance(given, SpherePool):
-        return given, find_ranks(process_group, given.leaves)
+        return given.leaves, find_ranks(process_group, given.leaves)
     engine = engine_of(given)
     if engine is None:
         raise TypeError(
             "gather_metrics() needs a SphereParallel, a model that parallelize_() was called on, "
             f"or a KissingSpheres, got {type(given).__name__}"
         )
-    return engine.spheres, engine.ranks
+    return engine.shards, engine.ranks
 
 
 def _rows_of(values: dict[str, Tensor]) -> int:

@@ -45,6 +45,9 @@ class SphereParallel(Delegating):
             arguments of the module's forward to theirs (others have 0). It also says that a list,
             or a square matrix, has the batch's rows.
         whole: names of arguments that every shard gets as they are: a mask over positions, a table.
+        shards: into how many a batch is cut: a divisor of the leaves (1, 2, 3, 4, 6 or 12 with two
+            levels). None: as many as there are leaves. Fewer, larger shards cost less; more of them
+            spread over more cores and processes. The bits depend on it. See `suggest_shards`.
         scalars: how outputs without dimensions are put together: ``"mean"``, weighted by the
             shards' rows, or ``"sum"``. A call with ``num_items_in_batch=`` (Hugging Face's models
             divide their loss by it) sums.
@@ -107,8 +110,9 @@ class SphereParallel(Delegating):
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
             `KissingSpheres`, or another argument of the wrong type.
-        ValueError: the processes cannot share the leaves evenly, or have different models; or
-            `batch_dim` or `whole` has the name of no argument.
+        ValueError: the processes cannot share the shards evenly, or have different models; or
+            `batch_dim` or `whole` has the name of no argument; or `shards` does not divide the
+            leaves.
         RankError: another process does not come, or has failed (in any call that they share).
     """
 
@@ -122,10 +126,11 @@ class SphereParallel(Delegating):
         batch_dim: int | Mapping[str, int] = 0,
         whole: Sequence[str] = (),
         scalars: Literal["mean", "sum"] = "mean",
+        shards: int | None = None,
     ) -> None:
         engine = start_engine(
             module, spheres, reproducible=reproducible, process_group=process_group,
-            batch_dim=batch_dim, whole=whole, scalars=scalars,
+            batch_dim=batch_dim, whole=whole, scalars=scalars, shards=shards,
         )  # fmt: skip
         super().__init__(module)
         forward = vars(self)[PARALLEL_FORWARD] = ParallelForward(engine)
@@ -146,6 +151,11 @@ class SphereParallel(Delegating):
     def reproducible(self) -> bool:
         """As it was given."""
         return self._engine.reproducible
+
+    @property
+    def shards(self) -> int:
+        """Into how many shards a batch is cut."""
+        return self._engine.shards
 
     @property
     def plan(self) -> str | None:
@@ -212,7 +222,7 @@ class SphereParallel(Delegating):
         if self._engine.ranks is None:
             return rows
         dim = max(0, min(self._engine.options.default_dim, rows.dim() - 1))
-        return gather_rows(rows, self._engine.ranks, self._engine.spheres.leaves, dim)
+        return gather_rows(rows, self._engine.ranks, self._engine.shards, dim)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

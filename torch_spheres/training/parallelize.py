@@ -33,6 +33,7 @@ def parallelize_(
     batch_dim: int | Mapping[str, int] = 0,
     whole: Sequence[str] = (),
     scalars: Literal["mean", "sum"] = "mean",
+    shards: int | None = None,
 ) -> Model:
     """Has a model run its batches on the spheres, as `SphereParallel(model)` does, in place.
 
@@ -54,6 +55,7 @@ def parallelize_(
         batch_dim: as of `SphereParallel`.
         whole: as of `SphereParallel`.
         scalars: as of `SphereParallel`.
+        shards: as of `SphereParallel`.
 
     Returns:
         The same model.
@@ -71,7 +73,7 @@ def parallelize_(
         )
     engine = start_engine(
         model, spheres, reproducible=reproducible, process_group=process_group,
-        batch_dim=batch_dim, whole=whole, scalars=scalars,
+        batch_dim=batch_dim, whole=whole, scalars=scalars, shards=shards,
     )  # fmt: skip
     if engine.ranks is not None and is_lazy(model):
         raise ValueError(

@@ -105,7 +105,7 @@ class in_shard:  # noqa: N801 - used as a function is
         if self._first:
             self._entered.insert(0, _compiling)
         if _compat.profiler_is_on():
-            name = f"SphereParallel shard {call.split.leaves[k]} {what}"
+            name = f"SphereParallel shard {call.split.numbers[k]} {what}"
             self._entered.append(torch.profiler.record_function(name))
 
     def __enter__(self) -> None:
@@ -131,8 +131,8 @@ class in_shard:  # noqa: N801 - used as a function is
             self._leave(kind, error, traceback)
         finally:
             call, k = self._call, self._k
-            leaf = call.split.leaves[k]
-            phase_since(call.executor.spheres, self._what, leaf, self._begin)
+            number = call.split.numbers[k]
+            phase_since(call.executor.spheres, self._what, number, self._begin)
             if isinstance(error, Exception):
                 _explain(error, call, k, self._what)
         if self._first and error is None:
@@ -165,8 +165,8 @@ def _explain(error: Exception, call: ShardedCall, k: int, what: str) -> None:
             "all shards go back through that graph. Compute it inside"
         )
     begin, end = call.split.bounds[k]
-    leaf = call.split.leaves[k]
-    error.add_note(f"in the {what} of shard {leaf}, rows {begin} to {end - 1} of the batch")
+    number = call.split.numbers[k]
+    error.add_note(f"in the {what} of shard {number}, rows {begin} to {end - 1} of the batch")
 
 
 _CHECKPOINT = (

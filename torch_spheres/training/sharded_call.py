@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_spheres import _compat
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.errors import Caught
+from torch_spheres.reduction.partition import Division
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.runtime.rng import CallRandom
 from torch_spheres.runtime.trace_hooks import phase
@@ -52,8 +53,8 @@ class ShardedCall:
         ranks: who shares the batch; None: this process has all of it.
         what: ``"forward"`` or ``"forward_backward"``.
         options: which arguments are cut, and how outputs without dimensions are put together.
-        own_leaves: where rows of a batch that several processes share are evaluated by each alone:
-            those of this process.
+        own_part: where rows of a batch that several processes share are evaluated by each alone:
+            how they are divided, and which of the processes this one is.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ShardedCall:
         what: str = "forward",
         *,
         options: SplitOptions,
-        own_leaves: Sequence[int] | None = None,
+        own_part: tuple[Division, int] | None = None,
     ) -> None:
         self.module, self.replicas, self.executor = module, replicas, executor
         self.ranks, self.what, self.options = ranks, what, options
@@ -84,7 +85,7 @@ class ShardedCall:
         self.collective: Collective = LocalCollective() if ranks is None else RankCollective(ranks)
         arguments = [*zip(self.keys, (*args, *kwargs.values()), strict=True)]
         self.split = self.collective.split(
-            self, functools.partial(self._cut, arguments, executor.plan.shards, own_leaves)
+            self, functools.partial(self._cut, arguments, executor.plan.shards, own_part)
         )
         self.executor = executor.for_call(module, self.split.places, ranks)
         runs_on = executor.spheres if executor.plan.workers > 0 else None
@@ -111,13 +112,13 @@ class ShardedCall:
         self,
         arguments: Sequence[tuple[int | str, Any]],
         shards: int,
-        own_leaves: Sequence[int] | None,
+        own_part: tuple[Division, int] | None,
     ) -> Split:
         refuse_forward_ad()
         least = 2 if any(map(needs_two_rows, self.replicas.parts)) else 1
         split = Split(arguments, shards, self.ranks, self.options, self.module, least)
-        if own_leaves is not None:
-            split.take_leaves(own_leaves)
+        if own_part is not None:
+            split.take_own(*own_part)
         return split
 
     def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

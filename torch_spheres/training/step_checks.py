@@ -30,6 +30,7 @@ from torch_spheres.distributed.drift import (
     is_due,
     values_of,
 )
+from torch_spheres.reduction.partition import tree_leaves
 from torch_spheres.runtime.rng import next_base
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.batch_split import without_dim
@@ -206,15 +207,16 @@ class StepChecks:
                 raise ValueError(f"the ranks {text}: {by_rank(values)}")
 
     def _compare_loaders(self, ranks: Ranks, split: Split) -> None:
-        """Whether the loader has the model's ranks and levels."""
+        """Whether the loader has the model's ranks and shards."""
         latest = ranks.take_latest_loader()
         if latest is None:
             return
-        theirs, leaves = latest
-        if theirs is ranks and leaves != split.shards:
+        theirs, shards = latest
+        if theirs is ranks and shards != split.shards:
+            fewer = "" if tree_leaves(split.shards) == split.shards else f", shards={split.shards}"
             raise ValueError(
-                f"the loader hands out rows for {leaves} shards, and the model has {split.shards}: "
-                "give wrap() the model's spheres, ts.wrap(loader, model.spheres)"
+                f"the loader hands out rows for {shards} shards, and the model has {split.shards}: "
+                f"give wrap() the model's spheres, ts.wrap(loader, model.spheres{fewer})"
             )
         if theirs is not ranks and not self._told_of_groups:
             self._told_of_groups = True

@@ -1,0 +1,158 @@
+"""`shards=`: fewer, larger shards than there are leaves, with the bits of the reference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+import reference
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+
+import torch_spheres as ts
+from torch_spheres.reduction.partition import divide, shard_leaves, tree_leaves, tree_order
+
+DIVISORS = [1, 2, 3, 4, 6, 12]
+
+
+@functools.cache
+def expected(name: str, shards: int, rows: int) -> str:
+    model = zoo.make(name)
+    optimizers = zoo.optimizer_of(model, "sgd")
+    losses = []
+    for x, y in zoo.batches(rows):
+        optimizers.zero_grad()
+        losses.append(reference.train_step(model, x, y, F.cross_entropy, shards))
+        optimizers.step()
+    return zoo.fingerprint(model, optimizers, losses)
+
+
+def trained(name: str, shards: int, rows: int, spheres: ts.KissingSpheres) -> str:
+    model = zoo.make(name)
+    parallel = ts.SphereParallel(model, spheres, shards=shards)
+    optimizers = zoo.optimizer_of(model, "sgd")
+    losses = []
+    for x, y in zoo.batches(rows):
+        optimizers.zero_grad()
+        loss = F.cross_entropy(parallel(x), y)
+        loss.backward()
+        optimizers.step()
+        losses.append(loss.detach())
+    return zoo.fingerprint(model, optimizers, losses)
+
+
+@pytest.mark.parametrize("shards", DIVISORS)
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_bits_equal_the_reference(name: str, shards: int) -> None:
+    for concurrency, rows in ((2, 50), (12, 50), (3, 8)):
+        with ts.KissingSpheres(concurrency=concurrency) as spheres:
+            assert trained(name, shards, rows, spheres) == expected(name, shards, rows)
+
+
+@pytest.mark.parametrize("shards", [1, 6, 8, 12, 16, 24, 48, 72, 144])
+def test_bits_with_three_levels(shards: int) -> None:
+    for concurrency, rows in ((1, 20), (3, 150)):
+        with ts.KissingSpheres(3, concurrency=concurrency) as spheres:
+            assert trained("mlp with dropout", shards, rows, spheres) == expected(
+                "mlp with dropout", shards, rows
+            )
+
+
+@pytest.mark.parametrize("shards", DIVISORS)
+def test_a_deeper_hierarchy_has_the_same_bits(shards: int) -> None:
+    with ts.KissingSpheres(3, concurrency=2) as deep:
+        if shards < 12:
+            assert trained("cnn with batch norm", shards, 30, deep) == expected(
+                "cnn with batch norm", shards, 30
+            )
+
+
+@pytest.mark.parametrize("shards", DIVISORS)
+def test_losses_by_shard(shards: int) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(50, 1, 12, 12), torch.randint(10, (50,))
+    for loss_fn in (F.cross_entropy, lambda o, t: (F.cross_entropy(o, t, reduction="sum"), len(t))):
+        model = zoo.make("mlp with dropout")
+        plain = copy.deepcopy(model)
+        torch.manual_seed(2)
+        loss = reference.train_step_by_shard(plain, x, y, loss_fn, shards)
+        with ts.KissingSpheres(concurrency=3) as spheres:
+            torch.manual_seed(2)
+            mine = ts.SphereParallel(model, spheres, shards=shards)
+            assert torch.equal(mine.forward_backward(loss_fn, x, y), loss)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("shards", DIVISORS)
+def test_batch_norm_over_the_whole_batch(shards: int) -> None:
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    plain = copy.deepcopy(model)
+    plain(x).square().mean().backward()
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        parallel = ts.SphereParallel(ts.convert_sync_batchnorm(model), spheres, shards=shards)
+        parallel(x).square().mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_the_number_is_kept_by_copies_and_pickles() -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        parallel = ts.SphereParallel(zoo.make("mlp with dropout"), spheres, shards=3)
+        assert parallel.shards == copy.deepcopy(parallel).shards == 3
+        again = pickle.loads(pickle.dumps(parallel))
+        assert again.shards == 3
+        again.spheres.stop()
+        model = ts.parallelize_(zoo.make("mlp with dropout"), spheres, shards=4)
+        assert model.forward.engine.shards == 4
+        assert ts.SphereParallel(zoo.make("mlp with dropout"), spheres).shards == 12
+
+
+@pytest.mark.parametrize(
+    ("shards", "error", "match"),
+    [
+        (5, ValueError, r"divide the 12 leaves.*got 5: use one of \[1, 2, 3, 4, 6, 12\]; there"),
+        (24, ValueError, "divide the 12 leaves of the spheres, got 24"),
+        (0, ValueError, "got 0"),
+        (-1, ValueError, "got -1"),
+        (2.0, TypeError, "shards must be an integer, got 2.0"),
+        (True, TypeError, "shards must be an integer, got True"),
+        ("4", TypeError, "shards must be an integer"),
+    ],
+)
+def test_other_numbers_are_refused(shards, error, match) -> None:
+    with ts.KissingSpheres() as spheres:
+        for make in (ts.SphereParallel, ts.parallelize_):
+            with pytest.raises(error, match=match):
+                make(zoo.make("mlp with dropout"), spheres, shards=shards)
+
+
+# ---- who has which shards ----
+
+
+@pytest.mark.parametrize("shards", [n for n in range(1, 1729) if 1728 % n == 0])
+def test_ranks_have_blocks_of_the_tree(shards: int) -> None:
+    leaves = tree_leaves(shards)
+    order = tree_order(leaves)
+    assert leaves % shards == 0 and len({*shard_leaves(shards)}) == shards
+    for world in (n for n in (1, 2, 3, 4, 6, 8, 12, 24, 36) if shards % n == 0):
+        division = divide(world, shards)
+        owned = [division.owned(r) for r in range(world)]
+        assert sorted(k for own in owned for k in own) == sorted(shard_leaves(shards))
+        for r, own in enumerate(owned):
+            block = {*order[r * leaves // world : (r + 1) * leaves // world]}
+            assert block.issuperset(own)
+        for rows in (0, 5, shards, 3 * shards + 7):
+            ranges = [division.ranges(r, rows) for r in range(world)]
+            cut = [row for mine in ranges for piece in mine for row in piece]
+            assert sorted(cut) == [*range(rows)]
+            counts = division.counts(rows)
+            assert counts == [sum(map(len, mine)) for mine in ranges]
+            for r, mine in enumerate(ranges):
+                assert division.sizes(r, counts[r]) == [*map(len, mine)]
