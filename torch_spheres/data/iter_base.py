@@ -18,7 +18,8 @@ from torch_spheres.data.device_transfer import Transfer
 from torch_spheres.data.fetch import Fetcher
 from torch_spheres.data.rank_slice import Portions, collate_own, same_epoch
 from torch_spheres.data.resume import Bookmark, Progress, Sources, shape_of
-from torch_spheres.data.sampler import digest
+from torch_spheres.data.sampler import BatchSlice, SphereBatchSampler
+from torch_spheres.data.sampler_state import extend_digest
 from torch_spheres.data.tensor_gather import gathers
 from torch_spheres.data.worker_info import install
 from torch_spheres.errors import StoppedError
@@ -129,13 +130,16 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         index = super()._next_index()
         if self._iterable:
             return index
-        # (Of all ranks, also where a SphereBatchSampler has cut it: states go from one to another.)
-        whole = getattr(self._index_sampler, "_whole", None)
-        self._pulled = digest(self._pulled, index if whole is None else whole)
+        sampler = self._index_sampler
+        cut: BatchSlice | None = (
+            sampler.latest_slice if isinstance(sampler, SphereBatchSampler) else None
+        )
+        # The digest is of whole batches, so that a state fits any number of ranks.
+        self._pulled = extend_digest(self._pulled, index if cut is None else cut.whole)
         if self._portions is not None:
             index, self._places = self._portions.of(index)
-        else:  # a SphereBatchSampler may have cut it
-            self._places = getattr(self._index_sampler, "_places", None)
+        else:
+            self._places = None if cut is None else cut.rows
         return index
 
     def _running_core(self) -> _core.System | None:

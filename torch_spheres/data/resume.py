@@ -1,8 +1,8 @@
 """Where a loader and its workers are in their epoch, and how to come back there.
 
-An epoch is repeated from what its sampler draws from (`source_of` in sampler.py): the state from
-before the first draw is saved, and on resumption the same index lists are asked for again and
-dropped, without loading anything. The process-wide generator is left as the caller has restored it.
+An epoch is repeated from what its sampler draws from (`draw_source` in sampler_state.py): the state
+from before the first draw is saved, and on resumption the same index lists are asked for again and
+dropped, without loading anything. The process-wide generator is left as the caller restored it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from torch_spheres import _compat
 from torch_spheres.data.fetch import Fetcher
-from torch_spheres.data.sampler import loaded, source_of
+from torch_spheres.data.sampler_state import draw_source, from_state
 from torch_spheres.runtime.rng import numpy_state, restore_random_states
 
 __all__ = [
@@ -195,7 +195,7 @@ class Progress:
         Raises:
             ValueError: it is no such state, or was saved by another kind of loader.
         """
-        return loaded(Progress, state, "a wrapped loader", shape_of(loader))
+        return from_state(Progress, state, "a wrapped loader", shape_of(loader))
 
     @staticmethod
     def to_come(loader: DataLoader[Any]) -> Progress:
@@ -266,7 +266,7 @@ class Sources:
         sampler: Any = loader._index_sampler
         if not hasattr(sampler, "state_dict"):
             sampler = getattr(sampler, "sampler", sampler)
-        self.kind, self._capture, self._restore = source_of(sampler)
+        self.kind, self._capture, self._restore = draw_source(sampler)
         self._generator = loader.generator
 
     def capture(self) -> dict[str, Any]:
