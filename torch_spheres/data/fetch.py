@@ -14,13 +14,7 @@ __all__ = ["Fetcher"]
 
 
 class Fetcher:
-    """Torch's fetcher, with notes on errors, and positions for `sample_seed`.
-
-    Args:
-        kind: of the dataset: torch's ``_DatasetKind``.
-        auto_collation: whether batches are made of samples.
-        collate_fn: this, `drop_last` and `dataset` are the loader's.
-    """
+    """Torch's fetcher, with notes on errors, and positions for `sample_seed`."""
 
     def __init__(
         self, kind: int, auto_collation: bool, collate_fn: Any, drop_last: bool, dataset: Any

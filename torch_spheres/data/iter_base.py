@@ -39,18 +39,11 @@ __all__ = ["SphereIterator"]
 
 
 class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is known at run time
-    """One pass over a wrapped loader; with persistent workers, several.
-
-    Args:
-        config: of the loader.
-        resumed: where to begin; None: at the beginning.
-
-    Attributes:
-        position: after the batch that was handed out last.
-    """
+    """One pass over a wrapped loader, with persistent workers several; `resumed` is its start."""
 
     _collate_fn: Any
     _shared_seed: int | None
+    _base_seed: int
 
     def __init__(self, config: LoaderConfig, resumed: LoaderState | None) -> None:
         install()
@@ -73,15 +66,11 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is
             super().__init__(loader)
         else:
             self._resume(loader, resumed)
+        self.position.base_seed = self._base_seed  # which torch has drawn
         if self._rank_slice is not None and self._iterable:
             self._collate_fn = functools.partial(self._rank_slice.collate, self._collate_fn)
-        self._make_fetcher = functools.partial(
-            Fetcher,
-            self._dataset_kind,
-            self._auto_collation,
-            self._collate_fn,
-            self._drop_last,
-        )
+        options = self._dataset_kind, self._auto_collation, self._collate_fn, self._drop_last
+        self._make_fetcher = functools.partial(Fetcher, *options)
         pin_for = self._pin_memory_device if self._pin_memory else None
         self._transfer = DeviceTransfer(config.device, pin_for)
         self._gathers = (
@@ -150,15 +139,6 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is
     def save(self) -> LoaderState:
         """The state after the batch that was handed out last; see `EpochPosition.save`."""
         return self.position.save()
-
-    @property
-    def _base_seed(self) -> int:
-        """Torch's `__init__` sets it."""
-        return self.position.base_seed
-
-    @_base_seed.setter
-    def _base_seed(self, value: int) -> None:
-        self.position.base_seed = value
 
     # ---- batches ----
 

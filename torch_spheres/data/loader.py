@@ -42,7 +42,7 @@ __all__ = ["SphereLoader", "wrap"]
 
 T = TypeVar("T", covariant=True)
 
-_NOT_COPIED = {"spheres", "_membership", "_iterator", "_newest", "_position", "_meter"}
+_NOT_COPIED = {"spheres", "_membership", "_iterator", "_newest", "_sphere_position", "_meter"}
 
 
 class SphereLoader(DataLoader[T]):
@@ -72,7 +72,7 @@ class SphereLoader(DataLoader[T]):
     _meter: Meter
     _pending: LoaderState | None  # loaded, for the next iterator
     _newest: weakref.ref[SphereIterator] | None
-    _position: EpochPosition | None  # of the newest iterator, which may be gone
+    _sphere_position: EpochPosition | None  # of the newest iterator, which may be gone
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class SphereLoader(DataLoader[T]):
         kind = InlineIterator if self.num_workers == 0 else PrefetchIterator
         made = kind(config, self._pending)
         self._pending = None  # not before: what could not be resumed can be tried again
-        self._newest, self._position = weakref.ref(made), made.position
+        self._newest, self._sphere_position = weakref.ref(made), made.position
         return made
 
     @property
@@ -181,7 +181,7 @@ class SphereLoader(DataLoader[T]):
         # Past DataLoader.__setattr__, which would refuse some of them.
         vars(self).update(attributes, spheres=spheres, _membership=membership)
         meter = Meter(self.num_workers, spheres._samples.loaded)
-        vars(self).update(_iterator=None, _newest=None, _position=None, _meter=meter)
+        vars(self).update(_iterator=None, _newest=None, _sphere_position=None, _meter=meter)
         return self
 
     def __reduce__(self) -> Any:
@@ -226,13 +226,13 @@ class SphereLoader(DataLoader[T]):
         """
         self._need_threads("state_dict()")
         newest = self._newest() if self._newest is not None else None
-        if self._position is not None and not self._position.finished:
-            return (self._position if newest is None else newest).save().as_dict()
+        if self._sphere_position is not None and not self._sphere_position.finished:
+            return (self._sphere_position if newest is None else newest).save().as_dict()
         if self._pending is not None:
             return self._pending.as_dict()
         state = LoaderState.of_next_epoch(self)
-        if self._position is not None and self.persistent_workers:
-            last = self._position.save()
+        if self._sphere_position is not None and self.persistent_workers:
+            last = self._sphere_position.save()
             state.base_seed, state.workers, state.fresh = last.base_seed, last.workers, False
             for worker in state.workers.values():  # only their random streams go on
                 worker.update(fetched=0, holder="", progress=None, begin=None)
@@ -252,7 +252,7 @@ class SphereLoader(DataLoader[T]):
         """
         self._need_threads("load_state_dict()")
         self._pending = LoaderState.from_dict(state_dict, self)
-        self._newest = self._position = None
+        self._newest = self._sphere_position = None
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._iterator = None

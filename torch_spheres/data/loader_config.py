@@ -19,16 +19,12 @@ __all__ = ["LoaderConfig", "dataset_length"]
 class LoaderConfig:
     """The options of one epoch. An iterator reads them when it begins, and does not keep them."""
 
-    loader: DataLoader[Any]
-    """For torch's own options."""
+    loader: DataLoader[Any]  # for torch's own options
     spheres: SpherePool
-    ranks: Ranks | None
-    """Those that share each batch; None: this process has the batches alone."""
+    ranks: Ranks | None  # those that share each batch; None: this process has the batches alone
     meter: Meter
-    device: torch.device | None
-    """Where batches go; None: they stay where they are."""
-    copy_dataset: bool
-    """Whether each logical worker has a deep copy of the dataset."""
+    device: torch.device | None  # where batches go; None: they stay where they are
+    copy_dataset: bool  # each logical worker has a deep copy of the dataset
 
 
 def dataset_length(dataset: Any) -> int | None:

@@ -159,12 +159,7 @@ _MOSTLY = 0.5
 class Meter:
     """Counts for the `LoaderStats` of one loader, and holds its warnings; for any thread.
 
-    Args:
-        workers: of the loader.
-        count_samples: is called with the rows of each batch.
-
-    Attributes:
-        way: as of `LoaderStats`.
+    `count_samples` is called with the rows of each batch.
     """
 
     def __init__(self, workers: int, count_samples: Callable[[int], None] | None = None) -> None:
@@ -182,14 +177,7 @@ class Meter:
         self._thread = threading.local()  # threads may share a loader
 
     def count_batch(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
-        """Counts a batch that the loop gets.
-
-        Args:
-            batch: its tensors' bytes are counted.
-            samples: rows.
-            ready: batches that stood ready.
-            size: of the batch in bytes, if known.
-        """
+        """Counts a batch that the loop gets, of `size` bytes; `ready`: batches that stood ready."""
         if size is None:
             try:
                 leaves = _compat.pytree.tree_leaves(batch)

@@ -34,12 +34,9 @@ __all__ = ["LogicalWorker", "Result", "Task", "WorkerConfig"]
 class Task(NamedTuple):
     """One batch to load."""
 
-    number: int
-    """Of the batch in the epoch, from 0."""
-    index: Any
-    """What the sampler gave."""
-    rows: Sequence[int] | None
-    """Positions of the indices in the global batch, if they are a part of it."""
+    number: int  # of the batch in the epoch, from 0
+    index: Any  # what the sampler gave
+    rows: Sequence[int] | None  # positions of the indices in the global batch, if they are a part
 
 
 @dataclass
@@ -49,10 +46,8 @@ class Result:
     worker: int
     deliver: Delivery | None = None
     error: BaseException | None = None
-    ended: bool = False
-    """The worker's iterable dataset is at its end: there is no batch."""
-    snapshot: WorkerSnapshot | None = None
-    """Of the worker, after the task."""
+    ended: bool = False  # the worker's iterable dataset is at its end: there is no batch
+    snapshot: WorkerSnapshot | None = None  # of the worker, after the task
 
 
 @dataclass(frozen=True)
@@ -66,23 +61,17 @@ class WorkerConfig:
     init_fn: Callable[[int], Any] | None
     workers: int
     base_seed: int
-    shared_seed: int | None
-    """Of all workers' DataPipes."""
-    copy_dataset: bool
-    """Whether workers have deep copies of the dataset."""
+    shared_seed: int | None  # of all workers' DataPipes
+    copy_dataset: bool  # workers have deep copies
     context: CallerContext
     transfer: DeviceTransfer
     meter: Meter
 
 
 def _dataset_for_worker(config: WorkerConfig) -> tuple[Any, dict[int, Any]]:
-    """A copy for one worker, as a process has one: what it sets on its dataset is its own.
+    """One worker's copy of the dataset, on which it may set attributes; all copies by original id.
 
-    The copy is shallow: the attributes' values are shared, but for datasets among them, which are
-    copied in the same way. A dataset that saves its position is copied as a whole.
-
-    Returns:
-        The copy, and all copies by the original's id.
+    The copy is shallow (see `shallow_copy`), or deep for a dataset that saves its position.
     """
     copies: dict[int, Any] = {}
     dataset = config.dataset
@@ -106,11 +95,7 @@ def _dataset_for_worker(config: WorkerConfig) -> tuple[Any, dict[int, Any]]:
 class LogicalWorker:
     """One logical worker; its tasks come one at a time, so nothing in it needs a lock.
 
-    Args:
-        config: of the iterator.
-        number: of the worker, from 0.
-        restored: the worker's state in a saved epoch.
-        abandoned: is set when nobody waits for batches any more.
+    It goes on from `restored`. `abandoned` is set when nobody waits for batches any more.
     """
 
     def __init__(
@@ -159,8 +144,7 @@ class LogicalWorker:
             with self._config.context(), self._config.meter.working():
                 return self._load(task)
         except BaseException as error:  # noqa: BLE001
-            # The thread that asks for the batch raises it. (No variable of this frame may hold it:
-            # the error's traceback owns the frame.)
+            # The loop's thread raises it. (Its traceback owns this frame: no variable may hold it.)
             return Result(self.number, error=error, snapshot=self.snapshot())
 
     def _load(self, task: Task) -> Result:

@@ -89,9 +89,7 @@ def _refuse_epoch(ranks: Ranks, name: str, values: Sequence[Any]) -> NoReturn:
 class RankSlice:
     """Selects this rank's rows of each batch, and logs the batches for the ranks' comparison.
 
-    Args:
-        ranks: those that share the batches.
-        leaves: of the hierarchy; the ranks own leaves, and thereby rows.
+    A rank owns some of the `leaves`, and thereby rows.
     """
 
     def __init__(self, ranks: Ranks, leaves: int) -> None:
@@ -125,12 +123,9 @@ class RankSlice:
         return without_rows(batch) if type(own) is EmptySlice else batch
 
     def log_batch(self, number: int, digest: int | None) -> None:
-        """Logs that the loop gets a batch.
+        """Logs that the loop gets batch `number` of the epoch; `digest` is of the index lists.
 
-        Args:
-            number: of the batch in the epoch, from 0.
-            digest: of the index lists up to it. None: of an iterable dataset, whose samples are
-                compared instead.
+        None: an iterable dataset has no index lists, so that its samples are compared.
         """
         self._ranks.loaded(self._leaves)
         if digest is None:

@@ -72,16 +72,11 @@ def _shuffles_in_a_buffer(dataset: Any) -> bool:
 class WorkerSnapshot:
     """A worker's state after a task. The field names are keys of saved states."""
 
-    fetched: int
-    """Tasks that the worker has done in the epoch."""
-    streams: dict[str, Any] | None
-    """States of the worker's random streams."""
-    holder: str
-    """Whose `progress` is the state: the dataset's ``"iterator"``, the ``"dataset"``, or ``""``;
-    ``"failed"``: `progress` says what ``state_dict()`` raised."""
-    progress: Any = None
-    begin: dict[str, Any] | None = None
-    """The streams when the epoch began, of an iterable dataset that may have to be read again."""
+    fetched: int  # tasks that the worker has done in the epoch
+    streams: dict[str, Any] | None  # states of its random streams
+    holder: str  # whose `progress` is saved: "iterator" or "dataset", "" (nobody's) or `_FAILED`
+    progress: Any = None  # `_FAILED`: what state_dict() raised
+    begin: dict[str, Any] | None = None  # `streams` when an iterable dataset's epoch began
 
     @staticmethod
     def take(
@@ -113,15 +108,10 @@ class WorkerSnapshot:
     def restore(
         self, dataset: Any, make: Callable[[Any], Fetcher], samples: int, rng: Any = None
     ) -> Fetcher:
-        """Makes a fetcher of the dataset that stands where it stood after the last task.
+        """Has `make` make a fetcher of the dataset, which stands where it stood after the task.
 
-        The dataset's own state is loaded, or else what each task took is read again and dropped.
-
-        Args:
-            dataset: the worker's.
-            make: makes a fetcher of the dataset.
-            samples: of each task.
-            rng: the worker's random streams, which are set to the epoch's beginning for that.
+        The dataset's own state is loaded, or else the samples of each task are read again and
+        dropped, with the random streams `rng` as they were when the epoch began.
 
         Raises:
             RuntimeError: the dataset draws from the process's own generators, so that it does not
@@ -170,29 +160,18 @@ class LoaderState:
     drop_last: bool
     num_workers: int
     iterable: bool
-    source: str
-    """What the sampler draws from: the kind of its `DrawSource`."""
-    start: dict[str, Any]
-    """`LoaderRandomState.capture` before the epoch's first draw."""
-    now: dict[str, Any]
-    """The same when this was saved: others may draw from a given generator, too."""
-    begun: bool
-    """False: this is the state of the epoch to come."""
-    base_seed: int | None = None
-    """Of the epoch. None: the epoch draws one when it begins."""
-    fresh: bool = True
-    """Whether the epoch draws its base seed: later ones of persistent workers do not."""
-    tasks: int = 0
-    """Index lists, up to the last whose batch was handed out."""
-    yielded: int = 0
-    """Batches handed out: fewer than `tasks` where workers have come to their end."""
-    digest: int = 0
-    """Checksum of the index lists: the same must come again."""
+    source: str  # the kind of the sampler's `DrawSource`
+    start: dict[str, Any]  # `LoaderRandomState.capture` before the epoch's first draw
+    now: dict[str, Any]  # the same when this was saved: others may draw from a given generator
+    begun: bool  # False: this is the state of the epoch to come
+    base_seed: int | None = None  # None: the epoch draws one when it begins
+    fresh: bool = True  # the epoch draws its base seed; later ones of persistent workers do not
+    tasks: int = 0  # index lists, up to the last whose batch was handed out
+    yielded: int = 0  # batches handed out: fewer, where workers have come to their end
+    digest: int = 0  # checksum of the index lists: the same must come again
     next_worker: int = 0
-    ended: list[int] = field(default_factory=list)
-    """Workers that are at their iterable dataset's end."""
-    workers: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The fields of each worker's `WorkerSnapshot`."""
+    ended: list[int] = field(default_factory=list)  # workers at their iterable dataset's end
+    workers: dict[int, dict[str, Any]] = field(default_factory=dict)  # their `WorkerSnapshot`s
 
     def snapshots(self) -> dict[int, WorkerSnapshot]:
         """The workers' snapshots when the last batch was handed out."""
@@ -233,25 +212,15 @@ class EpochPosition:
     """Where an iterator is in its epoch.
 
     The loader keeps it when the iterator is gone, so it holds neither dataset nor workers.
-
-    Args:
-        random_state: of the loader.
-        in_order: whether batches come in the order of their index lists.
-
-    Attributes:
-        state: after the batch that was handed out last, but for what `save` fills in.
-        base_seed: of the epoch.
-        snapshots: of the workers.
-        finished: whether all of the epoch was handed out.
     """
 
-    state: LoaderState
+    state: LoaderState  # after the batch that was handed out last; `save` fills in the rest
     base_seed: int
 
     def __init__(self, random_state: LoaderRandomState, in_order: bool) -> None:
         self._random_state, self._in_order = random_state, in_order
-        self.snapshots: dict[int, WorkerSnapshot] = {}
-        self.finished = False
+        self.snapshots: dict[int, WorkerSnapshot] = {}  # of the workers
+        self.finished = False  # all of the epoch was handed out
 
     def save(self) -> LoaderState:
         """The state after the batch that was handed out last.
@@ -276,11 +245,7 @@ class EpochPosition:
 
 
 class LoaderRandomState:
-    """What a loader and its sampler draw from.
-
-    Attributes:
-        kind: of the sampler's `DrawSource`.
-    """
+    """What a loader and its sampler draw from; `kind` is that of the sampler's `DrawSource`."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         sampler: Any = loader._index_sampler
@@ -303,10 +268,7 @@ class LoaderRandomState:
 
     @contextlib.contextmanager
     def default_generator_at(self, state: torch.Tensor | None) -> Iterator[None]:
-        """Sets torch's default generator inside the block, and puts it back afterwards.
-
-        None: the generator goes on from where it is.
-        """
+        """Sets torch's default generator (None: leaves it), and puts it back after the block."""
         with torch.random.fork_rng(devices=[]):
             if state is not None:
                 torch.set_rng_state(state)

@@ -41,10 +41,8 @@ class _Spheres(Protocol):
 class BatchSlice:
     """A rank's rows of a global batch."""
 
-    whole: list[int]
-    """The global batch's indices."""
-    rows: list[int]
-    """Positions of the rank's indices in `whole`, in the order in which they were yielded."""
+    whole: list[int]  # the global batch's indices
+    rows: list[int]  # positions of the rank's in it, in the order in which they were yielded
 
 
 class SphereBatchSampler(Sampler[list[int]]):

@@ -23,8 +23,7 @@ T = TypeVar("T")
 class DrawSource(NamedTuple):
     """What a sampler draws from."""
 
-    kind: str
-    """``"sampler"`` (its own ``state_dict``), ``"generator"`` (its own) or ``"global"``."""
+    kind: str  # "sampler" (its own state_dict), "generator" (its own) or "global"
     capture: Callable[[], Any]
     restore: Callable[[Any], object]
 
@@ -47,18 +46,12 @@ def draw_source(sampler: Any) -> DrawSource:
 class SamplerEpoch:
     """One pass over a sampler. The field names are keys of saved states."""
 
-    epoch: int | None
-    """As `set_epoch` was told."""
-    kind: str
-    """Of the `DrawSource`."""
-    start: Any
-    """State of the `DrawSource` before the first draw."""
-    position: int = 0
-    """Global batches handed out."""
-    digest: int = 0
-    """Checksum of all their indices: a replay must give the same."""
-    now: Any = None
-    """The sampler's own state at `position`, if it has one."""
+    epoch: int | None  # as set_epoch was told
+    kind: str  # of the `DrawSource`
+    start: Any  # the state of the `DrawSource` before the first draw
+    position: int = 0  # global batches handed out
+    digest: int = 0  # checksum of all their indices: a replay must give the same
+    now: Any = None  # the sampler's own state at `position`, if it has one
 
     def count(self, batch: list[Any]) -> None:
         """Counts a batch that is handed out."""

@@ -44,12 +44,7 @@ _torch_collate_fns = dict(_compat.collate_fns)
 
 @contextlib.contextmanager
 def thread_shows(**values: Any) -> Iterator[None]:
-    """Sets what the calling thread sees inside the block.
-
-    Args:
-        values: ``info``: what `get_worker_info()` returns; ``position``: what `sample_seed()` is
-            made of.
-    """
+    """Inside the block, `get_worker_info()` returns `info`, `sample_seed()` is of `position`."""
     outer = {name: getattr(_thread, name) for name in values}
     vars(_thread).update(values)
     try:
@@ -99,14 +94,10 @@ class LoadPosition:
     """Where in the epoch a thread loads: what a sample's seed is made of."""
 
     base_seed: int
-    batch: int
-    """Number of the batch in the epoch, from 0."""
-    abandoned: threading.Event | None = None
-    """Is set when nobody waits for the batch any more."""
-    rows: Sequence[int] | None = None
-    """Positions of the samples in the global batch; None: 0, 1, 2, ..."""
-    seed_index: int = 0
-    """0: the batch as a whole; else 1 + the sample's position in the global batch."""
+    batch: int  # its number in the epoch, from 0
+    abandoned: threading.Event | None = None  # is set when nobody waits for the batch any more
+    rows: Sequence[int] | None = None  # the samples' positions in the global batch; None: 0, 1, ...
+    seed_index: int = 0  # 0: the batch as a whole; else 1 + the sample's position
 
 
 _MASK = 2**64 - 1

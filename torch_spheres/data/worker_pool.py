@@ -69,12 +69,8 @@ class WorkerThread(threading.Thread):
 class WorkerPool:
     """The workers of one iterator, with persistent workers for all epochs of it.
 
-    Nothing here refers to the iterator, which closes the pool when it is dropped.
-
-    Args:
-        config: of the workers.
-        spheres: the workers end when these stop.
-        restored: snapshots of workers, by number, of a saved epoch.
+    Nothing here refers to the iterator, which closes the pool when it is dropped. Workers go on
+    from the snapshots in `restored`, and end when the spheres stop.
 
     Raises:
         StoppedError: the spheres were stopped.
@@ -149,11 +145,7 @@ class WorkerPool:
     def begin_epoch(self, shared_seed: int | None) -> dict[int, WorkerSnapshot]:
         """Waits for tasks under way, drops their results, and has the workers begin anew.
 
-        Args:
-            shared_seed: of DataPipes.
-
-        Returns:
-            A snapshot of each worker that has done a task.
+        `shared_seed` is for DataPipes. Returns a snapshot of each worker that has done a task.
 
         Raises:
             StoppedError: the spheres were stopped.
