@@ -42,6 +42,9 @@ def digest_of_dataset(dataset: Any) -> tuple[int, int]:
     return _contents(dataset, 0), _lists(dataset, 0)
 
 
+# Each of these extends the checksum `crc`.
+
+
 def _leaf(value: Any, crc: int) -> int:
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or not value.is_cpu or value.is_quantized:
@@ -59,6 +62,7 @@ def _leaf(value: Any, crc: int) -> int:
 
 
 def _contents(dataset: Any, crc: int) -> int:
+    """Of what torch's own datasets, tensors, arrays and sequences hold."""
     kind = type(dataset)
     if kind is TensorDataset:
         return digest_of_samples(dataset.tensors)

@@ -39,7 +39,10 @@ __all__ = ["SphereIterator"]
 
 
 class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is known at run time
-    """One pass over a wrapped loader, with persistent workers several; `resumed` is its start."""
+    """One pass over a wrapped loader, or with persistent workers several.
+
+    It begins at `resumed`. Its `position` is that after the batch that was handed out last.
+    """
 
     _collate_fn: Any
     _shared_seed: int | None

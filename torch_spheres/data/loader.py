@@ -64,7 +64,7 @@ class SphereLoader(DataLoader[T]):
     """
 
     spheres: KissingSpheres
-    # The names of these are unlikely in a subclass.
+    # A wrapped subclass is unlikely to use these names.
     _sphere_device: torch.device | None
     _sphere_copies: bool
     _sphere_workers: str

@@ -1,4 +1,4 @@
-"""What a wrapped loader gives to the iterators that it makes."""
+"""`LoaderConfig`: what a wrapped loader gives to the iterators that it makes."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ class Call(NamedTuple):
     waited: float
     """How long it took."""
     since: float
-    """From the end of the call before to the end of this one; `waited`, if it was an epoch's first.
-    """
+    """From the end of the previous call to the end of this one; an epoch's first: as `waited`."""
     ready: int | None
     """Batches that stood ready. None: there was no batch, as at the end of an epoch."""
 
@@ -57,7 +56,7 @@ class LoaderStats:
     worked: float
     """Time that threads spent loading, added up over them (the caller's, if it loaded itself)."""
     computed: float
-    """Of that, time on a core. Far less than `worked`: they waited, for a disk or for the GIL."""
+    """Of `worked`, time on a core. Far less than it: threads waited, for a disk or for the GIL."""
     elapsed: float
     """Time between the first ``next()`` and the last, of each epoch, added up."""
     queue_depth: float
@@ -70,7 +69,7 @@ class LoaderStats:
     """
 
     origin: int = 0
-    """Which loader of the process this is of: a number of its own for each."""
+    """Number of the loader in this process."""
 
     def __sub__(self, before: LoaderStats) -> LoaderStats:
         """What the loader did after `before`: counts and times are differences.
@@ -114,9 +113,8 @@ class LoaderStats:
         share = f"the loop waited for data {self.waiting:.0%} of the time"
         if self.way != "process":
             if self.workers == 0:
-                return (
-                    f"{share}; give the DataLoader num_workers=, so that threads load ahead of it"
-                )
+                way_out = "give the DataLoader num_workers=, so that threads load ahead of it"
+                return f"{share}; {way_out}"
             if self.python_bound:
                 return self.of_the_gil
         return f"{share}; more num_workers may help"
@@ -203,7 +201,7 @@ class Meter:
             self._calls.append(Call(ended, seconds, elapsed, ready))
 
     def calls(self) -> tuple[Call, ...]:
-        """The last `CALLS_KEPT` calls of the loop, oldest first."""
+        """The last `CALLS_KEPT` calls, oldest first."""
         with self._lock:
             return tuple(self._calls)
 
@@ -235,7 +233,7 @@ class Meter:
             self._warnings.append(text)
 
     def next_warning(self) -> str | None:
-        """A warning that the user has not seen: one that was added, or once that of the GIL."""
+        """A warning that was not returned yet: an added one, or that the GIL is the bottleneck."""
         if self._warnings:
             return self._warnings.pop()
         if self._warned_of_gil or self._sums["elapsed"] < _ENOUGH_SECONDS:

@@ -161,8 +161,7 @@ class PrefetchIterator(SphereIterator):
                 self._pool.drop(number)
                 continue
             if result.ended:
-                self._keep_snapshot(result)
-                self._end_worker(result.worker)
+                self._end_worker(result)
                 continue
             try:
                 return self._hand_out(number, task, result, ready)
@@ -189,12 +188,13 @@ class PrefetchIterator(SphereIterator):
         if result.snapshot is not None:
             self.position.snapshots[result.worker] = result.snapshot
 
-    def _end_worker(self, worker: int) -> None:
+    def _end_worker(self, result: Result) -> None:
         """Drops the other tasks of a worker whose iterable dataset has come to its end."""
-        self._active[worker] = False
-        state = self.position.state
-        state.ended = sorted({*state.ended, worker})
-        self._open = {n: task for n, task in self._open.items() if task.worker != worker}
+        self._keep_snapshot(result)
+        ended, state = result.worker, self.position.state
+        self._active[ended] = False
+        state.ended = sorted({*state.ended, ended})
+        self._open = {n: task for n, task in self._open.items() if task.worker != ended}
         self._put_task()
 
     def _close(self, number: int, task: _OpenTask) -> None:

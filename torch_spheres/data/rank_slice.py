@@ -48,7 +48,7 @@ def sync_epoch(config: LoaderConfig, resumed: LoaderState | None) -> None:
         "the checksum of the dataset": contents,
         "the state that it is resumed from": resumed_crc,
     }
-    # Batches handed out before are compared here too: not all models do it.
+    # A model that shares its batches compares those handed out, but not every model does.
     mine = [-1 if fact is None else int(fact) for fact in facts.values()]
     *columns, listed, counts, digests = ranks.meet(
         "the beginning of an epoch", [*mine, lists, *ranks.batches.latest]

@@ -10,6 +10,7 @@ spheres do.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -56,7 +57,7 @@ class WorkerThread(threading.Thread):
         return None if self.is_alive() else 0
 
     def terminate(self) -> None:
-        """Ends the thread after the tasks before: it cannot be stopped in the middle of one."""
+        """Ends the thread after the tasks that it has: one cannot be stopped in the middle."""
         self.tasks.put(None)
 
     def run(self) -> None:
@@ -120,15 +121,14 @@ class WorkerPool:
         The pool keeps the result until `drop`, so that an interrupted caller can ask again.
 
         Raises:
-            TimeoutError: there was none within `timeout` seconds (0: for ever).
+            TimeoutError: there was none within `timeout` seconds (0: no limit).
             StoppedError: the spheres were stopped.
+            RuntimeError: a worker was terminated with tasks in its queue.
         """
 
         def find() -> tuple[int, Result] | None:
-            found = min(self._results, default=None) if number is None else number
-            if found is None or found not in self._results:
-                return None
-            return found, self._results[found]
+            found = min(self._results, default=-1) if number is None else number
+            return (found, self._results[found]) if found in self._results else None
 
         return self._wait_for(find, timeout)
 
@@ -164,15 +164,13 @@ class WorkerPool:
 
     def _wait_for(self, find: Callable[[], T | None], timeout: float) -> T:
         """Calls `find` under the lock until it returns something."""
-        end = time.monotonic() + timeout if timeout > 0 else None
+        end = time.monotonic() + timeout if timeout > 0 else math.inf
         if self._spheres._forked:
             # Raises, before the lock is taken: a thread of the parent may have held it.
             self._spheres._core.require_running("a wrapped loader")
         with self._changed:
             while (value := find()) is None:
-                left = (
-                    _CHECK_INTERVAL if end is None else min(_CHECK_INTERVAL, end - time.monotonic())
-                )
+                left = min(_CHECK_INTERVAL, end - time.monotonic())
                 if left <= 0:
                     raise TimeoutError
                 if self.ended:
@@ -181,7 +179,7 @@ class WorkerPool:
                         "start() them and begin another one"
                     )
                 ended = [t.name for t in self.threads if t.unfinished and not t.is_alive()]
-                if ended:  # by `terminate`, with tasks in the queue
+                if ended:  # by `terminate`
                     raise RuntimeError(
                         f"{', '.join(ended)} exited unexpectedly, with batches to load; begin "
                         "another iterator (with persistent_workers: of a loader wrapped anew)"
@@ -190,7 +188,7 @@ class WorkerPool:
         return value
 
     def close(self) -> None:
-        """Drops results and tasks that have not begun; those that run finish for nothing."""
+        """Drops all results and waiting tasks; the results of running tasks will be dropped."""
         if self._spheres._forked:
             return
         with self._changed:
@@ -232,9 +230,9 @@ _live: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """Ends all workers before the interpreter ends: returning to it afterwards would abort.
+    """Ends all workers before the interpreter ends: a thread that came back to it would abort.
 
-    A thread that takes more than a few seconds is left alone, as torch gives up on its workers.
+    A thread that takes longer than `_EXIT_TIMEOUT` is left alone.
     """
     pools = [pool for pool in list(_live) if not pool._spheres._forked]
     for pool in pools:
