@@ -50,17 +50,15 @@ class InlineIterator(SphereIterator):
         self._advance(number, self._index_digest)
         begin = time.perf_counter()
         prepared = prepare_gather(self._dataset, index) if self._gathers else None
-        if prepared is not None:
+        if prepared is None:
+            batch, size = self._load(index, number), None
+        else:
             batch, gather = prepared
             gather.finish(self._running_core())
             self._meter.count_work_since(begin)
-            self._meter.way = "gather"
-            self._log_batch(number, self._index_digest)
-            self._meter.count_batch(batch, len(index), 0, gather.bytes)
-            return batch
-        batch = self._load(index, number)
+            self._meter.way, size = "gather", gather.bytes
         self._log_batch(number, self._index_digest)
-        self._meter.count_batch(batch, self._rows_of(index), 0)
+        self._meter.count_batch(batch, self._rows_of(index), 0, size)
         return batch
 
     def _load(self, index: Any, number: int) -> Any:

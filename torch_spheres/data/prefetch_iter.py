@@ -176,7 +176,7 @@ class PrefetchIterator(SphereIterator):
             found = self._pool.result(wanted, self._timeout)
         except TimeoutError:
             raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
-        # The loop, which may draw from them as well, was in here all the time.
+        # The loop waited here meanwhile, so it was not the loop that drew from them.
         if before is not None:
             self._random_checks -= 1
             if before != shared_states():
@@ -202,7 +202,7 @@ class PrefetchIterator(SphereIterator):
         if task.counted:
             task.counted = False
             self._outstanding[task.worker] -= 1
-        # First, as it can be interrupted: the next `next()` then still finds this batch.
+        # This comes first, as it can be interrupted: the next `next()` still finds the batch then.
         self._put_task()
         del self._open[number]
         self._pool.drop(number)

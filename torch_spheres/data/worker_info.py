@@ -44,7 +44,10 @@ _torch_collate_fns = dict(_compat.collate_fns)
 
 @contextlib.contextmanager
 def thread_shows(**values: Any) -> Iterator[None]:
-    """Inside the block, `get_worker_info()` returns `info`, `sample_seed()` is of `position`."""
+    """Sets the calling thread's `info` or `position` for a block.
+
+    `get_worker_info()` returns the first; `sample_seed()` is computed from the second.
+    """
     outer = {name: getattr(_thread, name) for name in values}
     vars(_thread).update(values)
     try:
