@@ -25,12 +25,12 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 import torch_spheres as ts
 from torch_spheres import _core
-from torch_spheres.data.tensor_gather import gathers, prepare
+from torch_spheres.data.tensor_gather import can_gather, prepare_gather
 
 
 def gather(dataset, indices, system):
     """The batch, or None."""
-    prepared = prepare(dataset, indices)
+    prepared = prepare_gather(dataset, indices)
     if prepared is None:
         return None
     batch, rows = prepared
@@ -65,7 +65,7 @@ def tensor(rows, dtype, shape):
 
 
 def check(dataset, indices, system=None):
-    assert gathers(dataset, default_collate)
+    assert can_gather(dataset, default_collate)
     batch = gather(dataset, indices, system)
     assert batch is not None
     assert flat(batch) == flat(default_collate([dataset[i] for i in indices]))
@@ -161,8 +161,8 @@ def test_what_might_do_something_else_is_not_gathered():
         torch.arange(6.0),
         np.zeros((6, 2)),
     ):
-        assert not gathers(dataset, default_collate)
-    assert not gathers(plain, lambda samples: default_collate(samples))
+        assert not can_gather(dataset, default_collate)
+    assert not can_gather(plain, lambda samples: default_collate(samples))
 
 
 def test_tensors_that_need_care_are_left_to_the_samples():
@@ -239,7 +239,7 @@ def test_modes_and_registered_collate_functions_are_respected():
     known = default_collate_fn_map[torch.Tensor]
     try:
         default_collate_fn_map[torch.Tensor] = lambda batch, *, collate_fn_map=None: "mine"
-        assert not gathers(dataset, default_collate)
+        assert not can_gather(dataset, default_collate)
         assert [*ts.wrap(DataLoader(dataset, 2))] == [["mine"]] * 3
     finally:
         default_collate_fn_map[torch.Tensor] = known
@@ -247,11 +247,11 @@ def test_modes_and_registered_collate_functions_are_respected():
         before = dict(default_collate_fn_map)
         try:
             default_collate_fn_map[kind] = lambda batch, *, collate_fn_map=None: "mine"
-            assert not gathers(dataset, default_collate)
+            assert not can_gather(dataset, default_collate)
         finally:
             default_collate_fn_map.clear()
             default_collate_fn_map.update(before)
-    assert gathers(dataset, default_collate)
+    assert can_gather(dataset, default_collate)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -291,7 +291,7 @@ def test_an_index_out_of_range_is_the_datasets_own_error(spheres, workers):
 
 def test_a_patched_class_is_not_gathered(monkeypatch):
     monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, index: index)
-    assert not gathers(TensorDataset(torch.arange(3)), default_collate)
+    assert not can_gather(TensorDataset(torch.arange(3)), default_collate)
 
 
 def test_bad_columns_are_refused():
@@ -316,7 +316,7 @@ def test_an_index_list_that_changes_while_it_is_read():
 
     data = TensorDataset(torch.arange(4000.0).reshape(1000, 4))
     batch = list(range(999, -1, -1))
-    prepared = prepare(Subset(data, Shrinks(range(1000))), batch)
+    prepared = prepare_gather(Subset(data, Shrinks(range(1000))), batch)
     assert prepared is not None and len(batch) == 1
     (rows,), gather = prepared
     gather.finish()
@@ -346,7 +346,7 @@ def test_a_gather_that_is_in_use_refuses_another_thread():
     rows = torch.arange(1 << 25, dtype=torch.float32).reshape(1 << 15, 1 << 10)  # 128 MiB
     dataset, order = TensorDataset(rows), list(range(len(rows)))
     for _ in range(100):
-        (out,), gather = prepare(dataset, order)
+        (out,), gather = prepare_gather(dataset, order)
         thread = threading.Thread(target=gather.finish)
         thread.start()
         refused = False

@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.data.tensor_gather import prepare
+from torch_spheres.data.tensor_gather import prepare_gather
 
 
 def test_rows_are_gathered_while_nobody_waits(spheres):
     dataset = TensorDataset(torch.randn(4000, 301))
-    prepared = [prepare(dataset, random.choices(range(4000), k=500)) for _ in range(80)]
+    prepared = [prepare_gather(dataset, random.choices(range(4000), k=500)) for _ in range(80)]
     for _, rows in prepared:  # more than there may be batches in flight: the rest waits
         rows.start(spheres._core)
         rows.start(spheres._core)
@@ -25,7 +25,7 @@ def test_rows_are_gathered_while_nobody_waits(spheres):
         rows.finish(spheres._core)  # once more is no harm
         assert rows.bytes == batch[0].nbytes
     del prepared, rows, batch  # those that nobody has waited for end first
-    again = prepare(dataset, [*range(4000)])
+    again = prepare_gather(dataset, [*range(4000)])
     again[1].start(spheres._core)
     again[1].finish(spheres._core)
     assert torch.equal(again[0][0], dataset.tensors[0])
@@ -37,7 +37,7 @@ def test_spheres_that_stop_leave_the_rest_to_the_caller():
         with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
             gate = threading.Event()
             spheres._core.submit(lambda _, gate=gate: gate.wait(0.01), (0,), collect=True)
-            batch, rows = prepare(dataset, [*range(4000)])
+            batch, rows = prepare_gather(dataset, [*range(4000)])
             rows.start(spheres._core)
             stopper = threading.Thread(target=spheres.stop)
             stopper.start()
@@ -84,7 +84,7 @@ def test_a_work_item_finishes_what_others_began(started):
     with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
         gate = threading.Event()
         held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
-        batch, rows = prepare(dataset, [*range(1999, -1, -1)])
+        batch, rows = prepare_gather(dataset, [*range(1999, -1, -1)])
 
         def finish(_):
             rows.finish(spheres._core)
@@ -104,7 +104,7 @@ def test_busy_spheres_keep_nobody_waiting():
     with ts.KissingSpheres(levels=2, concurrency=1) as spheres:
         gate = threading.Event()
         held = spheres._core.submit(lambda _: gate.wait(60), (0,), collect=True)
-        batch, rows = prepare(dataset, [*range(2000)])
+        batch, rows = prepare_gather(dataset, [*range(2000)])
         rows.start(spheres._core)
         assert not rows.done
         rows.finish(spheres._core)

@@ -218,7 +218,7 @@ def test_persistent_workers_live_again_with_their_spheres():
 
 def test_a_warning_that_is_an_error_loses_no_batch(spheres):
     loader = wrapped(Numbers(40), spheres, 2)
-    loader._meter.news = iter([None, None, "something new", *[None] * 100]).__next__
+    loader._meter.next_warning = iter([None, None, "something new", *[None] * 100]).__next__
     rows, told, iterator = [], 0, iter(loader)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -285,9 +285,9 @@ def test_two_threads_in_one_iterator_are_told(spheres, workers):
 
 
 def in_use(iterator):
-    free = iterator._in_use.acquire(blocking=False)
+    free = iterator._next_lock.acquire(blocking=False)
     if free:
-        iterator._in_use.release()
+        iterator._next_lock.release()
     return not free
 
 

@@ -55,9 +55,9 @@ def test_a_difference_is_what_came_between():
 
     def load(ready, waited):
         for _ in range(4):
-            meter.handed_out([torch.zeros(10)], 5, ready)
-            meter.waited(waited, 1.0, 0.0)
-            meter.worked(0.5, 0.25)
+            meter.count_batch([torch.zeros(10)], 5, ready)
+            meter.count_wait(waited, 1.0, 0.0)
+            meter.count_work(0.5, 0.25)
         return meter.snapshot()
 
     before, after = load(0, 0.9), load(3, 0.1)
@@ -119,27 +119,27 @@ def test_the_news_come_once_and_only_when_another_way_is_faster(monkeypatch):
         made.way = "spheres"
         figures = dataclasses.replace(FIGURES, **changes)
         for _ in range(figures.batches):
-            made.handed_out([], 4, 0)
-        made.waited(figures.waited, figures.elapsed, 0.0)
-        made.worked(figures.worked, figures.computed)
+            made.count_batch([], 4, 0)
+        made.count_wait(figures.waited, figures.elapsed, 0.0)
+        made.count_work(figures.worked, figures.computed)
         return made
 
     python_bound = meter()
-    assert python_bound.news() == python_bound.snapshot().advice is not None
-    assert python_bound.news() is None
-    assert meter(computed=19.0).news() is None
-    assert meter(waited=1.0).news() is None
-    assert meter(batches=2).news() is None
-    assert meter(elapsed=0.5, waited=0.4).news() is None
+    assert python_bound.next_warning() == python_bound.snapshot().advice is not None
+    assert python_bound.next_warning() is None
+    assert meter(computed=19.0).next_warning() is None
+    assert meter(waited=1.0).next_warning() is None
+    assert meter(batches=2).next_warning() is None
+    assert meter(elapsed=0.5, waited=0.4).next_warning() is None
 
 
 def test_the_loop_hears_of_it(spheres, monkeypatch):
     monkeypatch.setattr("torch_spheres.data.loader_stats.has_gil", lambda: True)
     loader = ts.wrap(DataLoader(Numbers(40), 4, num_workers=2), spheres)
     for _ in range(20):
-        loader._meter.handed_out([], 4, 0)
-    loader._meter.waited(9.0, 10.0, 0.0)
-    loader._meter.worked(18.0, 10.0)
+        loader._meter.count_batch([], 4, 0)
+    loader._meter.count_wait(9.0, 10.0, 0.0)
+    loader._meter.count_work(18.0, 10.0)
     with pytest.warns(UserWarning, match="one thread at a time") as caught:
         for _ in loader:
             pass

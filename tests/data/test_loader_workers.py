@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torch.utils.data._utils.worker import _generate_state
 
 import torch_spheres as ts
-from torch_spheres.data.worker_info import shown
+from torch_spheres.data.worker_info import thread_shows
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -130,8 +130,8 @@ def test_a_collate_fn_sees_the_worker(spheres):
 
 def test_the_info_of_an_outer_loader_comes_back():
     assert get_worker_info() is None
-    with shown(info="outer"):
-        with shown(info=None):
+    with thread_shows(info="outer"):
+        with thread_shows(info=None):
             assert get_worker_info() is None
         assert get_worker_info() == "outer"
     assert get_worker_info() is None

@@ -16,7 +16,8 @@ from sampler_support import SAMPLERS, WORLDS, FakeSpheres, draws, every_sampler,
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import torch_spheres as ts
-from torch_spheres.data.sampler import SphereBatchSampler, shard_bounds
+from torch_spheres.data.sampler import SphereBatchSampler
+from torch_spheres.reduction.partition import shard_bounds
 
 # ---- as BatchSampler -----------------------------------------------------------------------
 

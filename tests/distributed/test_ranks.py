@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import torch_spheres as ts
-from torch_spheres.data.rank_slice import without_rows
+from torch_spheres.data.empty_slice import without_rows
 
 HERE = Path(__file__).parents[1]
 WAYS = ("loop", "mean", "count")

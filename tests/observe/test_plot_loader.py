@@ -81,8 +81,8 @@ def test_shares_of_a_known_loop():
 def test_the_last_calls_are_kept(spheres):
     loader = ts.wrap(DataLoader(TensorDataset(torch.zeros(8, 2)), 4), spheres)
     for n in range(CALLS_KEPT + 5):
-        loader._meter.handed_out(None, 1, n, 0)
-        loader._meter.waited(1e-6, 2e-6, n * 2e-6)
+        loader._meter.count_batch(None, 1, n, 0)
+        loader._meter.count_wait(1e-6, 2e-6, n * 2e-6)
     calls = loader._meter.calls()
     assert [call.ready for call in calls] == list(range(5, CALLS_KEPT + 5))
     ax = drawn(ts.plot_loader(loader, axes()))
@@ -95,9 +95,9 @@ def test_threads_that_share_a_loader_do_not_mix_up_their_calls():
     def loop(ready):
         for _ in range(200):
             meet.wait(10)
-            meter.handed_out(None, 1, ready, 0)
+            meter.count_batch(None, 1, ready, 0)
             meet.wait(10)  # all have been handed a batch before anybody's call is recorded
-            meter.waited(ready / 1000, 1.0, 0.0)
+            meter.count_wait(ready / 1000, 1.0, 0.0)
 
     threads = [threading.Thread(target=loop, args=(n,)) for n in range(4)]
     for thread in threads:

@@ -1,6 +1,6 @@
-"""Checksums of what datasets hold and give, to find out whether ranks have the same data.
+"""Checksums of datasets and samples, by which ranks find out whether they have the same data.
 
-They are quick rather than sure: of tensors both ends are looked at, of long lists some elements.
+They are fast rather than thorough: only both ends of tensors and some elements of long lists count.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch_spheres import _compat
 __all__ = ["digest_of_dataset", "digest_of_samples"]
 
 _ENDS = 64  # elements at either end of a tensor
-_SOME = 256  # elements of a list
-_SIMPLE = (bool, int, float, complex, str, bytes)
+_ELEMENTS = 256  # of a list
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 def digest_of_samples(samples: Sequence[Any]) -> int:
-    """Tells samples apart by their plain values and by both ends of their tensors."""
+    """A checksum of the samples' plain values and of both ends of their tensors."""
     crc = 0
     for leaf in _compat.pytree.tree_leaves(list(samples)):
         crc = _leaf(leaf, crc)
@@ -34,12 +34,15 @@ def digest_of_samples(samples: Sequence[Any]) -> int:
 
 
 def digest_of_dataset(dataset: Any) -> tuple[int, int]:
-    """Of the tensors and index lists of torch's own datasets; of other lists on attributes.
+    """Two checksums: of what torch's own datasets hold, and of lists on a user's dataset.
 
-    The two apart: what is in the first is in every batch, what a list on a class of the user's is
-    for nobody knows.
+    They are apart because a difference in the first is an error, while a list on a user's dataset
+    need not be data.
     """
-    return _known(dataset, 0), _lists(dataset, 0)
+    return _contents(dataset, 0), _lists(dataset, 0)
+
+
+# Each of these extends the checksum `crc`.
 
 
 def _leaf(value: Any, crc: int) -> int:
@@ -53,21 +56,22 @@ def _leaf(value: Any, crc: int) -> int:
         row = value.reshape(-1)
         both = np.concatenate([row[:_ENDS], row[-_ENDS:]]).tobytes()
         return zlib.crc32(both, zlib.crc32(repr(value.shape).encode(), crc))
-    if isinstance(value, (*_SIMPLE, np.generic)):
+    if isinstance(value, (*_PLAIN, np.generic)):
         return zlib.crc32(repr(value).encode(), crc)
     return crc
 
 
-def _known(dataset: Any, crc: int) -> int:
+def _contents(dataset: Any, crc: int) -> int:
+    """Of what torch's own datasets, tensors, arrays and sequences hold."""
     kind = type(dataset)
     if kind is TensorDataset:
         return digest_of_samples(dataset.tensors)
     if kind is Subset:
-        return _list(dataset.indices, _known(dataset.dataset, crc))
+        return _list(dataset.indices, _contents(dataset.dataset, crc))
     if kind in (ConcatDataset, StackDataset):
         parts = dataset.datasets
         for part in parts.values() if isinstance(parts, dict) else parts:
-            crc = zlib.crc32(str(_known(part, crc)).encode(), crc)
+            crc = zlib.crc32(str(_contents(part, crc)).encode(), crc)
         return crc
     if isinstance(dataset, (Tensor, np.ndarray)):
         return _leaf(dataset, crc)
@@ -75,7 +79,7 @@ def _known(dataset: Any, crc: int) -> int:
 
 
 def _lists(dataset: Any, crc: int) -> int:
-    """Of lists of texts and numbers that a dataset of the user's has."""
+    """Of lists of strings and numbers on the attributes of a user's dataset."""
     if type(dataset) is Subset:
         return _lists(dataset.dataset, crc)
     if not isinstance(dataset, Dataset) or type(dataset).__module__.startswith("torch."):
@@ -87,18 +91,17 @@ def _lists(dataset: Any, crc: int) -> int:
 
 
 def _list(values: Sequence[Any], crc: int) -> int:
-    """Of its length and of some elements; of paths, only the names of the files."""
+    """Of a list's length and of some elements; of paths, only the names of the files."""
     crc = zlib.crc32(str(len(values)).encode(), crc)
-    places = (
-        {round(k * (len(values) - 1) / (_SOME - 1)) for k in range(_SOME)} if len(values) else ()
-    )
-    for place in sorted(places):
+    last = len(values) - 1
+    chosen = {round(k * last / (_ELEMENTS - 1)) for k in range(_ELEMENTS)} if last >= 0 else ()
+    for place in sorted(chosen):
         value = values[place]
         for part in value if isinstance(value, (list, tuple)) else (value,):
             plain = part.item() if isinstance(part, Tensor) and part.dim() == 0 else part
             plain = plain.item() if isinstance(plain, np.generic) else plain
             if isinstance(plain, (str, os.PathLike)):
                 plain = Path(plain).name
-            if isinstance(plain, _SIMPLE):
+            if isinstance(plain, _PLAIN):
                 crc = zlib.crc32(repr(plain).encode(), crc)
     return crc

@@ -1,7 +1,7 @@
-"""DataPipes, which torch no longer develops, as its own loader treats them.
+"""DataPipes, which torch no longer develops, treated as torch's own loader does.
 
-They are not made for threads: each logical worker has a deep copy, gives the same seed to what
-shuffles in it as all others do, and takes its part where the pipe says that it can be divided.
+They are not made for threads: each logical worker has a deep copy, seeds whatever shuffles in it as
+all other workers do, and takes its part where the pipe says that it can be divided.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import torch.utils.data
 
 __all__ = ["DATA_PIPES", "copy_pipe", "seed_pipe", "shard_pipe"]
 
-# (torch may drop them.)
+# (Torch may drop these classes.)
 _ITERABLE = getattr(torch.utils.data, "IterDataPipe", None)
 _MAP = getattr(torch.utils.data, "MapDataPipe", None)
-# Torch finds the pipes in a pipe with a hook that it sets on the class, for one thread at a time; a
-# deep copy meanwhile would have the hook called too.
-_one_at_a_time = threading.Lock()
+# Torch finds the pipes inside a pipe by a hook that it sets on the class, so only one thread may do
+# so at a time; a deep copy meanwhile would call the hook, too.
+_hook_lock = threading.Lock()
 DATA_PIPES = tuple(kind for kind in (_ITERABLE, _MAP) if kind is not None)
 
 
 def copy_pipe(pipe: Any) -> Any:
-    """All of it; without the wrapper that the loader has it in, which would be pickled."""
+    """A deep copy; with a new wrapper, as copying the one that the loader uses would pickle it."""
     inner = getattr(pipe, "_datapipe", None)
-    with _one_at_a_time:
+    with _hook_lock:
         return copy.deepcopy(pipe) if inner is None else type(pipe)(copy.deepcopy(inner))
 
 
 def seed_pipe(pipe: Any, seed: int | None) -> None:
-    """For an epoch, whatever shuffles in it."""
+    """Seeds whatever shuffles in a pipe, for an epoch."""
     if seed is not None and _ITERABLE is not None and isinstance(pipe, _ITERABLE):
         generator = torch.Generator().manual_seed(seed)
-        with _one_at_a_time:
+        with _hook_lock:
             torch.utils.data.graph_settings.apply_random_seed(pipe, generator)
 
 
 def shard_pipe(pipe: Any, workers: int, number: int) -> None:
-    """One worker's part, of those of all processes."""
+    """Has a pipe give one worker's part: worker `number` of `workers` in each process."""
     world, rank = 1, 0
     if dist.is_available() and dist.is_initialized():
         world, rank = dist.get_world_size(), dist.get_rank()
-    with _one_at_a_time:
+    with _hook_lock:
         torch.utils.data.graph_settings.apply_sharding(pipe, workers * world, number * world + rank)

@@ -1,4 +1,4 @@
-"""Copies of a dataset for logical workers: what one worker sets on its own is not another's."""
+"""Copies of a dataset for logical workers: what one sets on its copy, no other worker sees."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _CONTAINERS = (list, tuple, dict)
 
 
 def shallow_copy(dataset: Any, known: dict[int, Any] | None = None) -> Any:
-    """A copy with attributes of its own, which hold what the original's hold.
+    """A copy with attributes of its own, whose values are shared with the original.
 
-    Datasets on attributes, also in lists, tuples and dicts there (`Subset`, `ConcatDataset`), are
-    copied in the same way, each once. What cannot have attributes, or says itself how it is copied
-    (an array would copy its data), is shared; so is what cannot be copied, with a warning.
+    Datasets among these values, also in lists, tuples and dicts (`Subset`, `ConcatDataset`), are
+    copied in the same way, each once. Objects without attributes, or with a ``__copy__`` (an array
+    would copy its data), are shared; so is what cannot be copied, with a warning.
 
     Args:
         dataset: of any class.
-        known: copies that there are, by the original's id.
+        known: copies that were made already, by the original's id; new ones are added.
     """
     known = {} if known is None else known
     if id(dataset) in known:
@@ -57,7 +57,7 @@ def shallow_copy(dataset: Any, known: dict[int, Any] | None = None) -> Any:
     for name, value in [*attributes.items()]:
         new = _copied_inside(value, known)
         if isinstance(value, (MethodType, functools.partial)):
-            new = rebound(value, known)  # a method of the dataset is one of its copy
+            new = rebound(value, known)  # a method of the dataset becomes one of its copy
         if new is not value:
             attributes[name] = new
     return made
@@ -69,14 +69,14 @@ def _copied_inside(value: Any, known: dict[int, Any]) -> Any:
     if type(value) not in _CONTAINERS:
         return value
     items = [*(value.values() if isinstance(value, dict) else value)]
-    if not items or not isinstance(items[0], Dataset):  # (others can be long)
+    if not items or not isinstance(items[0], Dataset):  # only the first: lists can be long
         return value
     new = [_copied_inside(item, known) for item in items]
     return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 
 
 def shared_memory_in(dataset: Any) -> dict[int, Any]:
-    """What a deep copy shares with the original, as worker processes do: for `copy.deepcopy`."""
+    """The `memo` with which `copy.deepcopy` shares memory that worker processes share, too."""
     shared: dict[int, Any] = {}
     for _, value in walk([("", dataset)]):
         if isinstance(value, _SHARED) or (isinstance(value, Tensor) and value.is_shared()):

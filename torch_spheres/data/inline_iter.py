@@ -7,88 +7,86 @@ fetcher load it then and there. Only tensors in memory are gathered in C++ inste
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch_spheres.data.data_pipes import DATA_PIPES, shard_pipe
 from torch_spheres.data.iter_base import SphereIterator
-from torch_spheres.data.resume import Progress, Snapshot
-from torch_spheres.data.tensor_gather import prepare
-from torch_spheres.data.worker_info import Position
+from torch_spheres.data.loader_config import LoaderConfig
+from torch_spheres.data.resume import LoaderState, WorkerSnapshot
+from torch_spheres.data.tensor_gather import prepare_gather
+from torch_spheres.data.worker_info import LoadPosition
 from torch_spheres.runtime.trace_hooks import phase
-
-if TYPE_CHECKING:
-    from torch_spheres.data.loader import SphereLoader
 
 __all__ = ["InlineIterator"]
 
 
 class InlineIterator(SphereIterator):
-    """As torch's iterator without workers."""
+    """What torch's iterator without workers does."""
 
-    def __init__(self, loader: SphereLoader[Any], resumed: Progress | None) -> None:
-        super().__init__(loader, resumed)
+    def __init__(self, config: LoaderConfig, resumed: LoaderState | None) -> None:
+        super().__init__(config, resumed)
         if self._timeout != 0:
             raise AssertionError("a loader without workers requires timeout == 0")
         if isinstance(self._dataset, DATA_PIPES):
             shard_pipe(self._dataset, 1, 0)
-        with self._skipping(resumed):
+        with self._sampler_at(resumed):
             pass
         if resumed is None or not (resumed.iterable and resumed.begun):
             self._fetcher = self._make_fetcher(self._dataset)
             return
         samples = self._index_sampler.batch_size if self._auto_collation else 1
-        snapshot = resumed.snapshots().get(0, Snapshot(0, None, ""))  # (before the first batch)
-        with self._sources.repeating(self._after_base_seed):
+        # There is no snapshot before the first batch.
+        snapshot = resumed.snapshots().get(0, WorkerSnapshot(0, None, ""))
+        with self._random_state.default_generator_at(self._after_base_seed):
             self._fetcher = snapshot.restore(self._dataset, self._make_fetcher, samples)
 
     def _next_data(self) -> Any:
-        number = self.mark.at.tasks
+        number = self.position.state.tasks
         try:
             index = self._next_index()
         except StopIteration:
-            self.finished = True
+            self.position.finished = True
             raise
-        self._handed_out(number, self._pulled)
+        self._advance(number, self._index_digest)
         begin = time.perf_counter()
-        prepared = prepare(self._dataset, index) if self._gathers else None
-        if prepared is not None:
-            batch, rows = prepared
-            rows.finish(self._running_core())
-            self._meter.worked_since(begin)
-            self._meter.way = "gather"
-            self._tell_ranks(number, self._pulled)
-            self._meter.handed_out(batch, len(index), 0, rows.bytes)
-            return batch
-        batch = self._load(index, number)
-        self._tell_ranks(number, self._pulled)
-        self._meter.handed_out(batch, self._size_of(index), 0)
+        prepared = prepare_gather(self._dataset, index) if self._gathers else None
+        if prepared is None:
+            batch, size = self._load(index, number), None
+        else:
+            batch, gather = prepared
+            gather.finish(self._running_core())
+            self._meter.count_work_since(begin)
+            self._meter.way, size = "gather", gather.bytes
+        self._log_batch(number, self._index_digest)
+        self._meter.count_batch(batch, self._rows_of(index), 0, size)
         return batch
 
     def _load(self, index: Any, number: int) -> Any:
         self._meter.way = "caller"
-        position = Position(self._base_seed, number, places=self._places)
+        position = LoadPosition(self._base_seed, number, rows=self._batch_rows)
         try:
             with self._meter.working(), phase(self._spheres, "load", number):
                 batch = self._fetcher.fetch(index, position)
         except StopIteration:
-            self.finished |= self._iterable
+            self.position.finished |= self._iterable
             raise
-        return self._sender.send(batch)()
+        return self._transfer.start(batch)()
 
-    def progress(self) -> Progress:
-        """After the batch that was handed out last; nothing was loaded ahead of it."""
-        with self._in_use:  # a batch that another thread is in comes first
-            self._look_at_dataset()
-        return super().progress()
+    def save(self) -> LoaderState:
+        """The state after the batch that was handed out last: nothing was loaded ahead of it."""
+        with self._next_lock:  # another thread may be in the middle of a batch
+            self._take_snapshot()
+        return super().save()
 
-    def _look_at_dataset(self) -> None:
-        tasks = self.mark.at.tasks
+    def _take_snapshot(self) -> None:
+        tasks = self.position.state.tasks
         if self._iterable and tasks > 0:
-            self.mark.snapshots = {0: Snapshot.of(None, self._fetcher.fetcher, tasks)}
+            snapshot = WorkerSnapshot.take(None, self._fetcher.fetcher, tasks)
+            self.position.snapshots = {0: snapshot}
 
     def __del__(self) -> None:
-        if hasattr(self, "_fetcher") and not self.finished:
-            self._look_at_dataset()  # for a state that is asked for after a break
+        if hasattr(self, "_fetcher") and not self.position.finished:
+            self._take_snapshot()  # for a state that is asked for after a break
 
     def _shutdown_workers(self) -> None:
-        """Nothing is under way between two batches; the name is torch's."""
+        """Does nothing: there are no workers. The name is torch's, which other libraries call."""

@@ -1,8 +1,8 @@
-"""Which loaders can be wrapped, and how: checked before anything is made."""
+"""Checks of the arguments of `wrap` and `SphereLoader`, before anything is made."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -12,16 +12,13 @@ from torch_spheres.data.sampler import SphereBatchSampler
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.runtime.pool import SpherePool
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["check_loader", "check_options", "ranks_for"]
 
 _WORKERS = ("sphere", "process")
 
 
-def check_loader(loader: Any) -> None:
-    """Raises a TypeError or a ValueError for what `wrap` cannot take."""
+def check_loader(loader: Any, num_workers: int | None, workers: Any) -> None:
+    """Raises a TypeError or a ValueError for a loader that `wrap` cannot take."""
     _compat.require(_compat.LOADER)
     if not isinstance(loader, DataLoader):
         raise TypeError(
@@ -43,10 +40,14 @@ def check_loader(loader: Any) -> None:
             "the spheres; make a torch.utils.data.DataLoader of the same arguments, and wrap that: "
             "what wrap() returns has state_dict() and load_state_dict()"
         )
+    if num_workers is not None and workers == "process":
+        raise ValueError(
+            'num_workers= is for workers="sphere"; give the DataLoader that many itself'
+        )
 
 
 def check_options(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) -> None:
-    """Raises a TypeError or a ValueError for arguments that a wrapped loader cannot have."""
+    """Raises a TypeError or a ValueError for options that a wrapped loader cannot have."""
     if spheres is not None and not isinstance(spheres, SpherePool):
         raise TypeError(f"spheres must be a KissingSpheres, got {type(spheres).__name__}")
     if not isinstance(copy_dataset, bool):
@@ -62,12 +63,16 @@ def check_options(loader: Any, spheres: Any, copy_dataset: Any, workers: Any) ->
 
 
 def ranks_for(loader: DataLoader[Any], ranks: Ranks | None, workers: str) -> Ranks | None:
-    """Those for whom batches have to be cut."""
+    """The ranks that the loader's batches have to be divided over; None: they are not divided.
+
+    Raises:
+        ValueError: the loader's batches cannot be divided.
+    """
     if ranks is None:
         return None
     batches = loader.batch_sampler
     if isinstance(batches, SphereBatchSampler) and batches.world_size > 1:
-        return None  # it cuts them itself
+        return None  # that sampler divides them
     inner = getattr(batches, "batch_sampler", None) or getattr(batches, "sampler", None)
     if isinstance(inner, SphereBatchSampler) and inner.world_size > 1:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""What a wrapped loader has done: who waited for whom, and what to change."""
+"""`LoaderStats`: what a wrapped loader has done, who waited, and what to change.
+
+The loader has a `Meter`, to which its iterators and workers report.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,8 +33,7 @@ class Call(NamedTuple):
     waited: float
     """How long it took."""
     since: float
-    """From the end of the call before to the end of this one; `waited`, if it was an epoch's first.
-    """
+    """From the end of the previous call to the end of this one; an epoch's first: as `waited`."""
     ready: int | None
     """Batches that stood ready. None: there was no batch, as at the end of an epoch."""
 
@@ -54,7 +56,7 @@ class LoaderStats:
     worked: float
     """Time that threads spent loading, added up over them (the caller's, if it loaded itself)."""
     computed: float
-    """Of that, time on a core. Far less than `worked`: they waited, for a disk or for the GIL."""
+    """Of `worked`, time on a core. Far less than it: threads waited, for a disk or for the GIL."""
     elapsed: float
     """Time between the first ``next()`` and the last, of each epoch, added up."""
     queue_depth: float
@@ -67,12 +69,12 @@ class LoaderStats:
     """
 
     origin: int = 0
-    """Which loader of the process this is of: a number of its own for each."""
+    """Number of the loader in this process."""
 
     def __sub__(self, before: LoaderStats) -> LoaderStats:
         """What the loader did after `before`: counts and times are differences.
 
-        `queue_depth` is the average between the two; `workers` and `way` are the later.
+        `queue_depth` is the average between the two; `workers` and `way` are the later figures'.
 
         Raises:
             ValueError: the two are of different loaders, or in the wrong order.
@@ -88,7 +90,7 @@ class LoaderStats:
                 f"the figures to take away, after {before.batches} batches, are later than the "
                 f"others, after {self.batches}: write later - earlier"
             )
-        between = {name: getattr(self, name) - getattr(before, name) for name in _ADDED_UP}
+        between = {name: getattr(self, name) - getattr(before, name) for name in _SUMS}
         ready = self.queue_depth * self.batches - before.queue_depth * before.batches
         depth = max(0.0, ready / between["batches"]) if between["batches"] else 0.0
         return replace(self, **between, queue_depth=depth)
@@ -109,17 +111,17 @@ class LoaderStats:
         if self.batches < _ENOUGH_BATCHES or self.waiting < _MOSTLY or self.way == "gather":
             return None
         share = f"the loop waited for data {self.waiting:.0%} of the time"
-        if self.way == "process":
-            return f"{share}; more num_workers may help"
-        if self.workers == 0:
-            return f"{share}; give the DataLoader num_workers=, so that threads load ahead of it"
-        if self.python_bound:
-            return self.of_the_gil
+        if self.way != "process":
+            if self.workers == 0:
+                way_out = "give the DataLoader num_workers=, so that threads load ahead of it"
+                return f"{share}; {way_out}"
+            if self.python_bound:
+                return self.of_the_gil
         return f"{share}; more num_workers may help"
 
     @property
     def of_the_gil(self) -> str:
-        """The advice where that held the workers back."""
+        """The `advice` of a loader that is `python_bound`."""
         return (
             f"the loop waited for data {self.waiting:.0%} of the time, and {self.workers} logical "
             f"workers kept {self.cores:.1f} cores busy: the dataset runs in Python, one thread at "
@@ -143,43 +145,46 @@ class LoaderStats:
         return line if self.advice is None else f"{line}\n{self.advice}"
 
 
-_ADDED_UP = ("batches", "samples", "bytes", "waited", "worked", "computed", "elapsed")
+# Fields of `LoaderStats` that are sums.
+_SUMS = ("batches", "samples", "bytes", "waited", "worked", "computed", "elapsed")
 _origins = itertools.count(1)
 _ENOUGH_BATCHES = 8
-_FEW_BATCHES = 3  # after which so large a loss as by the GIL is told of
+_FEW_BATCHES = 3  # are enough for a loss as large as the GIL's
 _ENOUGH_SECONDS = 1.0
 _MOSTLY = 0.5
 
 
 class Meter:
-    """Counts for `LoaderStats`; of one loader, from any thread."""
+    """Counts for the `LoaderStats` of one loader, and holds its warnings; for any thread.
 
-    def __init__(self, workers: int, count: Callable[[int], None] | None = None) -> None:
-        """`count` is told of the rows of each batch too."""
+    `count_samples` is called with the rows of each batch.
+    """
+
+    def __init__(self, workers: int, count_samples: Callable[[int], None] | None = None) -> None:
         self._lock = threading.Lock()
         self._workers = workers
-        self._count = count
+        self._count_samples = count_samples
         self._origin = next(_origins)
         self.way = "caller"
-        self._told = False
-        self._messages: list[str] = []
+        self._warned_of_gil = False
+        self._warnings: list[str] = []  # that `next_warning` has not returned yet
         self._known: set[str] = set()
-        self._sums: dict[str, Any] = dict.fromkeys(
-            (*_ADDED_UP, "ready"), 0
-        )  # ready: batches that stood ready
+        # ``ready``: batches that stood ready, added up.
+        self._sums: dict[str, Any] = dict.fromkeys((*_SUMS, "ready"), 0)
         self._calls: deque[Call] = deque(maxlen=CALLS_KEPT)
-        self._here = threading.local()  # threads may share a loader
+        self._thread = threading.local()  # threads may share a loader
 
-    def handed_out(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
-        """The loop gets a batch, of so many bytes if that is known, while so many stood ready."""
+    def count_batch(self, batch: Any, samples: int, ready: int, size: int | None = None) -> None:
+        """Counts a batch that the loop gets, of `size` bytes; `ready`: batches that stood ready."""
         if size is None:
             try:
-                size = sum(_bytes(_compat.pytree.tree_leaves(batch)))
-            except RecursionError:  # a batch that holds itself is nobody's business here
+                leaves = _compat.pytree.tree_leaves(batch)
+                size = sum(x.nbytes for x in leaves if isinstance(x, Tensor) and not x.is_sparse)
+            except RecursionError:  # a batch may hold itself
                 size = 0
-        self._here.ready = ready
-        if self._count is not None:
-            self._count(samples)
+        self._thread.ready = ready
+        if self._count_samples is not None:
+            self._count_samples(samples)
         with self._lock:
             sums = self._sums
             sums["batches"] += 1
@@ -187,68 +192,66 @@ class Meter:
             sums["bytes"] += size
             sums["ready"] += ready
 
-    def waited(self, seconds: float, elapsed: float, ended: float) -> None:
-        """The loop was in ``next()`` until then, and so long before that came the one before."""
-        ready = self._here.__dict__.pop("ready", None)  # from `handed_out`, of this same call
+    def count_wait(self, seconds: float, elapsed: float, ended: float) -> None:
+        """Counts a call of ``next()``: `waited`, `since` and `ended` of a `Call`."""
+        ready = self._thread.__dict__.pop("ready", None)  # from `count_batch`, of this same call
         with self._lock:
             self._sums["waited"] += seconds
             self._sums["elapsed"] += elapsed
             self._calls.append(Call(ended, seconds, elapsed, ready))
 
     def calls(self) -> tuple[Call, ...]:
-        """The last `CALLS_KEPT` of the loop, oldest first."""
+        """The last `CALLS_KEPT` calls, oldest first."""
         with self._lock:
             return tuple(self._calls)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """A block in which the calling thread loads."""
+        """Counts the block as time in which the calling thread loads."""
         begin, computed = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            self.worked(time.perf_counter() - begin, time.thread_time() - computed)
+            self.count_work(time.perf_counter() - begin, time.thread_time() - computed)
 
-    def worked(self, seconds: float, computed: float) -> None:
-        """A thread has loaded; `computed`: of that, on a core."""
+    def count_work(self, seconds: float, computed: float) -> None:
+        """Counts time in which a thread has loaded; `computed`: the part of it on a core."""
         with self._lock:
             self._sums["worked"] += seconds
             self._sums["computed"] += computed
 
-    def worked_since(self, begin: float) -> None:
-        """A thread has loaded, and not waited, since ``time.perf_counter()`` was `begin`."""
+    def count_work_since(self, begin: float) -> None:
+        """Counts time on a core since ``time.perf_counter()`` was `begin`."""
         # (Asking for the thread's own time can take as long as gathering a batch.)
         seconds = time.perf_counter() - begin
-        self.worked(seconds, seconds)
+        self.count_work(seconds, seconds)
 
-    def news(self) -> str | None:
-        """What a user should be told, once, because another way to load is faster."""
-        if self._messages:
-            return self._messages.pop()
-        if self._told or self._sums["elapsed"] < _ENOUGH_SECONDS:
-            return None
-        now = self.snapshot()
-        self._told = now.python_bound and now.waiting >= _MOSTLY and now.batches >= _FEW_BATCHES
-        return now.of_the_gil if self._told else None
-
-    def tell(self, text: str) -> None:
-        """Has the loop hear of it at its next ``next()``, once."""
+    def add_warning(self, text: str) -> None:
+        """Has `next_warning` return a text, once."""
         if text not in self._known:
             self._known.add(text)
-            self._messages.append(text)
+            self._warnings.append(text)
+
+    def next_warning(self) -> str | None:
+        """A warning that was not returned yet: an added one, or that the GIL is the bottleneck."""
+        if self._warnings:
+            return self._warnings.pop()
+        if self._warned_of_gil or self._sums["elapsed"] < _ENOUGH_SECONDS:
+            return None
+        now = self.snapshot()
+        self._warned_of_gil = (
+            now.python_bound and now.waiting >= _MOSTLY and now.batches >= _FEW_BATCHES
+        )
+        return now.of_the_gil if self._warned_of_gil else None
 
     def snapshot(self) -> LoaderStats:
         """The figures so far."""
         with self._lock:
             sums = dict(self._sums)
         return LoaderStats(
-            **{name: sums[name] for name in _ADDED_UP},
+            **{name: sums[name] for name in _SUMS},
             queue_depth=sums["ready"] / max(1, sums["batches"]),
             workers=self._workers,
             way=self.way,
             origin=self._origin,
         )
-
-
-def _bytes(leaves: Iterable[Any]) -> Iterable[int]:
-    return (leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_sparse)

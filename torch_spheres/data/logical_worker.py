@@ -1,4 +1,7 @@
-"""A logical worker: what a worker process is to a `DataLoader`, without a process."""
+"""`LogicalWorker`: what a worker process is to a `DataLoader`, without a process.
+
+A `WorkerPool` makes the workers of an iterator, each with a thread, and hands tasks to them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,23 +19,40 @@ import torch
 from torch_spheres import _compat
 from torch_spheres.data.data_pipes import DATA_PIPES, copy_pipe, seed_pipe, shard_pipe
 from torch_spheres.data.dataset_copy import shallow_copy, shared_memory_in
-from torch_spheres.data.device_transfer import Delivery, Transfer
+from torch_spheres.data.device_transfer import Delivery, DeviceTransfer
 from torch_spheres.data.fetch import Fetcher
 from torch_spheres.data.loader_stats import Meter
-from torch_spheres.data.resume import Snapshot, has_position
-from torch_spheres.data.worker_info import Position, asked_for_info, shown
+from torch_spheres.data.resume import WorkerSnapshot, has_position
+from torch_spheres.data.worker_info import LoadPosition, asked_for_info, thread_shows
 from torch_spheres.runtime.caller_context import CallerContext
 from torch_spheres.runtime.rebinding import rebound
 from torch_spheres.runtime.rng import RandomSource, random_states
 
-__all__ = ["Plan", "Result", "Task", "Worker"]
+__all__ = ["LogicalWorker", "Result", "Task", "WorkerConfig"]
 
-Task = tuple[Any, Sequence[int] | None]  # what the sampler gave, and its places in the batch
+
+class Task(NamedTuple):
+    """One batch to load."""
+
+    number: int  # of the batch in the epoch, from 0
+    index: Any  # what the sampler gave
+    rows: Sequence[int] | None  # positions of the indices in the global batch, if they are a part
+
+
+@dataclass
+class Result:
+    """What a worker has made of one task."""
+
+    worker: int
+    deliver: Delivery | None = None
+    error: BaseException | None = None
+    ended: bool = False  # the worker's iterable dataset is at its end: there is no batch
+    snapshot: WorkerSnapshot | None = None  # of the worker, after the task
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all workers of a loader have in common."""
+class WorkerConfig:
+    """What all workers of an iterator have in common."""
 
     dataset: Any
     iterable: bool
@@ -42,153 +62,151 @@ class Plan:
     workers: int
     base_seed: int
     shared_seed: int | None  # of all workers' DataPipes
-    copies: bool
+    copy_dataset: bool  # workers have deep copies
     context: CallerContext
-    sender: Transfer
+    transfer: DeviceTransfer
     meter: Meter
 
 
-def _dataset_for_worker(plan: Plan) -> tuple[Any, dict[int, Any]]:
-    """A copy for one worker, as a process has one: what it sets on its dataset is its own.
+def _dataset_for_worker(config: WorkerConfig) -> tuple[Any, dict[int, Any]]:
+    """One worker's copy of the dataset, on which it may set attributes; all copies by original id.
 
-    The copy is shallow, and shares what the attributes hold; but for datasets inside of it, which
-    are copied in the same way. One that saves its position is copied as a whole. With it, all
-    copies by the original's id.
+    The copy is shallow (see `shallow_copy`), or deep for a dataset that saves its position.
     """
     copies: dict[int, Any] = {}
-    if isinstance(plan.dataset, DATA_PIPES):
-        return copy_pipe(plan.dataset), copies
-    if plan.copies or (plan.iterable and plan.workers > 1 and has_position(plan.dataset)):
-        try:
-            made = copy.deepcopy(plan.dataset, shared_memory_in(plan.dataset))
-        except Exception as error:
-            error.add_note(
-                f"wrap() copies {type(plan.dataset).__name__} for each logical worker, which was "
-                "asked for with copy_dataset=True, or saves its position (state_dict)"
-            )
-            raise
-        copies[id(plan.dataset)] = made
-        return made, copies
-    return shallow_copy(plan.dataset, copies), copies
+    dataset = config.dataset
+    if isinstance(dataset, DATA_PIPES):
+        return copy_pipe(dataset), copies
+    saves_position = config.iterable and config.workers > 1 and has_position(dataset)
+    if not (config.copy_dataset or saves_position):
+        return shallow_copy(dataset, copies), copies
+    try:
+        made = copy.deepcopy(dataset, shared_memory_in(dataset))
+    except Exception as error:
+        error.add_note(
+            f"wrap() copies {type(dataset).__name__} for each logical worker, which was "
+            "asked for with copy_dataset=True, or saves its position (state_dict)"
+        )
+        raise
+    copies[id(dataset)] = made
+    return made, copies
 
 
-@dataclass
-class Result:
-    """Of one task."""
+class LogicalWorker:
+    """One logical worker; its tasks come one at a time, so nothing in it needs a lock.
 
-    worker: int
-    deliver: Delivery | None = None
-    error: BaseException | None = None
-    ended: bool = False  # the worker's iterable dataset
-    snapshot: Snapshot | None = None  # of the worker, after the task
-
-
-class Worker:
-    """One logical worker; its tasks come one at a time, so nothing in it needs a lock."""
+    It goes on from `restored`. `abandoned` is set when nobody waits for batches any more.
+    """
 
     def __init__(
-        self, plan: Plan, number: int, restored: Snapshot | None, over: threading.Event
+        self,
+        config: WorkerConfig,
+        number: int,
+        restored: WorkerSnapshot | None,
+        abandoned: threading.Event,
     ) -> None:
-        self._plan, self.number, self._over = plan, number, over
+        self._config, self.number, self._abandoned = config, number, abandoned
         self._restored = restored
-        # Now, as a process would have it, not when the first task comes.
-        self._dataset, copies = _dataset_for_worker(plan)
-        # (A method of the dataset is one of the worker's copy, as it is in a process.)
-        self._init_fn = rebound(plan.init_fn, copies)
-        self._make_fetcher = rebound(plan.make_fetcher, copies)
-        # (Variables that one task sets are there for the next, as in a process.)
-        self._variables = contextvars.copy_context()
-        self._ready = False
+        # A process would have its copy now, not when the first task comes.
+        self._dataset, copies = _dataset_for_worker(config)
+        # Methods of the dataset become methods of the worker's copy, as they are in a process.
+        self._init_fn = rebound(config.init_fn, copies)
+        self._make_fetcher = rebound(config.make_fetcher, copies)
+        # Context variables that one task sets are there for the next, as in a process.
+        self._context_variables = contextvars.copy_context()
+        self._is_set_up = False
         self._fetcher: Fetcher | None = None
-        self._failure: BaseException | None = None
-        self.fetched = 0  # tasks, of this epoch
-        self.ended = False
-        self._began_at: dict[str, Any] | None = None  # of an iterable dataset's epoch
-        self._asked = False  # for its info, which has its random streams
-        self._known_states: dict[str, Any] | None = None  # of these
+        self._failure: BaseException | None = None  # of worker_init_fn
+        self._tasks_done = 0  # of this epoch
+        self._ended = False
+        self._streams_at_begin: dict[str, Any] | None = None  # of an iterable dataset's epoch
+        self._info_was_read = False  # the info, which has the worker's random streams
+        self._stream_states: dict[str, Any] | None = None
 
     def begin_epoch(self, shared_seed: int | None) -> None:
-        """The next task makes a new iterator of the dataset, as persistent workers do."""
+        """Has the next task make a new iterator of the dataset, as persistent workers do."""
         if isinstance(self._dataset, DATA_PIPES):
             seed_pipe(self._dataset, shared_seed)
-        self._fetcher = self._began_at = None
-        self.fetched = 0
-        self.ended = False
+        self._fetcher = self._streams_at_begin = None
+        self._tasks_done = 0
+        self._ended = False
         if self._restored is not None:
             self._restored = self._restored.streams_only()
 
-    def run(self, task: Task, batch: int) -> Result:
+    def run(self, task: Task) -> Result:
         """Does a task on the calling thread."""
-        return self._variables.run(self._run, task, batch)
+        return self._context_variables.run(self._run, task)
 
-    def _run(self, task: Task, batch: int) -> Result:
-        if self.ended:
+    def _run(self, task: Task) -> Result:
+        if self._ended:
             return Result(self.number, ended=True)
         try:
-            with self._plan.context(), self._plan.meter.working():
-                return self._load(*task, batch)
+            with self._config.context(), self._config.meter.working():
+                return self._load(task)
         except BaseException as error:  # noqa: BLE001
-            # To the thread that asks for the batch. (In no variable of this frame, which the
-            # error's traceback owns.)
+            # The loop's thread raises it. (Its traceback owns this frame: no variable may hold it.)
             return Result(self.number, error=error, snapshot=self.snapshot())
 
-    def _load(self, index: Any, places: Sequence[int] | None, batch: int) -> Result:
-        plan = self._plan
-        position = Position(plan.base_seed, batch, self._over, places)
+    def _load(self, task: Task) -> Result:
+        config = self._config
+        position = LoadPosition(config.base_seed, task.number, self._abandoned, task.rows)
         if self._failure is not None:
             raise self._failure
-        if not self._ready:
-            self._prepare()
-        with shown(info=self._info), self._streams.active():
+        if not self._is_set_up:
+            self._set_up()
+        with thread_shows(info=self._info), self._streams.active():
             if self._fetcher is None:
-                samples = len(index) if plan.iterable and plan.auto_collation else 1
-                self._fetcher = self._begin(samples)
+                samples = len(task.index) if config.iterable and config.auto_collation else 1
+                self._fetcher = self._start_fetcher(samples)
             try:
-                loaded = self._fetcher.fetch(index, position)
+                loaded = self._fetcher.fetch(task.index, position)
             except StopIteration:
-                if not plan.iterable:
+                if not config.iterable:
                     raise
-                self.ended = True
+                self._ended = True
                 return Result(self.number, ended=True, snapshot=self.snapshot())
             finally:
-                self.fetched += 1
-            return Result(self.number, plan.sender.send(loaded), snapshot=self.snapshot())
+                self._tasks_done += 1
+            return Result(self.number, config.transfer.start(loaded), snapshot=self.snapshot())
 
-    def snapshot(self) -> Snapshot | None:
-        """Where it is, between two tasks; None if it has not begun."""
-        if not self._ready:
+    def snapshot(self) -> WorkerSnapshot | None:
+        """The worker's state between two tasks; None before its first."""
+        if not self._is_set_up:
             return None
-        inner = None if self._fetcher is None else self._fetcher.fetcher
-        return Snapshot.of(self._states(), inner, self.fetched, self._began_at)
+        fetcher = None if self._fetcher is None else self._fetcher.fetcher
+        states = self._current_stream_states()
+        return WorkerSnapshot.take(states, fetcher, self._tasks_done, self._streams_at_begin)
 
-    def _states(self) -> dict[str, Any]:
-        """Of its random streams; two of the three only if somebody can have drawn from them."""
+    def _current_stream_states(self) -> dict[str, Any]:
+        """Reads Python's and numpy's streams only if the dataset can have drawn from them."""
         rng = self._info.rng
-        self._asked |= asked_for_info()
-        if self._asked or self._known_states is None:
-            self._known_states = random_states(rng)
-            return self._known_states
-        return {**self._known_states, "torch": rng.torch_generator.get_state()}
+        self._info_was_read |= asked_for_info()
+        if self._info_was_read or self._stream_states is None:
+            self._stream_states = random_states(rng)
+            return self._stream_states
+        return {**self._stream_states, "torch": rng.torch_generator.get_state()}
 
-    def _prepare(self) -> None:
-        plan, seed = self._plan, self._plan.base_seed + self.number
-        # What a process worker's default generators would give.
+    def _set_up(self) -> None:
+        config, seed = self._config, self._config.base_seed + self.number
+        # What a worker process's default generators would give.
         self._streams = RandomSource(lambda: seed)
         generators = (
             random.Random(seed),
             self._streams.generator(torch.device("cpu")),
-            np.random.RandomState(_compat.numpy_seed(plan.base_seed, self.number)),
+            np.random.RandomState(_compat.numpy_seed(config.base_seed, self.number)),
         )
-        self._info = _compat.worker_info(self.number, plan.workers, seed, self._dataset, generators)
-        self._ready = True
+        self._info = _compat.worker_info(
+            self.number, config.workers, seed, self._dataset, generators
+        )
+        self._is_set_up = True
         if isinstance(self._dataset, DATA_PIPES):
-            seed_pipe(self._dataset, plan.shared_seed)
-            shard_pipe(self._dataset, plan.workers, self.number)
+            seed_pipe(self._dataset, config.shared_seed)
+            shard_pipe(self._dataset, config.workers, self.number)
         if self._init_fn is None:
             return
-        with shown(info=self._info), self._streams.active():
+        with thread_shows(info=self._info), self._streams.active():
             try:
-                before = dict(getattr(plan.dataset, "__dict__", {}))
+                before = dict(getattr(config.dataset, "__dict__", {}))
                 self._init_fn(self.number)
                 self._refuse_writes(before)
             except BaseException as error:
@@ -198,7 +216,7 @@ class Worker:
 
     def _refuse_writes(self, before: dict[str, Any]) -> None:
         """Raises if worker_init_fn has set attributes of the dataset that all workers know."""
-        original = self._plan.dataset
+        original = self._config.dataset
         now = getattr(original, "__dict__", {})
         names = [n for n in {**before, **now} if now.get(n) is not before.get(n)]
         if names and original is not self._dataset:
@@ -207,16 +225,17 @@ class Worker:
                 "given, of which each worker has a copy: set it on get_worker_info().dataset"
             )
 
-    def _begin(self, samples: int) -> Fetcher:
+    def _start_fetcher(self, samples: int) -> Fetcher:
+        """A fetcher at the beginning of the epoch, or where the restored worker was."""
         make: Callable[[Any], Fetcher] = self._make_fetcher
-        restored, dataset = self._restored, self._info.dataset
+        restored, info, iterable = self._restored, self._info, self._config.iterable
         if restored is None:
-            if self._plan.iterable:
-                self._began_at = random_states(self._info.rng)
-            return make(dataset)
-        self._restored, self.fetched = None, restored.fetched
-        self._began_at = restored.begin or (restored.streams if self._plan.iterable else None)
-        fetcher: Fetcher = restored.restore(dataset, make, samples, self._info.rng)
-        restored.restore_streams(self._info.rng)
-        self._known_states = None
+            if iterable:
+                self._streams_at_begin = random_states(info.rng)
+            return make(info.dataset)
+        self._restored, self._tasks_done = None, restored.fetched
+        self._streams_at_begin = restored.begin or (restored.streams if iterable else None)
+        fetcher: Fetcher = restored.restore(info.dataset, make, samples, info.rng)
+        restored.restore_streams(info.rng)
+        self._stream_states = None
         return fetcher

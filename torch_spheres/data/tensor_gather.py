@@ -2,8 +2,9 @@
 
 A `TensorDataset` (a `Subset`, `ConcatDataset` or `StackDataset` of such, arrays and tensors in a
 `StackDataset`) with `default_collate` gives a batch whose rows are rows of the tensors: there is no
-need to make a tensor for each of them first. Only what provably does nothing else is taken: exactly
-these classes, with torch's own methods, dense CPU tensors, and no mode that would see the calls.
+need to make a tensor for each of them first. Only what provably does nothing else is gathered:
+exactly these classes, with torch's own methods, dense CPU tensors, and no mode that would see the
+calls. The iterators of wrapped loaders use this.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset,
 from torch_spheres import _compat, _core
 from torch_spheres.data.worker_info import collates_plainly
 
-__all__ = ["gathers", "prepare"]
+__all__ = ["can_gather", "prepare_gather"]
 
 _Array = npt.NDArray[np.int64]
 
@@ -40,21 +41,21 @@ _DTYPES = {
 
 _KINDS = (TensorDataset, Subset, ConcatDataset, StackDataset)
 _ARRAYS = (np.ndarray, np.memmap)
-_ROWS = (Tensor, *_ARRAYS)  # in a StackDataset
-_METHODS: dict[Any, Any] = {kind: _methods(kind) for kind in _KINDS}  # as torch has them
+_STACKABLE = (Tensor, *_ARRAYS)  # in a StackDataset
+_METHODS: dict[Any, Any] = {kind: _methods(kind) for kind in _KINDS}  # before users patch them
 
 
-class _Slow(Exception):  # noqa: N818
+class _CannotGather(Exception):  # noqa: N818
     """The batch has to be loaded sample by sample."""
 
 
 @dataclass(slots=True)
 class _Column:
-    """One tensor of the batch."""
+    """The rows of one tensor of the batch: row *k* is at ``base + numbers[k] * stride``."""
 
-    numbers: _Array  # of its rows in the table; their addresses, if there are several tables
-    table: int  # its address
-    stride: int  # bytes from one row of the table to the next
+    numbers: _Array
+    base: int  # an address; 0 where `numbers` are the addresses of rows of several tensors
+    stride: int  # in bytes
     row_bytes: int
     shape: torch.Size  # of a row
     dtype: torch.dtype
@@ -62,7 +63,7 @@ class _Column:
 
 
 class _Index(NamedTuple):
-    """Row numbers as an array, made once for all tensors of a dataset."""
+    """Row numbers as an array, with their minimum and maximum."""
 
     array: _Array
     low: int
@@ -70,29 +71,29 @@ class _Index(NamedTuple):
 
     @staticmethod
     def of(indices: Any) -> _Index:
-        """Of a list of plain ints; nothing else is understood."""
+        """Converts a list of plain ints; anything else cannot be gathered."""
         numbers = _core.row_numbers(indices)
         if numbers is None:
-            raise _Slow
+            raise _CannotGather
         return _Index(*numbers)
 
     def within(self, rows: int) -> _Array:
-        """Counted from the front."""
+        """The row numbers of a table of so many rows, counted from the front."""
         if self.low < -rows or self.high >= rows:
-            raise _Slow
+            raise _CannotGather
         if self.low >= 0:
             return self.array
         return np.where(self.array < 0, self.array + rows, self.array)
 
 
-def gathers(dataset: Any, collate_fn: Callable[[Any], Any]) -> bool:
-    """Whether batches of the dataset may be gathered; a look at classes, not at tensors."""
+def can_gather(dataset: Any, collate_fn: Callable[[Any], Any]) -> bool:
+    """Whether the classes of a dataset and its parts allow batches to be gathered."""
     return collate_fn is default_collate and collates_plainly() and _is_known(dataset)
 
 
 def _is_known(dataset: Any, stacked: bool = False) -> bool:
     kind: Any = type(dataset)
-    if stacked and kind in _ROWS:
+    if stacked and kind in _STACKABLE:
         return True
     if kind not in _METHODS or _METHODS[kind] != _methods(kind):
         return False
@@ -109,14 +110,16 @@ def _is_known(dataset: Any, stacked: bool = False) -> bool:
     return all(_is_known(part, stacked=True) for part in values)
 
 
-def prepare(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
-    """What ``default_collate([dataset[i] for i in indices])`` returns, and how to fill it.
-
-    None: do that. Also where that would be an error, which is raised with its own message then.
+def prepare_gather(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
+    """Allocates what ``default_collate([dataset[i] for i in indices])`` returns.
 
     Args:
-        dataset: what `gathers` has said yes to.
+        dataset: one that `can_gather`.
         indices: of a batch.
+
+    Returns:
+        The batch, and the work that fills it. None: load the batch sample by sample; that also
+        raises the errors of wrong indices.
     """
     if (
         _compat.function_modes()
@@ -125,25 +128,26 @@ def prepare(dataset: Any, indices: Any) -> tuple[Any, _core.Gather] | None:
     ):
         return None
     try:
-        index = _Index.of(indices)  # as they are now: the list is the caller's
+        index = _Index.of(indices)  # a copy: the list is the caller's
         tree = _resolve(dataset, index)
-    except (_Slow, IndexError, OverflowError):
+    except (_CannotGather, IndexError, OverflowError):
         return None
-    columns: list[_Filled] = []
+    columns: list[_GatherColumn] = []
     batch = _allocate(tree, len(index.array), columns)
     return batch, _core.Gather(columns, (tree, batch))
 
 
-_Filled = tuple[_Array, int, int, int, int]  # a column, and where it goes: of `_core.Gather`
+_GatherColumn = tuple[_Array, int, int, int, int]  # an argument of `_core.Gather`
 
 
-def _allocate(tree: Any, rows: int, columns: list[_Filled]) -> Any:
+def _allocate(tree: Any, rows: int, columns: list[_GatherColumn]) -> Any:
+    """A tensor for each `_Column` of a tree; where its rows come from is added to `columns`."""
     if type(tree) is list:
         return [_allocate(part, rows, columns) for part in tree]
     if type(tree) is dict:
         return {k: _allocate(part, rows, columns) for k, part in tree.items()}
     out = torch.empty((rows, *tree.shape), dtype=tree.dtype, device="cpu")
-    columns.append((tree.numbers, tree.table, tree.stride, tree.row_bytes, out.data_ptr()))
+    columns.append((tree.numbers, tree.base, tree.stride, tree.row_bytes, out.data_ptr()))
     return out
 
 
@@ -167,13 +171,13 @@ def _resolve(dataset: Any, index: _Index) -> Any:
 
 
 def _as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    # One-dimensional arrays give scalars, which are collated in another way.
+    # One-dimensional arrays give scalars, which `default_collate` treats in another way.
     if array.ndim < 2 or not array.flags.c_contiguous or not array.flags.writeable:
-        raise _Slow
+        raise _CannotGather
     try:
         return torch.from_numpy(array)
     except (TypeError, ValueError):
-        raise _Slow from None
+        raise _CannotGather from None
 
 
 def _rows(tensor: Tensor, index: _Index) -> _Column:
@@ -189,15 +193,15 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
         or tensor.is_neg()
         or tensor.is_inference()
         or _compat.is_functorch_wrapped(tensor)
-        or ((data := tensor.data_ptr()) == 0 and tensor.numel() > 0)  # autograd's unstored zeros
+        or ((data := tensor.data_ptr()) == 0 and tensor.numel() > 0)  # zeros without storage
         or fwAD.unpack_dual(tensor).tangent is not None
     ):
-        raise _Slow
-    # Not the tensor: `.data` may give it other memory while rows are copied from this.
+        raise _CannotGather
+    # The column owns the storage, as the tensor may be given another one while rows are copied.
     storage = tensor.untyped_storage()
-    # (Storage can be resized under a tensor, which torch's own kernels look at as well.)
+    # (The storage may have been resized under the tensor, which torch's own kernels check, too.)
     if (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > storage.nbytes():
-        raise _Slow
+        raise _CannotGather
     shape = tensor.shape
     row_bytes = tensor.numel() // shape[0] * tensor.itemsize if shape[0] else 0
     numbers = index.within(shape[0])
@@ -205,28 +209,32 @@ def _rows(tensor: Tensor, index: _Index) -> _Column:
 
 
 def _concatenated(dataset: Any, index: _Index) -> Any:
+    """Resolves the rows of each part of a `ConcatDataset`, and puts their columns together."""
     ends = np.array(dataset.cumulative_sizes, dtype=np.int64)
     rows = index.within(int(ends[-1]))
     part_of = np.searchsorted(ends, rows, side="right")
-    trees, places = [], []
+    trees, positions = [], []
     for k in np.unique(part_of).tolist():
         where = np.flatnonzero(part_of == k)
         begin = int(ends[k - 1]) if k else 0
         trees.append(_resolve(dataset.datasets[k], _Index.of((rows[where] - begin).tolist())))
-        places.append(where)
+        positions.append(where)
     parts, nestings = zip(*map(_compat.pytree.tree_flatten, trees), strict=True)
     if any(nesting != nestings[0] for nesting in nestings):
-        raise _Slow
-    columns = [_merged(column, places, len(rows)) for column in zip(*parts, strict=True)]
+        raise _CannotGather
+    columns = [_merged(column, positions, len(rows)) for column in zip(*parts, strict=True)]
     return _compat.pytree.tree_unflatten(columns, nestings[0])
 
 
-def _merged(parts: tuple[_Column, ...], places: list[npt.NDArray[np.intp]], rows: int) -> _Column:
+def _merged(
+    parts: tuple[_Column, ...], positions: list[npt.NDArray[np.intp]], rows: int
+) -> _Column:
+    """One column of several tables' rows; `positions`: where each part's rows are in it."""
     first = parts[0]
     if any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
-        raise _Slow
+        raise _CannotGather
     addresses = np.empty(rows, dtype=np.int64)
-    for part, where in zip(parts, places, strict=True):
-        addresses[where] = part.numbers * part.stride + part.table
+    for part, where in zip(parts, positions, strict=True):
+        addresses[where] = part.numbers * part.stride + part.base
     owners = [part.owner for part in parts]
     return _Column(addresses, 0, 1, first.row_bytes, first.shape, first.dtype, owners)
