@@ -28,6 +28,7 @@ def prepare(
     *,
     reproducible: bool = True,
     process_group: ProcessGroup | bool | None = None,
+    shards: int | None = None,
 ) -> tuple[SphereParallel, Optimizer, SphereLoader[T]]:
     """``model, optimizer, loader = ts.prepare(model, optimizer, loader)``, and the loop stays.
 
@@ -39,6 +40,7 @@ def prepare(
             ``model.spheres``.
         reproducible: as of `SphereParallel`.
         process_group: who shares each batch, as of `SphereParallel` and `wrap`.
+        shards: into how many a batch is cut, as of `SphereParallel` and `wrap`.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -51,7 +53,7 @@ def prepare(
             "dataset: DataLoader(dataset, batch_size=...)"
         )
     parallel = SphereParallel(
-        model, spheres, reproducible=reproducible, process_group=process_group
+        model, spheres, reproducible=reproducible, process_group=process_group, shards=shards
     )
     if isinstance(optimizer, torch.optim.Optimizer) and not trains(optimizer, model):
         raise ValueError(
@@ -61,4 +63,5 @@ def prepare(
     GradientHook(optimizer, parallel)
     if isinstance(loader, SphereLoader):
         return parallel, optimizer, loader
-    return parallel, optimizer, wrap(loader, parallel.spheres, process_group=process_group)
+    wrapped = wrap(loader, parallel.spheres, process_group=process_group, shards=shards)
+    return parallel, optimizer, wrapped

@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from pathlib import Path
 
+import fork_server
 import pytest
+import ranks_shards
 import reference
 import torch
 import zoo
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import torch_spheres as ts
 from torch_spheres.reduction.partition import divide, shard_leaves, tree_leaves, tree_order
 
+PROGRAM = Path(ranks_shards.__file__)
 DIVISORS = [1, 2, 3, 4, 6, 12]
 
 
@@ -156,3 +161,103 @@ def test_ranks_have_blocks_of_the_tree(shards: int) -> None:
             assert counts == [sum(map(len, mine)) for mine in ranges]
             for r, mine in enumerate(ranges):
                 assert division.sizes(r, counts[r]) == [*map(len, mine)]
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "levels", "shards", "worlds"),
+    [
+        ("wrap", "mlp with dropout", 2, 4, (2, 4)),
+        ("wrap", "cnn with batch norm", 2, 6, (3,)),
+        ("prepare", "mlp with dropout", 2, 2, (2,)),
+        ("prepare", "mlp with dropout", 3, 16, (4,)),
+        ("sampler", "mlp with dropout", 2, 3, (3,)),
+        ("sampler", "mlp with dropout", 3, 24, (2,)),
+    ],
+)
+def test_the_bits_of_one_process_on_several(tmp_path, way, name, levels, shards, worlds) -> None:
+    alone = ranks_shards.trained(way, name, levels, shards)
+    for world in worlds:
+        fork_server.run_ranks(world, PROGRAM, way, name, levels, shards, tmp_path)
+        assert {p.read_text() for p in tmp_path.iterdir()} == {alone}
+
+
+MISTAKES = """
+import pytest, torch, torch.distributed as dist, torch_spheres as ts
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+dist.init_process_group("gloo")
+rank, _ = dist.get_rank(), torch.manual_seed(0)
+data = DataLoader(TensorDataset(torch.randn(48, 3), torch.randn(48, 1)), 24)
+with ts.KissingSpheres() as spheres:
+    with pytest.raises(ValueError, match=r"2 processes cannot share the shards \\(3\\).*another"):
+        ts.SphereParallel(nn.Linear(3, 1), spheres, shards=3)
+    with pytest.raises(ValueError, match="shards is 4 on rank 0 and 6 on rank 1"):
+        ts.SphereParallel(nn.Linear(3, 1), spheres, shards=(4, 6)[rank])
+    model = ts.SphereParallel(nn.Linear(3, 1), spheres, shards=4)
+    with pytest.raises(ValueError, match=r"12 shards, and the model has 4.*spheres, shards=4\\)"):
+        for x, y in ts.wrap(data, spheres):
+            model(x).sum().backward()
+    for x, y in ts.wrap(data, spheres, shards=4):
+        model(x).sum().backward()
+        sums = ts.gather_metrics(model, value=y)
+        assert sums["rows"] == 24
+        assert model.gather(x).shape == (24, 3)
+dist.destroy_process_group()
+"""
+
+
+def test_mistakes_of_ranks() -> None:
+    fork_server.run_ranks(2, MISTAKES)
+
+
+# ---- the batch sampler ----
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 6, 12, None])
+def test_the_sampler_cuts_into_so_many(shards) -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        batches = ts.SphereBatchSampler(range(50), 50, spheres=spheres, shards=shards)
+        (batch,) = batches
+        count = 12 if shards is None else shards
+        cut = [part.tolist() for part in torch.tensor_split(torch.arange(50), count)]
+        assert batches.shards(batch) == batches.groups(batch) == cut
+        assert batches.own_shards(batch) == dict(zip(shard_leaves(count), cut, strict=True))
+        assert batches.own_groups(batch) == cut
+        assert batches.map(sum, batch) == [*map(sum, cut)]
+    for world in (n for n in (2, 3, 4, 6, 12) if count % n == 0):
+        found: dict[int, list[int]] = {}
+        for rank in range(world):
+            mine = ts.SphereBatchSampler(range(50), 50, rank=rank, world_size=world, shards=shards)
+            (own,) = mine
+            assert [row for rows in mine.own_groups(own) for row in rows] == own
+            found |= mine.own_shards(own)
+        assert found == dict(zip(shard_leaves(count), cut, strict=True))
+
+
+def test_the_sampler_refuses_other_numbers() -> None:
+    with pytest.raises(ValueError, match="got 5: use one of"):
+        ts.SphereBatchSampler(range(9), 3, shards=5)
+    with pytest.raises(ValueError, match=r"world_size=4 does not divide the shards \(6\)"):
+        ts.SphereBatchSampler(range(9), 3, rank=0, world_size=4, shards=6)
+    with pytest.raises(ValueError, match="got 7: use one of"):
+        ts.wrap(DataLoader([1, 2]), shards=7)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4, 6])
+def test_a_loop_by_hand_has_the_bits_of_the_model(shards) -> None:
+    x, y = torch.randn(50, 3), torch.randn(50, 1)
+    models = [nn.Linear(3, 1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        ts.SphereParallel(models[0], spheres, shards=shards).forward_backward(F.mse_loss, x, y)
+        hook = ts.GradientHook(torch.optim.SGD(models[1].parameters(), 0.1), spheres)
+        batches = ts.SphereBatchSampler(range(50), 50, spheres=spheres, shards=shards)
+        (batch,) = batches
+        for leaf, rows in batches.own_shards(batch).items():
+            with reference.one_thread():
+                part = models[1](reference.aligned(x[rows]))
+                loss = F.mse_loss(part, reference.aligned(y[rows])) * (len(rows) / 50)
+                hook.add(leaf, torch.autograd.grad(loss, [*models[1].parameters()]))
+        hook.reduce()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

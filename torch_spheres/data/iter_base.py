@@ -56,9 +56,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is
         self._random_state = LoaderRandomState(loader)
         self._options = required_options(loader)
         self._iterable = bool(self._options["iterable"])
-        self._rank_slice = (
-            None if config.ranks is None else RankSlice(config.ranks, config.spheres.leaves)
-        )
+        self._rank_slice = None if config.ranks is None else RankSlice(config.ranks, config.shards)
         self._batch_rows: Sequence[int] | None = None  # of the last index list, if it was cut
         self._next_lock = threading.RLock()
         self.position = EpochPosition(self._random_state, self._in_order)

@@ -30,6 +30,7 @@ from torch_spheres.data.rank_slice import sync_epoch
 from torch_spheres.data.resume import EpochPosition, LoaderState
 from torch_spheres.distributed.group import ProcessGroup, find_ranks
 from torch_spheres.distributed.membership import Membership
+from torch_spheres.reduction.partition import checked_shards
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.default_pool import new_pool
 from torch_spheres.runtime.malloc import keep_freed_memory
@@ -54,7 +55,8 @@ class SphereLoader(DataLoader[T]):
 
     Args:
         args: of `DataLoader`.
-        spheres: this, `device`, `copy_dataset`, `workers` and `process_group` are as of `wrap`.
+        spheres: this, `device`, `copy_dataset`, `workers`, `process_group` and `shards` are as of
+            `wrap`.
         kwargs: of `DataLoader`.
 
     Raises:
@@ -68,6 +70,7 @@ class SphereLoader(DataLoader[T]):
     _sphere_device: torch.device | None
     _sphere_copies: bool
     _sphere_workers: str
+    _sphere_shards: int
     _membership: Membership
     _meter: Meter
     _pending: LoaderState | None  # loaded, for the next iterator
@@ -82,12 +85,13 @@ class SphereLoader(DataLoader[T]):
         copy_dataset: bool = False,
         workers: str = "sphere",
         process_group: ProcessGroup | bool | None = None,
+        shards: int | None = None,
         **kwargs: Any,
     ) -> None:
         vars(self)["_sphere_workers"] = workers  # DataLoader's __init__ reads it, see below
         super().__init__(*args, **kwargs)
         check_options(self, spheres, copy_dataset, workers)
-        self._set_up(spheres, device, copy_dataset, workers, process_group)
+        self._set_up(spheres, device, copy_dataset, workers, process_group, shards)
 
     def _set_up(
         self,
@@ -96,23 +100,26 @@ class SphereLoader(DataLoader[T]):
         copy_dataset: bool,
         workers: str,
         process_group: ProcessGroup | bool | None,
+        shards: int | None,
     ) -> SphereLoader[T]:
         """Adds what a `DataLoader` does not have."""
         where = None if device is None else torch.device(device)
         if where is not None and where.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"device={device!r}: torch has no CUDA device here")
         spheres = new_pool() if spheres is None else spheres
-        found = find_ranks(process_group, spheres.leaves)
+        number = checked_shards(shards, spheres.leaves)
+        found = find_ranks(process_group, number)
         ranks = ranks_for(self, found, workers)
         keep_freed_memory(spheres.levels)
         # Frameworks rebuild a loader from attributes that are named as the arguments.
         public = {"device": device, "copy_dataset": copy_dataset, "workers": workers,
-                  "process_group": process_group}  # fmt: skip
+                  "process_group": process_group, "shards": shards}  # fmt: skip
         attributes = {
             **{name: value for name, value in public.items() if not hasattr(self, name)},
             "_sphere_device": where,
             "_sphere_copies": copy_dataset,
             "_sphere_workers": workers,
+            "_sphere_shards": number,
             "_pending": None,
         }
         # A sampler that cuts the batches itself stays with the ranks that it was made for.
@@ -128,9 +135,10 @@ class SphereLoader(DataLoader[T]):
         return LoaderConfig(
             loader=self,
             spheres=self.spheres,
-            ranks=self._membership.look(self.spheres.leaves),
+            ranks=self._membership.look(self._sphere_shards),
             meter=self._meter,
             device=self._sphere_device,
+            shards=self._sphere_shards,
             copy_dataset=self._sphere_copies,
         )
 
@@ -289,6 +297,7 @@ def wrap(
     copy_dataset: bool = False,
     workers: str = "sphere",
     process_group: ProcessGroup | bool | None = None,
+    shards: int | None = None,
 ) -> SphereLoader[T]:
     """The loader, with its batches loaded by threads: ``loader = ts.wrap(loader, spheres)``.
 
@@ -320,6 +329,8 @@ def wrap(
             number of processes. An iterable dataset is read by all, and each keeps its rows. What a
             dataset draws from its worker's generator depends on the rows of the process;
             `sample_seed` does not.
+        shards: of the model, if it was given fewer than its spheres have leaves: processes share
+            the rows by shards.
 
     Raises:
         TypeError: the loader is no `DataLoader`, or another argument of the wrong kind.
@@ -333,7 +344,7 @@ def wrap(
     kind = _sphere_class(base)
     made: SphereLoader[T] = kind.__new__(kind)
     vars(made).update(_attributes_for(loader, num_workers, workers))
-    return made._set_up(spheres, device, copy_dataset, workers, process_group)
+    return made._set_up(spheres, device, copy_dataset, workers, process_group, shards)
 
 
 def _attributes_for(
@@ -362,6 +373,6 @@ def _rebuild(
     """Unpickles a wrapped loader, with new spheres that are as many as the saved one's."""
     spheres = new_pool(shape[0], concurrency=shape[1])
     group = None if shared else False
-    membership = Membership("the loader", group, find_ranks(group, spheres.leaves))
+    membership = Membership("the loader", group, find_ranks(group, attributes["_sphere_shards"]))
     kind = _sphere_class(base)
     return kind.__new__(kind)._fill(attributes, spheres, membership)

@@ -24,6 +24,7 @@ class LoaderConfig:
     ranks: Ranks | None  # those that share each batch; None: this process has the batches alone
     meter: Meter
     device: torch.device | None  # where batches go; None: they stay where they are
+    shards: int  # into how many a batch is cut, of which each rank has some
     copy_dataset: bool  # each logical worker has a deep copy of the dataset
 
 

@@ -89,13 +89,13 @@ def _refuse_epoch(ranks: Ranks, name: str, values: Sequence[Any]) -> NoReturn:
 class RankSlice:
     """Selects this rank's rows of each batch, and logs the batches for the ranks' comparison.
 
-    A rank owns some of the `leaves`, and thereby rows.
+    A rank owns some of the `shards`, and thereby rows.
     """
 
-    def __init__(self, ranks: Ranks, leaves: int) -> None:
-        self._ranks, self._leaves = ranks, leaves
+    def __init__(self, ranks: Ranks, shards: int) -> None:
+        self._ranks, self._shards = ranks, shards
         self._digests: dict[int, int] = {}  # of samples that all ranks have read, by batch number
-        rank, division = ranks.rank, ranks.divide(leaves)
+        rank, division = ranks.rank, ranks.divide(shards)
 
         @functools.lru_cache(maxsize=4)  # batches are of one size, but for the last
         def own_rows(rows: int) -> list[int]:
@@ -127,7 +127,7 @@ class RankSlice:
 
         None: an iterable dataset has no index lists, so that its samples are compared.
         """
-        self._ranks.loaded(self._leaves)
+        self._ranks.loaded(self._shards)
         if digest is None:
             digest = self._digests.pop(number, -1)
         self._ranks.batches.handed_out(self._log, number + 1, digest)

@@ -20,7 +20,15 @@ from torch.utils.data import BatchSampler, Sampler
 
 from torch_spheres.data.sampler_state import SamplerEpoch, draw_source, from_state
 from torch_spheres.distributed.group import find_ranks, this_rank
-from torch_spheres.reduction.partition import GROUPS, divide, shard_bounds, way_out
+from torch_spheres.reduction.partition import (
+    GROUPS,
+    checked_shards,
+    divide,
+    shard_bounds,
+    shard_leaves,
+    tree_leaves,
+    way_out,
+)
 from torch_spheres.runtime.arguments import as_index
 
 __all__ = ["BatchSlice", "SphereBatchSampler"]
@@ -64,6 +72,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             there may be more ranks: each has a block of leaves, see reduction/partition.py.)
         world_size: number of ranks. Both None: those of `process_group`.
         process_group: None: torch's default group, if torch.distributed is initialised.
+        shards: into how many a batch is cut, as of `SphereParallel`. None: one for each leaf.
 
     Attributes:
         latest_slice: of the batch that was yielded last; None with one rank.
@@ -85,11 +94,12 @@ class SphereBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
         process_group: Any = None,
+        shards: int | None = None,
     ) -> None:
         BatchSampler(sampler, batch_size, drop_last)  # for its errors
         if spheres is not None and not _is_int(getattr(spheres, "leaves", None)):
             raise TypeError(f"spheres should be a KissingSpheres or None, but got {spheres!r}")
-        self._leaves = GROUPS if spheres is None else spheres.leaves
+        self._shards = checked_shards(shards, GROUPS if spheres is None else spheres.leaves)
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -102,21 +112,25 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.epoch: int | None = None  # the last argument of set_epoch
         self._current: SamplerEpoch | None = None  # of the newest iterator, until its end
         self._resumed: SamplerEpoch | None = None  # loaded, for the next iterator
-        self._group_count = min(self._leaves, GROUPS)
+        self._group_count = min(self._shards, GROUPS)
         whole = _is_int(world_size) and world_size > 0
-        if not whole or self._leaves % world_size:
-            way = way_out(world_size if whole else 0, self._leaves)
-            raise ValueError(f"{world_size=} does not divide the leaves ({self._leaves}): {way}")
+        if not whole or self._shards % world_size:
+            way = way_out(world_size if whole else 0, self._shards)
+            what = "leaves" if tree_leaves(self._shards) == self._shards else "shards"
+            raise ValueError(f"{world_size=} does not divide the {what} ({self._shards}): {way}")
         if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
             raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
         self.rank, self.world_size = rank, world_size
         self.latest_slice: BatchSlice | None = None
-        self._division = divide(world_size, self._leaves)
+        self._division = divide(world_size, self._shards)
         self._own_leaves = self._division.owned(rank)
-        touched = [leaf % self._group_count for leaf in self._own_leaves]
+        few = self._shards <= GROUPS  # then each shard is a group of its own
+        leaves = shard_leaves(self._shards)
+        self._group_of = {leaf: k if few else leaf % GROUPS for k, leaf in enumerate(leaves)}
+        touched = [self._group_of[leaf] for leaf in self._own_leaves]
         self._group_slice = slice(touched[0], touched[-1] + 1)  # groups that the rank has leaves of
         # The ranks' batch log compares batches by the sampler's number and its epoch's.
-        self._ranks = find_ranks(process_group, self._leaves) if from_group else None
+        self._ranks = find_ranks(process_group, self._shards) if from_group else None
         self._log_number = 0 if self._ranks is None else next(self._ranks.samplers)
         self._epochs_begun = 0
 
@@ -129,36 +143,37 @@ class SphereBatchSampler(Sampler[list[int]]):
         return len(BatchSampler(self.sampler, self.batch_size, self.drop_last))
 
     def shards(self, batch: Sequence[int]) -> list[list[int]]:
-        """A *global* batch's rows per leaf; the last are ``[]`` with fewer rows than leaves."""
-        return [list(batch[a:b]) for a, b in shard_bounds(len(batch), self._leaves)]
+        """A *global* batch's rows per shard; the last are ``[]`` with fewer rows than shards."""
+        return [list(batch[a:b]) for a, b in shard_bounds(len(batch), self._shards)]
 
     def groups(self, batch: Sequence[int]) -> list[list[int]]:
-        """A *global* batch's rows for each symmetry group: twelve lists, or one with ``levels=1``.
+        """A *global* batch's rows for each symmetry group: at most twelve lists.
 
         Group *g* is shards *g*, *g* + 12, ...: its list's own ``shard_bounds`` over its leaves.
         """
-        shards, count = self.shards(batch), self._group_count
-        return [[*chain.from_iterable(shards[g::count])] for g in range(count)]
+        groups: list[list[int]] = [[] for _ in range(self._group_count)]
+        for group, rows in zip(self._group_of.values(), self.shards(batch), strict=True):
+            groups[group] += rows
+        return groups
 
     def own_groups(self, batch: Sequence[int]) -> list[list[int]]:
         """A batch *as this rank yielded it*: a list for each group that it owns leaves of."""
         groups: list[list[int]] = [[] for _ in range(self._group_count)]
-        for shard, rows in self.own_shards(batch).items():
-            groups[shard % self._group_count] += rows
+        for leaf, rows in self.own_shards(batch).items():
+            groups[self._group_of[leaf]] += rows
         return groups[self._group_slice]
 
     def own_shards(self, batch: Sequence[int]) -> dict[int, list[int]]:
         """A batch *as this rank yielded it*: the rows of each shard that the rank owns.
 
-        The keys are as `GradientHook.add` takes them. With fewer rows than leaves some are ``[]``.
+        The keys are leaves, as `GradientHook.add` takes them: the first of each block where there
+        are fewer shards than leaves. With fewer rows than shards some are ``[]``.
         """
         if self.world_size == 1:
-            return dict(enumerate(self.shards(batch)))
-        # The global split gives its remainder to the first leaves, so this rank's does as well.
-        bounds = shard_bounds(len(batch), len(self._own_leaves))
-        size = {leaf: b - a for leaf, (a, b) in zip(sorted(self._own_leaves), bounds, strict=True)}
+            return dict(zip(shard_leaves(self._shards), self.shards(batch), strict=True))
         rows = iter(batch)
-        return {leaf: [*islice(rows, size[leaf])] for leaf in self._own_leaves}
+        sizes = self._division.sizes(self.rank, len(batch))
+        return {k: [*islice(rows, n)] for k, n in zip(self._own_leaves, sizes, strict=True)}
 
     def map(self, fn: Callable[[list[int]], T], batch: Sequence[int]) -> list[T | None]:
         """Runs ``fn(rows)`` on the spheres for each of this rank's groups.
@@ -214,7 +229,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             batch = _as_ints(chunk)
             epoch.count(batch)
             if ranks is not None and log is not None:
-                ranks.loaded(self._leaves)
+                ranks.loaded(self._shards)
                 ranks.batches.handed_out(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))
