@@ -40,7 +40,7 @@ from torch_spheres.distributed.drift import (
     values_of,
 )
 from torch_spheres.distributed.group import Ranks, find_ranks
-from torch_spheres.errors import Caught, RankError
+from torch_spheres.errors import DeferredError, RankError
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.rng import random_states, restore_random_states
 
@@ -174,7 +174,7 @@ def _together(ranks: Ranks | None, doing: str, work: Callable[[], T]) -> tuple[T
         value = work()
     except BaseException as error:
         if ranks is not None:
-            ranks.meet(what, _mark(None), Caught(error))  # raises it, when all know
+            ranks.meet(what, _mark(None), DeferredError(error))  # raises it, when all know
         raise
     return value, [_mark(value)] if ranks is None else ranks.meet(what, _mark(value)).tolist()
 
@@ -277,10 +277,10 @@ def _misfit(thing: Any, saved: Any) -> str:
     """Why what torch loads in part, or as it is, does not fit; classes of yours know better."""
     own = type(thing).state_dict, type(thing).load_state_dict
     if isinstance(thing, nn.Module) and all(map(_is_known, own)):
-        here = thing.state_dict(keep_vars=True)
-        if names := sorted(here.keys() ^ saved.keys()):
+        values = thing.state_dict(keep_vars=True)
+        if names := sorted(values.keys() ^ saved.keys()):
             return f"only one of them has {', '.join(names[:4])} (of {len(names)} in all)"
-        for name, value in here.items():  # (buffers may be resized by who loads them)
+        for name, value in values.items():  # (buffers may be resized by who loads them)
             known = isinstance(value, nn.Parameter) and not nn.parameter.is_lazy(value)
             if known and value.shape != saved[name].shape:
                 return f"{name} is {(*saved[name].shape,)} there, and {(*value.shape,)} here"

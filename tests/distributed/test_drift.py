@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torch_spheres.distributed.drift import (
-    Steps,
+    OptimizerSteps,
     digests,
     first_difference,
     hyperparameters,
@@ -78,7 +78,7 @@ def test_when_values_are_compared():
 
 def test_steps_of_the_optimizers_of_a_module():
     module, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    steps = Steps(module)
+    steps = OptimizerSteps(module)
     mine, both = (
         torch.optim.SGD(module.parameters()),
         torch.optim.SGD([*module.parameters(), *other.parameters()]),

@@ -165,7 +165,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
     def _tell_ranks(self, task: int, digest: int) -> None:
         """A batch has been loaded, and is about to be the loop's: for the ranks' comparison."""
         if self._ranks is not None and self._epoch_log is not None:
-            self._ranks.loaded(self._spheres.leaves)
+            self._ranks.note_batch(self._spheres.leaves)
             assert self._portions is not None
             if self._iterable:  # without index lists: what was read is what can be compared
                 digest = self._portions.digest_of_samples(task)
@@ -218,7 +218,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter:
-            if loader._membership.look(loader.spheres.leaves) is not self._ranks:
+            if loader._membership.current_ranks(loader.spheres.leaves) is not self._ranks:
                 raise RuntimeError(
                     "the process group is another one than when the persistent workers began; "
                     "wrap the loader anew"

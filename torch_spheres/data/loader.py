@@ -117,7 +117,7 @@ class SphereLoader(DataLoader[T]):
             self._meter.way = "process"
             iterator = super()._get_iterator()
             return _Counting(iterator, self._meter, self._sphere_device)
-        self._membership.look(self.spheres.leaves)
+        self._membership.current_ranks(self.spheres.leaves)
         same_epoch(self, self._pending)
         kind = InlineIterator if self.num_workers == 0 else AheadIterator
         made = kind(self, self._pending)

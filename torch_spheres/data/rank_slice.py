@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_spheres import _compat
 from torch_spheres.data.data_digest import digest_of_dataset, digest_of_samples
 from torch_spheres.data.worker_info import current_batch
-from torch_spheres.distributed.group import Ranks, draw_alone
+from torch_spheres.distributed.group import Ranks, note_local_epoch
 from torch_spheres.runtime.stack_level import users_level
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def same_epoch(loader: SphereLoader[Any], resumed: Progress | None) -> None:
     """
     ranks, own = loader._membership.ranks, loader.generator
     if ranks is None:
-        draw_alone()
+        note_local_epoch()
         return
     place = None
     if resumed is not None:
@@ -79,8 +79,8 @@ def same_epoch(loader: SphereLoader[Any], resumed: Progress | None) -> None:
             _refuse_epoch(ranks, f"{name} is {_by_rank(values)}")
     if len({*counts}) == 1 and len({*digests}) > 1:
         _refuse_epoch(ranks, f"the checksum of the batches before it is {_by_rank(digests)}")
-    if len({*listed}) > 1 and not ranks.told_of_lists:
-        ranks.told_of_lists = True
+    if len({*listed}) > 1 and not ranks.has_warned_of_lists:
+        ranks.has_warned_of_lists = True
         warnings.warn(
             f"the lists on the ranks' {type(loader.dataset).__name__} are not the same, or not in "
             "the same order (such as files as os.listdir() gives them, or names from a set): each "
@@ -90,7 +90,7 @@ def same_epoch(loader: SphereLoader[Any], resumed: Progress | None) -> None:
         )
     states = [torch.get_rng_state(), *([] if own is None else [own.get_state()])]
     first = ranks.gather(torch.cat(states), "the beginning of an epoch")[0]
-    ranks.draws_alone = False
+    ranks.drew_alone = False
     if ranks.rank > 0:
         torch.set_rng_state(first[: len(states[0])].clone())
         if own is not None:

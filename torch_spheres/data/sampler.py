@@ -172,7 +172,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         epoch, rows = self._begin()
         self._newest = epoch
         log = None
-        if self._ranks is not None and not self._ranks.is_there():
+        if self._ranks is not None and not self._ranks.exists():
             raise RuntimeError(
                 "the process group that this sampler divides batches over was destroyed; make the "
                 "sampler anew, after init_process_group()"
@@ -186,7 +186,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             batch = _as_ints(chunk)
             epoch.count(batch)
             if self._ranks is not None and log is not None:
-                self._ranks.loaded(self._leaves)
+                self._ranks.note_batch(self._leaves)
                 self._ranks.batches.handed_out(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))

@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_spheres.runtime.process_wide import is_on
 
 __all__ = [
-    "Steps", "digest_of", "digests", "first_difference", "hyperparameters", "is_due", "values_of",
+    "OptimizerSteps", "digest_of", "digests", "first_difference", "hyperparameters", "is_due",
+    "values_of",
 ]  # fmt: skip
 
 _OFTEN = 64  # calls between two comparisons, once there were so many
@@ -102,7 +103,7 @@ def first_difference(tables: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any
     return None
 
 
-class Steps:
+class OptimizerSteps:
     """The optimizers that train a module, and whether they have made a step.
 
     Args:
@@ -145,7 +146,7 @@ class Steps:
         self._stepped |= is_ours
 
 
-_all: weakref.WeakSet[Steps] = weakref.WeakSet()
+_all: weakref.WeakSet[OptimizerSteps] = weakref.WeakSet()
 
 
 @functools.cache

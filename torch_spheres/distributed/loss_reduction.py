@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_spheres import _compat
 
-__all__ = ["look_at_loss"]
+__all__ = ["loss_problem"]
 
 _MEANS = ("MeanBackward0", "MeanBackward1")
 _SUMS = ("SumBackward0", "SumBackward1")
@@ -26,7 +26,7 @@ _MOST = 1 << 12  # nodes of a graph that are looked at
 
 
 @torch.no_grad()
-def look_at_loss(output: Any, grad: Tensor, raw: Tensor, rows: int, total: int) -> str | None:
+def loss_problem(output: Any, grad: Tensor, raw: Tensor, rows: int, total: int) -> str | None:
     """What is wrong with the loss, if it can be seen; None otherwise.
 
     Args:

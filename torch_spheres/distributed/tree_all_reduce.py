@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.distributed.handshake import Meeting
-from torch_spheres.errors import Caught, RankError
+from torch_spheres.distributed.handshake import CheckedGather
+from torch_spheres.errors import DeferredError, RankError
 from torch_spheres.reduction.partition import Division
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.pool import SpherePool
 
-__all__ = ["Exchange", "Layout", "total_over_ranks"]
+__all__ = ["BucketLayout", "TreeAllReduce", "total_over_ranks"]
 
 Grads = list[Tensor | None]
 _Having = list[list[list[int]]]  # by tensor: the [rank, part]s that have it
@@ -54,7 +54,7 @@ class _Bucket:
         return -(-each // _ALIGN) * _ALIGN
 
 
-class Layout:
+class BucketLayout:
     """Which tensor is where in which bucket: the same on all ranks, whatever their number.
 
     Args:
@@ -98,7 +98,7 @@ class Layout:
         return torch.view_as_complex(flat.view(*self.shapes[i], 2))
 
 
-class Exchange:
+class TreeAllReduce:
     """One sum over all ranks: each gives its parts, and all get the total.
 
     A part's buckets are sent one after another, each while the next is being added, in the same
@@ -118,7 +118,7 @@ class Exchange:
         self,
         ranks: Ranks,
         division: Division,
-        layout: Layout,
+        layout: BucketLayout,
         what: str,
         spheres: SpherePool | None = None,
         late: bool = False,
@@ -135,7 +135,7 @@ class Exchange:
         self._units = [(p, b) for p in range(parts) for b in range(len(layout.buckets))]
         self._added: set[tuple[int, int]] = set()
         self._works: list[list[Any]] = []  # by unit, of those that have been sent
-        self._begin: Meeting | None = None
+        self._begin: CheckedGather | None = None
         self.is_broken = False  # a message could not be sent: there will be no more of them
 
     # ---- giving ----
@@ -171,13 +171,15 @@ class Exchange:
         """Sends what has been added, up to the first bucket that has not."""
         ranks = self._ranks
         try:
-            with ranks.explaining(self._what):
+            with ranks.sending(self._what):
                 while len(self._works) < len(self._units):
                     part, bucket = unit = self._units[len(self._works)]
                     if unit not in self._added:
                         return
                     if self._begin is None:  # so that ranks that do something else find out
-                        self._begin = Meeting(ranks, self._what, torch.empty(0, dtype=torch.uint8))
+                        self._begin = CheckedGather(
+                            ranks, self._what, torch.empty(0, dtype=torch.uint8)
+                        )
                     sent, received = self._buffers[part][bucket]
                     self._works.append(ranks.scatter_async(received, sent))
         except RankError:
@@ -186,7 +188,7 @@ class Exchange:
 
     # ---- getting ----
 
-    def finish(self, caught: Caught) -> Grads:
+    def finish(self, caught: DeferredError) -> Grads:
         """The total over all ranks' parts; None where all are absent.
 
         Args:
@@ -197,7 +199,7 @@ class Exchange:
             BaseException: what was caught, once the others know.
         """
         ranks, what, layout = self._ranks, self._what, self._layout
-        flags = [caught.error is not None, *itertools.chain.from_iterable(self._has)]
+        flags = [*itertools.chain.from_iterable(self._has)]
         told = torch.tensor(flags, dtype=torch.uint8)
         if self._is_small:  # all in one message to everybody
             values = [
@@ -211,14 +213,11 @@ class Exchange:
                 self._send()
             if self._begin is not None:
                 self._begin.finish()
-        table = ranks.gather(told, what)
-        if table[:, 0].any():
-            # Memory that messages are still on their way to is used by the next exchange.
-            for works in self._works:
-                ranks.wait(works, what)
-            ranks.raise_errors(what, caught)
+        # Memory that messages are still on their way to is used by the next call.
+        pending = [work for works in self._works for work in works]
+        table = ranks.gather(told, what, caught, pending)
         count = len(layout.shapes)
-        there = table[:, 1 : len(flags)].view(ranks.world, len(self._has), count)
+        there = table[:, : len(flags)].view(ranks.world, len(self._has), count)
         having = [there[:, :, i].nonzero().tolist() for i in range(count)]
         with torch.no_grad():
             if self._is_small:
@@ -258,7 +257,7 @@ class Exchange:
             out = torch.empty(length * ranks.world, dtype=bucket.result, device=ranks.device)
             mine = out.view(ranks.world, length)[ranks.rank]
             self._add(bucket, flats, having, mine, ranks.rank * length)
-            with ranks.explaining(what):
+            with ranks.sending(what):
                 gathered.append(ranks.gather_async(out, mine))
             sums.append(out)
         for works in gathered:
@@ -314,12 +313,12 @@ def total_over_ranks(
     if not columns:
         return []
     division = ranks.divide(len(columns[0]))
-    exchange = Exchange(ranks, division, Layout(like), what, spheres)
+    exchange = TreeAllReduce(ranks, division, BucketLayout(like), what, spheres)
     wide = [[v.float() if v is not None and v.dtype in _HALF else v for v in c] for c in columns]
     for p, part in enumerate(division.parts[ranks.rank]):
         own = {*division.in_part(part)}
         exchange.give(p, [[v if k in own else None for k, v in enumerate(c)] for c in wide])
-    found = exchange.finish(Caught())
+    found = exchange.finish(DeferredError())
     return [
         None if total is None else total.to(t.device) for total, t in zip(found, like, strict=True)
     ]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_spheres.distributed.gather_rows import own_rows_only
+from torch_spheres.distributed.grad_scale import unscale_grad
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.distributed.tree_all_reduce import Exchange, Layout, total_over_ranks
-from torch_spheres.errors import Caught
+from torch_spheres.distributed.tree_all_reduce import BucketLayout, TreeAllReduce, total_over_ranks
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import GradientFold, Grads
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.trace_hooks import phase
@@ -42,7 +42,7 @@ class SharedCall(Call):
     def _split(self, arguments: Sequence[tuple[int | str, Any]]) -> Split:
         self._scalars: list[list[Tensor]] = []  # outputs, of each shard, weighted
         split = None
-        with Caught() as caught:
+        with DeferredError() as caught:
             split = super()._split(arguments)
         checks = self.pool.checks
         assert checks is not None
@@ -55,7 +55,7 @@ class SharedCall(Call):
         if any(map(needs_two_rows, self.pool.parts)):
             refuse_shards_of_one_row(split.total, split.shards)
         split.flat = [
-            v if d is None else own_rows_only(v, split.total, d)
+            v if d is None else unscale_grad(v, split.total, d)
             for v, d in zip(split.flat, split.dims, strict=True)
         ]
         self._somebody_has_none = 0 in agreed.rows
@@ -72,7 +72,7 @@ class SharedCall(Call):
         placed = [self.padded(column) for column in columns]
         return total_over_ranks(placed, like, self.ranks, what=f"the sums after {self.what}")
 
-    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
+    def agree(self, what: str, caught: DeferredError, notes: Sequence[int] = ()) -> list[int]:
         """All ranks' greatest notes, unless one of them has an error."""
         return [int(greatest) for greatest in self.ranks.meet(what, notes, caught).amax(0)]
 
@@ -139,11 +139,11 @@ class SharedCall(Call):
         dense = [self.trainable[i] for i in self._dense]
         key = [(p.shape, p.dtype) for p in dense]
         if layouts.get("key") != key:
-            layouts.update(key=key, layout=Layout(dense))
+            layouts.update(key=key, layout=BucketLayout(dense))
         self._division = self.ranks.divide(self.split.shards)
         own_parts = self._division.parts[self.ranks.rank]
         self._sparse_sums: list[dict[int, Tensor]] = [{} for _ in own_parts]
-        self._exchange = Exchange(
+        self._exchange = TreeAllReduce(
             self.ranks,
             self._division,
             layouts["layout"],
@@ -180,7 +180,7 @@ class SharedCall(Call):
     def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
         """Meets the other ranks, with an error too."""
         del fold  # it has given all it has to the exchange
-        with Caught() as caught:
+        with DeferredError() as caught:
             run()
         if self._exchange.is_broken:
             caught.raise_if_any()

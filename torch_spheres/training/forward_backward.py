@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_spheres.errors import Caught
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.row_check import compared
@@ -64,7 +64,7 @@ def forward_backward(call: Call, loss_fn: Callable[[Any, Any], Any], targets: An
     counted = {c is not None for c in counts}
     # A process that ran no shard has to know what the losses are, to sum them.
     found, kinds = next((v for v in losses if v is not None), None), [0]
-    with Caught() as caught:
+    with DeferredError() as caught:
         if found is not None:
             kinds = [1 + _DTYPES.index(found.dtype)]
         call.effects.check(done)

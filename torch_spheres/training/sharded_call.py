@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_spheres import _compat
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.errors import Caught
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import GradientFold, Grads, rounded
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.rng import CallRandom, ShardRandom
@@ -136,7 +136,7 @@ class Call:
         del like
         return tree_sums([self.padded(column) for column in columns])
 
-    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
+    def agree(self, what: str, caught: DeferredError, notes: Sequence[int] = ()) -> list[int]:
         """Raises what was caught on all ranks; the element-wise maximum of their notes."""
         del what
         caught.raise_if_any()
@@ -257,7 +257,7 @@ class Call:
 
         shards: list[Shard] = []
         outputs: list[Any] = []
-        with Caught() as caught:
+        with DeferredError() as caught:
             first = min(len(self.split.bounds), self.runs_one_first)
             shards = self.crew.map(run, first)
             for shard in shards:
@@ -271,7 +271,7 @@ class Call:
         return self.share_structure(outputs)
 
     def finish_forward(
-        self, shards: Sequence[Shard], caught: Caught, notes: Sequence[int] = ()
+        self, shards: Sequence[Shard], caught: DeferredError, notes: Sequence[int] = ()
     ) -> list[int]:
         """What comes after all shards' forward: buffers, random numbers, and who failed.
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from torch_spheres.distributed.batch_log import BatchLog
 from torch_spheres.distributed.drift import (
-    Steps,
+    OptimizerSteps,
     digest_of,
     digests,
     first_difference,
@@ -70,7 +70,7 @@ class StepChecks:
     def __init__(self, module: nn.Module, number: int) -> None:
         self._number = number
         self._calls = 0
-        self._steps = Steps(module)
+        self._steps = OptimizerSteps(module)
         self._alike = 0  # the inputs that were the same on all ranks, the last time
         self._told_of_inputs = self._told_of_groups = False
         self._evaluated = -1  # calls, when an evaluation compared the weights
@@ -103,7 +103,7 @@ class StepChecks:
             "form": zlib.crc32(repr(shapes).encode()),
             "seed": torch.initial_seed() & _INT64,
             "state": zlib.crc32(torch.get_rng_state().numpy().tobytes()),
-            "alone": ranks.draws_alone,
+            "alone": ranks.drew_alone,
             "steps": self._steps.calls_after_steps(),
             "inputs": _digest_of_rows(tensors) if compares else 0,
             "values": digest_of(values_of(module)) if due else 0,
@@ -159,8 +159,8 @@ class StepChecks:
         if len({*column["values"]}) > 1:
             _refuse_values(ranks, values_of(module))
         self._compare_inputs(ranks, [column["inputs"][r] for r in has_rows])
-        if len({*column["state"]}) > 1 and not ranks.told and not any(column["alone"]):
-            ranks.told = True
+        if len({*column["state"]}) > 1 and not ranks.has_warned_of_rng and not any(column["alone"]):
+            ranks.has_warned_of_rng = True
             _warn_of_states()
         return Agreed(column["base"][0], column["rows"])
 
