@@ -105,7 +105,7 @@ def exchanges(count: int) -> tuple[dict[str, Callable[[], object]], Callable[[],
     def exact() -> None:
         exchange = TreeAllReduce(ranks, division, layout, "benchmark")
         for p, sums in enumerate(parts):
-            exchange.give(p, [[total] for total in sums])
+            exchange.add_part(p, [[total] for total in sums])
         exchange.finish(DeferredError())
 
     def sent() -> int:

@@ -149,7 +149,7 @@ class SharedCall(Call):
             layouts["layout"],
             "the exchange of gradients",
             self.crew.spheres,
-            late=self.crew.together,
+            deferred=self.crew.together,
         )
         return GradientFold(
             self.split.places,
@@ -171,7 +171,7 @@ class SharedCall(Call):
                     "gradient, but belongs to no module with sparse=True: the ranks could not "
                     "agree on how to send it"
                 )
-        self._exchange.give(part, [columns[i] for i in self._dense])
+        self._exchange.add_part(part, [columns[i] for i in self._dense])
         sums = tree_sums([columns[i] for i in self._sparse])
         for i, total in zip(self._sparse, sums, strict=True):
             if total is not None:
