@@ -8,11 +8,11 @@ from torch import nn
 
 from torch_spheres.distributed.drift import (
     OptimizerSteps,
+    comparable_parameters,
     digests,
     first_difference,
     hyperparameters,
     is_due,
-    values_of,
 )
 
 DTYPES = [
@@ -56,7 +56,7 @@ def test_first_values_are_not_only_summed():
 
 def test_what_is_compared():
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.LazyLinear(4))
-    assert [name for name, _ in values_of(module)] == [
+    assert [name for name, _ in comparable_parameters(module)] == [
         "0.weight", "0.bias", "1.weight", "1.bias",
     ]  # fmt: skip
     optimizer = torch.optim.AdamW(module[0].parameters(), lr=torch.tensor(0.5))

@@ -48,7 +48,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         self._places: Sequence[int] | None = None  # of the index list that was cut last
         self._in_use = threading.RLock()
         self.mark = Bookmark(self._sources, self._in_order)
-        self._ranks, self._epoch_log = ranks, None if ranks is None else ranks.batches.begin()
+        self._ranks, self._epoch_log = ranks, None if ranks is None else ranks.batches.begin_epoch()
         self._begin_counting(fresh=True)
         self._after_base_seed: torch.Tensor | None = None
         self._last_next: float | None = None
@@ -169,7 +169,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
             assert self._portions is not None
             if self._iterable:  # without index lists: what was read is what can be compared
                 digest = self._portions.digest_of_samples(task)
-            self._ranks.batches.handed_out(self._epoch_log, task + 1, digest)
+            self._ranks.batches.add_batch(self._epoch_log, task + 1, digest)
 
     def progress(self) -> Progress:
         """After the batch that was handed out last; see `Bookmark.progress`."""
@@ -224,7 +224,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
                     "wrap the loader anew"
                 )
             same_epoch(loader, None)
-            self._epoch_log = None if self._ranks is None else self._ranks.batches.begin()
+            self._epoch_log = None if self._ranks is None else self._ranks.batches.begin_epoch()
         super()._reset(loader, first_iter)
         self.finished = False
         self._last_next = None

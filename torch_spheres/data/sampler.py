@@ -179,7 +179,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             )
         if self._ranks is not None:  # (negative: other numbers than those of loaders)
             self._begun += 1
-            log = self._ranks.batches.begin(-(self._number << 32) - self._begun)
+            log = self._ranks.batches.begin_epoch(-(self._number << 32) - self._begun)
         while chunk := [*islice(rows, self.batch_size)]:
             if self.drop_last and len(chunk) < self.batch_size:
                 break
@@ -187,7 +187,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             epoch.count(batch)
             if self._ranks is not None and log is not None:
                 self._ranks.note_batch(self._leaves)
-                self._ranks.batches.handed_out(log, epoch.position, epoch.digest)
+                self._ranks.batches.add_batch(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))
                 self._places = [*chain.from_iterable(ranges)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_spheres.distributed.loss_reduction import loss_problem
+from torch_spheres.distributed.loss_reduction import leads_to, loss_problem
 from torch_spheres.runtime.stack_level import users_level
 
 __all__ = ["RowLossCheck", "scale_grad", "unscale_grad"]
@@ -76,8 +76,8 @@ def unscale_grad(value: Any, total: int, dim: int = 0) -> Any:
     if _scales(node):
         return node.raw
     rows = value.shape[dim]
-    if rows == 0 or not torch.is_grad_enabled() or not _comes_from_output(node):
-        return value
+    if rows == 0 or not torch.is_grad_enabled() or node is None or not leads_to(node, _scales):
+        return value  # not computed from an output, or from one that another model has taken in
     unscaled, factor = value.view_as(value), total / rows
     unscaled.register_hook(lambda grad: grad * factor)
     return unscaled
@@ -86,17 +86,3 @@ def unscale_grad(value: Any, total: int, dim: int = 0) -> Any:
 def _scales(node: Any) -> bool:
     is_ours = type(node).__name__ == f"{_ScaleGrad.__name__}Backward"
     return is_ours and isinstance(getattr(node, "raw", None), Tensor)
-
-
-def _comes_from_output(node: Any) -> bool:
-    """Whether `scale_grad` is behind a node, with no other model in between."""
-    waiting, seen = [node], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if _scales(node):
-            return True
-        waiting.extend(following for following, _ in node.next_functions)
-    return False

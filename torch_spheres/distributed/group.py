@@ -203,8 +203,8 @@ class Ranks(Transport):
         for tensor in tensors:
             sent = tensor.detach().to(self.device).contiguous()
             with self.sending(what):
-                works = self.broadcast_async(sent)
-            self.wait(works, what)
+                work = self.broadcast_async(sent)
+            self.wait([work], what)
             if self.rank > 0:
                 tensor.copy_(sent)
 

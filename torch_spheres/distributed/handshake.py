@@ -54,7 +54,7 @@ class CheckedGather:
         short = min(len(payload), _ROOM)
         sent[_HEADER.size : _HEADER.size + short] = payload[:short]
         transport.raise_if_diverged()
-        self._table, self._works = self._send(sent)
+        self._table, self._work = self._send(sent)
 
     def finish(self, pending: Sequence[Any] = ()) -> list[Tensor]:
         """Every rank's payload, by rank.
@@ -67,7 +67,7 @@ class CheckedGather:
             BaseException: this rank has failed, and all others know.
         """
         transport, what = self._transport, self._what
-        transport.wait(self._works, what)
+        transport.wait([self._work], what)
         firsts = self._table.cpu().view(transport.world, _LENGTH)
         headers = [_HEADER.unpack_from(memoryview(first.numpy())) for first in firsts]
         sizes, failed, texts = zip(*headers, strict=True)
@@ -87,11 +87,11 @@ class CheckedGather:
         sent = torch.zeros(length, dtype=torch.uint8)
         rest = self._payload[_ROOM:]
         sent[: len(rest)] = rest
-        table, works = self._send(sent)
-        self._transport.wait(works, self._what)
+        table, work = self._send(sent)
+        self._transport.wait([work], self._what)
         return table.cpu().view(self._transport.world, length)
 
-    def _send(self, sent: Tensor) -> tuple[Tensor, list[Any]]:
+    def _send(self, sent: Tensor) -> tuple[Tensor, Any]:
         transport = self._transport
         sent = sent.to(transport.device)
         table = torch.empty(transport.world * len(sent), dtype=torch.uint8, device=sent.device)

@@ -50,8 +50,8 @@ class Transport:
 
     # ---- collectives ----
 
-    def gather_async(self, out: Tensor, given: Tensor) -> list[Any]:
-        """All-gathers `given` into `out`, by rank; returns works for `wait`.
+    def gather_async(self, out: Tensor, given: Tensor) -> Any:
+        """All-gathers `given` into `out`, by rank; returns a work for `wait`.
 
         `given` may be this rank's own slice of `out`.
         """
@@ -61,25 +61,25 @@ class Transport:
             slices = out.view(self.world, -1)
             if slices[self.rank].data_ptr() != given.data_ptr():
                 slices[self.rank].copy_(given)
-            return [self._exchange([given] * self.world, slices)]
+            return self._exchange([given] * self.world, slices)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return [self._works.keep(gather(out, given, group=self.group, async_op=True))]
+        return self._works.keep(gather(out, given, group=self.group, async_op=True))
 
-    def scatter_async(self, out: Tensor, given: Tensor) -> list[Any]:
+    def scatter_async(self, out: Tensor, given: Tensor) -> Any:
         """All-to-all: slice *r* of `given` goes to rank *r*; `out` gets every rank's slice for us.
 
-        This rank's own slice may be left out of `out`. Returns works for `wait`.
+        This rank's own slice may be left out of `out`. Returns a work for `wait`.
         """
         self.sent += given.nbytes // self.world * (self.world - 1)
         if self._is_gloo and given.nbytes >= _LARGE * self.world:
-            return [self._exchange(given.view(self.world, -1), out.view(self.world, -1))]
+            return self._exchange(given.view(self.world, -1), out.view(self.world, -1))
         work = dist.all_to_all_single(out, given, group=self.group, async_op=True)
-        return [self._works.keep(work)]
+        return self._works.keep(work)
 
-    def broadcast_async(self, tensor: Tensor) -> list[Any]:
-        """Broadcasts rank 0's `tensor` into everybody's; returns works for `wait`."""
+    def broadcast_async(self, tensor: Tensor) -> Any:
+        """Broadcasts rank 0's `tensor` into everybody's; returns a work for `wait`."""
         work = dist.broadcast(tensor, group=self.group, async_op=True, group_src=0)
-        return [self._works.keep(work)]
+        return self._works.keep(work)
 
     def _exchange(
         self, sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor] | Tensor

@@ -152,7 +152,7 @@ class TreeAllReduce:
         # In the order in which they are sent: (part, bucket).
         self._messages = list(itertools.product(range(parts), range(len(layout.buckets))))
         self._filled: set[tuple[int, int]] = set()
-        self._works: list[list[Any]] = []  # of the messages that have been sent
+        self._works: list[Any] = []  # of the messages that have been sent
         self._opening: CheckedGather | None = None
         self.is_broken = False
 
@@ -229,9 +229,8 @@ class TreeAllReduce:
                 self._send()
             if self._opening is not None:
                 self._opening.finish()
-        # The next sum uses the same memory, to which messages may be under way.
-        pending = [work for works in self._works for work in works]
-        table = ranks.gather(payload, self._what, caught, pending)
+        # After an error too, messages have to arrive: the next sum uses the same memory.
+        table = ranks.gather(payload, self._what, caught, pending=self._works)
         count = len(layout.shapes)
         has = table[:, : len(flags)].view(ranks.world, len(self._has), count)
         present = [has[:, :, i].nonzero().tolist() for i in range(count)]
@@ -259,12 +258,12 @@ class TreeAllReduce:
         """The sums of each bucket, of which each rank adds a slice."""
         ranks, what = self._ranks, self._what
         sums, gathered = [], []
-        works_of = dict(zip(self._messages, self._works, strict=True))
+        work_of = dict(zip(self._messages, self._works, strict=True))
         for b, bucket in enumerate(self._layout.buckets):
             length = bucket.slice_length(ranks.world)
             partial = {}
             for p, buffers in enumerate(self._buffers):
-                ranks.wait(works_of[p, b], what)
+                ranks.wait([work_of[p, b]], what)
                 sent, received = buffers[b]
                 for r in range(ranks.world):
                     source = sent if r == ranks.rank else received
@@ -275,8 +274,7 @@ class TreeAllReduce:
             with ranks.sending(what):
                 gathered.append(ranks.gather_async(out, mine))
             sums.append(out)
-        for works in gathered:
-            ranks.wait(works, what)
+        ranks.wait(gathered, what)
         return sums
 
     def _sum(
