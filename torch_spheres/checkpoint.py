@@ -24,22 +24,20 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from torch_spheres import _compat
 from torch_spheres.distributed.drift import (
-    comparable_parameters,
+    comparable_values,
     digest_of,
     digests,
     first_difference,
-    hyperparameters,
 )
 from torch_spheres.distributed.group import Ranks, find_ranks
 from torch_spheres.errors import DeferredError, RankError
@@ -211,18 +209,15 @@ def _need_same_values(ranks: Ranks | None, objects: Mapping[str, Any]) -> None:
     """Raises a RankError if the ranks' weights, hyperparameters or optimizer states differ."""
     if ranks is None:
         return
-    what, named = "the comparison of what is saved", dict(_comparable_values(objects))
+    what, named = "the comparison of what is saved", dict(comparable_values(objects))
     mine = digest_of(named.items())
     if len({*ranks.meet(what, [mine])[:, 0].tolist()}) == 1:
         return
     plain = {name: value for name, value in named.items() if not isinstance(value, torch.Tensor)}
     found = first_difference(ranks.objects({**digests(named.items()), **plain}, what))
     name, values = found or ("something", [])
-    shown = (
-        f" ({', '.join(f'{v!r} on rank {r}' for r, v in enumerate(values))})"
-        if name in plain
-        else ""
-    )
+    by_rank = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
+    shown = f" ({by_rank})" if name in plain else ""
     raise RankError(
         f"{name} is not the same on all ranks{shown}, of which rank 0's would be written: "
         "something of a rank's own has got in, such as a learning rate, a schedule by the loss of "
@@ -230,25 +225,6 @@ def _need_same_values(ranks: Ranks | None, objects: Mapping[str, Any]) -> None:
         "process's alone: process_group=False",
         tuple(rank for rank, value in enumerate(values) if value != values[0]),
     )
-
-
-def _comparable_values(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values that all ranks have alike, by name."""
-    for name, thing in objects.items():
-        if isinstance(thing, nn.Module):
-            for key, value in comparable_parameters(thing):
-                yield f"{name}.{key}", value
-        elif isinstance(thing, Optimizer):
-            for key, value in hyperparameters([thing]):
-                yield f"{name}: {key}", value
-            for i, state in thing.state_dict()["state"].items():
-                for key, value in state.items() if isinstance(state, dict) else ():
-                    if type(value) is torch.Tensor and value.layout is torch.strided:
-                        yield f"{name}.state[{i}].{key}", value
-        elif isinstance(thing, LRScheduler):
-            for key, value in thing.state_dict().items():
-                if isinstance(value, (bool, int, float, str)):
-                    yield f"{name}.{key}", value
 
 
 # ---- states ----

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_spheres.runtime.process_wide import is_on
 
 __all__ = [
-    "OptimizerSteps", "comparable_parameters", "digest_of", "digests", "first_difference",
-    "hyperparameters", "is_due",
+    "OptimizerSteps", "comparable_parameters", "comparable_values", "digest_of", "digests",
+    "first_difference", "hyperparameters", "is_due",
 ]  # fmt: skip
 
 _OFTEN = 64  # calls between two comparisons, once there were so many
@@ -88,6 +89,25 @@ def hyperparameters(optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Any]
                     plain, (bool, int, float, str, tuple, type(None))
                 ):
                     yield f"{key} of {type(optimizer).__name__}{of_many}, group {g}", plain
+
+
+def comparable_values(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The weights, hyperparameters and optimizer states of named objects, by a name for errors."""
+    for name, thing in objects.items():
+        if isinstance(thing, nn.Module):
+            for key, value in comparable_parameters(thing):
+                yield f"{name}.{key}", value
+        elif isinstance(thing, Optimizer):
+            for key, value in hyperparameters([thing]):
+                yield f"{name}: {key}", value
+            for i, state in thing.state_dict()["state"].items():
+                for key, value in state.items() if isinstance(state, dict) else ():
+                    if type(value) is Tensor and value.layout is torch.strided:
+                        yield f"{name}.state[{i}].{key}", value
+        elif isinstance(thing, LRScheduler):
+            for key, value in thing.state_dict().items():
+                if isinstance(value, (bool, int, float, str)):
+                    yield f"{name}.{key}", value
 
 
 def first_difference(tables: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]] | None:
