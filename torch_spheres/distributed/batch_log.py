@@ -125,9 +125,7 @@ class BatchLog:
                 "batches from the same ones, in the same order"
             )
         for number in sorted(set().union(*by_rank)):
-            there = {
-                rank: epochs[number] for rank, epochs in enumerate(by_rank) if number in epochs
-            }
+            there = {r: epochs[number] for r, epochs in enumerate(by_rank) if number in epochs}
             if wrong := _compare_epoch(there):
                 return wrong
         return None
@@ -148,10 +146,8 @@ def _compare_epoch(there: dict[int, Sequence[int]]) -> str | None:
     # Those of the last batch that all ranks have had.
     digests = {rank: integers[-1 - (integers[0] - least)] for rank, integers in there.items()}
     if len({*digests.values()} - {-1}) > 1:
-        kinds = {
-            digest: [r for r, d in digests.items() if d == digest] for digest in digests.values()
-        }
-        shown = " and ".join(f"ranks {ranks}" for ranks in kinds.values())
+        ranks_of = {d: [r for r in digests if digests[r] == d] for d in digests.values()}
+        shown = " and ".join(f"ranks {ranks}" for ranks in ranks_of.values())
         return (
             f"the index lists of batch {least - 1} of an epoch, or of one before it, differ "
             f"between {shown}, so that rows would be used twice and others never: shuffle by "

@@ -30,6 +30,7 @@ __all__ = [
 _OFTEN = 64  # calls between two comparisons, once there were so many
 _SMALL = 1 << 14  # bytes of a tensor that go into a checksum of their order
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size
+_SETTINGS = (bool, int, float, str, tuple, type(None))  # types of compared hyperparameters
 _PLAIN = (Tensor, nn.Parameter)  # subclasses may be shards, or compute their values
 
 
@@ -85,9 +86,7 @@ def hyperparameters(optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Any]
         for g, group in enumerate(optimizer.param_groups):
             for key, value in sorted(group.items()):
                 plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-                if key != "params" and isinstance(
-                    plain, (bool, int, float, str, tuple, type(None))
-                ):
+                if key != "params" and isinstance(plain, _SETTINGS):
                     yield f"{key} of {type(optimizer).__name__}{of_many}, group {g}", plain
 
 

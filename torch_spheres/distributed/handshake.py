@@ -39,11 +39,7 @@ class CheckedGather:
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        what: str,
-        payload: Tensor,
-        caught: DeferredError | None = None,
+        self, transport: Transport, what: str, payload: Tensor, caught: DeferredError | None = None
     ) -> None:
         self._transport, self._what, self._payload = transport, what, payload
         self._caught = caught or DeferredError()
@@ -120,11 +116,8 @@ def raise_errors(transport: Transport, what: str, caught: DeferredError) -> NoRe
         BaseException: this rank has one.
     """
     own = None if caught.error is None else f"{type(caught.error).__name__}: {caught.error}"
-    failed = {
-        rank: text
-        for rank, text in enumerate(gather_objects(transport, own, what))
-        if text is not None
-    }
+    everybody = enumerate(gather_objects(transport, own, what))
+    failed = {rank: text for rank, text in everybody if text is not None}
     caught.raise_if_any()
     texts = "; ".join(f"rank {r} of {transport.world}: {text}" for r, text in failed.items())
     raise RankError(f"{what} failed on {texts}", tuple(failed))
