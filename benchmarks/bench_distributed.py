@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_spheres as ts
 from torch_spheres.distributed.group import find_ranks
-from torch_spheres.distributed.tree_all_reduce import Exchange, Layout
-from torch_spheres.errors import Caught
+from torch_spheres.distributed.tree_all_reduce import BucketLayout, TreeAllReduce
+from torch_spheres.errors import DeferredError
 
 DDP, LOOP, BY_SHARD = "DDP", "the loop as it was", "forward_backward"
 STEP_TARGET = 1 / 1.15  # DDP's time by ours
@@ -100,13 +100,13 @@ def exchanges(count: int) -> tuple[dict[str, Callable[[], object]], Callable[[],
     assert ranks is not None
     division = ranks.divide(12)
     parts = [[torch.randn(count)] for _ in division.parts[ranks.rank]]
-    layout, whole = Layout(parts[0]), torch.randn(count)
+    layout, whole = BucketLayout(parts[0]), torch.randn(count)
 
     def exact() -> None:
-        exchange = Exchange(ranks, division, layout, "benchmark")
+        exchange = TreeAllReduce(ranks, division, layout, "benchmark")
         for p, sums in enumerate(parts):
-            exchange.give(p, [[total] for total in sums])
-        exchange.finish(Caught())
+            exchange.add_part(p, [[total] for total in sums])
+        exchange.finish(DeferredError())
 
     def sent() -> int:
         before = ranks.sent

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import torch_spheres as ts
-from torch_spheres.distributed import group
+from torch_spheres.distributed import failures
 from torch_spheres.distributed.group import find_ranks
 
 LOSSES = ("killed, big", "killed", "hangs", "raises")  # of a rank
@@ -222,7 +222,7 @@ def loses_a_rank(how, spheres, limit):
     dist.broadcast(lost, 1)
     # The timeout is for what comes now: connecting and the first step take what they take.
     dist.distributed_c10d._set_pg_timeout(limit)
-    group._ROLL_CALL = 8.0  # nor is a rank lost that has no core for a while
+    failures._ROLL_CALL = 8.0  # nor is a rank lost that has no core for a while
     if how == "killed, big":
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)

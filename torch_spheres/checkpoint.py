@@ -1,5 +1,7 @@
 """Checkpoints: what a training needs to go on with the same bits, in a file that is always whole.
 
+For users, of anything that has a ``state_dict()``:
+
 ::
 
     parts = {"model": model, "optimizer": optimizer, "loader": loader}
@@ -22,25 +24,23 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from torch_spheres import _compat
 from torch_spheres.distributed.drift import (
+    comparable_values,
     digest_of,
     digests,
     first_difference,
-    hyperparameters,
-    values_of,
 )
 from torch_spheres.distributed.group import Ranks, find_ranks
-from torch_spheres.errors import Caught, RankError
+from torch_spheres.errors import DeferredError, RankError
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.rng import random_states, restore_random_states
 
@@ -52,10 +52,11 @@ _FORMAT = "torch_spheres_checkpoint"  # a key whose value is the version
 
 
 def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
-    """The objects' states, the random states and the step: tensors and plain values.
+    """The objects' states, the random states and the step, as a dict of tensors and plain values.
 
-    For `torch.save`, `torch.distributed.checkpoint` or a file of your own; other keys may be added.
-    As in any ``state_dict()`` the tensors are the objects' own: to keep them, ``copy.deepcopy``.
+    The dict is for `torch.save`, `torch.distributed.checkpoint` or a file of your own; you may add
+    other keys. Its tensors are the objects' own, as in any ``state_dict()``: ``copy.deepcopy`` it
+    to keep it.
 
     Args:
         step: how many steps have been done.
@@ -63,8 +64,8 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
             schedulers, a ``GradScaler``, a wrapped loader, a sampler; each by a name of its own.
 
     Returns:
-        With the states of Python's and numpy's generators, and of torch's default one (the CPU's,
-        from which all that `SphereParallel` draws is derived).
+        The objects' states, and those of Python's, numpy's and torch's default generator (the
+        CPU's, from which `SphereParallel` derives all it draws).
 
     Raises:
         TypeError: an object has no state, or a sharded one that is not a model's; or `step` is no
@@ -72,8 +73,8 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
     """
     _compat.require(_compat.CHECKPOINT)
     _need_states(objects)
-    # torch.distributed.checkpoint loses empty dicts, and makes keys strings; a tuple is one value
-    # to it. It has to see inside of models, whose shards it saves.
+    # torch.distributed.checkpoint loses empty dicts and makes keys strings, but not in a tuple,
+    # which is one value to it. Models stay bare, since it saves their shards.
     parts = {
         name: thing.state_dict() if isinstance(thing, nn.Module) else (thing.state_dict(),)
         for name, thing in objects.items()
@@ -84,15 +85,22 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
 
 
 def restore_checkpoint_state(state: Mapping[str, Any], /, **objects: Any) -> int:
-    """Has the objects and the random generators go on from a `checkpoint_state`; returns its step.
+    """Loads a `checkpoint_state` into the objects and the random generators.
 
     Loaders, schedulers and the like are loaded first, then models, then optimizers, then the random
     states. The state can be used again.
 
+    Args:
+        state: from `checkpoint_state`.
+        objects: as of `checkpoint_state`, by the same names.
+
+    Returns:
+        The step.
+
     Raises:
         TypeError: an object has no ``load_state_dict()``.
-        ValueError: it is no such state, it has other names, a model's parameters or an optimizer's
-            groups are others. Nothing has been changed.
+        ValueError: `state` is no such state, has other names, or does not fit a model's parameters
+            or an optimizer's groups. Nothing has been changed.
     """
     _check(state, objects)
     # Models copy into their parameters, but optimizers would train on the state's own tensors.
@@ -106,16 +114,16 @@ def restore_checkpoint_state(state: Mapping[str, Any], /, **objects: Any) -> int
 def save_checkpoint(
     path: StrPath, /, *, step: int = 0, process_group: Any = None, **objects: Any
 ) -> None:
-    """Writes a `checkpoint_state`; when it returns, the file is on the disk.
+    """Writes a `checkpoint_state` to a file; when the function returns, it is on the disk.
 
-    It is written beside the old file, as ``.NAME.*.tmp``, and then takes its place: whoever reads
-    it, and whenever the writer is killed, there is a whole one.
+    The new file is written beside the old one, as ``.NAME.*.tmp``, and then replaces it. So readers
+    see a whole file at any time, also if the writer is killed.
 
     With torch.distributed all ranks call it, with the same state, and rank 0 writes its own. All
     return when it is written, which must not take longer than the group's timeout.
 
     Args:
-        path: a file, which is replaced. Its folder is made if it is missing.
+        path: of the file. Its folder is made if it is missing.
         step: how many steps have been done.
         process_group: None: torch's default group, if there is one. False: no other process.
         objects: as of `checkpoint_state`.
@@ -123,15 +131,15 @@ def save_checkpoint(
     Raises:
         TypeError: an object has no state, one that ``torch.load(weights_only=True)`` would refuse,
             or one that is sharded over processes.
-        OSError: it cannot be written; the old file is as it was.
+        OSError: the file cannot be written; the old one is as it was.
         RankError: another rank has failed, is at another step, or has other values.
     """
     ranks = find_ranks(process_group)
-    state, marks = _together(ranks, "saving", lambda: checkpoint_state(step=step, **objects))
+    state, marks = _on_all_ranks(ranks, "saving", lambda: checkpoint_state(step=step, **objects))
     _need_same([step for step, _ in marks], "the ranks are at different steps")
     _need_same_values(ranks, objects)
     first = ranks is None or ranks.rank == 0
-    _together(ranks, "saving", lambda: _write(os.fspath(path), state) if first else None)
+    _on_all_ranks(ranks, "saving", lambda: _write(os.fspath(path), state) if first else None)
     if first and any(mark != marks[0] for mark in marks):
         text = "the ranks' random states differ: when this is loaded, all go on with rank 0's"
         warnings.warn(text, UserWarning, stacklevel=2)
@@ -140,73 +148,76 @@ def save_checkpoint(
 def load_checkpoint(path: StrPath, /, *, process_group: Any = None, **objects: Any) -> int | None:
     """Restores what `save_checkpoint` has written, in any number of processes.
 
-    With torch.distributed all ranks call it, and each reads the file. Arguments are those of
-    `save_checkpoint`, by the same names.
+    With torch.distributed all ranks call it, and each reads the file.
+
+    Args:
+        path: of the file.
+        process_group: as of `save_checkpoint`.
+        objects: as of `save_checkpoint`, by the same names.
 
     Returns:
         The step; None if there is no file.
 
     Raises:
         TypeError: an object has no ``load_state_dict()``.
-        ValueError: the file is no whole checkpoint; or as `restore_checkpoint_state`.
+        ValueError: the file is no whole checkpoint, or does not fit, as in
+            `restore_checkpoint_state`.
         RankError: another rank has failed, or does not see the same file.
     """
     ranks = find_ranks(process_group)
-    state, marks = _together(ranks, "loading", lambda: _read(Path(path), objects))
+    state, marks = _on_all_ranks(ranks, "loading", lambda: _read(Path(path), objects))
     _need_same(
         marks,
         "the ranks see different files, of other steps and random states (-1: none); are they in "
         "a folder that all share?",
     )
     if state is not None:
-        _together(ranks, "loading", lambda: _restore(state, objects))
+        _on_all_ranks(ranks, "loading", lambda: _restore(state, objects))
     return None if state is None else int(state["step"])
 
 
 # ---- several processes ----
 
 
-def _together(ranks: Ranks | None, doing: str, work: Callable[[], T]) -> tuple[T, list[Any]]:
-    """What `work` returns; where it raises on one rank, all raise. And the marks of all ranks'."""
-    # Not by the file's name, which may differ: folders are mounted anywhere.
+def _on_all_ranks(ranks: Ranks | None, doing: str, work: Callable[[], T]) -> tuple[T, list[Any]]:
+    """What `work` returns, and all ranks' marks; an error of one rank is raised on all."""
+    # Without the file's path, which may differ between hosts.
     what = f"{doing} a checkpoint"
     try:
         value = work()
     except BaseException as error:
         if ranks is not None:
-            ranks.meet(what, _mark(None), Caught(error))  # raises it, when all know
+            ranks.meet(what, _mark(None), DeferredError(error))  # raises it when all know
         raise
     return value, [_mark(value)] if ranks is None else ranks.meet(what, _mark(value)).tolist()
 
 
 def _mark(state: Any) -> list[int]:
-    """What tells checkpoints apart: the step, and torch's random state; -1 where there is none."""
+    """The step and a checksum of torch's random state, to tell checkpoints apart; -1: none."""
     if not isinstance(state, Mapping):
         return [-1, 0]
     return [state["step"], zlib.crc32(state["random"]["torch"].numpy())]
 
 
 def _need_same(marks: list[Any], otherwise: str) -> None:
+    """Raises a RankError that says `otherwise` if the ranks' marks differ."""
     if others := tuple(rank for rank, mark in enumerate(marks) if mark != marks[0]):
         raise RankError(f"{otherwise} (by rank: {', '.join(map(str, marks))})", others)
 
 
 def _need_same_values(ranks: Ranks | None, objects: Mapping[str, Any]) -> None:
-    """Whether rank 0 would write what all have: weights, hyperparameters, optimizer states."""
+    """Raises a RankError if the ranks' weights, hyperparameters or optimizer states differ."""
     if ranks is None:
         return
-    what, named = "the comparison of what is saved", dict(_values(objects))
+    what, named = "the comparison of what is saved", dict(comparable_values(objects))
     mine = digest_of(named.items())
     if len({*ranks.meet(what, [mine])[:, 0].tolist()}) == 1:
         return
     plain = {name: value for name, value in named.items() if not isinstance(value, torch.Tensor)}
     found = first_difference(ranks.objects({**digests(named.items()), **plain}, what))
     name, values = found or ("something", [])
-    shown = (
-        f" ({', '.join(f'{v!r} on rank {r}' for r, v in enumerate(values))})"
-        if name in plain
-        else ""
-    )
+    by_rank = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
+    shown = f" ({by_rank})" if name in plain else ""
     raise RankError(
         f"{name} is not the same on all ranks{shown}, of which rank 0's would be written: "
         "something of a rank's own has got in, such as a learning rate, a schedule by the loss of "
@@ -214,24 +225,6 @@ def _need_same_values(ranks: Ranks | None, objects: Mapping[str, Any]) -> None:
         "process's alone: process_group=False",
         tuple(rank for rank, value in enumerate(values) if value != values[0]),
     )
-
-
-def _values(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, thing in objects.items():
-        if isinstance(thing, nn.Module):
-            for key, value in values_of(thing):
-                yield f"{name}.{key}", value
-        elif isinstance(thing, Optimizer):
-            for key, value in hyperparameters([thing]):
-                yield f"{name}: {key}", value
-            for i, state in thing.state_dict()["state"].items():
-                for key, value in state.items() if isinstance(state, dict) else ():
-                    if type(value) is torch.Tensor and value.layout is torch.strided:
-                        yield f"{name}.state[{i}].{key}", value
-        elif isinstance(thing, LRScheduler):
-            for key, value in thing.state_dict().items():
-                if isinstance(value, (bool, int, float, str)):
-                    yield f"{name}.{key}", value
 
 
 # ---- states ----
@@ -247,7 +240,7 @@ def _need_states(objects: Mapping[str, Any]) -> None:
 
 
 def _refuse_sharded(parts: Mapping[str, Any]) -> None:
-    tensors: Any = sys.modules.get("torch.distributed.tensor")  # not there: nor any of them
+    tensors: Any = sys.modules.get("torch.distributed.tensor")  # None: there is no DTensor
     for name, part in parts.items() if tensors else ():
         if any(isinstance(v, tensors.DTensor) for v in _compat.pytree.tree_leaves(part)):
             raise TypeError(
@@ -258,7 +251,7 @@ def _refuse_sharded(parts: Mapping[str, Any]) -> None:
 
 
 def _check(state: Any, objects: Mapping[str, Any]) -> None:
-    """Everything that can be known before anything is changed."""
+    """Raises whatever error can be known before anything is changed."""
     _compat.require(_compat.CHECKPOINT)
     if not isinstance(state, Mapping) or state.get(_FORMAT) != 1:
         what = list(state)[:8] if isinstance(state, Mapping) else type(state).__name__
@@ -274,13 +267,16 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 
 
 def _misfit(thing: Any, saved: Any) -> str:
-    """Why what torch loads in part, or as it is, does not fit; classes of yours know better."""
+    """Why a state does not fit; of modules and optimizers that load it by torch's methods.
+
+    Torch loads part of a state that does not fit before it raises, or takes it as it is.
+    """
     own = type(thing).state_dict, type(thing).load_state_dict
     if isinstance(thing, nn.Module) and all(map(_is_known, own)):
-        here: Any = thing.state_dict(keep_vars=True)
-        if names := sorted(here.keys() ^ saved.keys()):
+        values = thing.state_dict(keep_vars=True)
+        if names := sorted(values.keys() ^ saved.keys()):
             return f"only one of them has {', '.join(names[:4])} (of {len(names)} in all)"
-        for name, value in here.items():  # (buffers may be resized by who loads them)
+        for name, value in values.items():  # (loading may resize buffers)
             known = isinstance(value, nn.Parameter) and not nn.parameter.is_lazy(value)
             if known and value.shape != saved[name].shape:
                 return f"{name} is {(*saved[name].shape,)} there, and {(*value.shape,)} here"
@@ -295,12 +291,13 @@ def _misfit(thing: Any, saved: Any) -> str:
 
 
 def _is_known(method: Any) -> bool:
-    """Whether it is torch's or ours, and not a class's own idea of its state."""
+    """Whether a method is torch's or ours, and not of a user's class."""
     return method.__module__.partition(".")[0] in ("torch", "torch_spheres")
 
 
 def _restore(state: Mapping[str, Any], objects: Mapping[str, Any]) -> int:
-    # Those first that may refuse; torch wants schedulers to come before optimizers.
+    """Loads a checked state; returns the step."""
+    # First the objects that may refuse; torch wants schedulers to come before optimizers.
     kinds = {n: (isinstance(o, Optimizer), isinstance(o, nn.Module)) for n, o in objects.items()}
     for name in sorted(objects, key=kinds.__getitem__):
         try:
@@ -313,6 +310,7 @@ def _restore(state: Mapping[str, Any], objects: Mapping[str, Any]) -> int:
 
 
 def _unpacked(state: Mapping[str, Any], name: str) -> Any:
+    """The object's ``state_dict``, out of the tuple that `checkpoint_state` puts it in."""
     part = state["objects"][name]
     return part[0] if isinstance(part, tuple) else part
 
@@ -321,15 +319,16 @@ def _unpacked(state: Mapping[str, Any], name: str) -> Any:
 
 
 def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A file's state, checked against the objects; None if there is no file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
     with file:
-        try:  # (to the CPU: who loads a state takes it to its own device)
+        try:  # (to the CPU: each object loads it to its own device)
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            # (Whatever pickle and zip files make of bytes that are none of theirs.)
+            # (pickle and zipfile raise all kinds of errors for broken bytes.)
             raise ValueError(
                 f"{path} is no whole checkpoint; was it copied in part, or written by something "
                 f"else than save_checkpoint? ({type(error).__name__})"
@@ -342,6 +341,7 @@ def _read(path: Path, objects: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(name: str, state: Any) -> None:
+    """Replaces the file `name` by a state, in one step that readers see."""
     path = Path(name)
     if path.is_dir() or name.endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, not a folder", name)
@@ -349,7 +349,7 @@ def _write(name: str, state: Any) -> None:
         raise OSError(errno.EINVAL, "a checkpoint would replace what is no file (a device?)", name)
     _refuse_sharded(state["objects"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    # (Not by `tempfile`, whose files are for their owner alone.)
+    # (Not by `tempfile`, whose files only their owner may read.)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -365,7 +365,7 @@ def _write(name: str, state: Any) -> None:
             shutil.copymode(path, temporary)
         temporary.replace(path)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # which torch's writer hides
+        if isinstance(error.__context__, OSError):  # hidden by torch's writer
             raise error.__context__ from None
         raise
     finally:

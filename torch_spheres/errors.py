@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch_spheres._core import StoppedError
 
-__all__ = ["Caught", "RankError", "StoppedError"]
+__all__ = ["DeferredError", "RankError", "StoppedError"]
 
 
 class RankError(RuntimeError):
-    """Another process of the training has failed, died, or does not come to a meeting.
+    """Another process of the training has failed, died, or does something else than this one.
 
     Attributes:
-        ranks: those that it is about, in the process group.
+        ranks: the processes that it is about, by their ranks in the process group.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -19,17 +19,19 @@ class RankError(RuntimeError):
         self.ranks = ranks
 
 
-class Caught:
-    """An exception that is raised once all ranks know of it.
+class DeferredError:
+    """Context that catches an exception, to be raised when all ranks know of it.
 
-    ``with Caught() as caught:`` keeps the block's. It is let go when it is raised: its traceback
-    owns the frames, and what these hold would be a cycle.
+    Raising it drops it: its traceback refers to frames, which would refer to it in a cycle.
+
+    Attributes:
+        error: what was caught; None if nothing was.
     """
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
-    def __enter__(self) -> Caught:
+    def __enter__(self) -> DeferredError:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:

@@ -1,4 +1,4 @@
-"""`prepare`: puts a model, its optimizer and its loader on the spheres in one line."""
+"""`prepare`: has a model, its optimizer and its loader run on the spheres, in one line."""
 
 from __future__ import annotations
 
@@ -30,20 +30,25 @@ def prepare(
     process_group: ProcessGroup | bool | None = None,
     shards: int | None = None,
 ) -> tuple[SphereParallel, Optimizer, SphereLoader[T]]:
-    """``model, optimizer, loader = ts.prepare(model, optimizer, loader)``, and the loop stays.
+    """Has a model, its optimizer and its loader run on the spheres; the loop stays as it is.
+
+    ``model, optimizer, loader = ts.prepare(model, optimizer, loader)``
 
     Args:
         model: becomes a `SphereParallel`; its parameters stay the same objects.
         optimizer: of the model's parameters; gets a `GradientHook` that lives as long as it does.
-        loader: is wrapped, see `wrap`; one that is wrapped already stays as it is.
-        spheres: who runs the shards; None makes a `KissingSpheres` of two levels, which is
+        loader: is wrapped by `wrap`, unless it is wrapped already.
+        spheres: that run the shards; None makes a `KissingSpheres` of two levels, which is
             ``model.spheres``.
         reproducible: as of `SphereParallel`.
-        process_group: who shares each batch, as of `SphereParallel` and `wrap`.
+        process_group: that shares each batch, as of `SphereParallel` and `wrap`.
         shards: into how many a batch is cut, as of `SphereParallel` and `wrap`.
 
+    Returns:
+        The `SphereParallel`, the optimizer itself, and the `SphereLoader`.
+
     Raises:
-        TypeError: an argument is of another kind.
+        TypeError: an argument has another type.
         ValueError: the optimizer has none of the model's parameters, so that it would never see a
             gradient.
     """

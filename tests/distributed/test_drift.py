@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from torch_spheres.distributed.drift import (
-    Steps,
+    OptimizerSteps,
+    comparable_parameters,
     digests,
     first_difference,
     hyperparameters,
     is_due,
-    values_of,
 )
 
 DTYPES = [
@@ -56,7 +56,7 @@ def test_first_values_are_not_only_summed():
 
 def test_what_is_compared():
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.LazyLinear(4))
-    assert [name for name, _ in values_of(module)] == [
+    assert [name for name, _ in comparable_parameters(module)] == [
         "0.weight", "0.bias", "1.weight", "1.bias",
     ]  # fmt: skip
     optimizer = torch.optim.AdamW(module[0].parameters(), lr=torch.tensor(0.5))
@@ -78,7 +78,7 @@ def test_when_values_are_compared():
 
 def test_steps_of_the_optimizers_of_a_module():
     module, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    steps = Steps(module)
+    steps = OptimizerSteps(module)
     mine, both = (
         torch.optim.SGD(module.parameters()),
         torch.optim.SGD([*module.parameters(), *other.parameters()]),

@@ -135,7 +135,7 @@ class SphereLoader(DataLoader[T]):
         return LoaderConfig(
             loader=self,
             spheres=self.spheres,
-            ranks=self._membership.look(self._sphere_shards),
+            ranks=self._membership.current_ranks(self._sphere_shards),
             meter=self._meter,
             device=self._sphere_device,
             shards=self._sphere_shards,

@@ -18,7 +18,7 @@ from torch_spheres.data.empty_slice import EmptySlice, without_rows
 from torch_spheres.data.loader_config import LoaderConfig, dataset_length
 from torch_spheres.data.resume import LoaderState
 from torch_spheres.data.worker_info import current_batch
-from torch_spheres.distributed.group import Ranks, draw_alone
+from torch_spheres.distributed.group import Ranks, note_local_epoch
 from torch_spheres.runtime.stack_level import users_level
 
 __all__ = ["RankSlice", "sync_epoch"]
@@ -34,7 +34,7 @@ def sync_epoch(config: LoaderConfig, resumed: LoaderState | None) -> None:
     """
     ranks, loader = config.ranks, config.loader
     if ranks is None:
-        draw_alone()
+        note_local_epoch()
         return
     resumed_crc = None
     if resumed is not None:
@@ -58,8 +58,8 @@ def sync_epoch(config: LoaderConfig, resumed: LoaderState | None) -> None:
             _refuse_epoch(ranks, name, values)
     if len({*counts}) == 1 and len({*digests}) > 1:
         _refuse_epoch(ranks, "the checksum of the batches before it", digests)
-    if len({*listed}) > 1 and not ranks.told_of_lists:
-        ranks.told_of_lists = True
+    if len({*listed}) > 1 and not ranks.has_warned_of_lists:
+        ranks.has_warned_of_lists = True
         warnings.warn(
             f"the lists on the ranks' {type(loader.dataset).__name__} are not the same, or not in "
             "the same order (such as files as os.listdir() gives them, or names from a set): each "
@@ -70,7 +70,7 @@ def sync_epoch(config: LoaderConfig, resumed: LoaderState | None) -> None:
     own = loader.generator
     states = [torch.get_rng_state(), *([] if own is None else [own.get_state()])]
     first = ranks.gather(torch.cat(states), "the beginning of an epoch")[0]
-    ranks.draws_alone = False
+    ranks.drew_alone = False
     if ranks.rank > 0:
         torch.set_rng_state(first[: len(states[0])].clone())
         if own is not None:
@@ -106,7 +106,7 @@ class RankSlice:
 
     def begin_epoch(self) -> None:
         """Begins a new epoch in the ranks' batch log."""
-        self._log = self._ranks.batches.begin()
+        self._log = self._ranks.batches.begin_epoch()
 
     def select(self, batch: Sequence[Any]) -> tuple[list[Any], list[int]]:
         """The rank's part of a batch's indices or samples, and its row numbers in the batch."""
@@ -127,7 +127,7 @@ class RankSlice:
 
         None: an iterable dataset has no index lists, so that its samples are compared.
         """
-        self._ranks.loaded(self._shards)
+        self._ranks.note_batch(self._shards)
         if digest is None:
             digest = self._digests.pop(number, -1)
-        self._ranks.batches.handed_out(self._log, number + 1, digest)
+        self._ranks.batches.add_batch(self._log, number + 1, digest)

@@ -216,21 +216,21 @@ class SphereBatchSampler(Sampler[list[int]]):
         self._current = epoch
         ranks, log = self._ranks, None
         if ranks is not None:
-            if not ranks.is_there():
+            if not ranks.exists():
                 raise RuntimeError(
                     "the process group that this sampler divides batches over was destroyed; make "
                     "the sampler anew, after init_process_group()"
                 )
             self._epochs_begun += 1  # (negative: loaders' epochs have positive numbers)
-            log = ranks.batches.begin(-(self._log_number << 32) - self._epochs_begun)
+            log = ranks.batches.begin_epoch(-(self._log_number << 32) - self._epochs_begun)
         while chunk := [*islice(rows, self.batch_size)]:
             if self.drop_last and len(chunk) < self.batch_size:
                 break
             batch = _as_ints(chunk)
             epoch.count(batch)
             if ranks is not None and log is not None:
-                ranks.loaded(self._shards)
-                ranks.batches.handed_out(log, epoch.position, epoch.digest)
+                ranks.note_batch(self._shards)
+                ranks.batches.add_batch(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))
                 self.latest_slice = BatchSlice(batch, [*chain.from_iterable(ranges)])

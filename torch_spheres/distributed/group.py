@@ -1,16 +1,15 @@
-"""Processes that share a batch, and how they talk. Who has which rows: see division.py."""
+"""`Ranks`: the processes that share each batch, and what they tell each other.
+
+Loaders, models, metrics and checkpoints get it from `find_ranks`. Which rank has which rows is in
+reduction/partition.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import itertools
-import pickle
-import time
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,30 +18,24 @@ from torch import Tensor
 
 from torch_spheres import _compat
 from torch_spheres.distributed.batch_log import BatchLog
-from torch_spheres.distributed.failures import leave_last_words
-from torch_spheres.distributed.handshake import Meeting
-from torch_spheres.distributed.p2p import Swap, Works
-from torch_spheres.errors import Caught, RankError
+from torch_spheres.distributed.failures import RollCall, leave_last_words
+from torch_spheres.distributed.handshake import CheckedGather, gather_objects, raise_errors
+from torch_spheres.distributed.transport import ProcessGroup, Transport
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.partition import Division, divide, tree_leaves, way_out
 
-__all__ = ["ProcessGroup", "Ranks", "draw_alone", "find_ranks", "this_rank"]
-
-ProcessGroup = Any  # torch's class is not there in builds without torch.distributed
-_LOOK = datetime.timedelta(milliseconds=100)  # between two looks for Ctrl-C
-_LARGE = 256 << 10  # bytes of a message from which on what it takes is its length
-_TAGS = 1 << 20  # of messages that may be under way at once
-_ROLL_CALL = 3.0  # seconds in which a rank that waits as we do says so
+__all__ = ["ProcessGroup", "Ranks", "find_ranks", "note_local_epoch", "this_rank"]
 
 
 def this_rank(process_group: ProcessGroup | bool | None) -> tuple[int, int]:
-    """The rank of this process in a group, and how many there are; alone, 0 of 1.
+    """The rank of this process in a group, and the group's size; (0, 1) for a process alone.
 
     Args:
         process_group: None: torch's default group, if there is one. False: no other process.
 
     Raises:
-        TypeError: it is no process group.
-        ValueError: this process is not in it, or there are no groups without torch.distributed.
+        TypeError: `process_group` is no process group.
+        ValueError: this process is not in it, or torch.distributed is not initialised.
     """
     if process_group is False:
         return 0, 1
@@ -64,7 +57,9 @@ def this_rank(process_group: ProcessGroup | bool | None) -> tuple[int, int]:
 
 
 def find_ranks(process_group: ProcessGroup | bool | None, shards: int = 0) -> Ranks | None:
-    """The ranks that a batch is divided over; None if this process has it alone.
+    """The ranks that share each batch; None if this process has batches alone.
+
+    All parts of a program get the same object for a group: they send in one order on all ranks.
 
     Args:
         process_group: as of `this_rank`.
@@ -72,7 +67,7 @@ def find_ranks(process_group: ProcessGroup | bool | None, shards: int = 0) -> Ra
             fewer; 0: any number of ranks will do.
 
     Raises:
-        TypeError: it is no process group.
+        TypeError: `process_group` is no process group.
         ValueError: this process is not in it, or its size does not divide the shards.
     """
     _, world = this_rank(process_group)
@@ -84,67 +79,54 @@ def find_ranks(process_group: ProcessGroup | bool | None, shards: int = 0) -> Ra
             f"{world} processes cannot share the {what} ({shards}) evenly: "
             f"{way_out(world, shards)}, or choose so many by process_group="
         )
-    # One for all parts of a program: they talk in the same order on all ranks.
     group = dist.group.WORLD if process_group is None else process_group
-    known = _live.get(group)
+    known = _by_group.get(group)
     if known is None:
-        known = _live[group] = Ranks(process_group)
+        known = _by_group[group] = Ranks(process_group)
     return known
 
 
-def draw_alone() -> None:
-    """A loader of this process alone begins an epoch, which draws from the default generator."""
-    for ranks in list(_live.values()):
-        ranks.draws_alone, ranks.loads_portions = True, False
+def note_local_epoch() -> None:
+    """Notes that a loader of this process alone begins an epoch.
+
+    It draws a seed from torch's default generator, whose state may then differ between ranks.
+    """
+    for ranks in list(_by_group.values()):
+        ranks.drew_alone, ranks.has_own_rows = True, False
 
 
-class Ranks:
-    """One process among those that share a batch, and how they talk.
+class Ranks(Transport):
+    """The ranks of one process group; all call each method that sends, in the same order.
 
-    Every method that talks is called by all ranks, in the same order; none waits for ever: not
-    longer than the group's timeout, and Ctrl-C is answered.
+    Attributes:
+        batches: that loaders have handed out in this process.
+        drew_alone: whether a loader of this process alone has begun an epoch since the last
+            epoch of all ranks.
+        has_own_rows: whether the last batch that a loader handed out was this rank's part of one.
+        models: numbers for models that share their batches, the same on all ranks.
+        samplers: numbers for samplers.
+        has_warned_of_rng: whether the ranks' random states were warned of.
+        has_warned_of_lists: whether the datasets' lists were warned of.
     """
 
     def __init__(self, group: ProcessGroup | None) -> None:
-        self.group = group
         _compat.require(_compat.RANKS)
-        self.rank, self.world = this_rank(group)
-        self._is_gloo, self.device = _backend_of(group)
-        self.told = self.told_of_lists = False  # warnings, once
-        self.batches = BatchLog()  # that loaders have handed out
-        self.draws_alone = False  # a loader of this process alone, since an epoch began
-        self.loads_portions = False  # whether the last batch was this rank's part of one
-        self._loads_for = 0  # leaves of the loader that handed it out
-        self.models = itertools.count(1)  # that share their batches
-        self.samplers = itertools.count(1)
-        self.sent = 0  # bytes of tensors that this rank has sent to others
-        self._whole = weakref.ref(dist.group.WORLD if group is None else group)
-        name = getattr(self._whole(), "group_name", "")
-        _made[name] += 1  # (a later group may have the name, and the store, of an earlier one)
-        self._name = f"torch_spheres/{name}/{_made[name]}"
-        self._meetings = itertools.count()
-        self._swaps = 0
-        self._works = Works()
-        self._parted: tuple[str, tuple[int, ...]] | None = None
-        leave_last_words(_live_ranks)
+        rank, world = this_rank(group)
+        self._torch_group = weakref.ref(dist.group.WORLD if group is None else group)
+        name = getattr(self._torch_group(), "group_name", "")
+        _made[name] += 1  # a later group may have the name, and the store, of an earlier one
+        super().__init__(group, rank, world, f"torch_spheres/{name}/{_made[name]}")
+        self.batches = BatchLog()
+        self.drew_alone = self.has_own_rows = False
+        self._loader_shards = 0  # of the loader that handed out the last batch
+        self.models, self.samplers = itertools.count(1), itertools.count(1)
+        self.has_warned_of_rng = self.has_warned_of_lists = False
+        leave_last_words(_live_roll_calls)
 
-    def loaded(self, leaves: int) -> None:
-        """A loader that divides over so many leaves has handed out this rank's part of a batch."""
-        global _latest
-        self.loads_portions, self._loads_for = True, leaves
-        _latest = weakref.ref(self)
-
-    @staticmethod
-    def take_latest_loader() -> tuple[Ranks, int] | None:
-        """Who shared the last batch, and over how many leaves; None: there was none since."""
-        global _latest
-        ranks, _latest = None if _latest is None else _latest(), None
-        return None if ranks is None or not ranks.is_there() else (ranks, ranks._loads_for)
-
-    def is_there(self) -> bool:
-        """Whether the group has not been destroyed."""
+    def exists(self) -> bool:
+        """Whether the process group has not been destroyed."""
         if self.group is None:
-            return dist.is_initialized() and dist.group.WORLD is self._whole()
+            return dist.is_initialized() and dist.group.WORLD is self._torch_group()
         try:
             return dist.get_rank(self.group) >= 0
         except (ValueError, RuntimeError):
@@ -154,219 +136,85 @@ class Ranks:
         """Which of so many shards each rank owns."""
         return divide(self.world, shards)
 
-    # ---- talk ----
+    # ---- the loader of the last batch ----
 
-    def gather_async(self, out: Tensor, given: Tensor) -> list[Any]:
-        """Every rank's `given`, one after another, in `out`; to be waited for.
+    def note_batch(self, shards: int) -> None:
+        """A loader that divides batches into so many shards has handed out this rank's rows."""
+        global _latest
+        self.has_own_rows, self._loader_shards = True, shards
+        _latest = weakref.ref(self)
 
-        `given` may be its own place in `out`.
-        """
-        self.sent += given.nbytes * (self.world - 1)
-        if self._is_gloo and given.nbytes >= _LARGE:
-            # Twice as fast as gloo's own, which takes what it has to one rank after another.
-            slices = out.view(self.world, -1)
-            if slices[self.rank].data_ptr() != given.data_ptr():
-                slices[self.rank].copy_(given)
-            return [self._swap([given] * self.world, slices)]
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return [self._works.hold(gather(out, given, group=self.group, async_op=True))]
+    @staticmethod
+    def take_latest_loader() -> tuple[Ranks, int] | None:
+        """The ranks and shards of the last loader's batch; None if there was none since."""
+        global _latest
+        ranks, _latest = None if _latest is None else _latest(), None
+        return None if ranks is None or not ranks.exists() else (ranks, ranks._loader_shards)
 
-    def scatter_async(self, out: Tensor, given: Tensor) -> list[Any]:
-        """Part *r* of `given` to rank *r*; `out` has what each rank had for this one.
+    # ---- blocking collectives ----
 
-        (But for its own part, which may be left where it is.)
-        """
-        self.sent += given.nbytes // self.world * (self.world - 1)
-        if self._is_gloo and given.nbytes >= _LARGE * self.world:
-            return [self._swap(given.view(self.world, -1), out.view(self.world, -1))]
-        work = dist.all_to_all_single(out, given, group=self.group, async_op=True)
-        return [self._works.hold(work)]
+    def gather(
+        self,
+        values: Tensor,
+        what: str,
+        caught: DeferredError | None = None,
+        pending: Sequence[Any] = (),
+    ) -> Tensor:
+        """Every rank's values, of one shape: a row for each rank, on the CPU.
 
-    def _swap(self, sent: Sequence[Tensor] | Tensor, received: Sequence[Tensor] | Tensor) -> Swap:
-        """One message to each of the others, and one from each."""
-        self._swaps = (self._swaps + 1) % _TAGS  # a tag of its own: several may be under way
-        where: dict[str, Any] = {"group": self.group, "tag": self._swaps}
-        # Beginning with the next rank: not all send to the same at once.
-        others = [(self.rank + step) % self.world for step in range(1, self.world)]
-        works = [dist.irecv(received[r], group_src=r, **where) for r in others]
-        return Swap(works + [dist.isend(sent[r], group_dst=r, **where) for r in others])
-
-    def wait(self, works: Sequence[Any], what: str) -> None:
-        """Until they are done.
+        Args:
+            values: of any type.
+            what: what they are, for errors.
+            caught: as of `CheckedGather`.
+            pending: as of `CheckedGather.finish`.
 
         Raises:
-            RankError: another rank failed them.
+            RankError: another rank has failed, is lost, or does something else.
+            BaseException: what was caught, once the others know.
         """
-        number, told = next(self._meetings), False
-        for work in works:
-            while self._is_gloo and not _ends_soon(work):
-                if not told:  # so that a rank whose wait fails knows who waits as it does
-                    told = True
-                    self.say("waits", str(number))
-            try:
-                work.wait()
-            except RuntimeError as error:
-                self._explain(error, what, number)
-
-    def gather(self, values: Tensor, what: str) -> Tensor:
-        """Every rank's values, of one shape: a row for each rank, on the CPU."""
         given = values.detach().cpu().contiguous()
-        rows = Meeting(self, what, given.reshape(-1).view(torch.uint8)).finish()
+        payload = given.reshape(-1).view(torch.uint8)
+        rows = CheckedGather(self, what, payload, caught).finish(pending)
         sizes = [len(row) for row in rows]
         if len({*sizes}) > 1:
-            self.part(what, [f"{what} of {size} bytes" for size in sizes])
-        # Copied to where memory is aligned for every type.
-        return torch.stack(rows).view(given.dtype).view(self.world, *given.shape)
+            self.raise_divergence(what, [f"{what} of {size} bytes" for size in sizes])
+        # Cloned, since memory has to be aligned for the type.
+        table = torch.stack([row.clone().view(given.dtype) for row in rows])
+        return table.view(self.world, *given.shape)
 
-    def need_together(self) -> None:
-        """Before anything is said: once apart, messages would meet the wrong ones.
-
-        Raises:
-            RankError: the ranks have done different things.
-        """
-        if self._parted is not None:
-            text, ranks = self._parted
-            raise RankError(f"{text} (said before)", ranks)
-
-    def part(self, what: str, texts: list[str]) -> NoReturn:
-        """The ranks are about to do different things, each what its text says.
-
-        Raises:
-            RankError: always.
-        """
-        others = tuple(r for r, text in enumerate(texts) if text != texts[self.rank])
-        told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts))
-        text = (
-            f"{what} failed: the ranks are about to do different things ({told}). All have to call "
-            "the models, their backward passes, loaders and checkpoints in the same order"
-        )
-        self._parted = text, others
-        raise RankError(text, others)
-
-    @contextlib.contextmanager
-    def explaining(self, what: str) -> Iterator[None]:
-        """A block in which messages are sent: a connection may be gone by then."""
-        try:
-            yield
-        except RankError:
-            raise
-        except RuntimeError as error:
-            self._explain(error, what, next(self._meetings))
+    def meet(self, what: str, values: Sequence[int], caught: DeferredError | None = None) -> Tensor:
+        """Every rank's integers, as `gather` has them: int64 of shape (ranks, values)."""
+        return self.gather(torch.tensor([*values], dtype=torch.int64), what, caught)
 
     def objects(self, value: Any, what: str) -> list[Any]:
-        """Every rank's value, pickled; for what is said seldom."""
-        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        rows = Meeting(self, what, mine).finish()
-        with (
-            warnings.catch_warnings()
-        ):  # (torch's tree specs warn of themselves when they are read)
-            warnings.simplefilter("ignore", FutureWarning)
-            return [pickle.loads(row.numpy().data) for row in rows]  # from our own ranks
+        """Every rank's value, pickled, by rank; slower than `gather`."""
+        return gather_objects(self, value, what)
 
+    def raise_errors(self, what: str, caught: DeferredError) -> NoReturn:
+        """Raises, on all ranks, the errors that some have; see `handshake.raise_errors`."""
+        raise_errors(self, what, caught)
+
+    @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Rank 0's values, into everybody's tensors."""
-        self.need_together()
+        """Copies rank 0's values into everybody's tensors.
+
+        Raises:
+            RankError: another rank is lost.
+        """
+        self.raise_if_diverged()
         for tensor in tensors:
-            with torch.no_grad():
-                sent = tensor.detach().to(self.device).contiguous()
-                with self.explaining(what):
-                    work = dist.broadcast(sent, group=self.group, async_op=True, group_src=0)
-                self.wait([self._works.hold(work)], what)
-                if self.rank > 0:
-                    tensor.copy_(sent)
-
-    def meet(self, what: str, values: Sequence[int], caught: Caught | None = None) -> Tensor:
-        """Every rank's numbers, one row each, unless one of them has an error.
-
-        Raises:
-            RankError: another rank has.
-            BaseException: this rank has, once the others know.
-        """
-        caught = caught or Caught()
-        told = torch.tensor([caught.error is not None, *values], dtype=torch.int64)
-        rows = self.gather(told, what)
-        if rows[:, 0].any():
-            self.raise_errors(what, caught)
-        return rows[:, 1:]
-
-    def raise_errors(self, what: str, caught: Caught) -> NoReturn:
-        """When all know that one of them has an error: they learn which.
-
-        Raises:
-            RankError: another rank has one.
-            BaseException: this rank's own.
-        """
-        described = None
-        if caught.error is not None:
-            described = f"{type(caught.error).__name__}: {caught.error}"
-        errors = dict(enumerate(self.objects(described, what)))
-        failed = {r: text for r, text in errors.items() if text is not None}
-        caught.raise_if_any()
-        texts = "; ".join(f"rank {r} of {self.world}: {text}" for r, text in failed.items())
-        raise RankError(f"{what} failed on {texts}", tuple(failed))
-
-    # ---- when it goes wrong ----
-
-    def say(self, what: str, text: str) -> None:
-        """Leaves a text for those who wait for this rank: "waits" for which meeting, or "ends"."""
-        with contextlib.suppress(RuntimeError):  # a store that is gone: the wait will fail too
-            _compat.default_store().set(f"{self._name}/{what}/{self.rank}", text)
-
-    def _said(self, what: str, rank: int) -> str:
-        store, key = _compat.default_store(), f"{self._name}/{what}/{rank}"
-        return str(store.get(key), "utf-8") if store.check([key]) else ""
-
-    def _explain(self, error: RuntimeError, what: str, number: int) -> NoReturn:
-        """Raises RankError with who is missing."""
-        self.say("waits", str(number))
-        others = [r for r in range(self.world) if r != self.rank]
-        missing = [r for r in others if not self._waits(number, r)]
-        who = "rank" if len(missing) == 1 else "ranks"
-        names = ", ".join(map(str, missing))
-        absent = f": {who} {names} of {self.world} did not come to it" if missing else ""
-        causes = []
-        with contextlib.suppress(RuntimeError):
-            causes = [f"rank {r}: {text}" for r in missing if (text := self._said("ends", r))]
-        because = f" ({'; '.join(causes)})" if causes else ", having died, hung or gone elsewhere"
-        raise RankError(
-            f"{what} failed on rank {self.rank}{absent}{because if missing else ''}; "
-            f"torch says: {str(error).strip().splitlines()[0]}",
-            tuple(missing),
-        ) from error
-
-    def _waits(self, number: int, rank: int) -> bool:
-        end = time.monotonic() + _ROLL_CALL
-        with contextlib.suppress(RuntimeError):
-            while time.monotonic() < end:
-                if int(self._said("waits", rank) or -1) >= number:
-                    return True
-                if self._said("ends", rank):
-                    return False
-                time.sleep(0.05)
-        return False
+            sent = tensor.detach().to(self.device).contiguous()
+            with self.sending(what):
+                work = self.broadcast_async(sent)
+            self.wait([work], what)
+            if self.rank > 0:
+                tensor.copy_(sent)
 
 
-def _ends_soon(work: Any) -> bool:
-    """Whether it is done or has failed within a moment, in which Ctrl-C is not answered."""
-    try:
-        work.wait(_LOOK)
-    except RuntimeError:  # that it took too long, or that it has failed
-        return bool(work.is_completed())
-    return True
+_latest: weakref.ref[Ranks] | None = None  # the loader's that handed out the last batch
+_made: Counter[str] = Counter()  # how many there were of each group's name
+_by_group: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 
 
-_latest: weakref.ref[Ranks] | None = None  # whose batch a loader has handed out last
-_made: Counter[str] = Counter()  # by the group's name
-_live: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # by group
-
-
-def _live_ranks() -> list[Ranks]:
-    return list(_live.values())
-
-
-def _backend_of(group: ProcessGroup | None) -> tuple[bool, torch.device]:
-    """Whether messages go by gloo, and where they have to be: on the CPU if it has a way there."""
-    backends = dict(each.split(":") for each in dist.get_backend_config(group).split(","))
-    if "cpu" not in backends:
-        return False, torch.device("cuda")
-    return backends["cpu"] == "gloo", torch.device("cpu")
+def _live_roll_calls() -> list[RollCall]:
+    return [ranks.roll_call for ranks in list(_by_group.values()) if ranks.exists()]

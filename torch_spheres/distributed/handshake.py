@@ -1,79 +1,123 @@
-"""What all ranks tell all others at once: a message that says what it is about.
+"""`CheckedGather`: an all-gather of bytes that first finds out whether all ranks do the same.
 
-Ranks talk in the same order, or messages would meet the wrong ones: gloo ends the process when two
-that meet are of different lengths. So every exchange begins with a message of one length, the same
-for all, in which stands what the rank is about to do and how much it has to say. If they are about
-to do different things (one has skipped a backward pass), all of them find that out here, and say
-so. What is short is in that message already.
+Everything that `group.Ranks` and the layers' sums exchange begins with one. gloo ends the process
+when two messages of different lengths meet, as they do when one rank has skipped a backward pass.
+So the first message has one length for all: a header, which says what the rank is about to do,
+whether it has failed, and how many bytes it has, and then as many of these as there is room for.
+This is the one way in which ranks hear of each other's errors.
 """
 
 from __future__ import annotations
 
+import pickle
 import struct
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch_spheres.distributed.group import Ranks
+from torch_spheres.distributed.transport import Transport
+from torch_spheres.errors import DeferredError, RankError
 
-__all__ = ["Meeting"]
+__all__ = ["CheckedGather", "gather_objects", "raise_errors"]
 
-_HEAD = struct.Struct("<q120s")  # bytes that follow, and what they are about
-_LENGTH = 1024  # of the message
-_ROOM = _LENGTH - _HEAD.size
+_HEADER = struct.Struct("<q?119s")  # the payload's bytes, whether the rank has failed, for what
+_LENGTH = 1024  # of the first message
+_ROOM = _LENGTH - _HEADER.size  # of it, for the payload
 
 
-class Meeting:
-    """Everybody's bytes; sent when this is made, and waited for by `finish`.
+class CheckedGather:
+    """Every rank's bytes; sent by the constructor, waited for by `finish`.
 
     Args:
-        ranks: who meets.
-        what: about what, for errors; the same on all.
-        mine: uint8, on the CPU, of one dimension; as many as each likes.
+        transport: between the ranks.
+        what: what the bytes are for, the same on all ranks that do the same.
+        payload: uint8 of one dimension, on the CPU; its length may differ between ranks.
+        caught: of the work before, whose error is then raised on all ranks.
     """
 
-    def __init__(self, ranks: Ranks, what: str, mine: Tensor) -> None:
-        self._ranks, self._what, self._mine = ranks, what, mine
-        message = bytearray(_LENGTH)
-        _HEAD.pack_into(message, 0, len(mine), what.encode()[:120])
-        sent = torch.frombuffer(message, dtype=torch.uint8)
-        short = min(len(mine), _ROOM)
-        sent[_HEAD.size : _HEAD.size + short] = mine[:short]
-        sent = sent.to(ranks.device)
-        self._table = torch.empty(ranks.world * _LENGTH, dtype=torch.uint8, device=ranks.device)
-        ranks.need_together()
-        with ranks.explaining(what):
-            self._works = ranks.gather_async(self._table, sent)
+    def __init__(
+        self, transport: Transport, what: str, payload: Tensor, caught: DeferredError | None = None
+    ) -> None:
+        self._transport, self._what, self._payload = transport, what, payload
+        self._caught = caught or DeferredError()
+        first = bytearray(_LENGTH)
+        failed = self._caught.error is not None
+        _HEADER.pack_into(first, 0, len(payload), failed, what.encode()[:119])
+        sent = torch.frombuffer(first, dtype=torch.uint8)
+        short = min(len(payload), _ROOM)
+        sent[_HEADER.size : _HEADER.size + short] = payload[:short]
+        transport.raise_if_diverged()
+        self._table, self._work = self._send(sent)
 
-    def finish(self) -> list[Tensor]:
-        """By rank.
+    def finish(self, pending: Sequence[Any] = ()) -> list[Tensor]:
+        """Every rank's payload, by rank.
+
+        Args:
+            pending: works that are waited for before another rank's error is raised.
 
         Raises:
-            RankError: the ranks are about to do different things, or one does not come.
+            RankError: the ranks are about to do different things, one does not come or has failed.
+            BaseException: this rank has failed, and all others know.
         """
-        ranks, what = self._ranks, self._what
-        ranks.wait(self._works, what)
-        heads = self._table.cpu().view(ranks.world, _LENGTH)
-        told = [_HEAD.unpack_from(memoryview(head.numpy())) for head in heads]
-        texts = [text.rstrip(b"\0").decode(errors="replace") for _, text in told]
+        transport, what = self._transport, self._what
+        transport.wait([self._work], what)
+        firsts = self._table.cpu().view(transport.world, _LENGTH)
+        headers = [_HEADER.unpack_from(memoryview(first.numpy())) for first in firsts]
+        sizes, failed, texts = zip(*headers, strict=True)
         if len({*texts}) > 1:
-            ranks.part(what, texts)
-        sizes = [size for size, _ in told]
-        most = max(sizes)
-        rows = heads[:, _HEAD.size :]
-        if most > _ROOM:
-            rows = self._rest(most, rows)
+            actions = [text.rstrip(b"\0").decode(errors="replace") for text in texts]
+            transport.raise_divergence(what, actions)
+        rows = firsts[:, _HEADER.size :]
+        if max(sizes) > _ROOM:
+            rows = torch.cat([rows, self._gather_rest(max(sizes) - _ROOM)], dim=1)
+        if any(failed):
+            transport.wait(pending, what)
+            raise_errors(transport, what, self._caught)
         return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
-    def _rest(self, most: int, rows: Tensor) -> Tensor:
-        ranks = self._ranks
-        sent = torch.zeros(most - _ROOM, dtype=torch.uint8)
-        more = self._mine[_ROOM:]
-        sent[: len(more)] = more
-        table = torch.empty(ranks.world * len(sent), dtype=torch.uint8, device=ranks.device)
-        with ranks.explaining(self._what):
-            works = ranks.gather_async(table, sent.to(ranks.device))
-        ranks.wait(works, self._what)
-        return torch.cat([rows, table.cpu().view(ranks.world, -1)], dim=1)
+    def _gather_rest(self, length: int) -> Tensor:
+        """What was too long for the first message."""
+        sent = torch.zeros(length, dtype=torch.uint8)
+        rest = self._payload[_ROOM:]
+        sent[: len(rest)] = rest
+        table, work = self._send(sent)
+        self._transport.wait([work], self._what)
+        return table.cpu().view(self._transport.world, length)
+
+    def _send(self, sent: Tensor) -> tuple[Tensor, Any]:
+        transport = self._transport
+        sent = sent.to(transport.device)
+        table = torch.empty(transport.world * len(sent), dtype=torch.uint8, device=sent.device)
+        with transport.sending(self._what):
+            return table, transport.gather_async(table, sent)
+
+
+def gather_objects(transport: Transport, value: Any, what: str) -> list[Any]:
+    """Every rank's value, pickled, by rank; slower than tensors.
+
+    Raises:
+        RankError: the ranks are about to do different things, or one does not come.
+    """
+    payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    rows = CheckedGather(transport, what, payload).finish()
+    with warnings.catch_warnings():  # unpickling torch's tree specs warns
+        warnings.simplefilter("ignore", FutureWarning)
+        return [pickle.loads(row.numpy().data) for row in rows]  # from our own ranks
+
+
+def raise_errors(transport: Transport, what: str, caught: DeferredError) -> NoReturn:
+    """Raises, on all ranks, the errors that some have; all ranks know already that one has.
+
+    Raises:
+        RankError: another rank has an error.
+        BaseException: this rank has one.
+    """
+    own = None if caught.error is None else f"{type(caught.error).__name__}: {caught.error}"
+    everybody = enumerate(gather_objects(transport, own, what))
+    failed = {rank: text for rank, text in everybody if text is not None}
+    caught.raise_if_any()
+    texts = "; ".join(f"rank {r} of {transport.world}: {text}" for r, text in failed.items())
+    raise RankError(f"{what} failed on {texts}", tuple(failed))

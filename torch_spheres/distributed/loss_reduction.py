@@ -1,15 +1,16 @@
-"""Tells a loss that sums over a rank's rows from one that is their mean, in the backward pass.
+"""`loss_problem`: recognises, in the backward pass, a loss that is no mean over a rank's rows.
 
-A loss that a rank computes from its own rows is taken to be a mean over them: its gradient is
-weighted by the rank's share of the batch. That of a sum has its right size already, and comes out
-divided. Which of the two it is can be seen in the loss's graph, whose nodes say how they reduce;
-what a sum is divided by afterwards shows in the size of the gradient, where the loss is one that is
-known: cross-entropy, binary cross-entropy, squares, or one whose gradients are all of one size.
+The gradient of a loss that a rank computes from its own rows is weighted by the rank's share of the
+batch, as that of a mean has to be. The gradient of a sum would come out divided by the ranks. The
+nodes of the loss's graph say how they reduce. What a sum is divided by afterwards shows in the size
+of the gradient, where the loss is known: cross-entropy, binary cross-entropy, squared error, or one
+whose gradients are all of one size. `grad_scale.RowLossCheck` turns the answer into a warning.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,81 +18,81 @@ from torch import Tensor
 
 from torch_spheres import _compat
 
-__all__ = ["look_at_loss"]
+__all__ = ["leads_to", "loss_problem"]
 
 _MEANS = ("MeanBackward0", "MeanBackward1")
 _SUMS = ("SumBackward0", "SumBackward1")
 _SCALE = ("DivBackward0", "DivBackward1", "MulBackward0", "MulBackward1")
-_MOST = 1 << 12  # nodes of a graph that are looked at
+_MOST = 1 << 12  # nodes of a graph that are visited
 
 
 @torch.no_grad()
-def look_at_loss(output: Any, grad: Tensor, raw: Tensor, rows: int, total: int) -> str | None:
-    """What is wrong with the loss, if it can be seen; None otherwise.
+def loss_problem(output: Any, grad: Tensor, raw: Tensor, rows: int, total: int) -> str | None:
+    """What is wrong with the loss, for a warning; None if nothing is, or it is unknown.
 
     Args:
-        output: the node of the output, whose backward runs.
-        grad: of the output, from this rank's loss.
-        raw: the output's values.
-        rows: of this rank.
-        total: of all ranks.
+        output: the output's autograd node, whose backward runs.
+        grad: the output's gradient, from this rank's loss.
+        raw: the output's values, of the same shape.
+        rows: number of this rank's rows.
+        total: number of all ranks' rows.
     """
     roots = _compat.backward_roots()
     if len(roots) != 1 or roots[0].numel() != 1 or rows < 2:
         return None
-    kinds = _reductions(roots[0].grad_fn, output)
-    count = _counted(grad, raw) if len(kinds) == 1 else None
-    if len(kinds) == 1 and kinds[0].node == "MseLossBackward0":
+    reductions = _reductions(roots[0].grad_fn, output)
+    divisor = _divisor(grad, raw) if len(reductions) == 1 else None
+    if len(reductions) == 1 and reductions[0].node == "MseLossBackward0":
         # s * sum((y - t)^2) has the gradients 2 * s * (y - t).
         squares = float(grad.double().square().sum())
-        count = 4 * float(roots[0]) / squares if squares > 0 else None
-    # (Gradients of a loss in a half type have two or three digits.)
+        divisor = 4 * float(roots[0]) / squares if squares > 0 else None
+    # Gradients of a loss in a half type have two or three digits.
     near = 1e-3 if roots[0].dtype in (torch.float32, torch.float64) else 2e-2
-    if all(kind.is_mean for kind in kinds):
-        used, positions = _used(grad, raw)
-        if count is not None and used < positions and math.isclose(count, used, rel_tol=near):
+    if all(r.is_mean for r in reductions):
+        used, positions = _used_targets(grad, raw)
+        if divisor is not None and used < positions and math.isclose(divisor, used, rel_tol=near):
             return (
                 f"it is a mean over {used} of the rank's {positions} values (the others are left "
                 "out, by ignore_index for one), but is weighted by the rank's rows"
             )
         return None
-    if any(not kind.is_mean and kind.scales == 0 for kind in kinds):
+    if any(not r.is_mean and r.scales == 0 for r in reductions):
         return "it is a sum over the rank's rows, not a mean, and comes out divided by the ranks"
     # Scaled twice, it may be a mean over the rank's rows and something else.
-    if count is None or kinds[0].scales > 1:
+    if divisor is None or reductions[0].scales > 1:
         return None
-    if _is_multiple(count, rows, near) and not _is_multiple(count, total, near):
+    if _is_multiple(divisor, rows, near) and not _is_multiple(divisor, total, near):
         return None
     return (
-        f"it is a sum divided by {count:.6g}, not a mean over the rank's {rows} rows of the "
+        f"it is a sum divided by {divisor:.6g}, not a mean over the rank's {rows} rows of the "
         f"batch's {total}: what is a part of a sum comes out divided by the ranks"
     )
 
 
 def _is_multiple(count: float, of: int, near: float) -> bool:
-    """Whether it is a whole multiple, to rounding."""
+    """Whether `count` is a whole multiple, within the relative error `near`."""
     times = count / of
     return times > 0.5 and math.isclose(times, round(times), rel_tol=near)
 
 
 class _Reduction(NamedTuple):
-    """Where a loss's graph reduces rows."""
+    """A node of a loss's graph that reduces rows."""
 
     is_mean: bool
-    scales: int  # multiplications and divisions that come afterwards
+    scales: int  # multiplications and divisions between it and the loss
     node: str
 
 
 def _reductions(root: Any, output: Any) -> list[_Reduction]:
-    """One for each way from the loss to the output."""
-    found = []
+    """The first reduction on each path from the loss to the output."""
+    found, is_output = [], lambda node: node is output
     waiting, seen = [(root, 0)], {root}
     while waiting and len(seen) < _MOST:
         node, scales = waiting.pop()
         name, kind = type(node).__name__, _kind_of(node)
         # A sum of what is a mean already (over columns, over tasks) is a mean.
-        if kind is not None and _leads_to(node, output):
-            is_mean = kind == "mean" or not _leads_to(node, output, past_means=False)
+        if kind is not None and leads_to(node, is_output, most=_MOST):
+            is_mean = kind == "mean" or not leads_to(node, is_output, _is_mean, _MOST)
             found.append(_Reduction(is_mean, scales, name))
         if kind is not None:
             continue
@@ -103,26 +104,36 @@ def _reductions(root: Any, output: Any) -> list[_Reduction]:
 
 
 def _kind_of(node: Any) -> str | None:
+    """``"mean"`` or ``"sum"`` for a node that reduces."""
     name = type(node).__name__
     return "mean" if name in _MEANS else "sum" if name in _SUMS else _compat.reduction_of(node)
 
 
-def _leads_to(node: Any, output: Any, *, past_means: bool = True) -> bool:
+def _is_mean(node: Any) -> bool:
+    return _kind_of(node) == "mean"
+
+
+def leads_to(
+    node: Any,
+    is_goal: Callable[[Any], bool],
+    is_end: Callable[[Any], bool] = lambda _: False,
+    most: float = math.inf,
+) -> bool:
+    """Whether a graph has a goal in it, not counting what is behind ends or `most` nodes."""
     waiting, seen = [node], {node}
-    while waiting and len(seen) < _MOST:
+    while waiting and len(seen) < most:
         here = waiting.pop()
-        if here is output:
+        if is_goal(here):
             return True
-        if not past_means and _kind_of(here) == "mean":
-            continue
-        new = {f for f, _ in here.next_functions if f is not None} - seen
-        seen |= new
-        waiting.extend(new)
+        if not is_end(here):
+            new = {f for f, _ in here.next_functions if f is not None} - seen
+            seen |= new
+            waiting.extend(new)
     return False
 
 
-def _used(grad: Tensor, raw: Tensor) -> tuple[int, int]:
-    """Of a loss of classes: how many values it is of, and of how many it could be."""
+def _used_targets(grad: Tensor, raw: Tensor) -> tuple[int, int]:
+    """How many targets a cross-entropy uses, and of how many; (0, 0) for another loss."""
     dim = _class_dim(grad, raw)
     if dim is None:
         return 0, 0
@@ -130,7 +141,7 @@ def _used(grad: Tensor, raw: Tensor) -> tuple[int, int]:
 
 
 def _class_dim(grad: Tensor, raw: Tensor) -> int | None:
-    """The dimension along which the gradient is that of a cross-entropy: it sums to zero."""
+    """The dimension of a cross-entropy's classes, along which the gradient sums to zero."""
     for dim in dict.fromkeys((raw.dim() - 1, min(1, raw.dim() - 1))):
         if raw.dim() > 1 and raw.shape[dim] > 1:
             sums, sizes = grad.double().sum(dim).abs(), grad.double().abs().sum(dim)
@@ -139,8 +150,8 @@ def _class_dim(grad: Tensor, raw: Tensor) -> int | None:
     return None
 
 
-def _counted(grad: Tensor, raw: Tensor) -> float | None:
-    """What a known loss has been divided by; None if it is not known, or not the same for all."""
+def _divisor(grad: Tensor, raw: Tensor) -> float | None:
+    """What a known loss is divided by; None if unknown, or not the same for all rows."""
     if not raw.is_floating_point() or grad.layout is not torch.strided:
         return None
     g, y = grad.double(), raw.double()
@@ -164,7 +175,7 @@ def _counted(grad: Tensor, raw: Tensor) -> float | None:
 
 
 def _scales_of_classes(g: Tensor, y: Tensor) -> Tensor | None:
-    """``s`` of each row whose gradient is ``s * (softmax(y) - one_hot)``; 0 where it is zero."""
+    """``s`` of each row, where the gradient `g` is ``s * (softmax(y) - one_hot)``; else None."""
     p = y.softmax(-1)
     target = g.argmin(-1, keepdim=True)
     one_hot = torch.zeros_like(p).scatter_(-1, target, 1)

@@ -1,4 +1,4 @@
-"""Whether all ranks have the same model; from then on with the same values."""
+"""`sync_module`: gives all ranks rank 0's values of a model, if all have the same model."""
 
 from __future__ import annotations
 
@@ -12,32 +12,40 @@ from torch_spheres.distributed.group import Ranks
 
 __all__ = ["sync_module"]
 
+_Parameter = tuple[str, tuple[int, ...], torch.dtype, bool]  # name, shape, dtype, requires_grad
+
 
 def sync_module(module: nn.Module, ranks: Ranks, settings: dict[str, Any]) -> None:
-    """Finds out whether all ranks have the same model, and gives them rank 0's values.
+    """Copies rank 0's parameters and buffers to all ranks, after a comparison of the models.
+
+    Args:
+        module: of this rank.
+        ranks: that share its batches.
+        settings: what else has to be the same on all ranks, by name.
 
     Raises:
-        ValueError: they do not, or were set up differently.
+        ValueError: the ranks have different models or settings.
     """
-    params = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in _named(module)]
+    params = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in _materialized(module)]
     everybody = ranks.objects((settings, params), "the comparison of models")
-    first = everybody[0]
+    first_settings, first_params = everybody[0]
     for rank, (theirs, names) in enumerate(everybody):
         for key, value in theirs.items():
-            if value != first[0][key]:
-                _refuse(f"{key} is {first[0][key]!r} on rank 0 and {value!r} on rank {rank}")
-        for mine, other in itertools.zip_longest(first[1], names):
-            if mine != other:
-                _refuse(f"rank 0 has {_shown(mine)} where rank {rank} has {_shown(other)}")
-    ranks.broadcast([t for _, t in _named(module)], "the broadcast of the model")
+            if value != first_settings[key]:
+                _refuse(f"{key} is {first_settings[key]!r} on rank 0 and {value!r} on rank {rank}")
+        for first, other in itertools.zip_longest(first_params, names):
+            if first != other:
+                _refuse(f"rank 0 has {_shown(first)} where rank {rank} has {_shown(other)}")
+    ranks.broadcast([t for _, t in _materialized(module)], "the broadcast of the model")
 
 
-def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _materialized(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that have a shape already."""
     named = [*module.named_parameters(), *module.named_buffers()]
     return [(n, t) for n, t in named if not nn.parameter.is_lazy(t)]
 
 
-def _shown(entry: tuple[str, tuple[int, ...], torch.dtype, bool] | None) -> str:
+def _shown(entry: _Parameter | None) -> str:
     if entry is None:
         return "nothing"
     name, shape, dtype, trainable = entry

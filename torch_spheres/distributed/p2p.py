@@ -1,4 +1,4 @@
-"""Messages from one rank to another that are under way, and what becomes of them at the end."""
+"""Works of torch.distributed that `Transport` has started, and their end with the interpreter."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Swap", "Works"]
+__all__ = ["P2PWork", "WorkKeeper"]
 
 _AT_ONCE = datetime.timedelta(milliseconds=1)
-_PATIENCE = 5.0  # seconds, for a thread whose connection is closed
+_PATIENCE = 5.0  # seconds for a thread whose connection is closed
 _THREADS = 16  # of a group, at most: gloo has 2 for each network device
 
 
-class Swap:
-    """Messages from one rank to another, waited for as torch's other work is.
+class P2PWork:
+    """Point-to-point messages that are under way, waited for as torch's ``Work`` is.
 
-    Torch can wait for these without an end only: given a time, gloo ends the connection with it.
-    So a thread waits for them.
+    A thread waits for them: torch's own wait has no end, or, given a time, gloo closes the
+    connection with it.
+
+    Args:
+        works: of ``isend`` and ``irecv``.
     """
 
     def __init__(self, works: Sequence[Any]) -> None:
@@ -41,11 +44,11 @@ class Swap:
             self._error = error
 
     def is_completed(self) -> bool:
-        """Whether they have arrived, or failed."""
+        """Whether the messages have arrived, or failed."""
         return not self._thread.is_alive()
 
     def wait(self, time: datetime.timedelta | None = None) -> None:
-        """Until they have arrived.
+        """Waits until the messages have arrived.
 
         Raises:
             RuntimeError: they have failed, or take longer than `time`.
@@ -56,8 +59,8 @@ class Swap:
         if self._thread.is_alive():
             raise RuntimeError("messages between ranks are still on their way")
 
-    def give_up(self) -> None:
-        """Ends the connection of messages that nobody waits for any more, and so the thread."""
+    def close(self) -> None:
+        """Closes the connections of messages that nobody waits for any more, to end the thread."""
         for work in self._works:
             if self._thread.is_alive():
                 with contextlib.suppress(RuntimeError):  # that they have not come
@@ -65,41 +68,41 @@ class Swap:
         self._thread.join(_PATIENCE)
 
 
-class Works:
-    """Collective operations of torch's, each held until the thread that does it has let it go.
+class WorkKeeper:
+    """Keeps works of collectives until torch's threads have let them go.
 
-    That thread says that the work is done, and lets it go a moment later. If it is the last one to
-    do so, it also frees what Python made, the tensors, for which it takes the GIL.
+    A thread of torch says that a work is done, and drops it a moment later. If its reference is the
+    last, the thread frees the Python tensors of the work, for which it takes the GIL.
     """
 
     def __init__(self) -> None:
         self._works: deque[Any] = deque()
-        _held.add(self)
+        _keepers.add(self)
 
-    def hold(self, work: Any) -> Any:
-        """That work."""
+    def keep(self, work: Any) -> Any:
+        """Keeps a work, and returns it."""
         self._works.append(work)
         while len(self._works) > _THREADS and self._works[0].is_completed():
             self._works.popleft()
         return work
 
-    def hold_for_ever(self) -> None:
-        """So that the end of the interpreter does not free them either."""
+    def leak(self) -> None:
+        """Leaks the works, so that the end of the interpreter does not free them either."""
         for work in self._works:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(work))
 
 
-_under_way: weakref.WeakSet[Swap] = weakref.WeakSet()
-_held: weakref.WeakSet[Works] = weakref.WeakSet()
+_under_way: weakref.WeakSet[P2PWork] = weakref.WeakSet()
+_keepers: weakref.WeakSet[WorkKeeper] = weakref.WeakSet()
 
 
 @atexit.register
 def _leave_no_thread_that_wants_the_gil() -> None:
-    """A thread that wants the GIL of an interpreter that is gone ends the process.
+    """A thread that wants the GIL of a finished interpreter aborts the process.
 
-    (With SIGABRT, out of torch's code, which lets no thread end there.)
+    (Python ends such a thread, which torch's code does not allow: SIGABRT.)
     """
-    for swap in list(_under_way):
-        swap.give_up()
-    for works in list(_held):
-        works.hold_for_ever()
+    for work in list(_under_way):
+        work.close()
+    for keeper in list(_keepers):
+        keeper.leak()

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from torch_spheres.distributed.gather_rows import own_rows_only
+from torch_spheres.distributed.grad_scale import unscale_grad
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.distributed.tree_all_reduce import Exchange, Layout, total_over_ranks
-from torch_spheres.errors import Caught
+from torch_spheres.distributed.tree_all_reduce import BucketLayout, TreeAllReduce, total_over_ranks
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import GradientFold, Grads, rounded
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.trace_hooks import phase
@@ -57,7 +57,7 @@ class Collective(Protocol):
             like: for each sum a tensor of its shape and type, for processes without shards.
         """
 
-    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
+    def agree(self, what: str, caught: DeferredError, notes: Sequence[int] = ()) -> list[int]:
         """Raises what was caught, on all processes; returns the greatest of all their notes."""
 
     def first_shards(self, values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -93,7 +93,7 @@ class LocalCollective:
         """See `Collective`."""
         return tree_sums([call.split.by_leaf(column) for column in columns])
 
-    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
+    def agree(self, what: str, caught: DeferredError, notes: Sequence[int] = ()) -> list[int]:
         """See `Collective`."""
         caught.raise_if_any()
         return list(notes)
@@ -142,7 +142,7 @@ class RankCollective:
     def split(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
         """See `Collective`."""
         split = None
-        with Caught() as caught:
+        with DeferredError() as caught:
             split = cut()
         checks = call.replicas.checks
         assert checks is not None
@@ -155,7 +155,7 @@ class RankCollective:
         if any(map(needs_two_rows, call.replicas.parts)):
             refuse_shards_of_one_row(split.total, split.shards)
         split.flat = [
-            v if d is None else own_rows_only(v, split.total, d)
+            v if d is None else unscale_grad(v, split.total, d)
             for v, d in zip(split.flat, split.dims, strict=True)
         ]
         self._somebody_has_none = 0 in agreed.rows
@@ -172,7 +172,7 @@ class RankCollective:
         placed = [call.split.by_leaf(column) for column in columns]
         return total_over_ranks(placed, like, self._ranks, what=f"the sums after {call.what}")
 
-    def agree(self, what: str, caught: Caught, notes: Sequence[int] = ()) -> list[int]:
+    def agree(self, what: str, caught: DeferredError, notes: Sequence[int] = ()) -> list[int]:
         """See `Collective`."""
         return [int(greatest) for greatest in self._ranks.meet(what, notes, caught).amax(0)]
 
@@ -239,18 +239,18 @@ class RankCollective:
         dense = [trainable[i] for i in self._dense]
         key = [(p.shape, p.dtype) for p in dense]
         if layouts.get("key") != key:
-            layouts.update(key=key, layout=Layout(dense))
+            layouts.update(key=key, layout=BucketLayout(dense))
         split, executor = call.split, call.executor
         self._division = self._ranks.divide(split.shards)
         own_parts = self._division.parts[self._ranks.rank]
         self._sparse_sums: list[dict[int, Tensor]] = [{} for _ in own_parts]
-        self._exchange = Exchange(
+        self._exchange = TreeAllReduce(
             self._ranks,
             self._division,
             layouts["layout"],
             "the exchange of gradients",
             executor.spheres,
-            late=executor.together,
+            deferred=executor.together,
         )
         return GradientFold(
             split.places,
@@ -272,7 +272,7 @@ class RankCollective:
                     "gradient, but belongs to no module with sparse=True: the ranks could not "
                     "agree on how to send it"
                 )
-        self._exchange.give(part, [columns[i] for i in self._dense])
+        self._exchange.add_part(part, [columns[i] for i in self._dense])
         sums = tree_sums([columns[i] for i in self._sparse])
         for i, total in zip(self._sparse, sums, strict=True):
             if total is not None:
@@ -282,7 +282,7 @@ class RankCollective:
         self, call: ShardedCall, fold: GradientFold, run: Callable[[], object]
     ) -> Grads:
         """Meets the other ranks, with an error too."""
-        with Caught() as caught:
+        with DeferredError() as caught:
             run()
         if self._exchange.is_broken:
             caught.raise_if_any()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_spheres import _compat
-from torch_spheres.distributed.gather_rows import Losses, face
+from torch_spheres.distributed.grad_scale import RowLossCheck, scale_grad
 from torch_spheres.distributed.group import ProcessGroup, Ranks, find_ranks
 from torch_spheres.distributed.membership import Membership
 from torch_spheres.distributed.model_sync import sync_module
@@ -95,7 +95,7 @@ class Engine:
         self.pool = ReplicaPool()
         self._tuners = Tuners()
         self._adviser = Adviser()
-        self._losses = Losses()
+        self._losses = RowLossCheck()
 
     @property
     def plan(self) -> str | None:
@@ -153,7 +153,7 @@ class Engine:
         self._refuse_inside()
         if not self._would_share:
             return
-        ranks = self._membership.look(self.shards)
+        ranks = self._membership.current_ranks(self.shards)
         if ranks is not self.ranks:
             self.pool.layouts.clear()
             self._join(ranks)
@@ -216,7 +216,7 @@ class Engine:
             outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
             if call.ranks is not None:
                 rows, total = call.split.rows, call.split.total
-                outputs = [face(o, rows, total, self._losses) for o in outputs]
+                outputs = [scale_grad(o, rows, total, self._losses) for o in outputs]
         assert call.nesting is not None
         return unflatten(outputs, call.nesting)
 
@@ -242,7 +242,7 @@ class Engine:
         what: str = "forward",
     ) -> ShardedCall:
         ranks, own = self.ranks if self._shares else None, None
-        if self.ranks is not None and ranks is None and self.ranks.loads_portions:
+        if self.ranks is not None and ranks is None and self.ranks.has_own_rows:
             # An evaluation of what a loader has divided: in the shards of the whole batch.
             own = self.ranks.divide(self.shards), self.ranks.rank
         if ranks is not None and self.pool.checks is None:  # of a copy

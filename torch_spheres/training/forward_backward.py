@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torch_spheres.errors import Caught
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.forward_shard import forward_shard
@@ -55,7 +55,7 @@ class LossAndGradients:
         done = [shard for shard in self._shards if shard is not None]
         # A process that ran no shard has to know what the losses are, to sum them.
         found, kinds = next((v for v in self._losses if v is not None), None), [0]
-        with Caught() as caught:
+        with DeferredError() as caught:
             if found is not None:
                 kinds = [1 + _DTYPES.index(found.dtype)]
             self._check(done)

@@ -192,7 +192,7 @@ class GradientHook:
         spheres = self._spheres
         core = spheres._core
         if self._by_hand:
-            self._ranks = self._membership.look(spheres.leaves)
+            self._ranks = self._membership.current_ranks(spheres.leaves)
         with self._lock:
             if not self._added and (self._ranks is None or not self._by_hand):
                 return

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torch_spheres.distributed.model_sync import sync_module
-from torch_spheres.errors import Caught
+from torch_spheres.errors import DeferredError
 
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall
@@ -29,7 +29,7 @@ def initialise(call: ShardedCall) -> None:
     """
     module = call.module
     training = [m for m in module.modules() if m.training]
-    with Caught() as caught:
+    with DeferredError() as caught:
         if not call.split.bounds:
             raise ValueError("the first batch of a lazy module needs rows on every rank")
         module.eval()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_spheres.distributed.group import ProcessGroup, Ranks, find_ranks
 from torch_spheres.distributed.tree_all_reduce import total_over_ranks
-from torch_spheres.errors import Caught
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.partition import Division, divide
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.pool import SpherePool
@@ -91,7 +91,7 @@ def _agreed_rows(
 ) -> tuple[Division, int, int]:
     """Who has which rows, which of them this process is, and how many rows there are in all."""
     rows, names = 0, zlib.crc32(repr([*values]).encode())
-    with Caught() as caught:
+    with DeferredError() as caught:
         rows = _rows_of(values)
     if ranks is None:
         caught.raise_if_any()

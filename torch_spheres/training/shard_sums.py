@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from torch_spheres import _core
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.distributed.handshake import Meeting
-from torch_spheres.errors import Caught, StoppedError
+from torch_spheres.distributed.handshake import CheckedGather
+from torch_spheres.errors import DeferredError, StoppedError
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.caller_context import unset
 from torch_spheres.runtime.pool import SpherePool
@@ -93,7 +93,7 @@ class ShardSums:
         """
         results: list[T] = []
         with self._spheres._together:
-            with Caught() as caught:
+            with DeferredError() as caught:
                 try:
                     results = run(lambda k: self._run(fn, k))
                 except BaseException:
@@ -227,7 +227,7 @@ class ShardSums:
                 mine = [v if k in own else None for k, v in enumerate(column)]
                 parts += tree_sums([mine])
             (like,) = {v.shape for v in values.values()}
-            table = self._exchange(_SUM, key, parts, Caught())
+            table = self._exchange(_SUM, key, parts, DeferredError())
             column = [None] * division.places
             for theirs, row in zip(division.parts, table, strict=True):
                 size = 1 + like.numel()
@@ -244,7 +244,7 @@ class ShardSums:
         status: int,
         key: Key | None,
         parts: list[Tensor | None],
-        caught: Caught,
+        caught: DeferredError,
     ) -> list[Tensor]:
         """Every rank's sums, by rank: of each part whether it is there, and its numbers.
 
@@ -261,13 +261,13 @@ class ShardSums:
         head = torch.tensor([status, *where], dtype=torch.float64)
         told = [head, *(nothing if p is None else torch.cat([one, p]) for p in parts)]
         try:
-            rows = Meeting(ranks, _WHAT, torch.cat(told).view(torch.uint8)).finish()
+            rows = CheckedGather(ranks, _WHAT, torch.cat(told).view(torch.uint8)).finish()
             table = [row.clone().view(torch.float64) for row in rows]
             heads = [tuple(map(int, row[:_HEAD].tolist())) for row in table]
             if any(head[0] == _FAILED for head in heads):
                 ranks.raise_errors(_WHAT, caught)
             if len({*heads}) > 1:
-                ranks.part(_WHAT, [self._purpose(head) for head in heads])
+                ranks.raise_divergence(_WHAT, [self._purpose(head) for head in heads])
         except BaseException:
             self._is_apart = True
             raise

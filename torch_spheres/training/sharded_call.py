@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_spheres import _compat
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.errors import Caught
+from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.partition import Division
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.runtime.rng import CallRandom
@@ -149,7 +149,7 @@ class ShardedCall:
         """All shards' forward on the spheres; the outputs put together, as flat leaves."""
         shards: list[Shard] = []
         outputs: list[Any] = []
-        with Caught() as caught:
+        with DeferredError() as caught:
             # Of large buffers, only those that a first shard has written to are copied for others.
             one_first = self.is_first and LargeBuffers.any_in(self.module)
             first = min(len(self.split.bounds), one_first and not self.executor.together)
@@ -173,7 +173,7 @@ class ShardedCall:
             self.replicas.give_back(replica)
 
     def finish_forward(
-        self, shards: Sequence[Shard], caught: Caught, notes: Sequence[int] = ()
+        self, shards: Sequence[Shard], caught: DeferredError, notes: Sequence[int] = ()
     ) -> list[int]:
         """What comes after all shards' forward: buffers, random numbers, and who failed.
 

@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 
 from torch_spheres.distributed.batch_log import BatchLog
 from torch_spheres.distributed.drift import (
-    Steps,
+    OptimizerSteps,
+    comparable_parameters,
     digest_of,
     digests,
     first_difference,
     hyperparameters,
     is_due,
-    values_of,
 )
 from torch_spheres.reduction.partition import tree_leaves
 from torch_spheres.runtime.rng import next_base
@@ -71,7 +71,7 @@ class StepChecks:
     def __init__(self, module: nn.Module, number: int) -> None:
         self._number = number
         self._calls = 0
-        self._steps = Steps(module)
+        self._steps = OptimizerSteps(module)
         self._alike = 0  # the inputs that were the same on all ranks, the last time
         self._told_of_inputs = self._told_of_groups = False
         self._evaluated = -1  # calls, when an evaluation compared the weights
@@ -87,7 +87,7 @@ class StepChecks:
         dims = [] if split is None else split.dims
         tensors = [(v, d) for v, d in zip(flat, dims, strict=True) if isinstance(v, Tensor)]
         shapes = [(v.dim(), without_dim(v.shape, d), v.dtype, v.requires_grad) for v, d in tensors]
-        from_loader = ranks.batches.moved
+        from_loader = ranks.batches.has_new_batches
         compares = self._calls <= _FIRST and module.training and not from_loader
         due = is_due(self._calls)
         return {
@@ -104,12 +104,12 @@ class StepChecks:
             "form": zlib.crc32(repr(shapes).encode()),
             "seed": torch.initial_seed() & _INT64,
             "state": zlib.crc32(torch.get_rng_state().numpy().tobytes()),
-            "alone": ranks.draws_alone,
+            "alone": ranks.drew_alone,
             "steps": self._steps.calls_after_steps(),
             "inputs": _digest_of_rows(tensors) if compares else 0,
-            "values": digest_of(values_of(module)) if due else 0,
+            "values": digest_of(comparable_parameters(module)) if due else 0,
             "settings": digest_of(hyperparameters(self._steps.optimizers)) if due else 0,
-            "batches": ranks.batches.numbers(),
+            "batches": ranks.batches.integers(),
         }
 
     @staticmethod
@@ -158,10 +158,10 @@ class StepChecks:
         if len({*column["settings"]}) > 1:
             _refuse_settings(ranks, self._steps.optimizers)
         if len({*column["values"]}) > 1:
-            _refuse_values(ranks, values_of(module))
+            _refuse_values(ranks, comparable_parameters(module))
         self._compare_inputs(ranks, [column["inputs"][r] for r in has_rows])
-        if len({*column["state"]}) > 1 and not ranks.told and not any(column["alone"]):
-            ranks.told = True
+        if len({*column["state"]}) > 1 and not ranks.has_warned_of_rng and not any(column["alone"]):
+            ranks.has_warned_of_rng = True
             _warn_of_states()
         return Agreed(column["base"][0], column["rows"])
 
@@ -172,10 +172,10 @@ class StepChecks:
             ValueError: they are not the same.
         """
         due, self._evaluated = self._evaluated != self._calls, self._calls
-        values = digest_of(values_of(module)) if due else 0
-        lists = ranks.meet("an evaluation", [values, *ranks.batches.numbers()]).tolist()
+        values = digest_of(comparable_parameters(module)) if due else 0
+        lists = ranks.meet("an evaluation", [values, *ranks.batches.integers()]).tolist()
         if len({row[0] for row in lists}) > 1:
-            _refuse_values(ranks, values_of(module))
+            _refuse_values(ranks, comparable_parameters(module))
         if wrong := BatchLog.compare([row[1:] for row in lists]):
             ranks.batches.forget()
             raise ValueError(wrong)
@@ -242,7 +242,7 @@ class StepChecks:
         )
         before, self._alike = self._alike, digests_[0]
         # (Where there is a loader that shares its batches, it may be noise.)
-        if before and before != digests_[0] and not ranks.batches.ever:
+        if before and before != digests_[0] and not ranks.batches.has_batches:
             raise ValueError(f"{text} (and so they have in another call before)")
         if not self._told_of_inputs:
             self._told_of_inputs = True
@@ -270,7 +270,7 @@ class HandChecks:
         due = is_due(self._sums)
         settings = digest_of(hyperparameters([self._optimizer])) if due else 0
         values = digest_of(self._values()) if due else 0
-        mine = [self._sums, settings, values, *ranks.batches.numbers()]
+        mine = [self._sums, settings, values, *ranks.batches.integers()]
         lists = ranks.meet("the start of a sum", mine).tolist()
         if all(row == lists[0] for row in lists):
             return
