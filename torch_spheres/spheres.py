@@ -66,7 +66,7 @@ class KissingSpheres(SpherePool):
     def stats(self) -> Stats:
         """A frozen snapshot of every sphere's figures; ``after - before`` is what came between."""
         now, cpu = time.monotonic_ns(), time.process_time_ns()
-        begin, cpu_before = self._began or (now, cpu)
+        begin, cpu_before = self._first_start or (now, cpu)
         return Stats(
             spheres=sphere_stats(self._core),
             concurrency=self._core.concurrency,

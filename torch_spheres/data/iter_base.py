@@ -142,7 +142,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # known when 
         """For work that the caller shares with the spheres; None: it does that alone."""
         spheres = self._spheres
         # (Inside a work item it would wait for itself.)
-        if spheres._forked or spheres._core.on_own_thread():
+        if spheres._forked or spheres._on_own_thread():
             return None
         try:
             spheres._ensure_started("a wrapped loader")

@@ -85,7 +85,7 @@ class Team:
         made = [Worker(plan, w, restored.get(w), self._over) for w in range(plan.workers)]
         self.threads = [WorkerThread(self, worker) for worker in made]
         _live.add(self)
-        spheres._loading.add(self)
+        spheres._loader_workers.add(self)
         try:
             for thread in self.threads:
                 thread.start()
@@ -165,7 +165,7 @@ class Team:
         if (
             self._spheres._forked
         ):  # before the lock is taken, which a thread of the parent may have held
-            self._spheres._core.require_running("a wrapped loader")
+            self._spheres._ensure_started("a wrapped loader")
         with self._changed:
             while (value := found()) is None:
                 left = _LOOK if end is None else min(_LOOK, end - time.monotonic())

@@ -86,7 +86,7 @@ class Live:
 
     def update(self, *, samples: int) -> None:
         """So many samples are done in all. Raises as `advance`."""
-        self._spheres._samples.tell(as_index("samples", samples, 0))
+        self._spheres._samples.set(as_index("samples", samples, 0))
 
     # ---- life ----
 

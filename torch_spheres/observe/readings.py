@@ -82,7 +82,7 @@ class Reading:
     @classmethod
     def of(cls, spheres: KissingSpheres) -> Reading:
         """Reads the counters now, from any thread, in a forked child too."""
-        elapsed, subtrees = spheres._core.subtrees()
+        elapsed, subtrees = spheres._read_subtrees()
         totals = {Topology.path_string(first): Totals(*figures) for first, *figures in subtrees}
         states, *figures = zip(*totals.values(), strict=True)
         state = "running" if spheres.running else "stopped" if spheres._starts else "not started"

@@ -74,7 +74,7 @@ class StatsLog:
         self._closed = self._spoke = self._stepping = False
         self._handles: tuple[Any, ...] = ()  # of a given optimizer's hooks
         if optimizer is None:
-            spheres._step_logs.append(self)
+            spheres._steps.logs.append(self)
         else:
             self._handles = (
                 optimizer.register_step_pre_hook(self._before_step),
@@ -145,7 +145,7 @@ class StatsLog:
         for handle in self._handles:
             handle.remove()
         if not self._handles:
-            self._spheres._step_logs.remove(self)
+            self._spheres._steps.logs.remove(self)
         if write:
             self.warn_if_silent()
             if self._steps > self._written:

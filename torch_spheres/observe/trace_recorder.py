@@ -15,6 +15,7 @@ from torch_spheres import _core
 from torch_spheres._core import State, Topology
 from torch_spheres.observe.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.runtime.arguments import as_index
+from torch_spheres.runtime.trace_hooks import begin_trace, end_trace
 
 if TYPE_CHECKING:
     from torch_spheres.spheres import KissingSpheres
@@ -52,9 +53,8 @@ class Recording(Trace):
             raise RuntimeError("this trace was used already; call trace() again for a new one")
         if not spheres.running:
             spheres.start()
-        spheres._core.begin_trace(self._capacity)
+        begin_trace(spheres, self, self._capacity)
         self._process = os.getpid()
-        spheres._recording = self
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,8 +62,7 @@ class Recording(Trace):
             return  # what is recorded, and whoever records it, is in the parent process
         spheres, self._spheres = self._spheres, None
         assert spheres is not None
-        spheres._recording = None
-        record = spheres._core.end_trace()
+        record = end_trace(spheres)
         self._names |= {t.native_id: t.name for t in threading.enumerate() if t.native_id}
         reader = _Reader(spheres.topology, record, self._names)
         slices = sorted(reader.slices(), key=_outer_first)
