@@ -12,6 +12,7 @@ import numpy as np
 from torch_spheres._core import Topology
 from torch_spheres.observe.plots.theme import COLOURS, LABELS, describe, points
 from torch_spheres.observe.stats import Stats
+from torch_spheres.observe.table import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,13 +96,17 @@ def draw_rings(ax: Axes, shown: Activity, levels: int, concurrency: int) -> None
     _labels(ax, shown, levels)
     counts = Counter(shown.states) + Counter(unused=shown.busy.count(0))
     handles = [
-        Patch(facecolor=COLOURS[state], label=f"{LABELS[state]}: {counts[state]:,}")
+        Patch(
+            facecolor=COLOURS[state], label=f"{LABELS[state]}: {counted(counts[state], 'sphere')}"
+        )
         for state in _STATES
         if counts[state]
     ]
     if shown.steals:
         _chords(ax, shown, levels)
-        handles.append(Patch(facecolor=COLOURS["steal"], label="stolen items, wide at the thief"))
+        stolen = counted(sum(shown.steals.values()), "item")
+        label = f"stolen by spheres: {stolen}, wide at the thief"
+        handles.append(Patch(facecolor=COLOURS["steal"], label=label))
     describe(ax, _title(shown, Topology(levels).leaves, concurrency), handles, below=0.5)
 
 
@@ -205,12 +210,12 @@ def _chord(thief: int, victim: int, share: float, levels: int) -> Path:
 def _title(shown: Activity, leaves: int, concurrency: int) -> list[str]:
     """What it is, and what is left out."""
     turns = f"{len(shown.busy):,} spheres, at most {concurrency:,} of {leaves:,} leaves at once"
-    items = f"{shown.items:,} items, {shown.stolen:,} of them stolen"
+    items = f"{counted(shown.items, 'item')}, {shown.stolen:,} of them stolen"
     lines = [turns if leaves > 1 else "1 sphere", items if shown.items else "no items run yet"]
     if len(shown.steals) > _MOST_CHORDS:
         lines.append(f"the {_MOST_CHORDS:,} heaviest of {len(shown.steals):,} chords")
-    if helped := shown.stolen - sum(shown.steals.values()):
-        lines.append(f"{helped:,} stolen by threads that waited, without a chord")
+    if by_waiting := shown.stolen - sum(shown.steals.values()):
+        lines.append(f"{by_waiting:,} stolen by threads that waited, without a chord")
     if shown.lost:
         lines.append(f"{shown.lost:,} events were lost: the oldest are missing")
     return lines
