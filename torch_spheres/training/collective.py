@@ -17,7 +17,7 @@ from torch_spheres.distributed.gather_rows import own_rows_only
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.distributed.tree_all_reduce import Exchange, Layout, total_over_ranks
 from torch_spheres.errors import Caught
-from torch_spheres.reduction.streaming_sum import GradientFold, Grads
+from torch_spheres.reduction.streaming_sum import Grads, StreamingSum
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.trace_hooks import phase
 from torch_spheres.training.batch_split import Split
@@ -131,7 +131,7 @@ class SharedCall(Call):
 
     # ---- gradients ----
 
-    def new_fold(self) -> GradientFold:
+    def new_fold(self) -> StreamingSum:
         """One whose parts are given to the exchange as they are completed."""
         layouts, sparse = self.pool.layouts, _sparse_parameters(self.module)
         self._sparse = [i for i, p in enumerate(self.trainable) if id(p) in sparse]
@@ -151,7 +151,7 @@ class SharedCall(Call):
             self.crew.spheres,
             late=self.crew.together,
         )
-        return GradientFold(
+        return StreamingSum(
             self.split.places,
             self.split.leaves,
             self.crew.concurrency,
@@ -177,7 +177,7 @@ class SharedCall(Call):
             if total is not None:
                 self._sparse_sums[part][i] = total
 
-    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
+    def finish_fold(self, fold: StreamingSum, run: Callable[[], object]) -> Grads:
         """Meets the other ranks, with an error too."""
         del fold  # it has given all it has to the exchange
         with Caught() as caught:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_spheres import _compat
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.errors import Caught
-from torch_spheres.reduction.streaming_sum import GradientFold, Grads, rounded
+from torch_spheres.reduction.streaming_sum import Grads, StreamingSum, rounded
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.rng import CallRandom, ShardRandom
 from torch_spheres.runtime.trace_hooks import phase
@@ -405,12 +405,12 @@ class Call:
                 sums.append(gather_input_grad(self, value, dim, [grads[i] for grads in rest]))
         return sums
 
-    def new_fold(self) -> GradientFold:
+    def new_fold(self) -> StreamingSum:
         """For this call's gradients."""
         split, crew = self.split, self.crew
-        return GradientFold(split.places, split.leaves, crew.concurrency, spheres=crew.spheres)
+        return StreamingSum(split.places, split.leaves, crew.concurrency, spheres=crew.spheres)
 
-    def finish_fold(self, fold: GradientFold, run: Callable[[], object]) -> Grads:
+    def finish_fold(self, fold: StreamingSum, run: Callable[[], object]) -> Grads:
         """Has the shards run, and returns the sums."""
         run()
         with torch.no_grad(), phase(self.crew.spheres, "sum"):
