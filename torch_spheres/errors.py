@@ -1,4 +1,4 @@
-"""Errors of torch_spheres."""
+"""The exceptions of torch_spheres, and a holder for an exception that has to wait."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["Caught", "RankError", "StoppedError"]
 
 
 class RankError(RuntimeError):
-    """Another process of the training has failed, died, or does not come to a meeting.
+    """Another process has failed, has ended, or does not take part in an exchange between ranks.
 
     Attributes:
-        ranks: those that it is about, in the process group.
+        ranks: the ranks, in the process group, that the error is about.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -20,10 +20,9 @@ class RankError(RuntimeError):
 
 
 class Caught:
-    """An exception that is raised once all ranks know of it.
+    """Holds an exception until all ranks know of it.
 
-    ``with Caught() as caught:`` keeps the block's. It is let go when it is raised: its traceback
-    owns the frames, and what these hold would be a cycle.
+    ``with Caught() as caught:`` catches the block's `Exception`, if there is one.
     """
 
     def __init__(self, error: BaseException | None = None) -> None:
@@ -38,7 +37,8 @@ class Caught:
         return isinstance(error, Exception)
 
     def raise_if_any(self) -> None:
-        """Raises the exception, if there is one."""
+        """Raises the exception, if there is one, and no longer holds it."""
+        # The traceback refers to frames that may refer to this object, which would be a cycle.
         error, self.error = self.error, None
         try:
             if error is not None:
