@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch_spheres.prepare_training import prepare
     from torch_spheres.reduction.partition import shard_bounds
     from torch_spheres.reduction.tree_sum import tree_sum
-    from torch_spheres.runtime.sphere_threads import usable_cores
+    from torch_spheres.runtime.cpu_count import usable_cores
     from torch_spheres.spheres import KissingSpheres
     from torch_spheres.training.gradient_hook import GradientHook
     from torch_spheres.training.metrics import gather_metrics
@@ -59,7 +59,7 @@ _MODULES = {
     ".prepare_training": "prepare",
     ".reduction.partition": "shard_bounds",
     ".reduction.tree_sum": "tree_sum",
-    ".runtime.sphere_threads": "usable_cores",
+    ".runtime.cpu_count": "usable_cores",
     ".spheres": "KissingSpheres",
     ".training.gradient_hook": "GradientHook",
     ".training.metrics": "gather_metrics",

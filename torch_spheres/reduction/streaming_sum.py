@@ -65,7 +65,17 @@ class _Node:
         self.pending = [0] * _KISSING  # by place, shards at or below it that are not added yet
 
     def is_complete(self, begin: int, end: int) -> bool:
+        """Whether all shards below a range of places have been added to its values."""
         return not any(self.pending[begin:end])
+
+    def is_ready(self, begin: int, end: int) -> bool:
+        """Whether the values of a range may be added now."""
+        complete = self.is_complete(begin, end)
+        if self.parent is not None or not complete:
+            return complete
+        # finish(), or the caller of `emit`, makes the last additions of a root.
+        first, last = self.wanted
+        return first <= begin and end <= last and not self.is_complete(first, last)
 
 
 class StreamingSum:
@@ -210,14 +220,12 @@ class StreamingSum:
             Whether this thread added them.
         """
         with self._changed:
-            if not node.is_complete(begin, end) or (
-                node.parent is None and not _may_add(node, begin, end)
-            ):
+            if not node.is_ready(begin, end):
                 return False
             if up and node.parent is not None and node.parent.values[node.place] is not None:
                 return False  # another thread did it
             count = sum(v is not None for v in node.values[begin:end])
-            if count < (1 if up else 2):  # (none: another thread has taken them)
+            if count < (1 if up else 2):  # 0: another thread has taken them
                 return False
             sets: list[_Summand | None] = [None] * _KISSING
             sets[begin:end] = node.values[begin:end]
@@ -311,12 +319,6 @@ def _reusable(sets: Sequence[_Summand], i: int) -> Tensor | None:
 
 def _is_dense(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return tensor is not None and tensor.layout is torch.strided
-
-
-def _may_add(root: _Node, begin: int, end: int) -> bool:
-    """Whether a range of a root's places may be added before the part is complete."""
-    first, last = root.wanted
-    return first <= begin and end <= last and not root.is_complete(first, last)
 
 
 def rounded(grads: Grads, like: Sequence[Any]) -> Grads:

@@ -292,7 +292,7 @@ def _draw(op: Any, position: int | None, /, *args: Any, **kwargs: Any) -> Any:
     """Calls a random operator with the active source's generator in place of the default one."""
     source = current_source()
     with _compat.ExcludeDispatchKey(_KEYS):
-        if source is None:  # not this package has included the key
+        if source is None:  # another library has included the key
             return op(*args, **kwargs)
         in_args = position is not None and position < len(args)
         given = args[position] if in_args else kwargs.get("generator")  # type: ignore[index]
@@ -315,7 +315,7 @@ def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Te
     """The CPU's kernel, for any device: CUDA's own draws its mask without a generator."""
     if train is False or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # comes to _draw
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # its kernel is _draw
     return x * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
 
 
@@ -348,7 +348,7 @@ def _install() -> None:
         for schema in _compat.operator_schemas():
             if not schema.name.startswith("aten::"):
                 continue
-            # Optional ones only: the operators that require a generator do not draw from it.
+            # Operators that require a generator (seed, initial_seed) do not draw from it.
             positions = [
                 None if argument.kwarg_only else position
                 for position, argument in enumerate(schema.arguments)

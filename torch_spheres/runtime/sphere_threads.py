@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import math
 import os
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 from torch_spheres import _core
 from torch_spheres._core import Topology
 from torch_spheres.runtime import mkl_warmup, thread_hooks
 from torch_spheres.runtime.arguments import as_index, as_timeout
+from torch_spheres.runtime.cpu_count import usable_cores
 from torch_spheres.runtime.malloc import keep_freed_memory
 from torch_spheres.runtime.sample_counter import SampleCounter
 from torch_spheres.runtime.step_counter import StepCounter
 
-__all__ = ["SphereThreads", "usable_cores"]
+__all__ = ["Recorder", "SphereThreads", "Stoppable"]
 
 thread_hooks.install()
 mkl_warmup.choose_kernels()
@@ -44,22 +43,6 @@ class Stoppable(Protocol):
 
     def stop(self) -> None:
         """Ends the threads."""
-
-
-def usable_cores() -> int:
-    """Returns the number of cores that this process may use, at least 1.
-
-    That is the size of its CPU affinity mask, or the cgroup's CPU quota (rounded up) if less.
-    """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        cores = os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        # Without a quota the file has "max 100000", of which int() raises ValueError.
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
 
 
 class SphereThreads:
