@@ -1,6 +1,6 @@
 """`KissingSpheres`: the pool of `runtime`, with the methods that show what it does.
 
-Those methods are implemented in `observe`, which knows nothing of this class.
+Those methods are implemented in `observe`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from torch_spheres.observe.displays import as_html
 from torch_spheres.observe.live import Live
-from torch_spheres.observe.plots import check_trace
-from torch_spheres.observe.plots.rings import Activity, draw_rings
-from torch_spheres.observe.plots.theme import picture
+from torch_spheres.observe.plots import plot_rings
 from torch_spheres.observe.readings import Rates, Reading
 from torch_spheres.observe.stats import Stats, sphere_stats
 from torch_spheres.observe.table import format_stats
@@ -206,22 +204,7 @@ class KissingSpheres(SpherePool):
             ValueError: both `stats` and `trace` are given, they have another number of spheres, or
                 there is no such theme.
         """
-        if stats is not None and trace is not None:
-            raise ValueError("plot() draws stats or a trace; give it one of the two")
-        if trace is not None:
-            check_trace(trace)
-            shown = Activity.of_trace(trace)
-        else:
-            stats = self.stats() if stats is None else stats
-            if not isinstance(stats, Stats):
-                raise TypeError(f"stats must be None or from stats(), got {type(stats).__name__}")
-            shown = Activity.of_stats(stats)
-        drawn = len(shown.busy)
-        if drawn != (total := self.total_spheres):
-            raise ValueError(f"there is a figure of {drawn} spheres, and these are {total}")
-        with picture("plot()", ax, theme, (7.4, 7.6)) as on:
-            draw_rings(on, shown, self.levels, self.concurrency)
-            return on
+        return plot_rings(self, ax, stats, trace, theme)
 
     def trace(self, capacity: int = 65536) -> Recording:
         """Records a `Trace` of what the spheres do in a ``with`` block.

@@ -29,17 +29,10 @@ _BAR_COLOUR = "#2b8cbe80"
 def open_display(
     file: TextIO | None, plain: bool | None
 ) -> tuple[AbstractContextManager[Show], bool]:
-    """Chooses the display.
-
-    Args:
-        file: a terminal or another text file; None: a notebook's cell if there is one, else stderr.
-        plain: whether to write lines; None: unless there is a terminal or a notebook.
+    """Chooses the display; `file` and `plain` are those of `KissingSpheres.live`.
 
     Returns:
         The display, a context, and whether new figures replace the old ones (or follow them).
-
-    Raises:
-        ImportError: the display is a terminal's, and rich is missing.
     """
     if file is None and not plain and _in_notebook():
         return _notebook(), True

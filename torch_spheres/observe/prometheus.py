@@ -52,13 +52,7 @@ def page(stats: Stats, per_sphere: bool | None, labels: Mapping[str, str] | None
 
 
 class SphereCollector(Collector):
-    """Collects the metrics of a `Stats`; made by `KissingSpheres.prometheus_collector`.
-
-    Args:
-        read: returns the `Stats`; called at each scrape.
-        per_sphere: as of `Stats.to_prometheus`.
-        labels: as of `Stats.to_prometheus`.
-    """
+    """Collects metrics of the `Stats` that `read` returns; see `Stats.to_prometheus`."""
 
     def __init__(
         self,

@@ -106,15 +106,7 @@ def _outer_first(s: Slice) -> tuple[int, int, int]:
 
 
 class _Reader:
-    """Turns the recorded events of all threads into slices and arrows.
-
-    Attributes are complete after `slices` has been iterated over:
-        lost: events that were overwritten.
-        complete_since: from this moment on no events are lost.
-        messages: arrows of messages.
-        handed_out: when items were handed out, and how many.
-        names: of threads other than spheres, by their negative ids.
-    """
+    """Turns the recorded events of all threads into slices and arrows."""
 
     def __init__(
         self, topology: Topology, record: _core.TraceRecord, names: dict[int, str]
@@ -123,14 +115,15 @@ class _Reader:
         self._tracks = record.tracks
         self._topology = topology
         self.lost = sum(track.lost for track in self._tracks)
-        self.complete_since = self._begin
+        # These are complete after slices() has been iterated over.
+        self.complete_since = self._begin  # no later events are lost
         self.messages: list[Arrow] = []
-        self.handed_out: list[tuple[int, int]] = []
-        self.names: dict[int, str] = {}
+        self.handed_out: list[tuple[int, int]] = []  # when, and how many items
+        self.names: dict[int, str] = {}  # of other threads, by their negative ids
         self._python_names = names
 
     def slices(self) -> Iterator[Slice]:
-        """Reads all threads' slices, and sets the other attributes."""
+        """Reads all threads' slices."""
         others_seen = 0
         for track in self._tracks:
             sphere = track.sphere

@@ -13,12 +13,7 @@ T = TypeVar("T")
 
 
 def as_index(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """Converts an argument to an integer.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is less than `least` or more than `most`.
-    """
+    """Converts an argument to an integer from `least` to `most`; else TypeError or ValueError."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -32,11 +27,7 @@ def as_index(name: str, value: Any, least: int | None = None, most: int | None =
 
 
 def as_number(name: str, value: Any, what: str = "a number") -> float:
-    """Converts an argument to a float.
-
-    Raises:
-        TypeError: it is not a number; the message says `what` it must be.
-    """
+    """Converts an argument to a float, or raises a TypeError that says `what` it must be."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -46,12 +37,7 @@ def as_number(name: str, value: Any, what: str = "a number") -> float:
 
 
 def as_timeout(value: Any) -> float | None:
-    """Converts a timeout to seconds; None waits for ever.
-
-    Raises:
-        TypeError: it is neither None nor a number.
-        ValueError: it is less than 0 or NaN.
-    """
+    """Converts a timeout to seconds, None or infinity to None; else TypeError or ValueError."""
     if value is None:
         return None
     seconds = as_number("timeout", value, "None or a number of seconds")
@@ -61,11 +47,7 @@ def as_timeout(value: Any) -> float | None:
 
 
 def python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
-    """Reads the items for a callable.
-
-    Raises:
-        TypeError: `fn` is not callable, or `items` not iterable.
-    """
+    """Reads the items for a callable `fn`; TypeError if `fn` or `items` cannot be that."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {fn!r} of type {type(fn).__name__}")
     try:
@@ -79,12 +61,7 @@ def python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
 
 
 def native_items(items: Iterable[Any]) -> int | list[int]:
-    """Reads the items for a `NativeFunction`: integers, or their number if they are 0, 1, 2, ...
-
-    Raises:
-        TypeError: `items` is not iterable, or an item not an integer.
-        OverflowError: an item does not fit 64 bits.
-    """
+    """Reads the items for a `NativeFunction`: integers, or their number if they are 0, 1, 2, ..."""
     if isinstance(items, range) and items == range(len(items)):
         return len(items)
     if not isinstance(items, Iterable):

@@ -32,12 +32,7 @@ MUTABLE = (list, dict, set, deque)
 
 
 def held_by(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """The modules, tensors and owners of bound methods in built-in containers.
-
-    Args:
-        value: anything.
-        depth: how many levels of nested containers are searched.
-    """
+    """The modules, tensors and owners of bound methods in `depth` levels of built-in containers."""
     kind = type(value)
     if kind in _PLAIN:
         return
@@ -70,12 +65,9 @@ def mapping_values(container: Any) -> Iterable[Any]:
 
 
 def rebound(value: Any, replacements: Mapping[int, Any], depth: int = _DEPTH) -> Any:
-    """Returns `value` with the objects in it replaced; `value` itself if nothing is replaced.
+    """Returns `value` with objects in it replaced, or `value` itself if nothing is replaced.
 
-    Args:
-        value: anything; containers are rebuilt, not changed.
-        replacements: by id of the object that is replaced.
-        depth: how many levels of nested containers are searched.
+    Containers are rebuilt, to `depth` levels; `replacements` is by id of the replaced objects.
     """
     kind = type(value)
     if kind in _PLAIN:

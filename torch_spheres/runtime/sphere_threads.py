@@ -14,7 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from torch_spheres import _core
 from torch_spheres._core import Topology
@@ -25,24 +25,10 @@ from torch_spheres.runtime.malloc import keep_freed_memory
 from torch_spheres.runtime.sample_counter import SampleCounter
 from torch_spheres.runtime.step_counter import StepCounter
 
-__all__ = ["Recorder", "SphereThreads", "Stoppable"]
+__all__ = ["SphereThreads"]
 
 thread_hooks.install()
 mkl_warmup.choose_kernels()
-
-
-class Recorder(Protocol):
-    """Records a trace of a pool; made by ``KissingSpheres.trace()``."""
-
-    def name_thread(self) -> None:
-        """Remembers the name of the calling thread."""
-
-
-class Stoppable(Protocol):
-    """Threads other than the spheres' that end when the pool stops: a loader's workers."""
-
-    def stop(self) -> None:
-        """Ends the threads."""
 
 
 class SphereThreads:
@@ -58,8 +44,9 @@ class SphereThreads:
         self._cores = cores
         self._samples = SampleCounter()
         self._steps = StepCounter()
-        self._recorder: Recorder | None = None  # of the trace that is being recorded
-        self._loader_workers: weakref.WeakSet[Stoppable] = weakref.WeakSet()
+        # The trace that is being recorded, whose name_thread() each thread calls.
+        self._recorder: Any = None
+        self._loader_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # each has a stop()
         # A barrier, and shards that wait for each other, each need every leaf: one at a time.
         self._all_leaves = threading.Lock()
         # time.monotonic_ns() and time.process_time_ns() of the first start().
@@ -192,12 +179,7 @@ class SphereThreads:
         return self._core.forked()
 
     def _ensure_started(self, what: str) -> None:
-        """Starts spheres that were never started.
-
-        Raises:
-            StoppedError: the spheres were stopped; `what` is the call that needs them.
-            RuntimeError: this is a forked child's copy.
-        """
+        """Starts spheres that were never started; raises if `what` needs spheres that run."""
         if not self._starts and not self._forked:
             self.start()
         self._core.require_running(what)
@@ -207,10 +189,7 @@ class SphereThreads:
         return self._core.on_own_thread()
 
     def _pause_item(self) -> None:
-        """Sleeps in a work item, whose turn another leaf gets, until `_resume_item`.
-
-        May return early, as a condition variable's wait.
-        """
+        """Sleeps in a work item, while another leaf runs, until `_resume_item` or for no reason."""
         self._core.pause()
 
     def _resume_item(self, leaf: int) -> None:
@@ -235,24 +214,17 @@ class SphereThreads:
         self._core.gradients_complete()
 
     def _read_subtrees(self) -> tuple[int, list[tuple[Any, ...]]]:
-        """Reads the figures of a live display.
+        """Nanoseconds since `start`; figures of the root, then of each kissing sphere's subtree.
 
-        Returns:
-            Nanoseconds since `start`; and of the root alone, then of each kissing sphere with all
-            spheres below it: its id, how many spheres are in each state, items, stolen items,
-            queued items, busy nanoseconds.
+        The figures: sphere id, spheres in each state, items, stolen items, queued items, busy
+        nanoseconds.
         """
         elapsed, subtrees = self._core.subtrees()
         return elapsed, subtrees
 
     @contextlib.contextmanager
     def _claim_all_leaves(self, what: str, timeout: float | None) -> Iterator[float | None]:
-        """Context in which no other barrier or model's shards wait for leaves; gives time left.
-
-        Raises:
-            TimeoutError: the wait for the others took longer than `timeout` seconds.
-            RuntimeError: called from inside a work item, or in a forked child.
-        """
+        """Context in which no other barrier or model's shards wait for leaves; gives time left."""
         self._core.require_outside(what)
         begin = time.monotonic()
         longest = -1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)

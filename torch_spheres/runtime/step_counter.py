@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = ["StepCounter", "StepLog"]
-
-
-class StepLog(Protocol):
-    """Is told of each step; made by ``KissingSpheres.log_to()``."""
-
-    def step(self) -> None:
-        """Counts a step."""
-
-    def warn_if_silent(self) -> None:
-        """Warns if no step was ever counted; called when the pool stops.
-
-        The warning's `stacklevel` is 4: the caller of ``stop()``.
-        """
+__all__ = ["StepCounter"]
 
 
 class StepCounter:
@@ -28,7 +15,7 @@ class StepCounter:
     """
 
     def __init__(self) -> None:
-        self.logs: list[StepLog] = []
+        self.logs: list[Any] = []  # each a `StatsLog` of `observe`
         self._stepping: weakref.WeakSet[Any] = weakref.WeakSet()  # whose step() has begun
 
     def begin(self, optimizer: Any) -> None:
@@ -43,6 +30,6 @@ class StepCounter:
                 log.step()
 
     def warn_if_silent(self) -> None:
-        """Has each log warn that it never counted a step."""
+        """Has each log warn, with `stacklevel` 4, if it never counted a step."""
         for log in self.logs:
             log.warn_if_silent()

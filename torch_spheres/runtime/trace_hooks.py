@@ -9,24 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch_spheres import _core
 
 if TYPE_CHECKING:
-    from torch_spheres.runtime.sphere_threads import Recorder, SphereThreads
+    from torch_spheres.runtime.sphere_threads import SphereThreads
 
 __all__ = ["begin_trace", "end_trace", "gradients_taken", "here_and_now", "phase", "phase_since"]
 
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
 
-def begin_trace(spheres: SphereThreads, recorder: Recorder, capacity: int) -> None:
-    """Has the C++ runtime record the last `capacity` events of each thread.
-
-    Raises:
-        RuntimeError: another trace of these spheres is being recorded.
-    """
+def begin_trace(spheres: SphereThreads, recorder: Any, capacity: int) -> None:
+    """Begins to record the last `capacity` events of each thread; RuntimeError if a trace runs."""
     spheres._core.begin_trace(capacity)
     spheres._recorder = recorder
 
@@ -58,10 +54,7 @@ def phase(
 ) -> AbstractContextManager[None]:
     """Context that records its block as a phase of the calling thread.
 
-    Args:
-        spheres: the pool whose trace shows the phase.
-        name: one of `_core.TRACE_LABELS`.
-        number: of the shard, or of the batch that is loaded.
+    `name` is one of `_core.TRACE_LABELS`, `number` that of the shard or of the batch.
     """
     return _Phase(spheres, name, number)
 
@@ -82,9 +75,7 @@ def here_and_now() -> tuple[int, int]:
 def gradients_taken(spheres: SphereThreads, makers: Iterable[tuple[int, int]]) -> None:
     """Records an arrow from each maker of gradients to the calling thread, which adds them.
 
-    Args:
-        spheres: the pool whose trace shows the arrows.
-        makers: `here_and_now` of each thread when its gradients were ready.
+    `makers` has `here_and_now` of each thread when its gradients were ready.
     """
     here = _core.current_sphere()
     for sphere, made in makers:

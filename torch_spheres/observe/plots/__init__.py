@@ -8,19 +8,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch_spheres.observe.plots.rings import Activity, draw_rings
 from torch_spheres.observe.plots.theme import picture, points
 from torch_spheres.observe.plots.timeline import MOST_ROWS, Timeline, draw_timeline
 from torch_spheres.observe.plots.waits import draw_waits
+from torch_spheres.observe.stats import Stats
 from torch_spheres.observe.trace import Trace
 from torch_spheres.runtime.arguments import as_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_trace", "plot_loader", "plot_timeline"]
+    from torch_spheres.spheres import KissingSpheres
+
+__all__ = ["plot_loader", "plot_rings", "plot_timeline"]
 
 
-def check_trace(trace: object) -> None:
+def plot_rings(
+    spheres: KissingSpheres, ax: Axes | None, stats: Stats | None, trace: Trace | None, theme: str
+) -> Axes:
+    """Draws the hierarchy as rings; see `KissingSpheres.plot`."""
+    if stats is not None and trace is not None:
+        raise ValueError("plot() draws stats or a trace; give it one of the two")
+    if trace is not None:
+        _check_trace(trace)
+        shown = Activity.of_trace(trace)
+    else:
+        stats = spheres.stats() if stats is None else stats
+        if not isinstance(stats, Stats):
+            raise TypeError(f"stats must be None or from stats(), got {type(stats).__name__}")
+        shown = Activity.of_stats(stats)
+    drawn = len(shown.busy)
+    if drawn != (total := spheres.total_spheres):
+        raise ValueError(f"there is a figure of {drawn} spheres, and these are {total}")
+    with picture("plot()", ax, theme, (7.4, 7.6)) as on:
+        draw_rings(on, shown, spheres.levels, spheres.concurrency)
+        return on
+
+
+def _check_trace(trace: object) -> None:
     """Raises a TypeError if `trace` is no `Trace`."""
     if not isinstance(trace, Trace):
         raise TypeError(
@@ -61,7 +87,7 @@ def plot_timeline(
         ValueError: `begin` is not before `end`, they are not within the trace, or there is no such
             theme.
     """
-    check_trace(trace)
+    _check_trace(trace)
     first, last = _window(trace, begin, end)
     with picture("plot_timeline()", ax, theme, (9.0, 9.0)) as on:
         shown = Timeline.of(trace, first, last, min(MOST_ROWS, int(points(on)[1] / 10) or 1))

@@ -49,17 +49,9 @@ LABELS = {
 def picture(what: str, ax: object, theme: str, size: tuple[float, float]) -> Iterator[Axes]:
     """Context with a theme's settings, which gives the axes to draw on.
 
-    Args:
-        what: the caller's name, for errors.
-        ax: the axes; None: those of a new figure. pyplot makes the figure if pyplot is in use, so
-            that ``plt.show()`` and notebooks show it; otherwise no one has to close the figure.
-        theme: ``"light"`` or ``"dark"``.
-        size: of a new figure, in inches.
-
-    Raises:
-        ImportError: there is no matplotlib.
-        TypeError: `ax` is neither None nor matplotlib axes with plain x and y.
-        ValueError: there is no such theme.
+    If `ax` is None these are axes of a new figure of `size` inches. pyplot makes the figure if
+    pyplot is in use, so that ``plt.show()`` and notebooks show it; otherwise no one has to close
+    it. `what` is the caller's name, for errors, which are those of `plot_timeline`.
     """
     if theme not in ("light", "dark"):
         raise ValueError(f"theme must be one of 'light', 'dark', got {theme!r}")
