@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch_spheres.prepare_training import prepare
     from torch_spheres.reduction.partition import shard_bounds
     from torch_spheres.reduction.tree_sum import tree_sum
-    from torch_spheres.runtime.pool import usable_cores
+    from torch_spheres.runtime.cpu_count import usable_cores
     from torch_spheres.spheres import KissingSpheres
     from torch_spheres.training.gradient_hook import GradientHook
     from torch_spheres.training.metrics import gather_metrics
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch_spheres.training.parallelize import parallelize_
     from torch_spheres.training.sync_batch_norm import convert_sync_batchnorm
 
-# A name is imported when it is asked for (PEP 562): a program pays for what it uses.
+# Names are imported at their first use (PEP 562), so that a program imports only what it uses.
 _MODULES = {
     "._core": "NativeFunction State Topology Work",
     ".checkpoint": "checkpoint_state load_checkpoint restore_checkpoint_state save_checkpoint",
@@ -59,7 +59,7 @@ _MODULES = {
     ".prepare_training": "prepare",
     ".reduction.partition": "shard_bounds",
     ".reduction.tree_sum": "tree_sum",
-    ".runtime.pool": "usable_cores",
+    ".runtime.cpu_count": "usable_cores",
     ".spheres": "KissingSpheres",
     ".training.gradient_hook": "GradientHook",
     ".training.metrics": "gather_metrics",
@@ -67,7 +67,7 @@ _MODULES = {
     ".training.parallelize": "parallelize_",
     ".training.sync_batch_norm": "convert_sync_batchnorm",
 }
-_WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "ITEM_TIME_EDGES_NS",
@@ -112,9 +112,9 @@ __version__ = "0.1.0"
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name not in _WHERE:
+        if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_WHERE[name], __name__), name)
+        value = getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
         globals()[name] = value
         return value
 
@@ -123,5 +123,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Lower packages make spheres where the user gives none, and cannot import what is above them.
+# Lower packages make a pool if the user gives none, and must not import this class themselves.
 register_pool_class(lambda: importlib.import_module(".spheres", __name__).KissingSpheres)

@@ -1,21 +1,19 @@
-"""Every use of a private PyTorch API, looked up once, on import, with what happens without it.
+"""Every use of a private PyTorch API, looked up once on import, with its fallback.
 
-PyTorch may rename or drop what begins with an underscore in any release. So no other module of the
-package touches such a name: functions and classes are looked up here, and the attributes of torch's
-objects that others read are listed here. There are two kinds:
+PyTorch may rename or drop what begins with an underscore in any release, so no other module of the
+package uses such a name: functions and classes are looked up here, and the private attributes of
+torch's objects that other modules read are listed here. A name has either
 
-- with a public alternative, which is used where the private one is missing (``without=`` says what
-  is different then);
-- *needed* by a feature. Where it is missing, importing the package warns, and the feature refuses
-  with the names that are missing (`require`); everything else works.
+- a public alternative, used where the name is missing (``without=`` says what differs then); or
+- features that need it. Where the name is missing, importing the package warns, and these features
+  refuse (`require`) with the names that are missing; everything else works.
 
-`tests/test_compat.py` lists them all and holds that nothing private is used elsewhere.
+`tests/test_compat.py` tries all names, and holds that nothing private is used elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import pkgutil
 import random
 import sys
@@ -26,39 +24,39 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from torch_spheres import _core
+from torch_spheres._compiled import compile_as, is_compiled, is_tracing, static_shapes, uncompiled
 
 __all__ = ["LOOKED_UP", "PrivateApi", "missing", "require"]
+__all__ += ["compile_as", "is_compiled", "is_tracing", "static_shapes", "uncompiled"]
 
 PARALLEL, LOADER = "SphereParallel", "wrap()"
 RANKS, CHECKPOINT = "training in several processes", "a checkpoint"
-_FEATURES = (PARALLEL, LOADER, RANKS, CHECKPOINT)
+_BOTH = (PARALLEL, LOADER)
+_FEATURES = (*_BOTH, RANKS, CHECKPOINT)
 _NEWEST_TRIED = "2.15"
 
 
 @dataclass(frozen=True)
 class PrivateApi:
-    """One name that is private to PyTorch."""
+    """One private name of PyTorch."""
 
     path: str
-    """From ``torch`` on."""
     needed_by: tuple[str, ...]
-    """Features that refuse without it."""
+    """Features that refuse without the name."""
     without: str
-    """What is different without it, if no feature needs it."""
+    """What differs without the name, if no feature needs it."""
     found: bool
 
 
 LOOKED_UP: list[PrivateApi] = []
-"""In the order of this file."""
 
 
 def _look_up(path: str, *needed_by: str, instead: Any = None, without: str = "") -> Any:
-    """The object at a path; `instead` where there is none, which is recorded."""
+    """Returns the object at a path, or `instead`; records whether it was found."""
     holder, _, name = path.rpartition(".")
     try:
         found, there = getattr(pkgutil.resolve_name(holder), name), True
@@ -68,46 +66,41 @@ def _look_up(path: str, *needed_by: str, instead: Any = None, without: str = "")
     return found
 
 
-def _look_at(of: str, example: Any, needed_by: tuple[str, ...], *names: str) -> None:
-    """Records which attributes an object of torch's has, for other modules to use."""
-    for name in names:
+def _look_at(of: str, example: Any, needed_by: tuple[str, ...], names: str) -> None:
+    """Records which attributes an object of torch has; other modules use them."""
+    for name in names.split():
         found = hasattr(example, name)
         LOOKED_UP.append(PrivateApi(f"{of}.{name}", needed_by, "", found=found))
 
 
-# ---- what the calling thread has set ----
+# ---- settings of the calling thread ----
 
 function_modes: Callable[[], list[Any]] = _look_up(
-    "torch.overrides._get_current_function_mode_stack", PARALLEL, LOADER, instead=list
+    "torch.overrides._get_current_function_mode_stack", *_BOTH, instead=list
 )
-push_function_mode = _look_up("torch._C._push_on_torch_function_stack", PARALLEL, LOADER)
-pop_function_mode = _look_up("torch._C._pop_torch_function_stack", PARALLEL, LOADER)
+push_function_mode = _look_up("torch._C._push_on_torch_function_stack", *_BOTH)
+pop_function_mode = _look_up("torch._C._pop_torch_function_stack", *_BOTH)
 dispatch_modes: Callable[[], list[Any]] = _look_up(
-    "torch.utils._python_dispatch._get_current_dispatch_mode_stack", PARALLEL, LOADER, instead=list
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack", *_BOTH, instead=list
 )
-push_dispatch_mode = _look_up("torch.utils._python_dispatch._push_mode", PARALLEL, LOADER)
-pop_dispatch_mode = _look_up("torch.utils._python_dispatch._pop_mode", PARALLEL, LOADER)
-functorch_level: Callable[[], Any] = _look_up(
-    "torch._C._functorch.peek_interpreter_stack", PARALLEL, LOADER
-)
+push_dispatch_mode = _look_up("torch.utils._python_dispatch._push_mode", *_BOTH)
+pop_dispatch_mode = _look_up("torch.utils._python_dispatch._pop_mode", *_BOTH)
+functorch_level: Callable[[], Any] = _look_up("torch._C._functorch.peek_interpreter_stack", *_BOTH)
 is_functorch_wrapped: Callable[[Tensor], bool] = _look_up(
     "torch._C._functorch.is_functorch_wrapped_tensor",
     instead=lambda _: True,
     without="tensors in memory are loaded sample by sample",
 )
-_saved_tensors_hooks = _look_up(
-    "torch._C._autograd._top_saved_tensors_default_hooks", PARALLEL, LOADER
-)
+_saved_tensors_hooks = _look_up("torch._C._autograd._top_saved_tensors_default_hooks", *_BOTH)
 
 
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """The pair that `torch.autograd.graph.saved_tensors_hooks` has put on top, if any."""
+    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks`, if any."""
     found: tuple[Any, Any] | None = _saved_tensors_hooks(False)  # noqa: FBT003
     return found
 
 
 # ---- backward passes ----
-
 
 _run_backward = _look_up(
     "torch.autograd.Variable._execution_engine.run_backward",
@@ -119,18 +112,13 @@ _run_backward = _look_up(
 def gradients(
     roots: Sequence[Tensor], grads: Sequence[Tensor], targets: Sequence[Tensor], keep: bool
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of roots and gradients that fit each other: spared its checks."""
+    """`torch.autograd.grad` without its checks; `roots` and `grads` must fit each other."""
     if _run_backward is None:
         return torch.autograd.grad(roots, targets, grads, retain_graph=keep, allow_unused=True)
     found: tuple[Tensor | None, ...] = _run_backward(
-        tuple(roots),
-        tuple(grads),
-        keep_graph=keep,
-        create_graph=False,
-        inputs=tuple(targets),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+        tuple(roots), tuple(grads), keep_graph=keep, create_graph=False, inputs=tuple(targets),
+        allow_unreachable=True, accumulate_grad=False,
+    )  # fmt: skip
     return found
 
 
@@ -150,7 +138,7 @@ _look_up(
 
 def profiler_is_on() -> bool:
     """Whether a profiler runs, in any thread."""
-    # (The name holds a value, which torch replaces.)
+    # Not looked up once: torch assigns another value to the name.
     return bool(getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
 
 
@@ -161,14 +149,8 @@ _look_up(
 
 
 def forward_ad_is_on() -> bool:
-    """Whether there are dual tensors."""
-    # (The name holds a value, which torch replaces.)
+    """Whether a `torch.autograd.forward_ad.dual_level` is entered."""
     return bool(getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0)
-
-
-def is_tracing() -> bool:
-    """Whether `torch.jit.trace` records what the calling thread does."""
-    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
 
 
 # ---- torch.compile ----
@@ -178,8 +160,6 @@ disable_compiler: Callable[[Any], Any] = _look_up(
     instead=lambda fn: torch.compiler.disable(fn),
     without="importing the package imports the compiler, which takes seconds",
 )
-
-
 _set_cuda_guard: Callable[[], None] = _look_up(
     "torch._C._ensureCUDADeviceGuardSet",
     instead=lambda: None,
@@ -188,80 +168,28 @@ _set_cuda_guard: Callable[[], None] = _look_up(
 
 
 def prepare_to_compile() -> None:
-    """To be called on a thread that stays, before others compile.
+    """Has to be called on a thread that lives on, before other threads compile.
 
-    Where torch is built for CUDA and there is no device, the compiler puts something in CUDA's
-    place; in torch 2.11 that is gone with the thread that did so first, and the next one crashes.
+    In a build for CUDA without a device the compiler installs a stand-in for CUDA's device guard.
+    In torch 2.11 it vanishes with the thread that installed it, and the next compilation crashes.
     """
     if not torch.cuda.is_available():
         _set_cuda_guard()
 
 
-def static_shapes() -> contextlib.AbstractContextManager[None]:
-    """Each number of rows gets compiled code of its own inside the block.
-
-    With code for any number as well, which of the two a shard runs would depend on which was used
-    last, by any thread.
-    """
-    # Not on import: it takes a second. Whoever runs compiled code has imported it.
-    config: Any = importlib.import_module("torch._dynamo.config")
-    patched: contextlib.AbstractContextManager[None] = config.patch(automatic_dynamic_shapes=False)
-    return patched
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was called on it, not on a part of it."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module without what `torch.compile` has made of it and its parts; it is changed."""
-    module = getattr(module, "_orig_mod", module)
-    for part in module.modules():
-        part._compiled_call_impl = None
-        for name, child in part._modules.items():
-            part._modules[name] = getattr(child, "_orig_mod", child)
-    return module
-
-
-def compiler_context(module: nn.Module) -> Any:
-    """What `torch.compile` keeps on the module that it returns, and nobody may copy; or None."""
-    return vars(module).get("dynamo_ctx")
-
-
-def compile_as(source: nn.Module, copied: nn.Module) -> None:
-    """Where `nn.Module.compile` has compiled the source's own method, the copy compiles its own."""
-    compiled: Any = source._compiled_call_impl
-    if compiled is not None and compiled.__closure__ is not None:
-        cells = zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True)
-        context = {name: cell.cell_contents for name, cell in cells}["self"]
-        copied._compiled_call_impl = context(copied._call_impl)
-
-
 # ---- random numbers ----
 
-DispatchKeySet = _look_up("torch._C.DispatchKeySet", PARALLEL, LOADER, instead=repr)
-_dispatch_key_parse = _look_up("torch._C._dispatch_key_parse", PARALLEL, LOADER)
-
-
-def _dispatch_key(name: str) -> Any:
-    """The key, which `torch._C.DispatchKey` does not list, or None."""
-    key = None
-    with contextlib.suppress(RuntimeError, TypeError):
-        key = _dispatch_key_parse(name)
-    there = key is not None
-    LOOKED_UP.append(PrivateApi(f"dispatch key {name}", (PARALLEL, LOADER), "", there))
-    return key
-
-
+DispatchKeySet = _look_up("torch._C.DispatchKeySet", *_BOTH, instead=repr)
+_dispatch_key_parse = _look_up("torch._C._dispatch_key_parse", *_BOTH)
 DRAW_KEY = "DeferredInit"
-"""Declared by PyTorch, and used for nothing there; see runtime/rng.py."""
-draw_key = _dispatch_key(DRAW_KEY)
-IncludeDispatchKey = _look_up("torch._C._IncludeDispatchKeyGuard", PARALLEL, LOADER)
-ExcludeDispatchKey = _look_up("torch._C._ExcludeDispatchKeyGuard", PARALLEL, LOADER)
-operator_schemas: Callable[[], list[Any]] = _look_up(
-    "torch._C._jit_get_all_schemas", PARALLEL, LOADER
-)
+"""A dispatch key that PyTorch declares and does not use; see runtime/rng.py."""
+draw_key: Any = None
+with contextlib.suppress(RuntimeError, TypeError):  # torch._C.DispatchKey does not list every key
+    draw_key = _dispatch_key_parse(DRAW_KEY)
+LOOKED_UP.append(PrivateApi(f"dispatch key {DRAW_KEY}", _BOTH, "", found=draw_key is not None))
+IncludeDispatchKey = _look_up("torch._C._IncludeDispatchKeyGuard", *_BOTH)
+ExcludeDispatchKey = _look_up("torch._C._ExcludeDispatchKeyGuard", *_BOTH)
+operator_schemas: Callable[[], list[Any]] = _look_up("torch._C._jit_get_all_schemas", *_BOTH)
 
 # ---- tensors ----
 
@@ -278,35 +206,30 @@ DatasetKind: Any = _look_up("torch.utils.data._DatasetKind", LOADER)
 BaseIterator: Any = _look_up(
     "torch.utils.data.dataloader._BaseDataLoaderIter", LOADER, instead=object
 )
-collate_fns: dict[Any, Any] = _look_up(
-    "torch.utils.data._utils.collate.default_collate_fn_map", LOADER, instead={}
-)
-collate_tensors: Any = _look_up("torch.utils.data._utils.collate.collate_tensor_fn", LOADER)
-numpy_seed: Callable[[int, int], Any] = _look_up(
-    "torch.utils.data._utils.worker._generate_state", LOADER
-)
-_WorkerInfo: Any = _look_up("torch.utils.data._utils.worker.WorkerInfo", LOADER)
-_worker: Any = _look_up("torch.utils.data._utils.worker", LOADER)
+_UTILS = "torch.utils.data._utils"
+collate_fns: Any = _look_up(f"{_UTILS}.collate.default_collate_fn_map", LOADER, instead={})
+collate_tensors: Any = _look_up(f"{_UTILS}.collate.collate_tensor_fn", LOADER)
+numpy_seed: Callable[[int, int], Any] = _look_up(f"{_UTILS}.worker._generate_state", LOADER)
+_WorkerInfo: Any = _look_up(f"{_UTILS}.worker.WorkerInfo", LOADER)
+_worker: Any = _look_up(f"{_UTILS}.worker", LOADER)
 
 
 def map_having(method: str, fn: Callable[[Any], Any], batch: Any) -> Any:
-    """The batch with `fn` of what has the method: tensors, packed sequences, users' types."""
+    """Applies `fn` to the parts of a batch that have a method: tensors, users' own types."""
 
     def has(value: Any) -> bool:
         return hasattr(value, method)
 
-    # (A PackedSequence is a named tuple that is taken as a whole.)
+    # `is_leaf`: a PackedSequence, which is a named tuple, is one part.
     return pytree.tree_map(lambda leaf: fn(leaf) if has(leaf) else leaf, batch, is_leaf=has)
 
 
-def _pin_memory(data: Any, device: str | None = None) -> Any:
-    """Pins what torch's own function pins; containers come back as pytree makes them."""
-    del device  # torch has deprecated it: there is one accelerator
+def _pin_memory(data: Any, _device: str | None = None) -> Any:
     return map_having("pin_memory", lambda value: value.pin_memory(), data)
 
 
 pin_memory: Callable[..., Any] = _look_up(
-    "torch.utils.data._utils.pin_memory.pin_memory",
+    f"{_UTILS}.pin_memory.pin_memory",
     instead=_pin_memory,
     without="batches of mappings and sequences that pytree does not know are not pinned",
 )
@@ -314,7 +237,7 @@ pin_memory: Callable[..., Any] = _look_up(
 
 @dataclass
 class _Rng:
-    """As later releases of torch have it."""
+    """The same class as in torch 2.13 and later."""
 
     random_generator: random.Random
     torch_generator: torch.Generator
@@ -322,7 +245,7 @@ class _Rng:
 
 
 _RNG: Any = _look_up(
-    "torch.utils.data._utils.worker._RNG",
+    f"{_UTILS}.worker._RNG",
     instead=_Rng,
     without="the class of get_worker_info().rng is torch_spheres' own",
 )
@@ -331,33 +254,23 @@ _RNG: Any = _look_up(
 def worker_info(
     worker: int, workers: int, seed: int, dataset: Any, generators: tuple[Any, Any, Any]
 ) -> Any:
-    """What `torch.utils.data.get_worker_info` returns in a worker.
-
-    Args:
-        worker: its number.
-        workers: how many there are.
-        seed: of the worker.
-        dataset: its own.
-        generators: of Python, torch and numpy.
-    """
+    """The value of ``get_worker_info()`` in a worker; `generators`: of Python, torch and numpy."""
     return _WorkerInfo(
-        id=worker,
-        num_workers=workers,
-        seed=seed,
-        dataset=dataset,
-        rng=_RNG(*generators),
+        id=worker, num_workers=workers, seed=seed, dataset=dataset, rng=_RNG(*generators),
         worker_method="thread",
-    )
+    )  # fmt: skip
 
 
 def answer_worker_info(here: Any) -> None:
-    """Has `get_worker_info` return ``here.info`` in every thread, where that is not None.
+    """Has `get_worker_info` return ``here.info`` in threads where that is not None.
 
-    There, ``here.asked`` is True from then on.
+    It also sets ``here.asked`` to True there. In all other threads, such as those of worker
+    processes, it does what it did before.
 
-    Users have imported the function by name, so it cannot be replaced; its code can. What it was
-    answers for all other threads: those of worker processes, and of torch's own thread workers.
+    Args:
+        here: a `threading.local`.
     """
+    # Users have imported the function by name, so not the function but its code is replaced.
     if hasattr(_worker, "_torch_spheres_here"):
         return
     function = _worker.get_worker_info
@@ -370,7 +283,7 @@ def answer_worker_info(here: Any) -> None:
 
 
 def _answer() -> Any:
-    # Runs as the code of get_worker_info: these are globals of torch.utils.data._utils.worker.
+    # The code of get_worker_info, whose globals are those of torch.utils.data._utils.worker.
     here = _torch_spheres_here  # type: ignore[name-defined] # noqa: F821
     info = here.info
     if info is None:
@@ -383,7 +296,7 @@ def _answer() -> Any:
 
 
 def backward_roots() -> tuple[Tensor, ...]:
-    """What ``backward()`` was called on, inside of the backward of a node; empty if unknown."""
+    """Inside a node's backward: the tensors of the ``backward()`` call; empty if unknown."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not torch.autograd.backward.__code__:
         frame = frame.f_back
@@ -393,12 +306,10 @@ def backward_roots() -> tuple[Tensor, ...]:
 
 
 def reduction_of(node: Any) -> str | None:
-    """``"mean"`` or ``"sum"``, where a node of autograd's is a loss that says so."""
-    said: Any = getattr(node, "_saved_reduction", None)
-    return {1: "mean", 2: "sum"}.get(said)
+    """``"mean"`` or ``"sum"`` if the autograd node is a loss with that reduction, else None."""
+    reduction: Any = getattr(node, "_saved_reduction", None)
+    return {1: "mean", 2: "sum"}.get(reduction)
 
-
-# ---- several processes ----
 
 default_store: Callable[[], Any] = _look_up(
     "torch.distributed.distributed_c10d._get_default_store", RANKS
@@ -407,46 +318,32 @@ default_store: Callable[[], Any] = _look_up(
 # ---- attributes ----
 
 FORWARD_HOOKS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-"""Dicts of hooks of an `nn.Module` at which its forward looks."""
+    "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+"""Dicts of an `nn.Module` that its call reads."""
 OTHER_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-    "_non_persistent_buffers_set",
-)
-"""What an `nn.Module` keeps, and its forward does not look at."""
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks", "_non_persistent_buffers_set",
+)  # fmt: skip
+"""Registries of an `nn.Module` that its call does not read."""
 SHARED_REGISTRIES = ("_parameters", "_buffers", "_modules", *OTHER_HOOKS)
-"""What `SphereParallel` has in common with its module: all that is not about calls."""
+"""Registries that a `SphereParallel` shares with its module."""
 COMPILED = ("_compiled_call_impl",)
-"""What `nn.Module.compile` leaves on a module."""
+"""Attributes that `nn.Module.compile` sets."""
 
-_look_at(
-    "nn.Module", nn.Module(), (PARALLEL,), "_parameters", "_buffers", "_modules",
-    "_compiled_call_impl", "_call_impl", *FORWARD_HOOKS, *OTHER_HOOKS,
-)  # fmt: skip
-_look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL, LOADER), "_version")
+_of_modules = ("_parameters", "_buffers", "_modules", *COMPILED, "_call_impl", *FORWARD_HOOKS)
+_look_at("nn.Module", nn.Module(), (PARALLEL,), " ".join((*_of_modules, *OTHER_HOOKS)))
+_look_at("Tensor", torch.empty(0, device="cpu"), _BOTH, "_version")
 _look_at("Tensor", torch.empty(0, device="cpu"), (PARALLEL,), "_backward_hooks")
-_look_at(
-    "Distribution", torch.distributions.Distribution(validate_args=False), (PARALLEL,),
-    "_batch_shape",
-)  # fmt: skip
-_look_at(
-    "Transform", torch.distributions.Transform(cache_size=1), (PARALLEL,), "_inv", "_cached_x_y"
-)
-_look_at("Generator", torch.default_generator, (PARALLEL, LOADER), "_cdata")
+_distribution = torch.distributions.Distribution(validate_args=False)
+_look_at("Distribution", _distribution, (PARALLEL,), "_batch_shape")
+_transform = torch.distributions.Transform(cache_size=1)
+_look_at("Transform", _transform, (PARALLEL,), "_inv _cached_x_y")
+_look_at("Generator", torch.default_generator, _BOTH, "_cdata")
 
 
 def _iterator(loader: Any) -> Any:
-    """One to look at; None if this torch cannot make it, so that nothing is found."""
     try:
         with torch.device("cpu"):  # whatever the default device is
             return iter(loader)
@@ -454,23 +351,24 @@ def _iterator(loader: Any) -> Any:
         return None
 
 
-# (With a generator of its own: the seed that the iterator draws is nobody's.)
+# With a generator of its own, because an iterator draws a seed.
 _loader: Any = DataLoader([0], generator=torch.Generator("cpu"))  # type: ignore[arg-type]
 _look_at(
-    "DataLoader", _loader, (LOADER,), "_get_iterator", "_iterator", "_dataset_kind",
-    "_auto_collation", "_index_sampler", "check_worker_number_rationality",
+    "DataLoader", _loader, (LOADER,),
+    "_get_iterator _iterator _dataset_kind _auto_collation _index_sampler "
+    "check_worker_number_rationality",
 )  # fmt: skip
 _look_at(
-    "DataLoader's iterator", _iterator(_loader), (LOADER,), "_auto_collation", "_base_seed",
-    "_collate_fn", "_dataset", "_dataset_kind", "_drop_last", "_index_sampler", "_next_data",
-    "_next_index", "_num_workers", "_num_yielded", "_persistent_workers", "_pin_memory",
-    "_pin_memory_device", "_reset", "_sampler_iter", "_timeout",
+    "DataLoader's iterator", _iterator(_loader), (LOADER,),
+    "_auto_collation _base_seed _collate_fn _dataset _dataset_kind _drop_last _index_sampler "
+    "_next_data _next_index _num_workers _num_yielded _persistent_workers _pin_memory "
+    "_pin_memory_device _reset _sampler_iter _timeout",
 )  # fmt: skip
-del _loader
+del _loader, _distribution, _transform
 
 
 def missing(feature: str) -> list[str]:
-    """What this torch lacks of what a feature needs."""
+    """The names that a feature needs and this torch does not have."""
     return [api.path for api in LOOKED_UP if not api.found and feature in api.needed_by]
 
 
@@ -478,16 +376,16 @@ _MISSING = {feature: missing(feature) for feature in _FEATURES}
 
 
 def require(feature: str) -> None:
-    """To be called before a feature is used.
+    """Is called before a feature is used.
 
     Raises:
         RuntimeError: this torch lacks something that the feature needs.
     """
     if _MISSING[feature]:
-        raise RuntimeError(_text(feature))
+        raise RuntimeError(_refusal(feature))
 
 
-def _text(feature: str) -> str:
+def _refusal(feature: str) -> str:
     return (
         f"torch {torch.__version__} does not have {', '.join(_MISSING[feature])}, which {feature} "
         f"needs; use another version (torch 2.8 to {_NEWEST_TRIED} have been tried), or a newer "
@@ -497,4 +395,4 @@ def _text(feature: str) -> str:
 
 for _feature in _MISSING:
     if _MISSING[_feature]:
-        warnings.warn(f"torch_spheres: {_text(_feature)}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"torch_spheres: {_refusal(_feature)}", RuntimeWarning, stacklevel=2)

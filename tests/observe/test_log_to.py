@@ -287,7 +287,7 @@ def test_arguments_of_log_to_are_checked() -> None:
         spheres.log_to(writer, optimizer=nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tag"):
         spheres.log_to(writer, tag="")
-    assert spheres._step_logs == []
+    assert spheres._steps.logs == []
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
@@ -54,7 +55,8 @@ def test_a_wedge_for_each_sphere_and_a_chord_for_each_pair_that_stole(levels, to
     assert title(ax)[0].startswith("1 sphere" if levels == 1 else f"{total:,} spheres, at most 3")
     assert title(ax)[1] == f"400 items, {stats.items_stolen} of them stolen"
     idle = (shares == 0).sum()
-    assert (f"never busy: {idle:,}" in legend(ax)) == (idle > 0)
+    said = f"never busy: {idle:,} sphere{'s' if idle > 1 else ''}"
+    assert (said in legend(ax)) == (idle > 0)
     for sphere in range(min(13, total)):
         (label,) = found(ax, f"label {sphere}")
         assert label.get_text().split("\n")[0] == ts.Topology.path_string(sphere)
@@ -84,6 +86,17 @@ def test_chords_are_wide_at_the_thief_and_the_wider_the_more(spheres):
     assert title(ax)[2] == "7 stolen by threads that waited, without a chord"
 
 
+def test_title_and_legend_count_the_same_stolen_items(spheres):
+    thefts = {(4, 0): 1, (4, 8): 100, (0, 6): 7}
+    ax = drawn(spheres.plot(axes(), stats=with_steals(spheres.stats(), thefts)))
+    in_title, by_waiting = (
+        int(n) for n in re.findall(r"(\d+) (?:of them )?stolen", ax.get_title())
+    )
+    (said,) = (text for text in legend(ax) if text.startswith("stolen"))
+    assert said == "stolen by spheres: 101 items, wide at the thief"
+    assert in_title == 101 + by_waiting == 108
+
+
 def test_of_many_pairs_the_heaviest_are_drawn():
     large, first = ts.KissingSpheres(levels=4), ts.Topology.first(3)
     thefts = {(first + n, (n + step) % 12): 1 + (n == 5) for n in range(1728) for step in (1, 2)}
@@ -98,7 +111,7 @@ def test_spheres_that_have_not_run_anything():
     assert set(pyplot.get_fignums()) == before | {ax.figure.number}
     pyplot.close(ax.figure)
     assert title(ax) == ["13 spheres, at most 5 of 12 leaves at once", "no items run yet"]
-    assert legend(ax) == ["not running: 13", "never busy: 13"]
+    assert legend(ax) == ["not running: 13 spheres", "never busy: 13 spheres"]
     assert shapes(ax, "steals") == []
 
 
@@ -109,7 +122,7 @@ def test_a_trace_in_place_of_statistics(spheres):
     busy = wedges.get_array().filled(0)
     assert busy == pytest.approx([{0: 0.1, 1: 0.4, 5: 0.2}.get(s, 0.0) for s in range(13)])
     assert len(shapes(ax, "states")) == 4 and len(shapes(ax, "steals")) == 1
-    assert legend(ax)[:2] == ["running items: 1", "summing gradients: 1"]
+    assert legend(ax)[:2] == ["running items: 1 sphere", "summing gradients: 1 sphere"]
     assert title(ax)[1:] == [
         "3 items, 2 of them stolen",
         "1 stolen by threads that waited, without a chord",

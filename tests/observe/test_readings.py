@@ -112,7 +112,7 @@ class Slow(int):
 def test_a_signals_handler_may_count_while_its_thread_does() -> None:
     counted, rows = SampleCounter(), Slow(4)
     rows.meanwhile = lambda: signal.raise_signal(signal.SIGUSR1)
-    before = signal.signal(signal.SIGUSR1, lambda *_: counted.tell(7))
+    before = signal.signal(signal.SIGUSR1, lambda *_: counted.set(7))
     try:
         counted.loaded(rows)
     finally:

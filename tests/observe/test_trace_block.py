@@ -19,7 +19,7 @@ def test_nothing_is_recorded_outside_of_the_block(spheres):
         pass
     spheres.map(abs, range(100))
     assert items_in(trace) == 0
-    assert not spheres._core.tracing and spheres._recording is None
+    assert not spheres._core.tracing and spheres._recorder is None
     with spheres.trace() as other:
         spheres.map(abs, range(7))
     assert (items_in(trace), items_in(other)) == (0, 7)

@@ -119,7 +119,7 @@ for code, status, error in cases:
 def test_a_forked_child_is_told_and_can_start_anew() -> None:
     out = run("""
 import multiprocessing
-from torch_spheres.runtime import pool, thread_hooks
+from torch_spheres.runtime import sphere_threads, thread_hooks
 def refused(call):
     try:
         call()
@@ -146,7 +146,7 @@ work = spheres.distribute_work(range(20), lambda _: gate.wait(60))
 lost, fn = dropped_on_its_own_thread()
 lost.distribute_work([1, 2], fn)
 del lost, fn
-while len(pool._live) > 1:
+while len(sphere_threads._live) > 1:
     time.sleep(0.01)
 with thread_hooks._lock:  # as a sphere does that just begins
     pid = os.fork()

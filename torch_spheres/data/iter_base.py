@@ -161,7 +161,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is
         """The running spheres, to share work with; None: the caller does the work alone."""
         spheres = self._spheres
         # (Inside a work item the caller would wait for itself.)
-        if spheres._forked or spheres._core.on_own_thread():
+        if spheres._forked or spheres._on_own_thread():
             return None
         try:
             spheres._ensure_started("a wrapped loader")

@@ -113,13 +113,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         self._current: SamplerEpoch | None = None  # of the newest iterator, until its end
         self._resumed: SamplerEpoch | None = None  # loaded, for the next iterator
         self._group_count = min(self._shards, GROUPS)
-        whole = _is_int(world_size) and world_size > 0
-        if not whole or self._shards % world_size:
-            way = way_out(world_size if whole else 0, self._shards)
-            what = "leaves" if tree_leaves(self._shards) == self._shards else "shards"
-            raise ValueError(f"{world_size=} does not divide the {what} ({self._shards}): {way}")
-        if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
-            raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
+        rank = _checked_rank(rank, world_size, self._shards)
         self.rank, self.world_size = rank, world_size
         self.latest_slice: BatchSlice | None = None
         self._division = divide(world_size, self._shards)
@@ -344,3 +338,14 @@ def _as_ints(indices: list[Any]) -> list[int]:
     # (`operator.index` would also take a tensor of one bool, or of one element in a row.)
     plain = [i.tolist() if isinstance(i, torch.Tensor) else i for i in indices]
     return [as_index("an index", i) for i in plain]
+
+
+def _checked_rank(rank: int | None, world_size: int, shards: int) -> int:
+    whole = _is_int(world_size) and world_size > 0
+    if not whole or shards % world_size:
+        way = way_out(world_size if whole else 0, shards)
+        what = "leaves" if tree_leaves(shards) == shards else "shards"
+        raise ValueError(f"{world_size=} does not divide the {what} ({shards}): {way}")
+    if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
+        raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
+    return rank

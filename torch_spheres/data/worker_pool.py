@@ -93,7 +93,7 @@ class WorkerPool:
         ]
         self.threads = [WorkerThread(self, worker) for worker in workers]
         _live.add(self)
-        spheres._loading.add(self)
+        spheres._loader_workers.add(self)
         try:
             for thread in self.threads:
                 thread.start()
@@ -167,7 +167,7 @@ class WorkerPool:
         end = time.monotonic() + timeout if timeout > 0 else math.inf
         if self._spheres._forked:
             # Raises, before the lock is taken: a thread of the parent may have held it.
-            self._spheres._core.require_running("a wrapped loader")
+            self._spheres._ensure_started("a wrapped loader")
         with self._changed:
             while (value := find()) is None:
                 left = min(_CHECK_INTERVAL, end - time.monotonic())

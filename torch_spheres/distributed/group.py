@@ -10,7 +10,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_spheres import _compat
 from torch_spheres.distributed.batch_log import BatchLog
 from torch_spheres.distributed.failures import RollCall, leave_last_words
-from torch_spheres.distributed.handshake import CheckedGather, gather_objects, raise_errors
+from torch_spheres.distributed.handshake import CheckedGather, gather_objects
 from torch_spheres.distributed.transport import ProcessGroup, Transport
 from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.partition import Division, divide, tree_leaves, way_out
@@ -189,10 +189,6 @@ class Ranks(Transport):
     def objects(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, pickled, by rank; slower than `gather`."""
         return gather_objects(self, value, what)
-
-    def raise_errors(self, what: str, caught: DeferredError) -> NoReturn:
-        """Raises, on all ranks, the errors that some have; see `handshake.raise_errors`."""
-        raise_errors(self, what, caught)
 
     @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor], what: str) -> None:

@@ -1,4 +1,7 @@
-"""What to change, said from the figures of `Stats`; each rule gives one sentence or None."""
+"""Advice on how to use the spheres better, derived from a `Stats`; see `Stats.advice`.
+
+Each rule is a function that returns one sentence, or None if it does not apply.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,22 @@ if TYPE_CHECKING:
 
 __all__ = ["advice_on"]
 
-_AT_MOST = 3
-_ENOUGH_SECONDS = 1.0
-_SHORT = 20e-6  # seconds; items that are no longer than what handing over costs
+_MAX_SENTENCES = 3
+_MIN_SECONDS = 1.0
+_SHORT = 20e-6  # seconds; handing an item over costs as much
 
 
 def advice_on(stats: Stats) -> tuple[str, ...]:
-    """At most three sentences, those that promise most first."""
-    if stats.running_time < _ENOUGH_SECONDS or not stats.items_run:
+    """Returns at most three sentences, the most promising first."""
+    if stats.running_time < _MIN_SECONDS or not stats.items_run:
         return ()
     found = (_idle(stats), _waiting_items(stats), _uneven(stats), _short_items(stats))
-    return tuple(sentence for sentence in found if sentence)[:_AT_MOST]
+    return tuple(sentence for sentence in found if sentence)[:_MAX_SENTENCES]
 
 
 def _busiest_share(stats: Stats) -> float:
-    """Share of the time in which at least one sphere had work, as far as the figures tell."""
-    # With turns that go round many leaves each of them has little, but the turns are used.
+    """A lower bound of the share of the time in which at least one sphere had work."""
+    # If many leaves take turns, each of them is seldom busy though the turns are used.
     return max(stats.utilization, max(s.utilization for s in stats.leaves))
 
 
@@ -86,10 +89,10 @@ def _uneven(stats: Stats) -> str | None:
 
 
 def _long_items(stats: Stats) -> tuple[float, float]:
-    """Four times the median, in seconds, and the share of the work in items longer than that."""
+    """Four times the median in seconds, and the share of the work in items longer than that."""
     counts, long = stats.item_time_counts, 4 * stats.item_time(0.5)
     first = bisect_right(ITEM_TIME_EDGES_NS, long * 1e9) + 1
-    # By the lower edges of the buckets: never too much.
+    # The buckets' lower edges make the share a lower bound.
     beyond = sum(
         edge * count
         for edge, count in zip(ITEM_TIME_EDGES_NS[first - 1 :], counts[first:], strict=True)

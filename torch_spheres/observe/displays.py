@@ -1,4 +1,4 @@
-"""Where a live display is shown: in a terminal, in a notebook, else as lines for a log."""
+"""The three kinds of live display: in a terminal, in a notebook, or as lines of a log."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["Show", "as_html", "give_streams_back", "open_display"]
+__all__ = ["Show", "as_html", "open_display", "restore_streams"]
 
 Show = Callable[[Rates], None]
+"""Shows new figures in place of, or after, those that were shown before."""
 
 _BAR = 10  # characters
 _BAR_COLOUR = "#2b8cbe80"
@@ -28,10 +29,10 @@ _BAR_COLOUR = "#2b8cbe80"
 def open_display(
     file: TextIO | None, plain: bool | None
 ) -> tuple[AbstractContextManager[Show], bool]:
-    """The display for where this runs, and whether it draws over what it showed before.
+    """Chooses the display; `file` and `plain` are those of `KissingSpheres.live`.
 
-    Raises:
-        ImportError: it is a terminal's, and rich is missing.
+    Returns:
+        The display, a context, and whether new figures replace the old ones (or follow them).
     """
     if file is None and not plain and _in_notebook():
         return _notebook(), True
@@ -42,7 +43,7 @@ def open_display(
 
 @contextlib.contextmanager
 def _lines(file: TextIO) -> Iterator[Show]:
-    """A line each time."""
+    """Writes a line each time."""
 
     def show(rates: Rates) -> None:
         file.write(f"spheres: {rates.line}\n")
@@ -55,7 +56,7 @@ def _lines(file: TextIO) -> Iterator[Show]:
 
 
 def _in_notebook() -> bool:
-    """Whether this is an IPython kernel, whose frontend shows HTML."""
+    """Whether this process is an IPython kernel, whose frontend shows HTML."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None
@@ -63,7 +64,7 @@ def _in_notebook() -> bool:
 
 @contextlib.contextmanager
 def _notebook() -> Iterator[Show]:
-    """A picture below the cell, which each new one replaces."""
+    """Shows a table below the cell, which each new one replaces."""
     from IPython.display import display
 
     handle: Any = None
@@ -80,7 +81,7 @@ def _notebook() -> Iterator[Show]:
 
 
 def as_html(rates: Rates) -> str:
-    """A table with bars, in the colours of the page around it."""
+    """Returns a table with bars, in the colours of the page around it."""
     names = ("sphere", "state", "items", "stolen", "queue", "busy")
     rows = ["".join(f"<th>{name}</th>" for name in names)]
     for path, state, totals, busy in rates.table:
@@ -101,7 +102,7 @@ def as_html(rates: Rates) -> str:
 
 
 def _console(file: TextIO, plain: bool | None) -> Console | None:
-    """The console of a terminal; None where there is none."""
+    """The console of a terminal; None if `file` is no terminal."""
     try:
         from rich.console import Console
     except ImportError as error:
@@ -116,7 +117,7 @@ def _console(file: TextIO, plain: bool | None) -> Console | None:
         file=file,
         force_terminal=True if plain is False else None,
         force_jupyter=False,
-        soft_wrap=True,  # what the program prints is left as it is
+        soft_wrap=True,  # leave the program's own output as it is
         markup=False,
         emoji=False,
         highlight=False,
@@ -127,7 +128,7 @@ def _console(file: TextIO, plain: bool | None) -> Console | None:
 
 @contextlib.contextmanager
 def _terminal(console: Console) -> Iterator[Show]:
-    """Lines at the bottom, by `rich.live.Live`, which puts what is printed above them."""
+    """Shows lines at the bottom, by `rich.live.Live`, with the program's output above them."""
     from rich.live import Live
 
     live = Live(
@@ -140,11 +141,11 @@ def _terminal(console: Console) -> Iterator[Show]:
     try:
         proxies = {id(_own_stream(proxy)): proxy for proxy in (sys.stdout, sys.stderr)}
         _replace_streams_of_handlers(lambda stream: proxies.get(id(stream), stream))
-        # Nobody could bring the cursor back for a program that is killed.
+        # rich hides the cursor, and a program that is killed could not show it again.
         console.show_cursor(show=True)
         yield lambda rates: live.update(_text(rates, console), refresh=True)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # a line that has not ended would be lost
+            stream.flush()  # or rich would drop an unfinished line
     finally:
         _replace_streams_of_handlers(_own_stream)
         live.stop()
@@ -153,7 +154,7 @@ def _terminal(console: Console) -> Iterator[Show]:
 def _text(rates: Rates, console: Console) -> Text:
     """Heading, table and throughput; a narrow terminal shows the first columns.
 
-    (rich's own Table takes eight times as long, and the text is drawn again below each print.)
+    Not rich's Table, which takes eight times as long, because each print() draws the text again.
     """
     from rich.text import Text
 
@@ -172,33 +173,33 @@ def _text(rates: Rates, console: Console) -> Text:
     return text.append(rates.throughput)
 
 
-# ---- output of the program ----
+# ---- the program's own output ----
 
 
 def _same_file(stream: Any, file: Any) -> bool:
-    """Whether both write to the same terminal."""
+    """Whether both are open on the same terminal."""
     try:
         return os.path.sameopenfile(stream.fileno(), file.fileno())
-    except (AttributeError, OSError, ValueError):  # it has no file, or is closed
+    except (AttributeError, OSError, ValueError):  # no file, or a closed one
         return False
 
 
 def _own_stream(stream: Any) -> Any:
-    """What rich has redirected."""
+    """The stream behind rich's proxy."""
     return getattr(stream, "rich_proxied_file", stream)
 
 
 def _replace_streams_of_handlers(other: Callable[[Any], Any]) -> None:
-    """Handlers of logging have the stream that was there when they were made."""
+    """Gives handlers of `logging` other streams: they keep the one they were made with."""
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
-            # (Not of those that look at sys.stderr each time, as logging.lastResort.)
+            # Not the attribute: handlers such as logging.lastResort look at sys.stderr each time.
             stream = vars(handler).get("stream")
             if other(stream) is not stream:
                 handler.stream = other(stream)
 
 
-def give_streams_back() -> None:
-    """In a forked child, whose parent has the display: output goes where it went before it."""
+def restore_streams() -> None:
+    """Undoes the redirection of a terminal's display in a forked child; the parent keeps it."""
     sys.stdout, sys.stderr = _own_stream(sys.stdout), _own_stream(sys.stderr)
     _replace_streams_of_handlers(_own_stream)

@@ -1,4 +1,4 @@
-"""How long work items take: the edges of the histogram, and percentiles out of it."""
+"""The histogram of how long work items take: edges of its buckets, sums, quantiles."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch_spheres.runtime.arguments import as_number
 __all__ = ["ITEM_TIME_EDGES_NS", "add_counts", "quantile_ns"]
 
 ITEM_TIME_EDGES_NS: tuple[int, ...] = _core.item_time_edges()
-"""Edges of the buckets of `SphereStats.item_time_counts`, in nanoseconds: 64 to 2**38 (275 s), four
-to a doubling and equally wide within it, so that no bucket is wider than a quarter of its lower
-edge."""
+"""Edges of the buckets of `SphereStats.item_time_counts`, in nanoseconds, from 64 to 2**38 (275 s).
+
+Each doubling has four buckets of equal width, none wider than a quarter of its lower edge."""
 
 _NOTHING = (0,) * (len(ITEM_TIME_EDGES_NS) + 1)
 
 
 def add_counts(histograms: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """One histogram of all items in several; empty ones may be among them."""
+    """Adds histograms; some may be empty."""
     filled = [counts for counts in histograms if counts and counts != _NOTHING]
     return tuple(map(sum, zip(*filled, strict=True))) if filled else _NOTHING
 
 
 def quantile_ns(counts: Sequence[int], q: float) -> float:
-    """The time, in nanoseconds, that a share `q` of the items stayed below; 0 without items.
+    """Returns the time in nanoseconds that a share `q` of the items took less than.
 
-    Within a bucket items are taken to be spread evenly. The item that has this rank is in the same
-    bucket, so the result is off by less than a quarter of the true time, or by 64 ns if that is
-    more; beyond the last edge (275 s) the edge is returned.
+    The items of a bucket are assumed to be spread evenly over it. So the result is off by less than
+    a quarter of the true time, or by 64 ns if that is more. It is 0 without items, and at most the
+    last edge (275 s).
 
     Raises:
-        TypeError: `q` is no number.
+        TypeError: `q` is not a number.
         ValueError: `q` is not between 0 and 1.
     """
     share = as_number("q", q, "a number, a share of the items from 0 to 1")

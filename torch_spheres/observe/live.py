@@ -7,7 +7,7 @@
             ...
             live.advance(len(x))
 
-A thread of its own reads the spheres' counters and draws; the loop is not asked for anything.
+A thread of its own reads the spheres' counters and draws; the loop need not do anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import deque
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Self, TextIO
 
-from torch_spheres.observe.displays import Show, give_streams_back, open_display
+from torch_spheres.observe.displays import Show, open_display, restore_streams
 from torch_spheres.observe.readings import Rates, Reading
 from torch_spheres.runtime.arguments import as_index, as_number
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 __all__ = ["Live"]
 
 _lock = threading.Lock()
-_shown: Live | None = None  # there is room for one
+_shown: Live | None = None  # the one display of this process
 
 
 class Live:
     """A live display of one `KissingSpheres`; made by `KissingSpheres.live`, used in a ``with``.
 
-    A line for each kissing sphere (from three levels on, with all spheres below it): the share of
-    the time in which there was work, of what `concurrency` lets run at once, items run, items that
-    wait, items stolen, and the state; then the totals, items and samples per second. Rates are of
-    the last second, at the end of the whole time.
+    It has a line for each kissing sphere (with three or four levels: with all spheres below it):
+    busy time as a share of what `concurrency` allows, items run, items that wait, items stolen, and
+    the state. Below are the totals, and items and samples per second. Rates are those of the last
+    second; when the display ends, those of the whole time.
 
-    In a terminal what is printed meanwhile comes above it; in a notebook it is a picture below the
-    cell; elsewhere it is a line now and then. It ends with the block, when the spheres stop, or
-    with the program, whichever is first, and leaves its last figures. On ranks other than 0 it
-    shows nothing.
+    In a terminal the program's own output appears above the display; in a notebook the display is
+    a table below the cell; elsewhere it is a line now and then. The display ends with the block,
+    when the spheres stop, or with the program, whichever is first, and leaves its last figures. On
+    ranks other than 0 it shows nothing.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Live:
         self._begun, self._end = threading.Event(), threading.Event()
         self._error: Exception | None = None
 
-    # ---- what the user tells ----
+    # ---- samples ----
 
     def advance(self, samples: int = 1) -> None:
-        """So many more samples are done: shown, with samples per second.
+        """Adds to the number of samples that the display shows.
 
-        Without this, or `update`, the rows that wrapped loaders of these spheres hand out are
-        counted.
+        If neither this nor `update` is called, the display counts the rows that wrapped loaders of
+        these spheres hand out.
 
         Raises:
             TypeError: `samples` is not an integer.
@@ -85,20 +85,20 @@ class Live:
         self._spheres._samples.advance(as_index("samples", samples, 0))
 
     def update(self, *, samples: int) -> None:
-        """So many samples are done in all. Raises as `advance`."""
-        self._spheres._samples.tell(as_index("samples", samples, 0))
+        """Sets the number of samples that the display shows. Raises what `advance` does."""
+        self._spheres._samples.set(as_index("samples", samples, 0))
 
     # ---- life ----
 
     @property
     def active(self) -> bool:
-        """Whether the figures are refreshed, in this process."""
+        """Whether this process shows the display."""
         return self._thread is not None and self._thread.is_alive()
 
     def __enter__(self) -> Self:
         global _shown
         if os.environ.get("RANK", "0") != "0":
-            return self  # the process of rank 0 has the terminal
+            return self  # rank 0 has the terminal
         with _lock:
             if _shown is not None:
                 raise RuntimeError(
@@ -116,7 +116,7 @@ class Live:
             self._thread.start()
             _shown = self
         try:
-            self._begun.wait()  # what is printed from here on comes above it
+            self._begun.wait()  # so that all later output appears above the display
         except BaseException:
             self.close()
             raise
@@ -126,31 +126,31 @@ class Live:
         self.close()
 
     def close(self) -> None:
-        """Ends the display, which leaves its last figures; once it has ended, nothing.
+        """Ends the display, which leaves its last figures; may be called more than once.
 
-        If the terminal or the file was gone before, a RuntimeWarning says so.
+        Warns (RuntimeWarning) if the display ended early, because its terminal or file was gone.
         """
         if self._thread is None:
-            return  # it never began, or this is a forked child
+            return  # it was not shown, or this is a forked child
         self._end.set()
         self._thread.join()
         error, self._error = self._error, None
         if error is not None:
             warnings.warn(f"the live display ended early: {error!r}", RuntimeWarning, stacklevel=3)
 
-    # ---- the thread ----
+    # ---- the display's thread ----
 
     def _run(self, display: AbstractContextManager[Show], draws: bool) -> None:
         global _shown
         spheres = self._spheres
-        # To tell spheres that have stopped from those that are yet to start (again).
+        # With more starts than this, spheres that do not run have stopped.
         starts = spheres._starts - spheres.running
-        # Rates are of about a second, or of the time from line to line.
-        looks = 1 + math.ceil(min(1 / self._seconds, 1000.0)) if draws else 2
+        # Rates are those of about a second, or of the time from line to line.
+        kept = 1 + math.ceil(min(1 / self._seconds, 1000.0)) if draws else 2
         pause = min(self._seconds if draws else self._plain_seconds, threading.TIMEOUT_MAX)
         try:
             first = Reading.of(spheres)
-            readings = deque([first], maxlen=looks)
+            readings = deque([first], maxlen=kept)
             with display as show:
                 if draws:
                     show(Rates(first, first))
@@ -160,14 +160,14 @@ class Live:
                         break
                     readings.append(Reading.of(spheres))
                     show(Rates(readings[0], readings[-1]))
-                if draws or len(readings) > 1:  # a short run prints no line
+                if draws or len(readings) > 1:  # a run shorter than `pause` prints no line
                     show(Rates(first, Reading.of(spheres)))
-        except (OSError, ValueError) as error:  # a terminal that is gone, a file that is closed
+        except (OSError, ValueError) as error:  # the terminal is gone or the file closed
             self._error = error
         finally:
             self._begun.set()
             with _lock:
-                _shown = None  # or the spheres would live as long as the module
+                _shown = None  # or the module would keep the spheres alive
 
 
 def _positive(name: str, value: float) -> float:
@@ -187,8 +187,8 @@ def _after_fork() -> None:
     global _lock, _shown
     _lock = threading.Lock()
     if _shown is not None:
-        _shown._thread = None  # it is the parent's, and so is the display
-        give_streams_back()
+        _shown._thread = None  # the parent has the thread and the display
+        restore_streams()
         _shown = None
 
 

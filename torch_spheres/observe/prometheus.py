@@ -1,4 +1,4 @@
-"""The figures as metrics of `prometheus_client`, an extra that this module imports."""
+"""Exports a `Stats` as metrics of `prometheus_client`, an extra; imported when it is used."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _STATES = ("processing", "accumulating", "waiting", "idle", "ready")
 
 
 def page(stats: Stats, per_sphere: bool | None, labels: Mapping[str, str] | None) -> str:
-    """See `Stats.to_prometheus`."""
+    """Returns the text of `Stats.to_prometheus`."""
     registry = CollectorRegistry()
     registry.register(SphereCollector(lambda: stats, per_sphere, labels))
     return generate_latest(registry).decode()
 
 
 class SphereCollector(Collector):
-    """What `KissingSpheres.prometheus_collector` returns: reads the figures when it is asked."""
+    """Collects metrics of the `Stats` that `read` returns; see `Stats.to_prometheus`."""
 
     def __init__(
         self,
@@ -76,17 +76,17 @@ class SphereCollector(Collector):
         self._values = [str(value) for value in labels.values()]
 
     def describe(self) -> Iterator[Metric]:
-        """As `collect`: with these names a registry refuses a second collector of the same."""
+        """As `collect`; a registry refuses a second collector with the same names."""
         return self.collect()
 
     def collect(self) -> Iterator[Metric]:
-        """One metric after the other, all from one snapshot."""
+        """Yields the metrics, all from one snapshot."""
         stats = self._read()
         last = stats.spheres[-1].level
         per_sphere = len(stats) <= _FEW_SPHERES if self._per_sphere is None else self._per_sphere
         names = ("level", "sphere", "path") if per_sphere else ("level",)
         groups = [(s,) for s in stats] if per_sphere else map(stats.level, range(last + 1))
-        # With the values of the labels: as many as there are names.
+        # Each group of spheres with the values of the labels in `names`.
         placed = [((f"{g[0].level}", f"{g[0].id}", g[0].path)[: len(names)], g) for g in groups]
         leaves = [(place, group) for place, group in placed if group[0].level == last]
 
@@ -124,7 +124,7 @@ class SphereCollector(Collector):
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, int]]:
-    """How many items took less than each power of two of nanoseconds, in seconds."""
+    """How many items took less than each power of two of nanoseconds; the edges in seconds."""
     seen = list(accumulate(counts))
     found = [(repr(edge / 1e9), seen[i]) for i, edge in enumerate(ITEM_TIME_EDGES_NS)]
     return [*found[::4], ("+Inf", seen[-1])]

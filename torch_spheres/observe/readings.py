@@ -1,4 +1,7 @@
-"""The figures of a display: totals of each kissing sphere at one moment, and their rates."""
+"""The figures of a live display: totals of each kissing sphere at one moment, and their rates.
+
+`Live` takes readings and gives their `Rates` to one of the `displays`.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,20 @@ STATE_STYLES = {
     State.IDLE: "dim",
     State.TERMINATING: "dim",
 }
-"""rich's style of each state; of several spheres the first that one of them is in is shown."""
+"""rich's style of each state. Several spheres are shown in the first state that one of them has."""
 
 
 class Totals(NamedTuple):
-    """Figures of some spheres, added up."""
+    """Sums over some spheres."""
 
     states: tuple[int, ...]
     """How many of the spheres are in each state, in the order of `State`."""
     items: int
     """Work items run, stolen ones included."""
     stolen: int
-    """Of those, items that belonged to another sphere."""
+    """Items run that belonged to another sphere."""
     queued: int
-    """Items that wait in the queues of the leaves."""
+    """Items that wait in the leaves' queues."""
     busy_ns: int
     """Nanoseconds of work since `start()`."""
 
@@ -47,7 +50,7 @@ class Totals(NamedTuple):
 
     @property
     def state_words(self) -> str:
-        """The state, and how many are in it where they are several."""
+        """The state in words; of several spheres with how many are in it."""
         if self.state is State.TERMINATING:
             return "stopped"
         word = self.state.name.lower()
@@ -55,13 +58,13 @@ class Totals(NamedTuple):
 
     @property
     def working(self) -> int:
-        """How many process or accumulate."""
+        """How many spheres process or accumulate."""
         return sum(self.states[s.value] for s in (State.PROCESSING, State.ACCUMULATING))
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """All of a `KissingSpheres` at one moment, small enough to be taken four times a second."""
+    """A `KissingSpheres` at one moment; cheap enough to be taken four times a second."""
 
     spheres: int
     leaves: int
@@ -69,20 +72,20 @@ class Reading:
     condition: str
     """``"running"``, ``"stopped"``, ``"not started"`` or ``"of another process"``."""
     time_ns: int
-    """When it was taken, by ``time.monotonic_ns()``."""
+    """``time.monotonic_ns()`` at that moment."""
     elapsed_ns: int
     """Nanoseconds since `start()`, or between `start()` and `stop()`."""
     subtrees: dict[str, Totals]
-    """By path: of the root alone, then of each kissing sphere with all spheres below it."""
+    """By path: the root alone, then each kissing sphere with all spheres below it."""
     total: Totals
-    """Of all spheres."""
+    """All spheres."""
     samples: int | None
-    """Rows so far; None where nobody knows."""
+    """Rows so far; None if unknown."""
 
     @classmethod
     def of(cls, spheres: KissingSpheres) -> Reading:
-        """Reads the counters now, from any thread, in a forked child too."""
-        elapsed, subtrees = spheres._core.subtrees()
+        """Reads the counters now; works on any thread, and in a forked child."""
+        elapsed, subtrees = spheres._read_subtrees()
         totals = {Topology.path_string(first): Totals(*figures) for first, *figures in subtrees}
         states, *figures = zip(*totals.values(), strict=True)
         state = "running" if spheres.running else "stopped" if spheres._starts else "not started"
@@ -100,7 +103,7 @@ class Reading:
 
     @property
     def heading(self) -> str:
-        """How many spheres there are, and for how long they have run."""
+        """The number of spheres, and how long they have run, in words."""
         time = f" {timedelta(seconds=self.elapsed_ns // 10**9)}" if self.elapsed_ns else ""
         leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves:,} leaves"
         return (
@@ -111,7 +114,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What has happened per second between two readings of the same spheres, which may be one."""
+    """Figures per second between two readings of the same spheres (or the same reading twice)."""
 
     before: Reading
     now: Reading
@@ -127,21 +130,25 @@ class Rates:
         return self._per_second((self.now.samples or 0) - (self.before.samples or 0))
 
     def busy(self, path: str | None = None) -> float:
-        """The share, 0 to 1, of what could have run that did, of one subtree or of all spheres.
+        """Busy time as a share (0 to 1) of the most that `concurrency` allows.
 
-        No more leaves run at once than `concurrency`, however many a subtree has. With one reading
-        it is the share since `start()`.
+        With one reading it is the share since `start()`.
+
+        Args:
+            path: of a subtree; None: all spheres.
         """
         now, before = self.now, self.before
         ran, ran_before = (r.total if path is None else r.subtrees[path] for r in (now, before))
         span, busy_ns = now.time_ns - before.time_ns, ran.busy_ns - ran_before.busy_ns
-        if span <= 0 or before.elapsed_ns > now.elapsed_ns:  # one reading, or started anew
+        if (
+            span <= 0 or before.elapsed_ns > now.elapsed_ns
+        ):  # one reading, or the spheres were started again
             span, busy_ns = now.elapsed_ns, ran.busy_ns
         leaves = now.leaves
         if path is not None:
             leaves = 1 if path == "root" else leaves // (len(now.subtrees) - 1)
-        could = span * min(now.concurrency, leaves)
-        return min(1.0, max(0.0, busy_ns / could)) if could > 0 else 0.0
+        most = span * min(now.concurrency, leaves)
+        return min(1.0, max(0.0, busy_ns / most)) if most > 0 else 0.0
 
     def _per_second(self, count: int) -> float:
         span = self.now.time_ns - self.before.time_ns
@@ -151,7 +158,7 @@ class Rates:
 
     @property
     def throughput(self) -> str:
-        """Items and samples, and how many per second."""
+        """Items and samples in all and per second, in words."""
         now = self.now
         items = f"{counted(now.total.items, 'item')} ({self.items:,.0f}/s)"
         if now.samples is None:
@@ -160,7 +167,7 @@ class Rates:
 
     @property
     def line(self) -> str:
-        """Everything that matters in one line, for a log."""
+        """One line for a log."""
         total = self.now.total
         return (
             f"{self.now.heading}: {self.throughput}, {total.stolen:,} stolen, "
@@ -169,7 +176,7 @@ class Rates:
 
     @property
     def table(self) -> list[tuple[str, str, Totals, float]]:
-        """Path, state, totals and busy share of each subtree, and of all spheres at the end."""
+        """Path, state, totals and busy share of each subtree, and last of all spheres."""
         now = self.now
         rows = [(path, t.state_words, t, self.busy(path)) for path, t in now.subtrees.items()]
         return [*rows, ("all", f"{now.total.working:,} at work", now.total, self.busy())]

@@ -1,4 +1,8 @@
-"""Statistics of the spheres: frozen values that can be taken from each other."""
+"""Statistics of the spheres: frozen snapshots, and differences of two snapshots.
+
+`KissingSpheres.stats` makes them. What is derived from a whole `Stats` is in table.py, advice.py,
+prometheus.py and tensorboard.py.
+"""
 
 from __future__ import annotations
 
@@ -19,37 +23,38 @@ __all__ = ["ITEM_TIME_EDGES_NS", "SphereStats", "Stats", "sphere_stats"]
 
 @dataclass(frozen=True, slots=True)
 class SphereStats:
-    """One sphere at one moment, or between two (see `Stats`).
+    """One sphere in a `Stats`.
 
-    Times are in nanoseconds since `start()`, counts since creation; in a difference both are what
-    came between, but `state`, `queued` and `queue_high_water` are as they were at its end.
+    Times are in nanoseconds since `start()`, counts are since the spheres were made. In a
+    difference of two snapshots both are what was added between the two; `state`, `queued` and
+    `queue_high_water` are those of the later one.
     """
 
     id: int
     """Breadth-first number: 0 is the root, 1 to 12 the kissing spheres."""
     path: str
-    """Groups on the way from the root, e.g. ``"1.7"``; ``"root"`` for the root. Thread name."""
+    """Groups on the way from the root, e.g. ``"1.7"``; ``"root"`` for the root."""
     level: int
     """0 for the root."""
     group: int | None
     """Symmetry group, 0 to 11: the index among the siblings. None for the root."""
     state: State
-    """What the thread was doing. IDLE is good news when there is no work."""
+    """What the thread was doing. IDLE is as it should be when there is no work."""
     items_run: int
-    """Work items run by this sphere, stolen ones included. On the root also the pieces of a
-    gradient sum that the thread which called for it ran itself while it waited."""
+    """Work items run by this sphere, stolen ones included. The root also counts the pieces of a
+    gradient sum that the waiting thread ran itself."""
     items_stolen: int
-    """Of those, items taken from a sibling, or on the root from any leaf. High where the sphere was
-    fast or the siblings slow."""
+    """Items run that were taken from a sibling (by the root: from any leaf). High where the sphere
+    was fast or its siblings slow."""
     items_given: int
-    """Items of its own queue that siblings ran. High on a sphere that had the slow items, and on
-    spheres that never got a turn because `concurrency` is smaller than their number."""
+    """Items of the sphere's own queue that siblings ran. High on a sphere that had the slow items,
+    and on spheres that got no turn because `concurrency` is smaller than their number."""
     messages_sent: int
-    """Messages sent along edges, those of the runtime and the users'."""
+    """Messages sent along edges, the runtime's and the users'."""
     messages_received: int
-    """Messages taken out of its mailbox."""
+    """Messages taken out of the sphere's mailbox."""
     queue_high_water: int
-    """Most items that ever waited in its queue when work was handed down."""
+    """Most items that ever waited in the sphere's queue when work was handed down."""
     processing_ns: int
     """Time running work items."""
     accumulating_ns: int
@@ -61,19 +66,19 @@ class SphereStats:
     ready_ns: int
     """Time awake between jobs: reading messages, handing work down. The runtime's own cost."""
     queued: int = 0
-    """Items that wait in its queue at this moment; for inner spheres, in those of its subtree. 0
-    most of the time: leaves starve between batches of work."""
+    """Items that wait in the sphere's queue, or in the queues of an inner sphere's subtree. If it
+    is 0 most of the time, leaves have nothing to do between batches of work."""
     stolen_from: tuple[int, ...] = ()
-    """`items_stolen` by the symmetry group of the sibling that each belonged to: twelve counts; on
-    the root by the group of the leaf. Empty for the other inner spheres, which run no items."""
+    """`items_stolen` by the symmetry group of the sibling that the items belonged to: twelve counts
+    (the root's are by group of the leaf). Empty for other inner spheres, which run no items."""
     item_time_ns: int = 0
     """Time inside the items counted in `item_time_counts`."""
     item_time_counts: tuple[int, ...] = field(default=(), repr=False)
-    """Items by how long they took: how many took less than ``ITEM_TIME_EDGES_NS[0]``, how many from
-    there to less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the
-    last edge. Python items are measured one by one, waits for the GIL included; those of less than
-    half a microsecond eight at a time, and native ones by the chunk, each counted with the mean.
-    Pieces of gradient sums are left out."""
+    """A histogram: how many items took less than ``ITEM_TIME_EDGES_NS[0]``, how many from there to
+    less than ``ITEM_TIME_EDGES_NS[1]``, and so on; the last count is of those beyond the last edge.
+    Python items are measured one by one, waits for the GIL included. Items of less than half a
+    microsecond are measured eight at a time, native ones by the chunk, and each counts with the
+    mean. Pieces of gradient sums are left out."""
 
     @property
     def busy_ns(self) -> int:
@@ -89,13 +94,13 @@ class SphereStats:
     def utilization(self) -> float:
         """Share of the time, 0 to 1, in which the sphere did work.
 
-        With fewer turns than leaves (`Stats.concurrency`) most leaves have little; see
+        It is low for most leaves if `Stats.concurrency` is less than their number; see
         `Stats.utilization`.
         """
         return self.busy_ns / self.total_ns if self.total_ns else 0.0
 
     def item_time(self, q: float = 0.5) -> float:
-        """As `Stats.item_time`, of the items that this sphere ran."""
+        """As `Stats.item_time`, for the items that this sphere ran."""
         return quantile_ns(self.item_time_counts, q) / 1e9
 
     def _since(self, before: SphereStats) -> SphereStats:
@@ -117,7 +122,7 @@ _DIFFERENCES = (
 
 @cache
 def _place(sphere: int) -> tuple[str, int, int | None]:
-    """Path, level and group."""
+    """A sphere's path, level and group."""
     level = Topology.level(sphere)
     return Topology.path_string(sphere), level, Topology.group(sphere) if level else None
 
@@ -127,12 +132,12 @@ def _from_core(core: _core.SphereStats, last: int) -> SphereStats:
     figures: dict[str, Any] = {name: getattr(core, name) for name in _FIGURES}
     figures |= zip(_STATE_TIMES, core.state_ns, strict=False)
     if level not in (0, last):
-        figures["stolen_from"] = ()  # it runs no items
+        figures["stolen_from"] = ()  # an inner sphere runs no items
     return SphereStats(path=path, level=level, group=group, **figures)
 
 
 def sphere_stats(core: _core.System) -> tuple[SphereStats, ...]:
-    """The figures of all spheres now, by id."""
+    """Reads the figures of all spheres, by id."""
     read = core.stats()
     last = Topology.level(len(read) - 1)
     return tuple(_from_core(figures, last) for figures in read)
@@ -140,9 +145,9 @@ def sphere_stats(core: _core.System) -> tuple[SphereStats, ...]:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Stats:
-    """All spheres at one moment; iterate over it, or index it by sphere id.
+    """All spheres at one moment; a sequence of `SphereStats` by sphere id.
 
-    ``after - before`` is what happened between two snapshots of the same spheres, a `Stats` again::
+    ``after - before``, a `Stats` too, is what happened between two snapshots of the same spheres::
 
         before = spheres.stats()
         train_one_epoch()
@@ -155,17 +160,17 @@ class Stats:
     concurrency: int
     """Leaves that may run at once."""
     cores: int = 0
-    """Cores that the process could use when the spheres were made; 0: not known."""
+    """Cores that the process could use when the spheres were made; 0: unknown."""
     begin_ns: int = 0
-    """When counting began, on the clock of ``time.monotonic_ns()``: at the first `start()`, or the
-    earlier snapshot of a difference."""
+    """``time.monotonic_ns()`` when counting began: at the first `start()`, or at the earlier
+    snapshot of a difference."""
     time_ns: int = 0
-    """When this was read, on the clock of ``time.monotonic_ns()``."""
+    """``time.monotonic_ns()`` when this snapshot was taken."""
     cpu_ns: int = 0
-    """Time that all threads of the process, those of others too, spent on cores since `begin_ns`.
-    Beside `elapsed` it says how many cores were kept busy."""
+    """Nanoseconds that all threads of the process, not only spheres, spent on cores since
+    `begin_ns`."""
     origin: int = 0
-    """Which `KissingSpheres` of the process this is of: a number of its own for each."""
+    """The number of the `KissingSpheres`; each of a process has another."""
     is_difference: bool = False
     """Whether this is what happened between two snapshots."""
 
@@ -186,7 +191,7 @@ class Stats:
         return iter(self.spheres)
 
     def __sub__(self, before: Stats) -> Stats:
-        """What happened after `before` up to this snapshot.
+        """Returns what happened from `before` to this snapshot.
 
         Raises:
             ValueError: the two are of different spheres, in the wrong order, or differences.
@@ -224,7 +229,7 @@ class Stats:
         return self.level(self.spheres[-1].level)
 
     def total(self, field: Callable[[SphereStats], int]) -> int:
-        """Sum of a figure over all spheres, e.g. ``stats.total(lambda s: s.items_run)``."""
+        """Adds a figure over all spheres, e.g. ``stats.total(lambda s: s.items_run)``."""
         return sum(field(s) for s in self.spheres)
 
     @property
@@ -245,20 +250,20 @@ class Stats:
 
     @property
     def items_stolen(self) -> int:
-        """Items that another sphere ran than the one they belonged to."""
+        """Items run by another sphere than the one they belonged to."""
         return self.total(lambda s: s.items_stolen)
 
     @property
     def items_per_second(self) -> float:
-        """Work items run in a second of `elapsed`; 0 when no time has passed."""
+        """Work items run per second of `elapsed`; 0 if no time has passed."""
         return self.items_run / self.elapsed if self.elapsed > 0 else 0.0
 
     @property
     def steal_rate(self) -> float:
-        """Share of the items, 0 to 1, that another sphere ran than the one they belonged to.
+        """Share of the items, 0 to 1, run by another sphere than the one they belonged to.
 
-        With fewer turns than leaves (`concurrency`) most are: of twelve leaves' items two threads
-        steal ten twelfths. With as many turns as leaves it is high where items differ in length.
+        It is high if `concurrency` is less than the number of leaves: two threads steal ten
+        twelfths of twelve leaves' items. Otherwise it is high where items differ in length.
         """
         return self.items_stolen / self.items_run if self.items_run else 0.0
 
@@ -269,49 +274,52 @@ class Stats:
 
     @property
     def messages(self) -> int:
-        """Messages that spheres took out of their mailboxes, those of the runtime and the users'.
+        """Messages that spheres took out of their mailboxes, the runtime's and the users'.
 
-        Few beside the items: news of work is sent once for a batch, not for each item.
+        There are few beside the items: work is announced once for a batch, not for each item.
         """
         return self.total(lambda s: s.messages_received)
 
     @property
     def item_time_ns(self) -> int:
-        """Nanoseconds inside items, over all spheres. Pieces of gradient sums are left out."""
+        """Nanoseconds inside items, added over all spheres, without pieces of gradient sums."""
         return self.total(lambda s: s.item_time_ns)
 
     @property
     def item_time_counts(self) -> tuple[int, ...]:
-        """Items of all spheres by how long they took; see `SphereStats.item_time_counts`."""
+        """The histogram of all spheres' item times; see `SphereStats.item_time_counts`."""
         return add_counts(s.item_time_counts for s in self.spheres)
 
     @property
     def mean_item_time(self) -> float:
         """Seconds that an item took on average; 0 without items.
 
-        Far above the median, ``item_time(0.5)``: a few items are much longer than the others.
+        If it is far above the median, ``item_time(0.5)``, a few items are much longer than others.
         """
         items = sum(self.item_time_counts)
         return self.item_time_ns / items / 1e9 if items else 0.0
 
     def item_time(self, q: float = 0.5) -> float:
-        """Seconds that a share `q` of the items, 0 to 1, stayed below; 0 without items.
+        """The quantile of the item times in seconds; 0 without items.
 
-        ``item_time(0.5)`` is the median, ``item_time(0.95)`` what 95 % stayed below. It is read
-        from a histogram: off by less than a quarter of the true time, or by 64 ns if that is more.
+        It is read from a histogram: off by less than a quarter of the true time, or by 64 ns if
+        that is more.
+
+        Args:
+            q: a share of the items, 0 to 1: 0.5 gives the median, 0.95 the 95th percentile.
 
         Raises:
-            TypeError: `q` is no number.
+            TypeError: `q` is not a number.
             ValueError: `q` is not between 0 and 1.
         """
         return quantile_ns(self.item_time_counts, q) / 1e9
 
     @property
     def utilization(self) -> float:
-        """Share, 0 to 1, of what `concurrency` leaves could have worked in the time they ran.
+        """The leaves' busy time as a share (0 to 1) of `running_time` times `concurrency`.
 
-        1: there was work for every turn, all the time. Low: items come too seldom or too few at a
-        time, or (see `imbalance`) all wait for the longest.
+        If it is low, items come too seldom or too few at a time, or (see `imbalance`) the last item
+        of a batch takes much longer than the others.
         """
         possible = self.running_time * 1e9 * self.concurrency
         busy = sum(s.busy_ns for s in self.leaves)
@@ -321,47 +329,44 @@ class Stats:
     def imbalance(self) -> float:
         """Busy time of the busiest leaf over the mean of the `concurrency` busiest ones.
 
-        1: they worked equally long. 2: the busiest worked twice as long as they did on average,
-        and if that was at the end the others waited for it. At most `concurrency`. 1 if nothing
-        was run.
+        It is between 1 (they worked equally long, or nothing was run) and `concurrency` (one leaf
+        did all the work).
         """
         busy = sorted((s.busy_ns for s in self.leaves), reverse=True)[: self.concurrency]
         return busy[0] * len(busy) / sum(busy) if sum(busy) else 1.0
 
     @property
     def cores_used(self) -> float:
-        """Cores that the process kept busy on average, threads of others included."""
+        """Cores that all threads of the process, not only spheres, kept busy on average."""
         return self.cpu_ns / 1e9 / self.elapsed if self.elapsed > 0 else 0.0
 
     def advice(self) -> tuple[str, ...]:
-        """At most three sentences on what to change, each with the figure that speaks for it.
+        """Returns at most three sentences on what to change, each with a figure as its reason.
 
-        Empty when there is nothing to say, or less than a second of running to judge from. Ask a
-        difference between two points of the same loop: in the figures since `start()` the program's
-        own start counts as idle.
+        Best asked of a difference between two points of a loop, because in the figures since
+        `start()` the program's own start counts as idle. Returns none if the spheres ran less than
+        a second.
         """
         return advice_on(self)
 
     def to_prometheus(
         self, *, per_sphere: bool | None = None, labels: Mapping[str, str] | None = None
     ) -> str:
-        """The figures as a page for Prometheus, as `prometheus_client` writes it.
+        """Returns the figures in Prometheus' text format, ``text/plain; version=0.0.4``.
 
-        For a program that is scraped while it runs see `KissingSpheres.prometheus_collector`.
+        `KissingSpheres.prometheus_collector` is for a program that Prometheus scrapes.
 
         Args:
-            per_sphere: a line for each sphere, with labels ``level``, ``sphere`` and ``path``;
-                otherwise one for each level. Default: for up to 13 spheres. Item times are one
-                histogram either way.
+            per_sphere: whether there is a line for each sphere, with labels ``level``, ``sphere``
+                and ``path``, or one for each level. None: for each of up to 13 spheres. Item times
+                are one histogram either way.
             labels: more labels for every line, to tell several `KissingSpheres` apart.
 
-        Serve it as ``text/plain; version=0.0.4``.
-
         Raises:
-            ImportError: there is no prometheus_client: ``pip install "torch_spheres[prometheus]"``.
-            TypeError: `per_sphere` is not True, False or None; `labels` is no mapping from names.
-            ValueError: this is a difference, and Prometheus makes differences itself; or a label's
-                name is not a name, or one of ours.
+            ImportError: prometheus_client is missing.
+            TypeError: `per_sphere` is not True, False or None; `labels` is no mapping from strings.
+            ValueError: this is a difference, and Prometheus makes differences itself; or a label
+                has no valid name, or one that is used already.
         """
         from torch_spheres.observe.prometheus import page
 

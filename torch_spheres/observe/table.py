@@ -1,4 +1,4 @@
-"""The table that `print_stats` prints."""
+"""The table that ``KissingSpheres.print_stats()`` prints, and how figures are written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RULE = "-" * len(_HEADER)
 
 
 def duration(seconds: float) -> str:
-    """Three digits and the unit that suits: ``"1.23 ms"``."""
+    """Writes a time with three digits and a suitable unit: ``"1.23 ms"``."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``"1 item"``, ``"1,234 items"``."""
+    """Writes a number of things: ``"1 item"``, ``"1,234 items"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -59,7 +59,7 @@ def _summary(stats: Stats, leaves: int) -> list[str]:
 
 
 def format_stats(stats: Stats) -> str:
-    """A row per level, then the three busiest and idlest of the leaves: plain text."""
+    """Returns a table: a row per level, then the three busiest and the three idlest leaves."""
     leaves = sorted(stats.leaves, key=lambda s: s.busy_ns, reverse=True)
     levels = range(leaves[0].level + 1)
     lines = [_HEADER, _RULE]

@@ -1,4 +1,4 @@
-"""The figures of every few steps, for TensorBoard or what looks like it."""
+"""Logs figures of a `Stats` every few steps, to TensorBoard or anything like it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["ScalarWriter", "StatsLog"]
 
 
 class ScalarWriter(Protocol):
-    """What `KissingSpheres.log_to` writes to, as ``torch.utils.tensorboard.SummaryWriter``."""
+    """The writer of `KissingSpheres.log_to`, such as ``torch.utils.tensorboard.SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any:
-        """Keeps a figure of a step."""
+        """Writes a figure of a step."""
 
 
 def _figures(stats: Stats) -> dict[str, float]:
-    """What `StatsLog` writes of a difference; item times only if items were run."""
+    """The figures of a difference that `StatsLog` writes; item times only if items were run."""
     values = {
         "utilization": stats.utilization,
         "imbalance": stats.imbalance,
@@ -42,7 +42,7 @@ def _figures(stats: Stats) -> dict[str, float]:
 
 
 class StatsLog:
-    """What `KissingSpheres.log_to` returns: counts steps, and writes each n of them.
+    """Counts steps, and writes figures every n steps; made by `KissingSpheres.log_to`.
 
     Use it from one thread at a time. As a context manager it is closed at the end of the block.
     """
@@ -71,10 +71,11 @@ class StatsLog:
         self._spheres, self._writer, self._every, self._tag = spheres, writer, every, tag
         self._first = self._steps = self._written = first_step
         self._last = spheres.stats()
-        self._closed = self._spoke = self._stepping = False
-        self._handles: tuple[Any, ...] = ()  # of a given optimizer's hooks
+        self._closed = self._stepping = False
+        self._wrote_or_warned = False
+        self._handles: tuple[Any, ...] = ()  # of the hooks on a given optimizer
         if optimizer is None:
-            spheres._step_logs.append(self)
+            spheres._steps.logs.append(self)
         else:
             self._handles = (
                 optimizer.register_step_pre_hook(self._before_step),
@@ -85,7 +86,7 @@ class StatsLog:
         self._stepping = True
 
     def _after_step(self, *_: object) -> None:
-        # (torch calls the hooks twice where a class's step() calls its base's.)
+        # torch calls the hooks twice where a class's step() calls its base's.
         if self._stepping:
             self._stepping = False
             self.step()
@@ -96,11 +97,11 @@ class StatsLog:
         return self._steps
 
     def step(self) -> None:
-        """Counts a step; for loops without an optimizer's. Writes if it is the n-th.
+        """Counts a step, and writes if it is the n-th; for loops without an optimizer.
 
         Raises:
-            What the writer raised. The step is counted all the same, and its figures are part of
-            those that are written after the next n.
+            Exception: the writer's. The step counts nevertheless, and its figures are written after
+                the next n steps.
             RuntimeError: the log is closed.
         """
         if self._closed:
@@ -110,32 +111,33 @@ class StatsLog:
             self.write()
 
     def write(self) -> None:
-        """Writes the figures since the last time, now. Raises what the writer raised."""
+        """Writes the figures since the last time now. Raises the writer's exception."""
         now = self._spheres.stats()
         for name, value in _figures(now - self._last).items():
             self._writer.add_scalar(f"{self._tag}/{name}", value, self._steps)
-        self._last, self._written, self._spoke = now, self._steps, True  # not if the writer raised
+        # Not if the writer raised: the next write() is to include these steps.
+        self._last, self._written, self._wrote_or_warned = now, self._steps, True
 
     def close(self) -> None:
-        """Counts no more steps, and writes what came since the last time. The writer stays open.
+        """Writes the figures since the last time, and counts no more steps.
 
-        May be called more than once. Raises what the writer raised; the log is closed even so.
-        Warns if no step was counted.
+        The writer stays open. May be called more than once. Warns if no step was counted. Raises
+        the writer's exception; the log is closed nevertheless.
         """
         self._end(write=True)
 
     def warn_if_silent(self) -> None:
-        """Says once that nothing was written for lack of steps, if spheres have run items."""
-        if self._spoke or self._steps > self._first:
+        """Warns, once, that no step was counted though the spheres have run items."""
+        if self._wrote_or_warned or self._steps > self._first:
             return
         if (self._spheres.stats() - self._last).items_run:
-            self._spoke = True
+            self._wrote_or_warned = True
             warnings.warn(
                 "log_to() has counted no steps: no optimizer that it was given, or that has a "
                 "GradientHook on these spheres, has stepped; give it optimizer=..., or call "
                 "log.step() in the loop",
                 UserWarning,
-                stacklevel=4,  # who calls close() or stop(), or ends the block
+                stacklevel=4,  # the caller of close() or stop(), or the end of the block
             )
 
     def _end(self, *, write: bool) -> None:
@@ -145,7 +147,7 @@ class StatsLog:
         for handle in self._handles:
             handle.remove()
         if not self._handles:
-            self._spheres._step_logs.remove(self)
+            self._spheres._steps.logs.remove(self)
         if write:
             self.warn_if_silent()
             if self._steps > self._written:
@@ -155,4 +157,4 @@ class StatsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._end(write=kind is None)  # an error of the writer is not to cover the block's own
+        self._end(write=kind is None)  # or the writer's exception could hide the block's

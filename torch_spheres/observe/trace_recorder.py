@@ -1,4 +1,4 @@
-"""The block in which a trace is recorded, and how what the C++ runtime recorded is read."""
+"""Records a `Trace`: begins and ends the C++ runtime's recording, and reads its events."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch_spheres import _core
 from torch_spheres._core import State, Topology
 from torch_spheres.observe.trace import Arrow, Counter, Slice, Trace
 from torch_spheres.runtime.arguments import as_index
+from torch_spheres.runtime.trace_hooks import begin_trace, end_trace
 
 if TYPE_CHECKING:
     from torch_spheres.spheres import KissingSpheres
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Recording"]
 
 MAX_CAPACITY = 1 << 24
-# As TraceEvent and TraceKind in cpp/trace.h.
+# The layout of TraceEvent, and below the values of TraceKind, in cpp/trace.h.
 _EVENT = np.dtype(
     {
         "names": ["begin", "end", "item", "count", "other", "kind", "label"],
@@ -32,19 +33,19 @@ _EVENT = np.dtype(
 _STATE, _ITEM, _PHASE, _WORK, _GRADIENT, _QUEUED = range(6)
 _ARROWS = {_WORK: "work", _GRADIENT: "gradient"}
 _STATES = [state.name.lower() for state in State]
-_GONE = _STATES.index("terminating")  # between stop() and start() there is no thread
+_TERMINATING = _STATES.index("terminating")  # there is no thread between stop() and start()
 _RUNNING = ("processing", "accumulating")
-_NESTING = {"state": 0, "item": 1, "phase": 2}
+_DEPTHS = {"state": 0, "item": 1, "phase": 2}
 
 
 class Recording(Trace):
-    """What ``with spheres.trace() as trace`` gives: a `Trace` that can be read after the block."""
+    """A `Trace` that records in ``with spheres.trace() as trace`` and can be read afterwards."""
 
     def __init__(self, spheres: KissingSpheres, capacity: int) -> None:
         self._capacity = as_index("capacity", capacity, 1, MAX_CAPACITY)
-        self._spheres: KissingSpheres | None = spheres  # until it has ended
-        self._process = 0  # that records
-        self._names: dict[int, str] = {}
+        self._spheres: KissingSpheres | None = spheres  # None after the block
+        self._process = 0  # the process that records
+        self._names: dict[int, str] = {}  # of threads, by native id
 
     def __enter__(self) -> Self:
         spheres = self._spheres
@@ -52,18 +53,16 @@ class Recording(Trace):
             raise RuntimeError("this trace was used already; call trace() again for a new one")
         if not spheres.running:
             spheres.start()
-        spheres._core.begin_trace(self._capacity)
+        begin_trace(spheres, self, self._capacity)
         self._process = os.getpid()
-        spheres._recording = self
         return self
 
     def __exit__(self, *_: object) -> None:
         if os.getpid() != self._process:
-            return  # what is recorded, and whoever records it, is in the parent process
+            return  # in a forked child, whose parent has the recording
         spheres, self._spheres = self._spheres, None
         assert spheres is not None
-        spheres._recording = None
-        record = spheres._core.end_trace()
+        record = end_trace(spheres)
         self._names |= {t.native_id: t.name for t in threading.enumerate() if t.native_id}
         reader = _Reader(spheres.topology, record, self._names)
         slices = sorted(reader.slices(), key=_outer_first)
@@ -83,17 +82,17 @@ class Recording(Trace):
         )
 
     def name_thread(self) -> None:
-        """Remembers what the calling thread is called: it may be gone when the block ends."""
+        """Remembers the name of the calling thread, which may have ended before the block does."""
         self._names[threading.get_native_id()] = threading.current_thread().name
 
     def __repr__(self) -> str:
-        # For debuggers and reports of failures too: never an error.
+        # Debuggers call it at any time, so it must not raise.
         if "slices" not in self.__dict__:
             return f"Trace, {'being recorded' if self._process else 'not begun'}"
         return super().__repr__()
 
     def __getattr__(self, name: str) -> Any:
-        # Called for what is not there (yet).
+        # Python calls it for attributes that are not set (yet).
         if name not in Trace.__annotations__:
             raise AttributeError(f"a Trace has no attribute {name!r}")
         raise RuntimeError(
@@ -103,11 +102,11 @@ class Recording(Trace):
 
 
 def _outer_first(s: Slice) -> tuple[int, int, int]:
-    return s.begin_ns, -s.end_ns, _NESTING[s.kind]
+    return s.begin_ns, -s.end_ns, _DEPTHS[s.kind]
 
 
 class _Reader:
-    """Turns a record's events into slices and arrows, in one pass over all tracks."""
+    """Turns the recorded events of all threads into slices and arrows."""
 
     def __init__(
         self, topology: Topology, record: _core.TraceRecord, names: dict[int, str]
@@ -116,20 +115,21 @@ class _Reader:
         self._tracks = record.tracks
         self._topology = topology
         self.lost = sum(track.lost for track in self._tracks)
-        self.complete_since = self._begin
+        # These are complete after slices() has been iterated over.
+        self.complete_since = self._begin  # no later events are lost
         self.messages: list[Arrow] = []
-        self.handed_out: list[tuple[int, int]] = []  # when, how many
-        self.names: dict[int, str] = {}
+        self.handed_out: list[tuple[int, int]] = []  # when, and how many items
+        self.names: dict[int, str] = {}  # of other threads, by their negative ids
         self._python_names = names
 
     def slices(self) -> Iterator[Slice]:
-        """Of all tracks; the other attributes are complete afterwards."""
-        guests = 0
+        """Reads all threads' slices."""
+        others_seen = 0
         for track in self._tracks:
             sphere = track.sphere
             if sphere < 0:
-                guests += 1
-                sphere = -guests
+                others_seen += 1
+                sphere = -others_seen
                 self.names[sphere] = self._python_names.get(track.native_id, track.name)
             events = np.frombuffer(track.events, _EVENT)
             if track.lost:
@@ -142,10 +142,10 @@ class _Reader:
                 yield from self._other(sphere, *event)
 
     def _states(self, track: _core.TraceTrack, changes: Any) -> Iterator[Slice]:
-        shown = changes[(changes["end"] > self._begin) & (changes["label"] != _GONE)]
+        shown = changes[(changes["end"] > self._begin) & (changes["label"] != _TERMINATING)]
         for begin, end, label in shown[["begin", "end", "label"]].tolist():
             yield Slice(track.sphere, max(self._begin, begin), end, "state", _STATES[label])
-        # Since then it was in a state that had not ended when the trace did.
+        # The last change began a state that had not ended when the trace did.
         if len(changes):
             state, since = int(changes["other"][-1]), int(changes["end"][-1])
         elif track.lost or track.last_since <= self._begin:
@@ -153,13 +153,13 @@ class _Reader:
         else:
             state, since = track.first_state, self._begin
         since = max(self._begin, since)
-        # At the end its thread may have made one change more, which it had not recorded yet.
-        # (Another one, and with it `last_since`, would come after the end: the thread was stopped
-        # between the two, and what is shown until the end is the state before.) At the beginning
-        # none is missed: what the thread does not record is in `first_state`.
+        # At the end the thread may have made one change that it had not recorded yet. (If the
+        # thread made another one after the end, `last_since` is after the end too, and the state
+        # before is shown until the end.) No change at the beginning is missed: `first_state` has
+        # what the thread did not record.
         changed = track.last_since if since < track.last_since < self._end else self._end
         for begin, end, name in ((since, changed, state), (changed, self._end, track.last_state)):
-            if name != _GONE and begin < end:
+            if name != _TERMINATING and begin < end:
                 yield Slice(track.sphere, begin, end, "state", _STATES[name])
 
     def _other(
@@ -175,7 +175,7 @@ class _Reader:
             yield Slice(sphere, shown, end, "phase", _core.TRACE_LABELS[label], number)
         elif kind == _QUEUED:
             self.handed_out.append((begin, item))
-        elif kind in _ARROWS and begin >= self._begin:  # or it was sent before
+        elif kind in _ARROWS and begin >= self._begin:  # not if it was sent before the trace began
             self.messages.append(Arrow(_ARROWS[kind], other, sphere, begin, end))
 
 
@@ -196,7 +196,7 @@ def _running(slices: Sequence[Slice], since: int) -> Iterator[Counter]:
 def _queued(
     handed_out: Sequence[tuple[int, int]], slices: Sequence[Slice], since: int, start: int | None
 ) -> Iterator[Counter]:
-    """`start` waited at first; None: nobody knows, but there were never fewer than none."""
+    """Counts queued items from `start` on; None: the fewest with which no count is negative."""
     changes = [(when, more) for when, more in handed_out if when >= since]
     changes += [(s.begin_ns, -s.count) for s in slices if s.kind == "item" and s.begin_ns > since]
     if start is None:
@@ -206,10 +206,10 @@ def _queued(
 
 
 def _summed(name: str, changes: list[tuple[int, int]], since: int, start: int) -> Iterator[Counter]:
-    """One value for each moment, and only those that differ from the one before."""
+    """Adds up changes; yields a value for each moment at which the total differs from before."""
     changes.sort()
     totals = accumulate((more for _, more in changes), initial=start)
-    # (Items that began while counting began are counted off twice.)
+    # Below 0: items that began while counting began are subtracted twice.
     values = {
         moment: max(0, total)
         for moment, total in zip([since, *(when for when, _ in changes)], totals, strict=True)

@@ -1,1 +1,5 @@
-"""Sums in the fixed tree: who has which leaf, the sum itself, and sums while shards still run."""
+"""Sums of tensors in the fixed tree.
+
+`partition` says which rows and leaves belong to whom, `tree_sum` adds tensors that are all there,
+`streaming_sum` adds gradients while other shards still run. `distributed` and `training` use them.
+"""

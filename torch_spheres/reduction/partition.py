@@ -1,17 +1,19 @@
-"""How the shards of a batch are divided over processes.
+"""Divides rows over shards, and shards over the processes (ranks) of a group.
 
-The leaves of the hierarchy stand in the order of the fixed sum tree, siblings together, and rank
-*r* of *W* owns the *r*-th of *W* equal blocks. Where *W* divides twelve these are whole *symmetry
-groups* (the subtree under kissing sphere *g*: shards *g*, *g* + 12, ...), the *virtual ranks*;
-with more levels there are leaves for more ranks. A block is made up of a few complete subtrees of
-the tree (*parts*), so a rank's sums are those that one process would have on its way to the total,
-whatever *W* is. There are at most two where *W* divides twelve, or is 18, 24, 36, 48, 72 or 144;
-and at most four for any *W* with 144 leaves, six with 1728.
+The leaves are put in the order of the fixed sum tree, siblings together, and rank *r* of *W* owns
+the *r*-th of *W* equal blocks of leaves. If *W* divides twelve, a block is a number of whole
+*symmetry groups* (the subtree under kissing sphere *g*: shards *g*, *g* + 12, ...). A block
+consists of a few complete subtrees of the sum tree, its *parts*. So each rank's partial sums are
+partial sums of one process too, and the total has the same bits for every *W*. A block has at most
+two parts if *W* divides twelve or is 18, 24, 36, 48, 72 or 144; otherwise at most four (144 leaves)
+or six (1728).
 
 A batch may be cut into fewer *shards* than there are leaves: shard *j* of *S* then stands for the
 *j*-th of *S* equal blocks of the leaves in the tree's order. Its gradient goes into the tree at the
 first leaf of the block, whose other leaves are absent. Numbers of shards are the divisors of 12,
 and with more levels of 144 and 1728; the tree is the smallest one that they divide.
+
+`distributed` exchanges the parts' sums, `training` and `data` cut batches.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ __all__ = [
     "Division",
     "Part",
     "checked_shards",
+    "children_of",
+    "complete_subtrees",
     "divide",
-    "fitting",
-    "parts_of",
-    "run_of",
+    "possible_world_sizes",
     "shard_bounds",
     "shard_leaves",
     "tree_leaves",
@@ -102,15 +104,16 @@ def checked_shards(shards: int | None, leaves: int) -> int:
         more = "" if leaves == _LEAVES[-1] else "; there are more leaves with more levels"
         raise ValueError(
             f"shards must divide the {leaves} leaves of the spheres, got {shards}: use one of "
-            f"{fitting(leaves)}{more}"
+            f"{possible_world_sizes(leaves)}{more}"
         )
     return shards
 
 
-def run_of(part: Part) -> tuple[int, int, int]:
-    """A part as children of one sphere: which of the twelve, from and to, of how many leaves each.
+def children_of(part: Part) -> tuple[int, int, int]:
+    """A part as children of one sphere, the lowest possible: all twelve rather than one.
 
-    The sphere is the lowest one of which that is true: all twelve children rather than one.
+    Returns:
+        The half-open range of the children, 0 to 12, and how many leaves each of them has.
     """
     first, last = part
     each = 1
@@ -120,7 +123,7 @@ def run_of(part: Part) -> tuple[int, int, int]:
     return begin, begin + (last - first) // each, each
 
 
-def parts_of(first: int, last: int) -> list[Part]:
+def complete_subtrees(first: int, last: int) -> list[Part]:
     """The fewest complete subtrees that make up leaves `first` to `last` - 1, in tree order."""
     parts = []
     while first < last:
@@ -135,14 +138,14 @@ def parts_of(first: int, last: int) -> list[Part]:
     return parts
 
 
-def fitting(shards: int) -> list[int]:
+def possible_world_sizes(shards: int) -> list[int]:
     """The numbers of processes that can share so many shards evenly."""
     return [world for world in range(1, shards + 1) if shards % world == 0]
 
 
 def way_out(world: int, shards: int) -> str:
     """For errors: what to use where so many processes cannot share so many shards evenly."""
-    text = f"use one of {fitting(shards)}"
+    text = f"use one of {possible_world_sizes(shards)}"
     if shards not in _LEAVES and world > 0 and tree_leaves(shards) % world == 0:
         return f"{text}, or another number of shards="
     for levels, more in enumerate(_LEAVES, 1):
@@ -173,7 +176,7 @@ class Division:
         self.shards, self.leaves = shards, tree_leaves(shards)
         self._order = tree_order(self.leaves)
         block = self.leaves // world
-        self.parts = [parts_of(r * block, (r + 1) * block) for r in range(world)]
+        self.parts = [complete_subtrees(r * block, (r + 1) * block) for r in range(world)]
         self.places = min(GROUPS, self.leaves)
         begins = [first for parts in self.parts for first, _ in parts]
         while any(first % (self.leaves // self.places) for first in begins):

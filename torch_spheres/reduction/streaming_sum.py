@@ -1,20 +1,19 @@
-"""Gradients folded into the fixed tree while shards still run, so that few are alive at a time.
+"""Adds shards' gradients in the fixed tree while other shards still run, so that few are alive.
 
-A shard's gradients take as much memory as the weights. Keeping those of all shards until the end
-would cost 12, 144 or 1728 times that; here a finished shard is added as soon as its place in the
-tree allows, and a shard that would bring one set too many waits until there is room.
+A shard's gradients take as much memory as the weights, and those of all shards 12, 144 or 1728
+times that. `StreamingSum`, which `training` uses, adds a finished shard as soon as its place in the
+tree allows, and has a shard wait that would bring one set of gradients too many.
 
 With shards started in the order of the tree (`tree_order`) and at most *c* of them running, at most
 *c* + 4, *c* + 7 or *c* + 10 sets are alive for 12, 144 or 1728 shards: while the last quad of a
-node is on its way, the sum of the first two and three finished leaves wait, and on each level above
-up to three sums. (No evaluation order of this tree needs less than 4, 7, 10 in all, for one thread:
-it is the tree's Ershov number.)
+node is computed, the sum of the first two quads and three finished leaves wait, and on each level
+above up to three sums. The tree's Ershov number is 4, 7 or 10: with one thread no order of
+evaluation needs fewer.
 
-A shard's gradients are only read, since nothing tells whether somebody else holds them: a custom
-`autograd.Function` may keep what it returns, or return memory of an array of its own. So the sum of
-leaves goes into new tensors, and what they replace is let go in portions: each addition under way
-takes `_PORTION` bytes, or the largest parameter, beside the sets above. Sums of sums are made in
-place.
+A shard's gradients are only read, because others may hold them: a custom `autograd.Function` may
+keep what it returns, or return memory of an array. So the sum of leaves goes into new tensors, and
+its summands are released in chunks: each addition takes `_CHUNK_BYTES`, or the size of the largest
+parameter, beside the sets above. Sums of sums are made in place.
 """
 
 from __future__ import annotations
@@ -28,56 +27,75 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _core
-from torch_spheres.reduction.partition import Part, run_of, tree_order
+from torch_spheres.reduction.partition import Part, children_of, tree_order
 from torch_spheres.reduction.tree_sum import depth_of, tree_sums
 from torch_spheres.runtime.pool import SpherePool
 from torch_spheres.runtime.trace_hooks import gradients_taken, here_and_now
 
-__all__ = ["GradientFold", "rounded"]
+__all__ = ["StreamingSum", "rounded"]
 
 _KISSING = _core.KISSING
 _HALF = (torch.bfloat16, torch.float16)
-_PORTION = 4 << 20  # bytes that are added before their summands are let go
+_CHUNK_BYTES = 4 << 20  # are added before their summands are released
 
-Grads = list[Tensor | None]  # one shard's, or a partial sum's; the same parameters in each
+Grads = list[Tensor | None]
+"""A shard's gradients or a partial sum, a tensor for each parameter; None: no gradient."""
 
 
 @dataclass(slots=True)
-class _Set:
-    """A shard's gradients, or a partial sum, which nobody but the fold can see."""
+class _Summand:
+    """A shard's gradients or a partial sum; only a `StreamingSum` holds it."""
 
     grads: Grads
-    is_sum: bool  # made here: may be written to
+    is_sum: bool  # a partial sum, whose memory may be reused
     made: tuple[int, int] = field(default_factory=here_and_now)  # for a trace
 
 
 class _Node:
-    """An inner sphere's sum: the twelve places, and those still to come."""
+    """An inner node of the tree; its twelve places are its children.
+
+    A node refers to its parent only: with the children there would be reference cycles.
+    """
 
     def __init__(self, parent: _Node | None, place: int) -> None:
         self.parent, self.place = parent, place
-        self.bottom = True  # its children are leaves
-        self.range = 0, _KISSING  # of its places, those that are wanted
-        self.values: list[_Set | None] = [None] * _KISSING
-        self.pending = [0] * _KISSING  # shards below each place that have not been folded yet
-        # (Not the children: parent and child would be a cycle, which lives until it is collected.)
+        self.has_leaves = True  # its children are leaves
+        self.wanted = 0, _KISSING  # the range of places whose sum is wanted
+        self.values: list[_Summand | None] = [None] * _KISSING
+        self.pending = [0] * _KISSING  # by place, shards at or below it that are not added yet
 
-    def done(self, begin: int, end: int) -> bool:
+    def is_complete(self, begin: int, end: int) -> bool:
+        """Whether all shards below a range of places have been added to its values."""
         return not any(self.pending[begin:end])
 
+    def is_ready(self, begin: int, end: int) -> bool:
+        """Whether the values of a range may be added now."""
+        complete = self.is_complete(begin, end)
+        if self.parent is not None or not complete:
+            return complete
+        # finish(), or the caller of `emit`, makes the last additions of a root.
+        first, last = self.wanted
+        return first <= begin and end <= last and not self.is_complete(first, last)
 
-class GradientFold:
-    """Takes shards' gradients in any order, from any thread; gives their sum in the fixed tree.
+
+class StreamingSum:
+    """Adds shards' gradients, which come in any order from any thread, in the fixed tree.
+
+    For each shard call `begin`, run the shard that it returns, and call `add`; at the end `finish`.
 
     Args:
         leaves: 1, 12, 144 or 1728.
-        shards: which of them will come; the others are absent.
-        concurrency: how many may run at once.
+        shards: the leaves that will be added; the others are absent.
+        concurrency: how many shards may run at once.
         parts: with several processes: the complete subtrees whose sums are wanted, instead of the
             total.
-        emit: gets ``(index of the part, the twelve values of the sphere above it)``, of which those
-            in the part may be there and have to be added, on the thread that has completed it.
-        spheres: who shares the work of `finish`; their trace shows who took what from whom.
+        emit: is called with each part's index and the twelve values of the node above it, of which
+            those in the part are still to be added, on the thread that completes the part.
+        spheres: the pool that shares the work of `finish`, and whose trace shows the gradients.
+
+    Attributes:
+        limit: sets of gradients, running shards' included, that may be alive at once.
+        peak: the most that were.
     """
 
     def __init__(
@@ -96,36 +114,36 @@ class GradientFold:
         coming, order = set(shards), tree_order(leaves)
         self._order = [k for k in order if k in coming]
         self._changed = threading.Condition()
-        self._next = 0
-        self._admitted = 0
-        self._alive = 0  # sets: of running shards and of partial sums
+        self._next = 0  # rank in `_order` for the next call of begin()
+        self._admitted = 0  # shards that begin() has returned
+        self._alive = 0  # sets of gradients: of running shards and partial sums
         self.peak = 0
         self._failed = False
         self._total: Grads | None = None
         self._leaf_nodes: dict[int, tuple[_Node, int]] = {}
         wanted = [(0, leaves)] if parts is None else parts
         self._roots = [_Node(None, 0) for _ in wanted]
-        planted: dict[tuple[_Node, int], _Node] = {}
+        nodes: dict[tuple[_Node, int], _Node] = {}
         for root, (first, last) in zip(self._roots, wanted, strict=True):
-            begin, end, each = run_of((first, last))
-            root.range = begin, end
+            begin, end, each = children_of((first, last))
+            root.wanted = begin, end
             for k in order[first:last]:
                 if k in coming:
-                    self._plant(k, root, each, planted)
+                    self._add_leaf(k, root, each, nodes)
 
-    def _plant(
-        self, shard: int, root: _Node, each: int, planted: dict[tuple[_Node, int], _Node]
+    def _add_leaf(
+        self, shard: int, root: _Node, each: int, nodes: dict[tuple[_Node, int], _Node]
     ) -> None:
-        """Puts a shard under its part's root, whose children have `each` leaves."""
+        """Makes the nodes from a part's root, whose children have `each` leaves, to a shard."""
         node, rest = root, shard // max(1, _KISSING**self._depth // (_KISSING * each))
         while each > 1:
             each //= _KISSING
-            node.bottom = False
+            node.has_leaves = False
             place, rest = rest % _KISSING, rest // _KISSING
             node.pending[place] += 1
-            child = planted.get((node, place))
+            child = nodes.get((node, place))
             if child is None:
-                child = planted[node, place] = _Node(node, place)
+                child = nodes[node, place] = _Node(node, place)
             node = child
         node.pending[rest] += 1
         self._leaf_nodes[shard] = (node, rest)
@@ -133,10 +151,13 @@ class GradientFold:
     # ---- shards ----
 
     def begin(self) -> int | None:
-        """The shard to run next; waits while there is no room. None: another one has failed.
+        """Waits until there is room for a shard's gradients; returns the shard to run next.
 
-        Strictly in order: whoever waits then has only earlier ones before it, which go on and make
-        room, down to the few sums that the limit allows for.
+        Shards begin strictly in the order of the tree. So only earlier shards are running while a
+        shard waits, and these can always be added until few enough sums are left.
+
+        Returns:
+            The shard, or None if another shard has failed.
         """
         with self._changed:
             rank = self._next
@@ -153,38 +174,38 @@ class GradientFold:
             return self._order[rank]
 
     def fail(self) -> None:
-        """A shard failed: lets go of those who wait for it."""
+        """Reports that a shard has failed; `begin` then returns None to all threads."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()
 
     def add(self, shard: int, grads: Grads) -> None:
-        """Takes the gradients of a shard that has run, out of the list, which is empty then."""
+        """Adds the gradients of a shard that has run; empties the list."""
         mine: Grads = [g.float() if g is not None and g.dtype in _HALF else g for g in grads]
-        grads.clear()  # the caller's frame would keep them alive while they are folded
+        grads.clear()  # the caller's frame would keep them alive during the additions
         node, place = self._leaf_nodes[shard]
         if self._depth == 0:
             self._total = mine
             return
         with self._changed:
-            node.values[place] = _Set(mine, is_sum=False)
+            node.values[place] = _Summand(mine, is_sum=False)
             node.pending[place] = 0
-            del mine  # here: others may add it, and say that there is room
-        self._fold(node, place)
+            del mine  # under the lock: another thread may release it, and let a shard begin
+        self._add_ready(node, place)
 
-    def _fold(self, node: _Node, place: int) -> None:
-        """Adds what can be added now that `place` of `node` is complete, and up the tree."""
+    def _add_ready(self, node: _Node, place: int) -> None:
+        """Adds all that can be added, up the tree, now that `place` of `node` is complete."""
         while True:
-            # Whoever completes a range takes its values out under the lock, and so adds it alone.
+            # The thread that takes a range's values out, under the lock, is the one that adds them.
             quad = place // 4 * 4
             ranges = [(quad, quad + 4), (0, 8)]
-            if not node.bottom:  # a set more or less on every level counts
+            if not node.has_leaves:  # pairs of sums too: a set on every level counts
                 ranges.insert(0, (place // 2 * 2, place // 2 * 2 + 2))
             for begin, end in ranges:
                 self._add_range(node, begin, end)
             parent = node.parent
             if parent is None:
-                # In one process the last additions are finish()'s, which has all threads for them.
+                # Without parts finish() makes the last additions, on all threads.
                 if self._emit is not None:
                     self._emit_part(node)
                 return
@@ -193,23 +214,27 @@ class GradientFold:
             node, place = parent, node.place
 
     def _add_range(self, node: _Node, begin: int, end: int, up: bool = False) -> bool:
-        """Adds the finished values in a range into its first place, or into the parent's."""
+        """Adds the values of a range if all are there, into its first place or the parent's.
+
+        Returns:
+            Whether this thread added them.
+        """
         with self._changed:
-            if not node.done(begin, end) or (node.parent is None and not _inside(node, begin, end)):
+            if not node.is_ready(begin, end):
                 return False
             if up and node.parent is not None and node.parent.values[node.place] is not None:
-                return False  # somebody else did it
+                return False  # another thread did it
             count = sum(v is not None for v in node.values[begin:end])
-            if count < (1 if up else 2):  # (none: another thread has taken them)
+            if count < (1 if up else 2):  # 0: another thread has taken them
                 return False
-            sets: list[_Set | None] = [None] * _KISSING
+            sets: list[_Summand | None] = [None] * _KISSING
             sets[begin:end] = node.values[begin:end]
             node.values[begin:end] = [None] * (end - begin)
-            # Nobody may add around this range while it is being added.
+            # So that no other thread adds a larger range meanwhile.
             node.pending[begin] += 1
-        self._tell_trace(sets)
+        self._record_arrows(sets)
         total = _sum(sets)
-        del sets  # before anybody is told that there is room
+        del sets  # before a waiting shard is told that there is room
         with self._changed:
             node.pending[begin] -= 1
             if up:
@@ -218,20 +243,20 @@ class GradientFold:
                 node.parent.pending[node.place] = 0
             else:
                 node.values[begin] = total
-            del total  # it is not ours any more
+            del total  # another thread may release it from now on
             self._alive -= count - 1
             self._changed.notify_all()
         return True
 
     def _emit_part(self, root: _Node) -> None:
-        """Gives away a part, if all of it is there."""
-        part, (first, last) = self._roots.index(root), root.range
+        """Calls `emit` with a part that is complete."""
+        part, (first, last) = self._roots.index(root), root.wanted
         with self._changed:
-            if part in self._emitted or not root.done(first, last):
+            if part in self._emitted or not root.is_complete(first, last):
                 return
             self._emitted.add(part)
             values: list[Grads | None] = [None] * _KISSING
-            self._tell_trace(root.values[first:last])
+            self._record_arrows(root.values[first:last])
             values[first:last] = [None if s is None else s.grads for s in root.values[first:last]]
             root.values[first:last] = [None] * (last - first)
         present = sum(v is not None for v in values)
@@ -243,51 +268,51 @@ class GradientFold:
             self._changed.notify_all()
 
     def finish(self) -> Grads:
-        """The sum, once all shards have been added. A parameter without a gradient has None."""
+        """Returns the sum, once all shards have been added."""
         if self._depth > 0:
             root = self._roots[0]
-            self._tell_trace(root.values)
+            self._record_arrows(root.values)
             sets, root.values = root.values, []
             self._total = _sum(sets, self._spheres).grads
         total, self._total = self._total, None
         assert total is not None
         return total
 
-    def _tell_trace(self, sets: Sequence[_Set | None]) -> None:
-        """The calling thread is about to add them."""
+    def _record_arrows(self, sets: Sequence[_Summand | None]) -> None:
+        """Has a trace show that the calling thread takes the gradients, to add them."""
         if self._spheres is not None:
             gradients_taken(self._spheres, [s.made for s in sets if s is not None])
 
 
-def _sum(sets: list[_Set | None], spheres: SpherePool | None = None) -> _Set:
-    """The twelve's sum, which takes their gradients out of them."""
+def _sum(sets: list[_Summand | None], spheres: SpherePool | None = None) -> _Summand:
+    """Returns the sum of twelve children, and releases their gradients."""
     present = [s for s in sets if s is not None]
     if len(present) == 1:
         return replace(present[0], made=here_and_now())
     totals: Grads = []
-    for first, last in _portions(present):
+    for first, last in _chunks(present):
         columns = [[None if s is None else s.grads[i] for s in sets] for i in range(first, last)]
-        outs = [_writable(present, i) for i in range(first, last)]
+        outs = [_reusable(present, i) for i in range(first, last)]
         totals += tree_sums(columns, outs=outs, spheres=spheres)
         for s in present:
             s.grads[first:last] = [None] * (last - first)
         del columns, outs
-    return _Set(totals, is_sum=True)
+    return _Summand(totals, is_sum=True)
 
 
-def _portions(sets: Sequence[_Set]) -> Iterator[tuple[int, int]]:
-    """Ranges of parameters that are added in one go."""
+def _chunks(sets: Sequence[_Summand]) -> Iterator[tuple[int, int]]:
+    """Ranges of parameters that are added before their summands are released."""
     begin, size, count = 0, 0, len(sets[0].grads)
     for i in range(count):
         column = (s.grads[i] for s in sets)
         size += max((t.nbytes for t in column if _is_dense(t)), default=0)
-        if size >= _PORTION or i + 1 == count:
+        if size >= _CHUNK_BYTES or i + 1 == count:
             yield begin, i + 1
             begin, size = i + 1, 0
 
 
-def _writable(sets: Sequence[_Set], i: int) -> Tensor | None:
-    """A partial sum of parameter `i`, in whose memory the sum is made."""
+def _reusable(sets: Sequence[_Summand], i: int) -> Tensor | None:
+    """The memory for the sum of parameter `i`: that of a partial sum, or None for new memory."""
     mine = (s.grads[i] for s in sets if s.is_sum)
     return next((t for t in mine if _is_dense(t) and t.is_contiguous()), None)
 
@@ -296,14 +321,8 @@ def _is_dense(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return tensor is not None and tensor.layout is torch.strided
 
 
-def _inside(root: _Node, begin: int, end: int) -> bool:
-    """Whether a range of a root's places may be added already: a part's last sum waits."""
-    first, last = root.range
-    return first <= begin and end <= last and not root.done(first, last)
-
-
 def rounded(grads: Grads, like: Sequence[Any]) -> Grads:
-    """Sums in the parameters' own types: the half types, summed in float32, are rounded once."""
+    """Returns gradients in their parameters' dtypes: rounds sums of half types from float32."""
     return [
         g if g is None or g.dtype == p.dtype else g.to(p.dtype)
         for g, p in zip(grads, like, strict=True)

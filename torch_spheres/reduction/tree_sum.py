@@ -1,13 +1,13 @@
-"""The fixed tree in which gradients are added, for tensors.
+"""Adds tensors in the fixed tree, on which the bits of all gradients depend.
 
 The twelve children of a node are always added as ::
 
     ((c0+c1)+(c2+c3)) + ((c4+c5)+(c6+c7)) + ((c8+c9)+(c10+c11))
 
-the outer two additions left to right, absent ones left out; shard *k* sits at the leaf whose path
-is *k* in base 12, least significant digit first. Dense CPU tensors of float32, float64, bfloat16
-and float16 go through the C++ kernels (the half types are accumulated in float32 and rounded once
-at the root); everything else through torch's own additions in the same tree.
+with the outer two additions left to right and absent children left out. Shard *k* is the leaf whose
+path is *k* in base 12, least significant digit first. C++ kernels add dense CPU tensors of float32,
+float64, bfloat16 and float16, the half types in float32 with one rounding at the root; torch's own
+additions, in the same tree, add everything else.
 """
 
 from __future__ import annotations
@@ -39,17 +39,23 @@ def tree_sum(
     out: Tensor | None = None,
     spheres: KissingSpheres | None = None,
 ) -> Tensor | None:
-    """Adds the tensors of 1, 12, 144 or 1728 shards in the fixed tree.
+    """Adds the tensors of 1, 12, 144 or 1728 shards in a fixed tree.
+
+    The twelve children *c* of a node are added as
+    ``((c0+c1)+(c2+c3)) + ((c4+c5)+(c6+c7)) + ((c8+c9)+(c10+c11))``, and absent ones are left out.
 
     Args:
         shards: tensors of one shape, dtype, device and layout; None for absent shards.
-        out: where to put the sum (same shape and dtype, dense); may be one of the shards.
-        spheres: who shares the work when the tensors are large. The bits do not depend on it.
+        out: a dense tensor of that shape, dtype and device that gets the sum; it may be one of the
+            shards.
+        spheres: a pool that shares the work when the tensors are large. The bits do not depend on
+            it.
 
     Returns:
         The sum: `out` if given, else a new tensor; None when every shard is absent.
 
     Raises:
+        TypeError: a shard is neither a tensor nor None.
         ValueError: another number of shards, or tensors that do not match.
     """
     return tree_sums([shards], outs=[out], spheres=spheres)[0]
@@ -61,11 +67,11 @@ def tree_sums(
     outs: Sequence[Tensor | None] | None = None,
     spheres: SpherePool | None = None,
 ) -> list[Tensor | None]:
-    """`tree_sum` for many tensors at once, in one pass over the spheres."""
+    """Adds many tensors, in one pass over the spheres; each row of `tensors` as in `tree_sum`."""
     results: list[Tensor | None] = []
     jobs = {count: _core.SumJob(depth_of(count)) for count in {*map(len, tensors)}}
     copies: list[tuple[Tensor, Tensor]] = []
-    keep: list[object] = []  # buffers that the jobs point into
+    keep_alive: list[object] = []  # the jobs have their addresses
     for i, shards in enumerate(tensors):
         out = outs[i] if outs is not None else None
         job = jobs[len(shards)]
@@ -73,10 +79,10 @@ def tree_sums(
         if first is None:
             results.append(None)
             continue
-        # The usual case needs no look at the tensors from here.
+        # The usual case: C++ checks the tensors.
         total = _new_like(first) if out is None else out
         if total is None or not job.try_add(shards, total):
-            total = _add_with_care(job, shards, first, out, copies, keep)
+            total = _add_unusual(job, shards, first, out, copies, keep_alive)
         results.append(total)
     core = spheres._core if spheres is not None else None
     for job in jobs.values():
@@ -93,24 +99,24 @@ def _new_like(first: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _add_with_care(
+def _add_unusual(
     job: _core.SumJob,
     shards: Sequence[Tensor | None],
     first: Tensor,
     out: Tensor | None,
     copies: list[tuple[Tensor, Tensor]],
-    keep: list[object],
+    keep_alive: list[object],
 ) -> Tensor:
-    """Anything that `try_add` did not take: errors, other layouts, overlaps, types and devices."""
+    """Adds what `try_add` refuses: other layouts, dtypes and devices, overlaps; raises errors."""
     _check(shards, first, out)
     total = _new_like(first)
     if total is None:
         total = _sum_in_torch(shards, job.depth)
         return total if out is None else out.copy_(total)
     plain = [None if t is None else t.resolve_neg().contiguous().clone() for t in shards]
-    if not job.try_add(plain, total):  # a subclass of Tensor
+    if not job.try_add(plain, total):  # of a subclass of Tensor
         total.copy_(_sum_in_torch(shards, job.depth))
-    keep.append(plain)
+    keep_alive.append(plain)
     if out is None:
         return total
     copies.append((out, total))
@@ -118,7 +124,11 @@ def _add_with_care(
 
 
 def depth_of(shards: int) -> int:
-    """Levels below the root of the tree that has so many shards."""
+    """Levels below the root of the tree with 1, 12, 144 or 1728 shards.
+
+    Raises:
+        ValueError: another number of shards.
+    """
     for depth in range(_core.MAX_LEVELS):
         if shards == _KISSING**depth:
             return depth
@@ -152,9 +162,9 @@ def _sum_in_torch(shards: Sequence[Tensor | None], depth: int) -> Tensor:
 
     total = node(0, 0)
     assert total is not None
-    # A single present shard is its own sum; the result must not be that tensor itself.
-    alone = any(total is t for t in shards)
-    return total.clone() if alone else total.to(dtype)
+    # The sum of a single shard is the shard's own tensor, which the caller may write to.
+    is_shard = any(total is t for t in shards)
+    return total.clone() if is_shard else total.to(dtype)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,6 +1,8 @@
 """The pool of worker threads, and what its threads need to work on a caller's behalf.
 
-`pool` is the hierarchy; `caller_context` and `rng` bring the caller's settings and random numbers
-to its threads; the others keep the C++ runtime, glibc, OpenMP and MKL in tune with it. Imports
-nothing of this package but `errors`, `_compat` and the C++ module.
+`pool` gives work to the threads of `sphere_threads`. `caller_context` and `rng` carry the caller's
+settings and random numbers to them. `malloc`, `openmp` and `mkl_warmup` set up libraries that
+several threads use, and `process_wide` lists the switches. `trace_hooks`, `sample_counter` and
+`step_counter` are what `observe` reads. `object_graph` and `rebinding` search and copy users'
+objects. This package imports only `errors`, `_compat` and the C++ module.
 """

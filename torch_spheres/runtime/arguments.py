@@ -1,4 +1,4 @@
-"""Arguments as users give them, checked and made into what the core takes."""
+"""Checks users' arguments and converts them; errors name the argument and its value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def as_index(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """An integer in the range that is given, or a TypeError or ValueError that names it."""
+    """Converts an argument to an integer from `least` to `most`; else TypeError or ValueError."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -27,7 +27,7 @@ def as_index(name: str, value: Any, least: int | None = None, most: int | None =
 
 
 def as_number(name: str, value: Any, what: str = "a number") -> float:
-    """A float, or a TypeError that names it and says `what` it must be."""
+    """Converts an argument to a float, or raises a TypeError that says `what` it must be."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -37,7 +37,7 @@ def as_number(name: str, value: Any, what: str = "a number") -> float:
 
 
 def as_timeout(value: Any) -> float | None:
-    """Seconds, None for ever."""
+    """Converts a timeout to seconds, None or infinity to None; else TypeError or ValueError."""
     if value is None:
         return None
     seconds = as_number("timeout", value, "None or a number of seconds")
@@ -47,7 +47,7 @@ def as_timeout(value: Any) -> float | None:
 
 
 def python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
-    """The items of a callable, read here and now."""
+    """Reads the items for a callable `fn`; TypeError if `fn` or `items` cannot be that."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {fn!r} of type {type(fn).__name__}")
     try:
@@ -61,7 +61,7 @@ def python_items(items: Iterable[T], fn: object) -> tuple[T, ...]:
 
 
 def native_items(items: Iterable[Any]) -> int | list[int]:
-    """The items of a `NativeFunction`: their number if they are 0, 1, 2, ..., or integers."""
+    """Reads the items for a `NativeFunction`: integers, or their number if they are 0, 1, 2, ..."""
     if isinstance(items, range) and items == range(len(items)):
         return len(items)
     if not isinstance(items, Iterable):

@@ -1,4 +1,7 @@
-"""What the calling thread has set, for the threads that work on its behalf."""
+"""Carries torch's thread-local settings from a calling thread to the threads that work for it.
+
+Shards of a model and workers of a loader run in the context that `caller_context` captures.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,26 @@ import torch.utils.checkpoint
 
 from torch_spheres import _compat
 
-__all__ = ["AUTOCAST_DEVICES", "CallerContext", "caller_context", "unset"]
+__all__ = ["AUTOCAST_DEVICES", "CallerContext", "caller_context", "default_context"]
 
 CallerContext = Callable[[], AbstractContextManager[None]]
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def caller_context() -> CallerContext:
-    """Captures the thread's settings; what it returns sets them on another thread, for a block.
+    """Captures the calling thread's settings.
 
-    Grad and inference mode, autocast, torch-function modes (the default device is one), dispatch
-    modes, the saved-tensor hooks on top, anomaly detection is global anyway. A profiler is not
-    among them: torch keeps it out of Python's reach; docs/training.md has ``profile_all_threads``.
+    The settings are grad and inference mode, autocast, torch-function modes (the default device is
+    one), dispatch modes and the topmost saved-tensor hooks. A profiler is not captured, because
+    torch gives Python no access to it; docs/training.md has ``profile_all_threads``. (Anomaly
+    detection is not local to a thread.)
+
+    Returns:
+        A function whose result, a context manager, has the settings on any thread.
 
     Raises:
-        NotImplementedError: inside `torch.func` transforms (vmap, grad, jvp), whose levels live in
-            the caller's thread, or inside a checkpoint that is not reentrant.
+        NotImplementedError: called inside `torch.func` transforms (vmap, grad, jvp), whose levels
+            belong to the calling thread, or inside an activation checkpoint that is not reentrant.
     """
     if _compat.functorch_level() is not None:
         raise NotImplementedError(
@@ -59,11 +66,11 @@ def caller_context() -> CallerContext:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(grad))
             for device, dtype in autocast.items():
-                # The cache of cast weights is one per process: threads would clear each other's.
+                # The cache of cast weights is process-wide: threads would clear each other's.
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             if hooks is not None:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*hooks))
-            # Not `with mode:`, which writes to the mode itself: several threads would at once.
+            # Not `with mode:`, which writes to the mode, and several threads have the same mode.
             for mode in dispatch_modes:
                 _compat.push_dispatch_mode(mode)
                 stack.callback(_compat.pop_dispatch_mode)
@@ -76,11 +83,11 @@ def caller_context() -> CallerContext:
 
 
 @contextlib.contextmanager
-def unset() -> Iterator[None]:
-    """A block in which the calling thread has set nothing of what `caller_context` captures.
+def default_context() -> Iterator[None]:
+    """Context with torch's defaults of all settings that `caller_context` captures.
 
-    For a thread of the spheres that does somebody else's work in the middle of its own. (But for
-    saved-tensor hooks, which torch lets nobody take off.)
+    A sphere uses it for work of another caller in the middle of an item. Saved-tensor hooks stay,
+    because torch has no way to take them off.
     """
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():

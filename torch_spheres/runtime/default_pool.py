@@ -1,4 +1,8 @@
-"""Spheres for whoever was given none: of a class that only the top of the package knows."""
+"""Makes a pool for a model or loader that was given none.
+
+The class, `KissingSpheres`, is above the packages that make one, so the package's ``__init__``
+registers it here.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ _find_class: Callable[[], Any] | None = None
 
 
 def register_pool_class(find: Callable[[], Any]) -> None:
-    """Sets what finds the class, `KissingSpheres`; it is called when a pool is made."""
+    """Sets the function that imports and returns `KissingSpheres`, called for each new pool."""
     global _find_class
     _find_class = find
 
 
 def new_pool(levels: int = 2, *, concurrency: int | None = None) -> Any:
-    """A pool of that class; arguments as of its constructor."""
+    """Returns a new `KissingSpheres`; the arguments are those of its constructor."""
     assert _find_class is not None  # torch_spheres/__init__.py has registered it
     return _find_class()(levels, concurrency=concurrency)

@@ -1,4 +1,7 @@
-"""What lies inside values that are no tensors: plain sequences, and tensors in objects."""
+"""Searches objects for what they hold: the tensors in them, and sequences without tensors.
+
+`training` uses it for arguments, outputs and side effects of a forward, `data` for datasets.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,22 @@ from torch import Tensor, nn
 
 __all__ = ["is_sequence", "parts_of", "row_sequences", "tensor_inside", "walk"]
 
-_DEPTH, _VALUES = 8, 2000  # of a search
-_CLOSED = (
+_MAX_DEPTH, _MAX_OBJECTS = 8, 2000  # of a search
+_ATOMS = (
     *(str, bytes, bytearray, int, float, complex, range, type(None), type, types.ModuleType),
     *(torch.dtype, torch.device, np.ndarray, np.generic),
 )
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether it has an order and a length: a list, tuple, deque, range or numpy array."""
+    """Whether a value is a list, tuple, deque, range or numpy array (with a dimension)."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return type(value) in (list, tuple, deque, range)
 
 
-def row_sequences(value: Any, path: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
-    """The outermost sequences in a value that have no tensor in them, and where they are."""
+def row_sequences(value: Any, path: str = "", depth: int = _MAX_DEPTH) -> Iterator[tuple[str, Any]]:
+    """The outermost sequences in a value that contain no tensor, each with its path."""
     if isinstance(value, Tensor) or depth == 0:
         return
     if is_sequence(value) and tensor_inside(value) is None:
@@ -50,7 +53,7 @@ def row_sequences(value: Any, path: str = "", depth: int = _DEPTH) -> Iterator[t
 
 
 def tensor_inside(value: Any, kinds: type | tuple[type, ...] = Tensor) -> tuple[str, Any] | None:
-    """The first tensor that an object holds, and by which attributes it is reached."""
+    """The nearest tensor that an object holds, with its path; None if there is none."""
     return next((found for found in walk([("", value)]) if isinstance(found[1], kinds)), None)
 
 
@@ -59,17 +62,17 @@ def walk(
     closed: Container[int] = (),
     *,
     by_name: bool = False,
-    most: int = _VALUES,
+    most: int = _MAX_OBJECTS,
 ) -> Iterator[tuple[str, Any]]:
-    """What can be reached from some objects, nearest first; each with its path.
+    """The objects that can be reached from some roots, nearest first, each with its path.
 
-    In containers, attributes, slots, closures and partial functions, to a bounded depth.
+    The search goes through containers, attributes, slots, closures and partial functions.
 
     Args:
-        roots: each with a name.
-        closed: by id, what is not looked into.
-        by_name: what functions use of their module's names is reached too.
-        most: objects that are looked at, beside the roots.
+        roots: pairs of a name and an object.
+        closed: ids of objects that are skipped.
+        by_name: whether the search goes to the global names that users' functions use.
+        most: how many objects are visited beside the roots.
     """
     waiting = deque((path, value, 0) for path, value in roots)
     seen: set[int] = set()
@@ -79,9 +82,9 @@ def walk(
         if id(here) in closed or id(here) in seen:
             continue
         if type(here).__module__.startswith("torch_spheres."):
-            continue  # what a forward changes of ours is our matter
+            continue  # an object of this package is not the user's state
         yield path, here
-        if isinstance(here, (Tensor, *_CLOSED)) or depth > _DEPTH:
+        if isinstance(here, (Tensor, *_ATOMS)) or depth > _MAX_DEPTH:
             continue
         seen.add(id(here))
         parts = itertools.chain(parts_of(here), _globals_of(here) if by_name else ())
@@ -92,7 +95,7 @@ def walk(
 
 
 def _globals_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a function uses of its module's names; of the user's own, not of installed packages."""
+    """The global names that a function uses, unless it is part of an installed package."""
     if isinstance(value, types.FunctionType) and not _is_installed(value.__code__.co_filename):
         for name in value.__code__.co_names:
             if name in value.__globals__:
@@ -105,12 +108,12 @@ def _is_installed(file: str) -> bool:
 
 
 def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds: elements, attributes, slots, cells of a closure; each with its path."""
+    """The elements, attributes, slots and closure cells of an object, each with its path."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", v) for key, v in [*value.items()])
     elif isinstance(value, (list, tuple, deque, set, frozenset)):
         yield from ((f"[{i}]", v) for i, v in enumerate([*value]))
-    elif type(value) in _VIEWS:
+    elif type(value) in _DICT_VIEWS:
         yield from (("(...)", v) for v in [*value])
     if isinstance(value, functools.partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
@@ -118,7 +121,7 @@ def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", p) for name, p in [*value.named_parameters()])
     if isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # an empty one
+            with contextlib.suppress(ValueError):  # an empty cell
                 yield f".{name}", cell.cell_contents
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
@@ -132,4 +135,4 @@ def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", getattr(value, name)
 
 
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_DICT_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))

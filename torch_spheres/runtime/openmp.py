@@ -1,9 +1,8 @@
-"""Torch's intra-op threads, which stay in the way of the spheres after a kernel is done.
+"""Ends torch's OpenMP threads, which would keep cores from the spheres after a parallel kernel.
 
-An OpenMP thread that has finished its part of a kernel spins for some milliseconds in case there is
-a next one. Meanwhile a sphere that was woken for a shard waits for the core: a step that takes 10
-ms on two cores took 14. `rest` ends the calling thread's OpenMP threads; its next parallel kernel
-makes new ones, which costs some 0.1 ms. What they compute, and how many they are, stays as it was.
+An OpenMP thread that has finished its part of a kernel spins for some milliseconds in case another
+kernel follows. Meanwhile a sphere that was woken for a shard waits for the core: a step that takes
+10 ms on two cores took 14. `training.executor` calls `stop_openmp_threads` before it runs shards.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["rest"]
+__all__ = ["stop_openmp_threads"]
 
-_SOFT = 1  # omp_pause_soft of OpenMP 5.0
+_OMP_PAUSE_SOFT = 1  # of OpenMP 5.0
 
 
 @functools.cache
-def _pause() -> Callable[[int], int] | None:
-    """omp_pause_resource_all() of the OpenMP library that this torch uses, if it has one."""
+def _pause_function() -> Callable[[int], int] | None:
+    """``omp_pause_resource_all`` of the OpenMP library that torch has loaded, if it has one."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         try:
             library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
@@ -34,8 +33,11 @@ def _pause() -> Callable[[int], int] | None:
     return None
 
 
-def rest() -> None:
-    """Frees the cores for the spheres, until the calling thread needs its own threads again."""
-    pause = _pause()
+def stop_openmp_threads() -> None:
+    """Ends the calling thread's OpenMP threads.
+
+    The thread's next parallel kernel starts new ones, as many as before, in some 0.1 ms.
+    """
+    pause = _pause_function()
     if pause is not None:
-        pause(_SOFT)  # its result only says that there was something to end
+        pause(_OMP_PAUSE_SOFT)  # its result only says whether there was something to end

@@ -1,17 +1,18 @@
-"""The switches of what this package changes for the whole process.
+"""The environment variables that switch off what this package changes for the whole process.
 
-Each is an environment variable, 1 (the default) or 0:
+Each is 1 (the default) or 0:
 
-- ``TORCH_SPHERES_KEEP_MEMORY``: glibc keeps freed memory (malloc.py); from the first spheres,
-  `wrap` or `SphereParallel` on.
+- ``TORCH_SPHERES_KEEP_MEMORY``: glibc keeps freed memory (malloc.py); from the first start of
+  spheres, `wrap` or `SphereParallel` on.
 - ``TORCH_SPHERES_WARM_UP_MKL``: MKL chooses its kernels early (mkl_warmup.py); on import.
-- ``TORCH_SPHERES_EXIT_HOOKS``: `sys.excepthook` and `atexit` tell the other ranks why this one has
+- ``TORCH_SPHERES_EXIT_HOOKS``: `sys.excepthook` and `atexit` tell the other ranks why this rank has
   ended (distributed/failures.py); from the first use of a process group on.
-- ``TORCH_SPHERES_STEP_HOOK``: a hook behind every optimizer's step notes which optimizers train a
-  model, for the ranks' comparison of learning rates (distributed/drift.py); likewise.
+- ``TORCH_SPHERES_STEP_HOOK``: a hook after every optimizer's step notes which optimizers train a
+  model, for the ranks' comparison of learning rates (distributed/drift.py); from the first use of
+  a process group on.
 
-Fork hooks and the threads' hooks have no switch: without them a forked child or a stopped thread
-would hang. They touch nothing but this package's own state.
+The hooks for fork() and for the spheres' threads have no switch: without them a forked child or a
+stopped thread would hang. They touch nothing but this package's own state.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Values that hold parts of a module, with the replica's parts in their place.
+"""Replaces the parts of a module (or dataset) by a copy's, in values that refer to these parts.
 
-A module keeps its own parts in many places beside its registries: a list of layers that are
-registered as well, a bound method of its own that was put on an attribute, a weak reference to a
-parameter. In a replica these have to be the replica's. Everything else is the user's own object,
-never a copy.
+A module refers to its own parts in many places beside its registries: in a list of registered
+layers, a bound method that was assigned to an attribute, a weak reference to a parameter. In a
+replica (`training`), and in a worker's copy of a dataset (`data`), these must be the copy's own
+parts. All other values are the user's own objects, which are never copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MUTABLE", "Contents", "held_by", "rebound", "values_of"]
+__all__ = ["MUTABLE", "DictSnapshot", "held_by", "mapping_values", "rebound"]
 
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -32,10 +32,7 @@ MUTABLE = (list, dict, set, deque)
 
 
 def held_by(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """The modules, tensors and owners of bound methods in plain containers of the library.
-
-    Of containers inside each other so many levels are looked at.
-    """
+    """The modules, tensors and owners of bound methods in `depth` levels of built-in containers."""
     kind = type(value)
     if kind in _PLAIN:
         return
@@ -62,13 +59,16 @@ def _inside(value: Any) -> Iterator[Any]:
     return iter(())
 
 
-def values_of(container: Any) -> Iterable[Any]:
-    """What a mapping has beside its keys; of another container, nothing more."""
+def mapping_values(container: Any) -> Iterable[Any]:
+    """The values of a mapping; nothing for another container, which iteration shows in full."""
     return container.values() if isinstance(container, Mapping) else ()
 
 
 def rebound(value: Any, replacements: Mapping[int, Any], depth: int = _DEPTH) -> Any:
-    """The value with what `replacements` has, by id, in place of it; itself if it holds nothing."""
+    """Returns `value` with objects in it replaced, or `value` itself if nothing is replaced.
+
+    Containers are rebuilt, to `depth` levels; `replacements` is by id of the replaced objects.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -89,11 +89,11 @@ def rebound(value: Any, replacements: Mapping[int, Any], depth: int = _DEPTH) ->
     new = [rebound(inner, replacements, depth - 1) for inner in inside]
     if all(a is b for a, b in zip(new, inside, strict=True)):
         return value
-    return _rebuilt(value, new)
+    return _rebuild(value, new)
 
 
-def _rebuilt(value: Any, inside: list[Any]) -> Any:
-    """A container like `value`, of what `_inside` would list."""
+def _rebuild(value: Any, inside: list[Any]) -> Any:
+    """A container like `value`, made from what `_inside` lists of it."""
     kind = type(value)
     if kind in _MAPPINGS:
         half = len(inside) // 2
@@ -111,8 +111,8 @@ def _is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(type(value), "_fields")
 
 
-class Contents:
-    """What some dicts hold, to be compared with later: by identity."""
+class DictSnapshot:
+    """Remembers which objects some dicts hold, to see later whether they still do."""
 
     def __init__(self, dicts: list[dict[Any, Any]]) -> None:
         self._dicts = dicts
@@ -120,8 +120,8 @@ class Contents:
         self._views = [d.values() for d in dicts]
         self._values = [*itertools.chain.from_iterable(self._views)]
 
-    def are(self, dicts: list[dict[Any, Any]]) -> bool:
-        """Whether these are the same dicts, and hold the same."""
+    def matches(self, dicts: list[dict[Any, Any]]) -> bool:
+        """Whether these are the same dicts and hold the same objects."""
         return (
             all(map(is_, dicts, self._dicts))
             and [*map(len, dicts)] == self._sizes

@@ -1,19 +1,21 @@
-"""Random numbers that belong to a shard, not to the thread that happens to run it.
+"""Random numbers that depend on the shard, not on the thread that happens to run the shard.
 
-While a shard runs, whatever draws from torch's default generator — dropout in any layer, inside
+While a shard runs, all that draws from torch's default generator — dropout in any layer, inside
 LSTMs and attention, ``torch.rand``, noise, sampling — draws from the shard's own generator instead.
-That one is seeded with *base + k* for shard *k*, as `torch.utils.data` seeds its workers, where
-*base* is a single int64 drawn from the default generator in the call's first random operation. So:
+Shard *k*'s generator has the seed ``base + k``, as `torch.utils.data` seeds its workers, where
+``base`` is one int64 that the call's first random operation draws from the default generator. So:
 
-- the numbers depend on the seed, on what was drawn before (the step) and on the shard alone;
+- the numbers depend only on the seed, on what was drawn before (the step) and on the shard;
 - ``torch.get_rng_state()`` is all there is to save for bit-equal resumption;
 - a model that draws nothing leaves the default generator alone.
 
-How: an operator's kernel is chosen by dispatch keys, and a thread may include a key of its own.
-Shards include one for which every operator falls through, at no cost, but for those that take a
-`torch.Generator`: they come to `_draw`, which puts the shard's in. Operators that take none
-(dropout, LSTM, attention) draw through those that do. `DeferredInit` is the key because PyTorch
-declares it and uses it for nothing.
+How it works: torch chooses an operator's kernel by dispatch keys, and a thread may include a key.
+Shards include one for which every operator falls through, at no cost, except those that take a
+`torch.Generator`: for these `_draw` is the kernel, which passes the shard's generator on. Operators
+that take none (dropout, LSTM, attention) draw through operators that do. The key is `DeferredInit`,
+which PyTorch declares and does not use.
+
+`training` uses this for shards, `data` for a loader's workers, `checkpoint` to save states.
 """
 
 from __future__ import annotations
@@ -45,24 +47,24 @@ __all__ = [
 ]
 
 _KEYS = _compat.DispatchKeySet(_compat.draw_key)
-_SEEDS = 2**63 - 1
-# As ``get_worker_info().rng`` has them.
-_OF_PROCESS = SimpleNamespace(
+_MAX_SEED = 2**63 - 1
+# With the attributes of ``get_worker_info().rng``.
+_PROCESS_GENERATORS = SimpleNamespace(
     torch_generator=torch.default_generator, random_generator=random, numpy_generator=np.random
 )
 
 _here = threading.local()
 _install_lock = threading.Lock()
-_libraries: list[library.Library] = []  # kernels live as long as these
+_libraries: list[library.Library] = []  # keep the kernels registered
 
 
 class CallRandom:
-    """The random numbers of one call of a model: the base seed that its shards share.
+    """The base seed that all shards of one call of a model share.
 
     Args:
-        base: the seed, where several processes have to have the same; it is drawn all the same, so
-            that the default generator goes on as in one process.
-        runs_on: the spheres that run the shards; None: the caller's thread does.
+        base: the seed, if several processes need the same one. A seed is drawn nevertheless, so
+            that the default generator advances as in one process.
+        runs_on: the pool that runs the shards; None: the calling thread runs them.
     """
 
     def __init__(self, base: int | None = None, runs_on: Any = None) -> None:
@@ -70,11 +72,11 @@ class CallRandom:
         self._lock = threading.Lock()
         self._given = base
         self._base: int | None = None
-        self._outer = current_shard()  # of another model, whose forward calls this one
+        self._outer = current_source()  # if the forward of another model makes this call
         self._expected = _default_states()
 
     def base(self) -> int:
-        """Drawn when the first shard needs it; whichever asks first, they all get the same."""
+        """Returns the base seed; the first shard to need it draws it."""
         with self._lock:
             if self._base is None:
                 outer = self._outer
@@ -88,22 +90,20 @@ class CallRandom:
 
     @property
     def drew(self) -> bool:
-        """Whether a shard has needed it."""
+        """Whether a shard has drawn random numbers."""
         return self._base is not None
 
-    def missed_any(self) -> bool:
-        """Whether something drew from a default generator past the shards' own.
-
-        Operators of other libraries can, and so can CUDA kernels that take no generator.
-        """
+    def _drew_elsewhere(self) -> bool:
+        # Operators of other libraries can draw from a default generator past the shards' own, and
+        # so can CUDA kernels that take no generator.
         if self._outer is not None:
-            return False  # shards of the outer model, at once, have the default generator go on
+            return False  # the outer model's other shards advance the default generator meanwhile
         now = _default_states()
         return len(now) != len(self._expected) or not all(map(torch.equal, now, self._expected))
 
     def warn_if_missed(self) -> None:
-        """Says that random numbers were drawn that belong to no shard."""
-        if self.missed_any():
+        """Warns of random numbers that were drawn from a default generator past the shards' own."""
+        if self._drew_elsewhere():
             warnings.warn(
                 "something drew random numbers from torch's default generator while the shards "
                 "ran, but not through an operator that SphereParallel can key by shard (a custom "
@@ -116,10 +116,10 @@ class CallRandom:
 
 
 class RandomSource:
-    """What stands in for the default generators on a thread: one with the same seed per device.
+    """Replaces the default generators on a thread, by one for each device, all of one seed.
 
     Args:
-        seed: asked for it with the first draw on a device.
+        seed: returns the seed; is called at the first draw on each device.
     """
 
     def __init__(self, seed: Callable[[], int]) -> None:
@@ -127,26 +127,26 @@ class RandomSource:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """On the calling thread: default random numbers come from here inside the block."""
+        """Context in which the calling thread's default random numbers come from this source."""
         _install()
-        return _Active(self)
+        return _ActiveSource(self)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """In place of the default generator of the device."""
+        """The generator that replaces the device's default generator."""
         generator = self._generators.get(device)
         if generator is None:
             generator = torch.Generator(device).manual_seed(self._seed())
             self._generators[device] = generator
         return generator
 
-    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
-        """In place of a generator that was handed to the operator: itself."""
+    def replace_given(self, given: torch.Generator, op: Any) -> torch.Generator:
+        """The generator that replaces one that was given to an operator: itself."""
         del op
         return given
 
 
-class _Active:
-    """See `RandomSource.active`; no generator, which takes longer."""
+class _ActiveSource:
+    """The context of `RandomSource.active`; a generator function would take longer."""
 
     __slots__ = ("_guard", "_outer", "_source")
 
@@ -155,38 +155,39 @@ class _Active:
         self._guard: Any = _compat.IncludeDispatchKey(_compat.draw_key)
 
     def __enter__(self) -> None:
-        self._outer = current_shard()
-        _here.shard = self._source
+        self._outer = current_source()
+        _here.source = self._source
         self._guard.__enter__()
 
     def __exit__(self, *error: object) -> None:
         self._guard.__exit__(*error)
-        _here.shard = self._outer
+        _here.source = self._outer
 
 
 class ShardRandom(RandomSource):
-    """The random numbers of one shard, through its forward and its backward.
+    """The random numbers of one shard in its forward and backward pass.
 
     Args:
-        call: the call of the model that it belongs to.
+        call: the call of the model that the shard belongs to.
         shard: its number.
-        leaf: of the tree, at which its gradients are summed.
+        leaf: the leaf of the tree at which its gradients are summed.
+
+    Attributes:
+        number_of: returns a module's number in the shard's replica; None: it is no part of that.
+        reentrant: whether the shard has met a reentrant activation checkpoint, see
+            training/shard_task.py.
+        own_leaves: returns the ids of the leaf tensors that such a checkpoint may reach.
     """
 
     def __init__(self, call: CallRandom, shard: int, leaf: int) -> None:
         super().__init__(lambda: call.base() + shard)
         self.call, self.leaf = call, leaf
         self.number_of: Callable[[Any], int | None] = lambda _: None
-        """A module's number in the shard's replica, if it is part of that."""
-        self.reentrant = False  # a reentrant checkpoint was met, see training/shard_task.py
-        self.own_leaves: Callable[[], set[int]] = set  # by id, those that such a one may reach
+        self.reentrant = False
+        self.own_leaves: Callable[[], set[int]] = set
 
-    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
-        """Refuses.
-
-        Raises:
-            RuntimeError: always.
-        """
+    def replace_given(self, given: torch.Generator, op: Any) -> torch.Generator:
+        """Raises a RuntimeError."""
         del given
         raise RuntimeError(
             f"{op} was called with a generator of its own inside SphereParallel: the shards "
@@ -197,41 +198,45 @@ class ShardRandom(RandomSource):
 
 
 class TrialRandom(RandomSource):
-    """Random numbers of a forward that is only tried: they are nobody's.
+    """The random numbers of a forward pass whose result is thrown away.
 
     Attributes:
-        any: whether there were any.
+        drew: whether there were any.
     """
 
     def __init__(self) -> None:
-        super().__init__(self._begun)
-        self.any = False
+        super().__init__(self._first_seed)
+        self.drew = False
 
-    def _begun(self) -> int:
-        self.any = True
+    def _first_seed(self) -> int:
+        self.drew = True
         return 0
 
-    def instead_of(self, given: torch.Generator, op: Any) -> torch.Generator:
-        """Ends the trial, which may not draw from somebody's generator."""
+    def replace_given(self, given: torch.Generator, op: Any) -> torch.Generator:
+        """Raises a RuntimeError, which ends the trial: the user's generator must not advance."""
         del given
         raise RuntimeError(f"{op} was called with a generator of its own")
 
 
 def next_base() -> int:
-    """What `CallRandom` would draw now."""
+    """The base seed that a `CallRandom` would draw now; the default generator does not advance."""
     generator = torch.Generator()
     generator.set_state(torch.default_generator.get_state())
     return _draw_base(generator)
 
 
 def _draw_base(generator: torch.Generator) -> int:
-    # Also where the shards' key is included: this draw is nobody's but the generator's.
+    # Inside a shard too, the draw must come from the generator that is given.
     with _compat.ExcludeDispatchKey(_KEYS):
-        return int(torch.randint(_SEEDS, (), generator=generator, device="cpu"))
+        return int(torch.randint(_MAX_SEED, (), generator=generator, device="cpu"))
 
 
-def random_states(rng: Any = _OF_PROCESS) -> dict[str, Any]:
-    """Of torch's generator, Python's and numpy's, those of the process or a worker's ``rng``."""
+def random_states(rng: Any = _PROCESS_GENERATORS) -> dict[str, Any]:
+    """The states of torch's, Python's and numpy's generators, as plain values and a tensor.
+
+    Args:
+        rng: has the generators: a worker's ``get_worker_info().rng``; default: the process's.
+    """
     version, words, gauss = rng.random_generator.getstate()
     return {
         "torch": rng.torch_generator.get_state(),
@@ -241,26 +246,25 @@ def random_states(rng: Any = _OF_PROCESS) -> dict[str, Any]:
 
 
 def numpy_state(generator: Any) -> Any:
-    """Plain values, which compare by ``==``, ``set_state`` takes and ``torch.load`` gives back.
+    """The state of a `RandomState` or of `numpy.random`, as plain values.
 
-    Args:
-        generator: a `RandomState`, or `numpy.random`.
+    Plain values can be compared by ``==``, set by ``set_state`` and loaded by ``torch.load``.
     """
     state = generator.get_state(legacy=False)
     return _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, state)
 
 
-def restore_random_states(states: Mapping[str, Any], rng: Any = _OF_PROCESS) -> None:
-    """Has the three go on from what `random_states` returned."""
+def restore_random_states(states: Mapping[str, Any], rng: Any = _PROCESS_GENERATORS) -> None:
+    """Sets the generators' states to what `random_states` returned."""
     version, words, gauss = states["python"]
     rng.random_generator.setstate((version, tuple(words), gauss))
     rng.numpy_generator.set_state(states["numpy"])
     rng.torch_generator.set_state(states["torch"])
 
 
-def current_shard() -> RandomSource | None:
-    """The shard that the calling thread runs, if any."""
-    return getattr(_here, "shard", None)
+def current_source() -> RandomSource | None:
+    """The source that is active on the calling thread: of a shard, a trial or a worker."""
+    return getattr(_here, "source", None)
 
 
 def _default_states() -> list[Tensor]:
@@ -273,7 +277,7 @@ def _default_generators() -> list[torch.Generator]:
 
 
 def _is_default(generator: torch.Generator) -> bool:
-    # By address: an operator's arguments come here in new Python objects.
+    # Compared by address: the dispatcher wraps an operator's arguments in new Python objects.
     address: int = generator._cdata  # type: ignore[attr-defined]
     return any(address == known._cdata for known in _default_generators())  # type: ignore[attr-defined]
 
@@ -286,20 +290,20 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 
 
 def _draw(op: Any, position: int | None, /, *args: Any, **kwargs: Any) -> Any:
-    """Calls a random operator with the shard's generator in place of the default one."""
-    shard = current_shard()
+    """Calls a random operator with the active source's generator in place of the default one."""
+    source = current_source()
     with _compat.ExcludeDispatchKey(_KEYS):
-        if shard is None:  # the key was included by somebody else
+        if source is None:  # another library has included the key
             return op(*args, **kwargs)
         in_args = position is not None and position < len(args)
         given = args[position] if in_args else kwargs.get("generator")  # type: ignore[index]
         if given is not None and not _is_default(given):
-            generator = shard.instead_of(given, op)
+            generator = source.replace_given(given, op)
         else:
             device = _device_of(args, kwargs)
             if device.type == "meta":
                 return op(*args, **kwargs)
-            generator = shard.generator(device)
+            generator = source.generator(device)
         if in_args:
             assert position is not None
             args = (*args[:position], generator, *args[position + 1 :])
@@ -309,31 +313,31 @@ def _draw(op: Any, position: int | None, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    """CUDA's kernel draws the mask inside; this is what the CPU's does, on any device."""
+    """The CPU's kernel, for any device: CUDA's own draws its mask without a generator."""
     if train is False or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # comes to _draw
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # its kernel is _draw
     return x * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
 
 
 class _DefaultGenerator:
-    """Stands for the default CPU generator in `torch.random`: a shard's own inside a shard.
+    """Replaces `torch.random.default_generator`; inside a shard it is the shard's generator.
 
-    Activation checkpointing saves and restores the state of the random numbers around what it
-    runs a second time, by way of `torch.get_rng_state` and `torch.set_rng_state`.
+    Activation checkpointing saves and restores the generator's state around the second forward
+    pass, by `torch.get_rng_state` and `torch.set_rng_state`.
     """
 
     def __init__(self, default: torch.Generator) -> None:
         self._default = default
 
     def __getattr__(self, name: str) -> Any:
-        shard = current_shard()
-        here = self._default if shard is None else shard.generator(torch.device("cpu"))
+        source = current_source()
+        here = self._default if source is None else source.generator(torch.device("cpu"))
         return getattr(here, name)
 
 
 def _install() -> None:
-    """Registers the kernels; once, when the first shard runs."""
+    """Registers the kernels, once, when the first source is activated."""
     if _libraries:
         return
     with _install_lock:
@@ -345,19 +349,19 @@ def _install() -> None:
         for schema in _compat.operator_schemas():
             if not schema.name.startswith("aten::"):
                 continue
-            # (initial_seed and seed read a generator, they do not draw from it.)
-            taken = [
+            # Operators that require a generator (seed, initial_seed) do not draw from it.
+            positions = [
                 None if argument.kwarg_only else position
                 for position, argument in enumerate(schema.arguments)
                 if argument.type.kind() == "OptionalType" and "Generator" in str(argument.type)
             ]
-            if not taken:  # most: to look them all up would take longer than a first batch
+            if not positions:  # most operators: to look them all up takes long
                 continue
             packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::"), None)
             op = getattr(packet, schema.overload_name or "default", None)
             if op is not None:
-                for where in taken:
-                    aten.impl(op, functools.partial(_draw, op, where), _compat.DRAW_KEY)
+                for position in positions:
+                    aten.impl(op, functools.partial(_draw, op, position), _compat.DRAW_KEY)
         aten.impl("native_dropout", _native_dropout, _compat.DRAW_KEY)
         default = _DefaultGenerator(torch.default_generator)
         torch.random.default_generator = default  # type: ignore[assignment, attr-defined]

@@ -1,4 +1,4 @@
-"""Counts the samples of a training loop, for whoever shows them."""
+"""Counts the samples that a training loop has processed, for displays of a pool."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ import threading
 
 __all__ = ["SampleCounter"]
 
-_lock = threading.RLock()  # a signal's handler may count while its thread does
+_lock = threading.RLock()  # reentrant: a signal handler may count while its thread does
 
 
 class SampleCounter:
     """Counts samples, from any thread.
 
-    Wrapped loaders count the rows that they hand out. Once the user has told a number (`tell`,
-    `advance`), the user's number is shown instead.
+    Wrapped loaders count the rows that they hand out. After the first call of `advance` or `set`
+    only the user's own counts are used.
     """
 
     def __init__(self) -> None:
         self._loaded = 0
-        self._told: int | None = None
+        self._by_user: int | None = None
 
     def loaded(self, rows: int) -> None:
-        """A loader has handed out a batch."""
+        """Counts a batch that a loader has handed out."""
         with _lock:
             self._loaded += rows
 
     def advance(self, rows: int) -> None:
-        """The user has done so many more."""
+        """Adds to the user's count."""
         with _lock:
-            self._told = (self._told or 0) + rows
+            self._by_user = (self._by_user or 0) + rows
 
-    def tell(self, rows: int) -> None:
-        """The user has done so many in all."""
+    def set(self, rows: int) -> None:
+        """Sets the user's count."""
         with _lock:
-            self._told = rows
+            self._by_user = rows
 
     @property
     def value(self) -> int | None:
-        """Samples so far; None where nobody knows."""
-        told = self._told
-        return (self._loaded or None) if told is None else told
+        """Samples so far; None if unknown."""
+        count = self._by_user
+        return (self._loaded or None) if count is None else count
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.RLock()  # the parent's may be held by a thread that is not here
+    _lock = threading.RLock()  # a thread of the parent may hold the old one
 
 
 os.register_at_fork(after_in_child=_after_fork)

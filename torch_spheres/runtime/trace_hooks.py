@@ -1,66 +1,82 @@
-"""What a trace shows of shards and batches: phases, and how gradients go from one to the next."""
+"""Records what a trace of a pool shows: phases of shards and batches, and gradients passed on.
+
+The functions record nothing while no trace of the pool is being recorded
+(`observe.trace_recorder`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch_spheres import _core
 
 if TYPE_CHECKING:
-    from torch_spheres.runtime.pool import SpherePool
+    from torch_spheres.runtime.sphere_threads import SphereThreads
 
-__all__ = ["gradients_taken", "here_and_now", "phase", "phase_since"]
+__all__ = ["begin_trace", "end_trace", "gradients_taken", "here_and_now", "phase", "phase_since"]
 
 _LABELS = {name: label for label, name in enumerate(_core.TRACE_LABELS)}
 
 
+def begin_trace(spheres: SphereThreads, recorder: Any, capacity: int) -> None:
+    """Begins to record the last `capacity` events of each thread; RuntimeError if a trace runs."""
+    spheres._core.begin_trace(capacity)
+    spheres._recorder = recorder
+
+
+def end_trace(spheres: SphereThreads) -> _core.TraceRecord:
+    """Ends recording, and returns the events."""
+    spheres._recorder = None
+    return spheres._core.end_trace()
+
+
 class _Phase:
-    """See `phase`; no generator, which takes longer: a step has a hundred of these."""
+    """The context of `phase`. A generator would take longer, and a step has a hundred of these."""
 
     __slots__ = ("_begin", "_name", "_number", "_spheres")
 
-    def __init__(self, spheres: SpherePool, name: str, number: int | None) -> None:
+    def __init__(self, spheres: SphereThreads, name: str, number: int | None) -> None:
         self._spheres, self._name, self._number = spheres, name, number
 
     def __enter__(self) -> None:
         self._begin = time.monotonic_ns()
 
     def __exit__(self, *_: object) -> None:
-        if self._spheres._recording is not None:
+        if self._spheres._recorder is not None:
             phase_since(self._spheres, self._name, self._number, self._begin)
 
 
 def phase(
-    spheres: SpherePool, name: str, number: int | None = None
+    spheres: SphereThreads, name: str, number: int | None = None
 ) -> AbstractContextManager[None]:
-    """For a block that the calling thread is in; records nothing while nobody traces the spheres.
+    """Context that records its block as a phase of the calling thread.
 
-    Args:
-        spheres: on whose behalf.
-        name: what is done; one of `_core.TRACE_LABELS`.
-        number: of the shard, or of the batch that is loaded.
+    `name` is one of `_core.TRACE_LABELS`, `number` that of the shard or of the batch.
     """
     return _Phase(spheres, name, number)
 
 
-def phase_since(spheres: SpherePool, name: str, number: int | None, begin_ns: int) -> None:
-    """As `phase`, for a block that began at a ``time.monotonic_ns()`` and ends now."""
-    recording = spheres._recording
-    if recording is not None:
-        recording.name_thread()
+def phase_since(spheres: SphereThreads, name: str, number: int | None, begin_ns: int) -> None:
+    """Records a phase that began at a ``time.monotonic_ns()`` and ends now; see `phase`."""
+    recorder = spheres._recorder
+    if recorder is not None:
+        recorder.name_thread()
         spheres._core.trace_phase(_LABELS[name], -1 if number is None else number, begin_ns)
 
 
 def here_and_now() -> tuple[int, int]:
-    """Where gradients are made, and when: for `gradients_taken`."""
+    """The calling thread's sphere (-1: none) and the time, to be given to `gradients_taken`."""
     return _core.current_sphere(), time.monotonic_ns()
 
 
-def gradients_taken(spheres: SpherePool, makers: Iterable[tuple[int, int]]) -> None:
-    """The calling thread is about to add what was made there and then: a trace's arrows."""
+def gradients_taken(spheres: SphereThreads, makers: Iterable[tuple[int, int]]) -> None:
+    """Records an arrow from each maker of gradients to the calling thread, which adds them.
+
+    `makers` has `here_and_now` of each thread when its gradients were ready.
+    """
     here = _core.current_sphere()
     for sphere, made in makers:
         if sphere not in (-1, here):

@@ -20,7 +20,7 @@ from torch_spheres.distributed.grad_scale import unscale_grad
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.distributed.tree_all_reduce import BucketLayout, TreeAllReduce, total_over_ranks
 from torch_spheres.errors import DeferredError
-from torch_spheres.reduction.streaming_sum import GradientFold, Grads, rounded
+from torch_spheres.reduction.streaming_sum import Grads, StreamingSum, rounded
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.trace_hooks import phase
 from torch_spheres.training.buffers import needs_two_rows
@@ -69,11 +69,11 @@ class Collective(Protocol):
     def share(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
         """Completes outputs that this process could not make alone."""
 
-    def gradient_sum(self, call: ShardedCall) -> GradientFold:
+    def gradient_sum(self, call: ShardedCall) -> StreamingSum:
         """What the call's shards add their gradients to."""
 
     def finish_gradients(
-        self, call: ShardedCall, fold: GradientFold, run: Callable[[], object]
+        self, call: ShardedCall, fold: StreamingSum, run: Callable[[], object]
     ) -> Grads:
         """Has the shards run, and returns the whole batch's gradients."""
 
@@ -112,15 +112,15 @@ class LocalCollective:
         """See `Collective`."""
         return outputs
 
-    def gradient_sum(self, call: ShardedCall) -> GradientFold:
+    def gradient_sum(self, call: ShardedCall) -> StreamingSum:
         """See `Collective`."""
         split, executor = call.split, call.executor
-        return GradientFold(
+        return StreamingSum(
             split.places, split.leaves, executor.concurrency, spheres=executor.spheres
         )
 
     def finish_gradients(
-        self, call: ShardedCall, fold: GradientFold, run: Callable[[], object]
+        self, call: ShardedCall, fold: StreamingSum, run: Callable[[], object]
     ) -> Grads:
         """See `Collective`."""
         run()
@@ -230,7 +230,7 @@ class RankCollective:
 
     # ---- gradients ----
 
-    def gradient_sum(self, call: ShardedCall) -> GradientFold:
+    def gradient_sum(self, call: ShardedCall) -> StreamingSum:
         """One whose parts are given to the exchange as they are completed."""
         layouts, sparse = call.replicas.layouts, _sparse_parameters(call.module)
         trainable = call.trainable
@@ -252,7 +252,7 @@ class RankCollective:
             executor.spheres,
             deferred=executor.together,
         )
-        return GradientFold(
+        return StreamingSum(
             split.places,
             split.leaves,
             executor.concurrency,
@@ -279,7 +279,7 @@ class RankCollective:
                 self._sparse_sums[part][i] = total
 
     def finish_gradients(
-        self, call: ShardedCall, fold: GradientFold, run: Callable[[], object]
+        self, call: ShardedCall, fold: StreamingSum, run: Callable[[], object]
     ) -> Grads:
         """Meets the other ranks, with an error too."""
         with DeferredError() as caught:

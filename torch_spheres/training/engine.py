@@ -21,7 +21,7 @@ from torch_spheres.reduction.partition import checked_shards
 from torch_spheres.runtime.default_pool import new_pool
 from torch_spheres.runtime.malloc import keep_freed_memory
 from torch_spheres.runtime.pool import SpherePool
-from torch_spheres.runtime.rng import ShardRandom, current_shard
+from torch_spheres.runtime.rng import ShardRandom, current_source
 from torch_spheres.training.autotune import (
     Plan,
     Trial,
@@ -128,7 +128,7 @@ class Engine:
             trial.forward_done(flatten(result)[0])
             return result
         advise = self.reproducible and not self._shares and self.module.training
-        advise = advise and current_shard() is None
+        advise = advise and current_source() is None
         if advise and torch.is_grad_enabled() and executor.plan.workers > 0:
             return self._adviser.watch(run, self.module, args, kwargs)
         return run()
@@ -160,7 +160,7 @@ class Engine:
             self.sync()
 
     def _refuse_inside(self) -> None:
-        shard = current_shard()
+        shard = current_source()
         if isinstance(shard, ShardRandom) and shard.call.runs_on is self.spheres:
             raise RuntimeError(
                 "a parallel model is called inside the forward, or the loss, of another one that "

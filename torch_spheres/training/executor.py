@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.runtime.caller_context import CallerContext, caller_context
-from torch_spheres.runtime.openmp import rest
+from torch_spheres.runtime.openmp import stop_openmp_threads
 from torch_spheres.runtime.pool import SpherePool
 from torch_spheres.training.autotune import Plan
 from torch_spheres.training.shard_sums import ShardSums
@@ -57,12 +57,12 @@ class ShardExecutor:
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.
         ours = contextvars.copy_context()
         if self.sums is not None:  # each shard on a leaf of its own
-            rest()
+            stop_openmp_threads()
             return self.sums(count).map(
                 lambda run: self.spheres.map(lambda k: ours.copy().run(run, k), range(count)), fn
             )
         if self.plan.workers == 1:
             alone = self.spheres.map(lambda _: ours.run(lambda: [*map(fn, range(count))]), range(1))
             return alone[0]
-        rest()
+        stop_openmp_threads()
         return self.spheres.map(lambda k: ours.copy().run(fn, k), range(count))

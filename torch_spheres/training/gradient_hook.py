@@ -93,11 +93,11 @@ class GradientHook:
         )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._spheres._stepping.add(optimizer)
+        self._spheres._steps.begin(optimizer)
         self.reduce()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._spheres._count_step(optimizer)
+        self._spheres._steps.end(optimizer)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -140,8 +140,8 @@ class GradientHook:
                     "several batches call reduce() after each, which adds to .grad"
                 )
             self._added[shard] = fitted
-            self._reported[shard] = self._spheres._core.starts
-        self._spheres._core.gradient_ready(shard)
+            self._reported[shard] = self._spheres._starts
+        self._spheres._report_gradient(shard)
 
     def _fit(
         self, grads: Sequence[Tensor | None] | Mapping[Tensor, Tensor | None]
@@ -190,7 +190,6 @@ class GradientHook:
         after each batch when accumulating over several.
         """
         spheres = self._spheres
-        core = spheres._core
         if self._by_hand:
             self._ranks = self._membership.current_ranks(spheres.leaves)
         with self._lock:
@@ -198,12 +197,7 @@ class GradientHook:
                 return
             added, self._added = self._added, {}
             reported, self._reported = self._reported, {}
-        if spheres.running and not core.on_own_thread():
-            # The root hears of every leaf, of the absent ones too: then nothing is on its way.
-            for leaf in range(spheres.leaves):
-                if reported.get(leaf) != core.starts:
-                    core.gradient_ready(leaf)
-            core.gradients_complete()
+        spheres._complete_gradients(reported)
         parameters = self.parameters
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]

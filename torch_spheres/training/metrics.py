@@ -74,11 +74,10 @@ def gather_metrics(
         _by_leaf(value, division.owned(rank), sizes, division.leaves) for value in values.values()
     ]
     like = [torch.zeros((), dtype=torch.float64)] * len(columns)
-    sums = (
-        tree_sums(columns)
-        if ranks is None
-        else total_over_ranks(columns, like, ranks, what="gather_metrics")
-    )
+    if ranks is None:
+        sums = tree_sums(columns)
+    else:
+        sums = total_over_ranks(columns, like, ranks, what="gather_metrics")
     found: dict[str, float | int] = {}
     for (name, value), summed in zip(values.items(), sums, strict=True):
         number = 0.0 if summed is None else float(summed)

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_spheres import _compat
-from torch_spheres.runtime.rebinding import MUTABLE, Contents, rebound, values_of
+from torch_spheres.runtime.rebinding import MUTABLE, DictSnapshot, mapping_values, rebound
 
 __all__ = ["Buffer", "Replica"]
 
@@ -144,12 +144,12 @@ class Replica:
         for part, attributes in zip(self.parts, names, strict=True):
             part.rebind(attributes, self._replacements, hooks)
         self._note()
-        self._bound_to = Contents([d for part in self.parts for d in part.read()])
+        self._bound_to = DictSnapshot([d for part in self.parts for d in part.read()])
         self._is_whole = hooks and not any(names) and not any(part.slots for part in self.parts)
 
     def _is_bound(self) -> bool:
         """Whether the module still has what it had at the last `rebind`."""
-        return self._is_whole and self._bound_to.are(
+        return self._is_whole and self._bound_to.matches(
             [d for part in self.parts for d in part.read()]
         )
 
@@ -236,7 +236,7 @@ class _Part:
             if name not in self.own and name not in _CHANGING and name in source:
                 new = self._given[name] = rebound(source[name], replacements)
                 if new is not source[name] and isinstance(new, MUTABLE):
-                    self.mixed[name] = [*new], [*values_of(new)]
+                    self.mixed[name] = [*new], [*mapping_values(new)]
         self._has_hooks = hooks
         self.restore()
 
@@ -261,7 +261,7 @@ class _Part:
         found = []
         for name, (keys, values) in self.mixed.items():
             now = self._given[name]
-            if not _same([*now], keys) or not _same([*values_of(now)], values):
+            if not _same([*now], keys) or not _same([*mapping_values(now)], values):
                 found.append(name)
         return found
 
@@ -279,7 +279,7 @@ class _Part:
             self.own[registry].update(held)
         for name in self.changed_containers():
             new = self._given[name] = rebound(vars(self.source)[name], self._replacements)
-            self.mixed[name] = [*new], [*values_of(new)]
+            self.mixed[name] = [*new], [*mapping_values(new)]
         self._copy_containers()
         # In one step: a checkpoint may be computing with the replica in another thread.
         attributes = self._given.copy()

@@ -25,7 +25,7 @@ from torch_spheres.distributed.group import Ranks
 from torch_spheres.distributed.handshake import CheckedGather
 from torch_spheres.errors import DeferredError, StoppedError
 from torch_spheres.reduction.tree_sum import tree_sums
-from torch_spheres.runtime.caller_context import unset
+from torch_spheres.runtime.caller_context import default_context
 from torch_spheres.runtime.pool import SpherePool
 
 __all__ = ["ShardSums", "Total", "shard_sums_here"]
@@ -92,7 +92,7 @@ class ShardSums:
         Two would wait for each other's leaves, and a barrier for leaves that wait for others there.
         """
         results: list[T] = []
-        with self._spheres._together:
+        with self._spheres._all_leaves:
             with DeferredError() as caught:
                 try:
                     results = run(lambda k: self._run(fn, k))
@@ -127,7 +127,7 @@ class ShardSums:
 
     def _call_back(self, waiting: list[int]) -> None:
         for sphere in waiting:
-            self._spheres._core.call_back(sphere)
+            self._spheres._resume_item(sphere)
 
     def _end_shard(self) -> None:
         with self._lock:
@@ -189,7 +189,7 @@ class ShardSums:
             found: T = self._wait(mine)
             return found
         try:
-            with unset(), torch.no_grad():
+            with default_context(), torch.no_grad():
                 result = combine(mine.values, lambda v: self._total(key, v))
         except BaseException:
             with self._lock:
@@ -203,7 +203,7 @@ class ShardSums:
     def _wait(self, mine: _Sum) -> Any:
         while mine.result is None and not self._failed.is_set():
             try:
-                self._spheres._core.pause()
+                self._spheres._pause_item()
             except StoppedError:
                 if self._failed.is_set():
                     break

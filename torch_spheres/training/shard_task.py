@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from torch_spheres import _compat
 from torch_spheres.runtime.caller_context import CallerContext
-from torch_spheres.runtime.rng import ShardRandom, current_shard
+from torch_spheres.runtime.rng import ShardRandom, current_source
 from torch_spheres.runtime.trace_hooks import phase_since
 from torch_spheres.training.batch_split import Split, without_dim
 from torch_spheres.training.graph_leaves import ShardGraph
@@ -185,7 +185,7 @@ def _noticed_checkpoint(ctx: Any, run: Any, *args: Any) -> Any:
     leaves it meets, whatever the outer backward was asked for. So the shard computes its gradients
     in the same way.
     """
-    shard = current_shard()
+    shard = current_source()
     if not isinstance(shard, ShardRandom):
         return _checkpoint(ctx, run, *args)
     shard.reentrant = True

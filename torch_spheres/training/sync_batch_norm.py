@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_spheres import _compat
-from torch_spheres.runtime.rng import ShardRandom, current_shard
+from torch_spheres.runtime.rng import ShardRandom, current_source
 from torch_spheres.training.shard_sums import Total, shard_sums_here
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "sees_all_rows", "waits_for_others"]
@@ -116,7 +116,7 @@ class SyncBatchNorm(_Base):
 
     @_compat.disable_compiler
     def _forward_in_training(self, x: Tensor) -> Tensor:
-        shard = current_shard()
+        shard = current_source()
         if not isinstance(shard, ShardRandom):
             return super().forward(x)
         sums, layer = shard_sums_here(), shard.number_of(self)

@@ -50,7 +50,7 @@ def runs_without_trace(
             if not runs and (torch.is_grad_enabled() or not grad):
                 runs = _runs(call, draws, training, grad, hooks, spans, change or {})
     finally:
-        drew = draws.any or not equal_states(before, random_states())
+        drew = draws.drew or not equal_states(before, random_states())
         restore_random_states(before)
     return runs, drew
 

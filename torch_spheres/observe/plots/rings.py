@@ -1,4 +1,7 @@
-"""The hierarchy as rings: the root in the middle, a wedge for each sphere, chords for steals."""
+"""Draws the hierarchy as rings, for `KissingSpheres.plot`.
+
+The root is in the middle, each sphere is a wedge, and chords are steals.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 from torch_spheres._core import Topology
 from torch_spheres.observe.plots.theme import COLOURS, LABELS, describe, points
 from torch_spheres.observe.stats import Stats
+from torch_spheres.observe.table import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,37 +25,37 @@ if TYPE_CHECKING:
 
 __all__ = ["Activity", "draw_rings"]
 
-# By levels: inner and outer radius of each ring. The room inside the last is for the chords.
+# By number of levels: the inner and outer radius of each ring. The chords are inside the last one.
 _RINGS = {
     1: [(0.0, 0.6)],
     2: [(0.0, 0.19), (0.66, 0.95)],
     3: [(0.0, 0.13), (0.16, 0.29), (0.66, 0.95)],
     4: [(0.0, 0.12), (0.15, 0.27), (0.30, 0.44), (0.72, 0.95)],
 }
-_BORDERS = (2.0, 2.0, 0.8, 0.0)  # points between the wedges of a ring, by its level
-_BAND = 0.025  # of the state, outside of the wedge
+_BORDERS = (2.0, 2.0, 0.8, 0.0)  # points between the wedges of a ring, by level
+_BAND = 0.025  # width of the band outside a wedge that shows the state
 _MOST_CHORDS = 2000
 _STATES = ("processing", "accumulating", "waiting", "ready", "idle", "terminating", "unused")
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What is drawn: of each sphere, by its id, how busy it was; who stole from whom."""
+    """The figures that are drawn; lists are by sphere id."""
 
     busy: list[float]
-    """Shares of the time, 0 to 1."""
+    """Busy time as a share of the time, 0 to 1."""
     states: list[str]
-    """In lower case; "" where that is not known."""
+    """In lower case; "" if unknown."""
     items: int
     stolen: int
     steals: dict[tuple[int, int], int]
-    """Items, by (thief, victim), of leaves. Threads that wait steal too, and have no wedge."""
+    """Stolen items, by (thief, victim), of leaves. Waiting threads steal too, but have no wedge."""
     lost: int = 0
     """Events that the trace has lost."""
 
     @staticmethod
     def of_stats(stats: Stats) -> Activity:
-        """From a snapshot, or from a difference of two."""
+        """Figures of a snapshot, or of a difference of two."""
         return Activity(
             busy=[s.utilization for s in stats],
             states=[s.state.name.lower() for s in stats],
@@ -67,7 +71,7 @@ class Activity:
 
     @staticmethod
     def of_trace(trace: Trace) -> Activity:
-        """What happened while the trace was recorded."""
+        """Figures of a trace."""
         total = Topology(trace.levels).total
         span = max(1, trace.end_ns - trace.begin_ns)
         busy, states = [0.0] * total, [""] * total
@@ -86,7 +90,7 @@ class Activity:
 
 
 def draw_rings(ax: Axes, shown: Activity, levels: int, concurrency: int) -> None:
-    """Draws on the whole of the axes; the outermost ring has the radius 1."""
+    """Draws on the axes; the outermost ring has about the radius 1."""
     from matplotlib.patches import Patch
 
     ax.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
@@ -95,20 +99,24 @@ def draw_rings(ax: Axes, shown: Activity, levels: int, concurrency: int) -> None
     _labels(ax, shown, levels)
     counts = Counter(shown.states) + Counter(unused=shown.busy.count(0))
     handles = [
-        Patch(facecolor=COLOURS[state], label=f"{LABELS[state]}: {counts[state]:,}")
+        Patch(
+            facecolor=COLOURS[state], label=f"{LABELS[state]}: {counted(counts[state], 'sphere')}"
+        )
         for state in _STATES
         if counts[state]
     ]
     if shown.steals:
         _chords(ax, shown, levels)
-        handles.append(Patch(facecolor=COLOURS["steal"], label="stolen items, wide at the thief"))
+        stolen = counted(sum(shown.steals.values()), "item")
+        label = f"stolen by spheres: {stolen}, wide at the thief"
+        handles.append(Patch(facecolor=COLOURS["steal"], label=label))
     describe(ax, _title(shown, Topology(levels).leaves, concurrency), handles, below=0.5)
 
 
 def _degrees(sphere: int, part: float) -> float:
-    """Of a point in a sphere's sector, from its begin (0) to its end (1).
+    """The angle of a point in a sphere's sector, from its begin (`part` 0) to its end (1).
 
-    The sectors lie as on a clock, with the kissing sphere 0 at twelve.
+    Sectors are arranged as on a clock, with the kissing sphere 0 at twelve.
     """
     level = Topology.level(sphere)
     place = sphere - Topology.first(level) + part
@@ -120,7 +128,7 @@ def _at(radius: float, degrees: float) -> Any:
 
 
 def _wedges(ax: Axes, shown: Activity, levels: int) -> None:
-    """How busy each sphere was; outside of it in a band what it does now; the colour bar."""
+    """Draws a wedge for each sphere by busy time, a band for its state, and the colour bar."""
     from matplotlib import colormaps, rcParams
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Wedge
@@ -144,7 +152,7 @@ def _wedges(ax: Axes, shown: Activity, levels: int) -> None:
     spheres.set_clim(0, max(shown.busy) or 1)
     ax.add_collection(spheres, autolim=False)
     ax.add_collection(PatchCollection(bands, match_original=True, gid="states"), autolim=False)
-    # Inside of the axes, so that ax.clear() removes it too.
+    # A child of the axes, so that ax.clear() removes it too.
     inset = ax.inset_axes((1.06, 0.2, 0.03, 0.6))
     bar = ax.figure.colorbar(spheres, cax=inset, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)
@@ -153,13 +161,13 @@ def _wedges(ax: Axes, shown: Activity, levels: int) -> None:
 
 
 def _labels(ax: Axes, shown: Activity, levels: int) -> None:
-    """Paths of the root and the kissing spheres, and shares of the time."""
+    """Writes paths and busy times of the root and the kissing spheres."""
     from matplotlib import rcParams
 
     size = min(10.0, min(points(ax)) * (0.025 if levels < 3 else 0.017))
     for sphere, busy in enumerate(shown.busy[:13]):
         radius = sum(_RINGS[levels][1]) / 2 if sphere else 0.0
-        far = busy > max(shown.busy) / 2  # the scale goes away from the background
+        far = busy > max(shown.busy) / 2  # the wedge's colour contrasts with the background
         x, y = _at(radius, _degrees(sphere, 0.5))
         ax.text(
             x, y, Topology.path_string(sphere) + (f"\n{busy:.0%}" if busy else ""),
@@ -169,7 +177,7 @@ def _labels(ax: Axes, shown: Activity, levels: int) -> None:
 
 
 def _chords(ax: Axes, shown: Activity, levels: int) -> None:
-    """A chord for each pair that stole; wide at the thief, and the wider the more items."""
+    """Draws a chord for each thief and victim, wide at the thief and wider for more items."""
     from matplotlib.collections import PathCollection
 
     # The heaviest are drawn last, over the others.
@@ -184,12 +192,12 @@ def _chords(ax: Axes, shown: Activity, levels: int) -> None:
 
 
 def _chord(thief: int, victim: int, share: float, levels: int) -> Path:
-    """From a base at the thief a curve along each side to a point at the victim."""
+    """The outline of a chord: two curves from a base at the thief to a point at the victim."""
     from matplotlib.path import Path
 
     radius = _RINGS[levels][-1][0]
     room = radius - _RINGS[levels][-2][1] - _BAND
-    # Beside each other in the order in which the siblings follow, so that they do not cross.
+    # A sphere's chords are in the order of its siblings, so that they do not cross.
     away = (Topology.group(victim) - Topology.group(thief)) % 12
     base = 0.95 - 0.9 * away / 12
     left, right = (_at(radius, _degrees(thief, base + side * share / 6)) for side in (-1, 1))
@@ -203,14 +211,14 @@ def _chord(thief: int, victim: int, share: float, levels: int) -> Path:
 
 
 def _title(shown: Activity, leaves: int, concurrency: int) -> list[str]:
-    """What it is, and what is left out."""
+    """Lines on what is shown, and what is left out."""
     turns = f"{len(shown.busy):,} spheres, at most {concurrency:,} of {leaves:,} leaves at once"
-    items = f"{shown.items:,} items, {shown.stolen:,} of them stolen"
+    items = f"{counted(shown.items, 'item')}, {shown.stolen:,} of them stolen"
     lines = [turns if leaves > 1 else "1 sphere", items if shown.items else "no items run yet"]
     if len(shown.steals) > _MOST_CHORDS:
         lines.append(f"the {_MOST_CHORDS:,} heaviest of {len(shown.steals):,} chords")
-    if helped := shown.stolen - sum(shown.steals.values()):
-        lines.append(f"{helped:,} stolen by threads that waited, without a chord")
+    if by_waiting := shown.stolen - sum(shown.steals.values()):
+        lines.append(f"{by_waiting:,} stolen by threads that waited, without a chord")
     if shown.lost:
         lines.append(f"{shown.lost:,} events were lost: the oldest are missing")
     return lines

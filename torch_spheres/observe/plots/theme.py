@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib's settings while they are drawn, axes, title and legend."""
+"""What all pictures share: colours, matplotlib's settings, axes, title and legend."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "LABELS", "describe", "picture", "points"]
 
-# Okabe and Ito's, which the colour-blind can tell apart; black text can be read on each. The greys
-# are see-through, so that all suit white and black.
+# Okabe and Ito's colours, which colour-blind people can tell apart, and on which black text is
+# legible. The greys are translucent, to suit light and dark backgrounds.
 COLOURS = {
     "processing": "#009e73",
     "accumulating": "#e69f00",
@@ -47,15 +47,11 @@ LABELS = {
 
 @contextmanager
 def picture(what: str, ax: object, theme: str, size: tuple[float, float]) -> Iterator[Axes]:
-    """Context with a theme's settings; gives the axes, or those of a new figure of `size` inches.
+    """Context with a theme's settings, which gives the axes to draw on.
 
-    A new figure is pyplot's only where pyplot is in use already, so that ``plt.show()`` and
-    notebooks show it; elsewhere it is a figure of its own, which nobody has to close.
-
-    Raises:
-        ImportError: there is no matplotlib.
-        TypeError: `ax` is something else than matplotlib axes with plain x and y.
-        ValueError: there is no such theme.
+    If `ax` is None these are axes of a new figure of `size` inches. pyplot makes the figure if
+    pyplot is in use, so that ``plt.show()`` and notebooks show it; otherwise no one has to close
+    it. `what` is the caller's name, for errors, which are those of `plot_timeline`.
     """
     if theme not in ("light", "dark"):
         raise ValueError(f"theme must be one of 'light', 'dark', got {theme!r}")
@@ -79,7 +75,7 @@ def picture(what: str, ax: object, theme: str, size: tuple[float, float]) -> Ite
     settings["axes.grid"] = False
     with rc_context(settings):
         on: Any = _new_axes(size) if ax is None else ax
-        # Axes may have been made before, and make their ticks later.
+        # rc settings do not reach axes that exist, nor ticks that are made after this context.
         on.figure.set_facecolor(settings["figure.facecolor"])
         on.set_facecolor(settings["axes.facecolor"])
         on.tick_params(colors=settings["xtick.color"], labelsize="small")
@@ -102,13 +98,13 @@ def _new_axes(size: tuple[float, float]) -> Axes:
 
 
 def points(ax: Axes) -> tuple[float, float]:
-    """Width and height of axes, in 1/72 inch; before a layout has moved them, about."""
+    """Width and height of axes in 1/72 inch; approximate before the layout is computed."""
     box, dpi = ax.get_window_extent(), ax.figure.dpi
     return box.width * 72 / dpi, box.height * 72 / dpi
 
 
 def describe(ax: Axes, lines: Sequence[str], handles: Sequence[Any], below: float) -> None:
-    """A title of some lines above the axes, and a legend so many font sizes below them."""
+    """Sets the title's lines above the axes, and a legend `below` font sizes below them."""
     ax.set_title("\n".join(lines), fontsize="medium", linespacing=1.4)
     if handles:
         longest = max(len(handle.get_label()) for handle in handles)

@@ -1,4 +1,7 @@
-"""A Gantt chart of a trace: a row for each sphere, bars for what it did, arrows for what it got."""
+"""Draws a trace as a Gantt chart, for `plot_timeline`.
+
+Each sphere has a row, with bars for what it did and arrows for what it got.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,25 @@ _MOST_BARS = 20_000
 _MOST_ARROWS = 60
 _BAR = 0.78  # of a row's height
 _BARS = ("processing", "accumulating", "waiting", "forward", "backward", "sum", "load", "steal")
-"""States and phases, in the order in which they are drawn; last the line along stolen items."""
+"""States, phases and stolen items, in the order in which they are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What is drawn of a trace."""
+    """The part of a trace that is drawn."""
 
     trace: Trace
     begin: float
     """Milliseconds since the trace began, as all times in the picture."""
     end: float
     rows: dict[int, int]
-    """Heights, by ids of spheres and negative ones of other threads; the first is on top."""
+    """The row of each sphere or other thread, by its id; row 0 is at the top."""
     bars: list[Slice]
-    """States other than idle and ready, phases and items, of the rows."""
+    """States other than idle and ready, phases and items, of the spheres that have a row."""
     arrows: list[Arrow]
-    """Steals and gradients between the rows; none if there are too many to be read."""
+    """Steals and gradients between the rows; none if there are too many to read."""
     notes: list[str]
-    """What is left out."""
+    """Lines of the title on what is left out."""
 
     @staticmethod
     def of(trace: Trace, begin: float, end: float, most_rows: int) -> Timeline:
@@ -57,14 +60,14 @@ class Timeline:
         for s in bars:
             busy[s.sphere] += min(s.end_ns, last) - max(s.begin_ns, first)
         active = len(busy)
-        # What other threads steal while they wait are pieces of a sum, of some microseconds.
+        # Other threads steal pieces of a sum while they wait, which take microseconds.
         drawn = [a for a in arrows if a.target >= 0 or a.kind == "gradient"]
         if len(drawn) > _MOST_ARROWS:
             drawn = []
         for arrow in drawn:
             busy.update({arrow.source: 0, arrow.target: 0})
         ranked = sorted(busy, key=lambda sphere: (-busy[sphere], sphere))[:most_rows]
-        # Other threads, which wait for the spheres, on top; then the root and so on.
+        # Other threads, which wait for the spheres, are at the top, above the root.
         rows = {s: y for y, s in enumerate(sorted(ranked, key=lambda s: (s >= 0, abs(s))))}
         bars = [s for s in bars if s.sphere in rows]
         drawn = [a for a in drawn if a.source in rows and a.target in rows]
@@ -88,7 +91,7 @@ class Timeline:
 
 
 def draw_timeline(ax: Axes, shown: Timeline) -> None:
-    """Draws on the whole of the axes."""
+    """Draws on the axes."""
     from matplotlib import rcParams
     from matplotlib.patches import Patch
 
@@ -101,7 +104,9 @@ def draw_timeline(ax: Axes, shown: Timeline) -> None:
     _numbers(ax, shown)
     for arrow in shown.arrows:
         source, target = rows[arrow.source], rows[arrow.target]
-        edge = target - math.copysign(_BAR / 2, target - source)  # of the bar that it leads to
+        edge = target - math.copysign(
+            _BAR / 2, target - source
+        )  # of the bar that the arrow leads to
         colour = COLOURS["steal"] if arrow.kind == "steal" else ink
         style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0}
         ax.annotate(
@@ -118,7 +123,7 @@ def draw_timeline(ax: Axes, shown: Timeline) -> None:
 
 
 def _bars(ax: Axes, shown: Timeline) -> list[Any]:
-    """States, phases over them, and a line along what belonged to another sphere; the legend's."""
+    """Draws states, phases over them, and lines along stolen items; returns legend entries."""
     from matplotlib.patches import Patch
 
     spans: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -138,7 +143,7 @@ def _bars(ax: Axes, shown: Timeline) -> list[Any]:
 
 
 def _numbers(ax: Axes, shown: Timeline) -> None:
-    """Of shards and batches on their phases, or else of items, where there is room."""
+    """Writes the numbers of shards and batches on phases, or else of items, where there is room."""
     from matplotlib import rcParams
 
     width, height = points(ax)

@@ -1,4 +1,4 @@
-"""Where a loop waited for its loader: how each moment was divided between that and its work."""
+"""Draws where a loop waited for its loader, for `plot_loader`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ _LAYERS = ("waited, no batch was ready", "waited, though one was ready", "the lo
 
 
 def shares(calls: Sequence[Call], steps: int) -> tuple[float, NDArray[np.float64]]:
-    """Seconds that at least one call took, and what each of equal stretches of them went to.
+    """Divides the time from the first to the last call into equal steps.
 
-    A row for each of `_LAYERS`, from 0 to 1; what is missing was between epochs.
+    Returns:
+        The seconds of all steps, and an array with a row for each of `_LAYERS`, whose shares (0 to
+        1) of a step add up to 1 except between epochs.
     """
     ended = np.array([call.ended for call in calls])
     asked = ended - [call.waited for call in calls]
     since = ended - [call.since for call in calls]
-    since[0] = asked[0]  # what came before the first call that is known is not shown
+    since[0] = asked[0]  # the time before the first known call is not shown
     ready = np.array([bool(call.ready) for call in calls])
     edges = np.linspace(asked[0], max(ended[-1], asked[0] + 1e-9), steps + 1)
 
     def covered(begins: NDArray[np.float64], ends: NDArray[np.float64]) -> Any:
-        # How much is covered up to a moment grows linearly within intervals, not between them.
+        # The time covered up to a moment grows within intervals, and not between them.
         moments = np.maximum.accumulate([edges[0], *np.column_stack([begins, ends]).ravel()])
         seconds = np.column_stack([np.zeros(len(begins)), ends - begins]).cumsum()
         return np.diff(np.interp(edges, moments, [0.0, *seconds])) / np.diff(edges)
@@ -45,7 +47,7 @@ def shares(calls: Sequence[Call], steps: int) -> tuple[float, NDArray[np.float64
 
 
 def draw_waits(ax: Axes, calls: Sequence[Call], stats: LoaderStats) -> None:
-    """Draws on the whole of the axes."""
+    """Draws on the axes."""
     from matplotlib.ticker import PercentFormatter
 
     seconds, shown = shares(calls, min(_MOST_STEPS, max(8, int(points(ax)[0] / 5))))

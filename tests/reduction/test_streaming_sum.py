@@ -1,4 +1,4 @@
-"""`GradientFold`: the bits of the fixed tree in any order of finishing, and few sets at a time."""
+"""`StreamingSum`: the bits of the fixed tree in any order of finishing, and few sets at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 
 import torch_spheres as ts
 from torch_spheres.reduction.partition import tree_order
-from torch_spheres.reduction.streaming_sum import GradientFold
+from torch_spheres.reduction.streaming_sum import StreamingSum
 from torch_spheres.reduction.tree_sum import tree_sum
 from torch_spheres.runtime.thread_hooks import has_gil
 
@@ -55,7 +55,7 @@ def test_any_subset_in_any_order_has_the_bits_of_the_tree(
     shards = [k for k in range(leaves) if rng.random() < density] or [rng.randrange(leaves)]
     # The second parameter is used by some shards only, the third by none.
     users = {k for k in shards if rng.random() < 0.5}
-    fold = GradientFold(leaves, shards, concurrency)
+    fold = StreamingSum(leaves, shards, concurrency)
     running: list[int] = []
     for _ in range(len(shards)):
         while running and (
@@ -98,7 +98,7 @@ def test_threads_that_finish_in_any_order(leaves, threads, seed):
     shards = sorted(rng.sample(range(leaves), rng.randint(1, leaves)))
     users = set(rng.sample(shards, len(shards) // 2))
     naps = {k: rng.random() * 1e-3 for k in shards}
-    fold = GradientFold(leaves, shards, threads)
+    fold = StreamingSum(leaves, shards, threads)
     wake = threading.Event()
 
     def run(_):
@@ -113,7 +113,7 @@ def test_threads_that_finish_in_any_order(leaves, threads, seed):
 
 
 def test_a_failure_lets_go_of_those_who_wait():
-    fold = GradientFold(12, range(12), 1)
+    fold = StreamingSum(12, range(12), 1)
     started = [fold.begin() for _ in range(fold.limit)]
     assert started == [*tree_order(12)[: fold.limit]]
     with ThreadPoolExecutor(1) as pool:
@@ -129,7 +129,7 @@ def test_a_failure_lets_go_of_those_who_wait():
 def test_gradients_that_somebody_else_holds_are_not_written_to(dtype, count):
     held = [torch.full((4,), float(k)).to(dtype) for k in range(count)]
     views = [t.view(2, 2) for t in held]
-    fold = GradientFold(12, range(count), 1)
+    fold = StreamingSum(12, range(count), 1)
     for k in range(count):
         fold.begin()
         fold.add(k, [held[k], views[k]])
@@ -145,7 +145,7 @@ def test_gradients_that_somebody_else_holds_are_not_written_to(dtype, count):
 def test_gradients_in_memory_of_somebody_else_are_not_written_to(leaves):
     """No reference to the tensor tells of an array whose memory it uses."""
     arrays = [np.full(4, k, dtype=np.float32) for k in range(leaves)]
-    fold = GradientFold(leaves, range(leaves), 2)
+    fold = StreamingSum(leaves, range(leaves), 2)
     for _ in range(leaves):
         k = fold.begin()
         fold.add(k, [torch.from_numpy(arrays[k])])
@@ -217,7 +217,7 @@ def test_sparse_gradients_have_the_same_bits_in_any_order(dtype):
     """Half types too: they are rounded once, and not wherever the order makes a partial sum."""
     found = []
     for seed in range(4):
-        fold = GradientFold(12, range(12), 12)
+        fold = StreamingSum(12, range(12), 12)
         order = [fold.begin() for _ in range(12)]
         random.Random(seed).shuffle(order)
         for k in order:
@@ -232,10 +232,10 @@ def test_sparse_gradients_have_the_same_bits_in_any_order(dtype):
 @pytest.mark.parametrize("count", [2, 4, 5, 12])
 def test_portions_of_large_gradients_have_the_bits_of_the_tree(count, monkeypatch):
     monkeypatch.setattr(
-        "torch_spheres.reduction.streaming_sum._PORTION", 100
+        "torch_spheres.reduction.streaming_sum._CHUNK_BYTES", 100
     )  # bytes; a gradient has 60 or 30
     shards = set(range(12 - count, 12))
-    fold = GradientFold(12, sorted(shards), 3)
+    fold = StreamingSum(12, sorted(shards), 3)
     for _ in shards:
         k = fold.begin()
         fold.add(k, [grad_of(k, 0, torch.float32), None, grad_of(k, 2, torch.bfloat16)])
@@ -285,13 +285,13 @@ class OneWeight(nn.Module):
 @pytest.mark.parametrize("way", ["backward", "forward_backward"])
 def test_sets_alive_at_once(levels, extra, concurrency, way, monkeypatch):
     folds = []
-    finish = GradientFold.finish
+    finish = StreamingSum.finish
 
     def finished(fold):
         folds.append((fold.limit, fold.peak))
         return finish(fold)
 
-    monkeypatch.setattr(GradientFold, "finish", finished)
+    monkeypatch.setattr(StreamingSum, "finish", finished)
     with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
         x = torch.randn(spheres.leaves, 64)
         model = OneWeight()

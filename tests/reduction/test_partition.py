@@ -13,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_spheres.data.sampler import SphereBatchSampler
-from torch_spheres.reduction.partition import divide, fitting, parts_of, run_of, tree_order, way_out
-from torch_spheres.reduction.streaming_sum import GradientFold
+from torch_spheres.reduction.partition import (
+    children_of,
+    complete_subtrees,
+    divide,
+    possible_world_sizes,
+    tree_order,
+    way_out,
+)
+from torch_spheres.reduction.streaming_sum import StreamingSum
 from torch_spheres.reduction.tree_sum import tree_sum
 
 
@@ -33,7 +40,7 @@ def subtrees(first, leaves):
     return found.union(*(subtrees(first + c * child, child) for c in range(12)))
 
 
-EVERY = [(world, leaves) for leaves in (12, 144) for world in fitting(leaves)]
+EVERY = [(world, leaves) for leaves in (12, 144) for world in possible_world_sizes(leaves)]
 MORE = [(world, 1728) for world in (1, 6, 8, 27, 64, 144, 216, 1728)]
 
 
@@ -57,15 +64,22 @@ def test_a_rank_s_block_is_a_few_complete_subtrees(world, leaves):
 
 
 def test_a_part_is_a_run_of_children_of_its_lowest_sphere():
-    assert run_of((0, 12)) == (0, 12, 1)
-    assert run_of((24, 36)) == (0, 12, 1)  # all of sphere 1.2's, rather than one of the root's
-    assert run_of((96, 144)) == (8, 12, 12)
-    assert run_of((18, 20)) == (6, 8, 1)
-    assert run_of((143, 144)) == (11, 12, 1)
-    assert parts_of(18, 36) == [(18, 20), (20, 24), (24, 36)]
-    assert parts_of(0, 12) == [(0, 12)]
-    assert [parts_of(r * 6, r * 6 + 6) for r in range(2)] == [[(0, 4), (4, 6)], [(6, 8), (8, 12)]]
-    assert [parts_of(r * 4, r * 4 + 4) for r in range(3)] == [[(0, 4)], [(4, 8)], [(8, 12)]]
+    assert children_of((0, 12)) == (0, 12, 1)
+    assert children_of((24, 36)) == (0, 12, 1)  # all of sphere 1.2's, rather than one of the root's
+    assert children_of((96, 144)) == (8, 12, 12)
+    assert children_of((18, 20)) == (6, 8, 1)
+    assert children_of((143, 144)) == (11, 12, 1)
+    assert complete_subtrees(18, 36) == [(18, 20), (20, 24), (24, 36)]
+    assert complete_subtrees(0, 12) == [(0, 12)]
+    assert [complete_subtrees(r * 6, r * 6 + 6) for r in range(2)] == [
+        [(0, 4), (4, 6)],
+        [(6, 8), (8, 12)],
+    ]
+    assert [complete_subtrees(r * 4, r * 4 + 4) for r in range(3)] == [
+        [(0, 4)],
+        [(4, 8)],
+        [(8, 12)],
+    ]
 
 
 @settings(max_examples=rounds(60))
@@ -101,7 +115,7 @@ def test_the_ranks_sums_make_up_the_tree(case, dtype, density, concurrency, seed
                 assert sum(v is not None for v in twelve) > 1
             sums[part] = tree_sum([None if v is None else v[0] for v in twelve])
 
-        fold = GradientFold(leaves, shards, concurrency, parts, emit)
+        fold = StreamingSum(leaves, shards, concurrency, parts, emit)
         running = []
         for _ in shards:
             while running and (
@@ -171,5 +185,5 @@ def test_the_way_out_names_levels_that_fit():
     assert way_out(2, 1) == "use one of [1], or levels=2"
     with pytest.raises(ValueError, match="24 processes cannot share 12 leaves evenly"):
         divide(24, 12)
-    with pytest.raises(ValueError, match="1, 12, 144 or 1728 leaves, got 6"):
-        divide(1, 6)
+    with pytest.raises(ValueError, match="1, 12, 144 or 1728, or a divisor of that, got 7"):
+        divide(1, 7)

@@ -20,18 +20,20 @@ def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert openmp._pause() is not None, "torch 2.13 comes with an OpenMP that can pause"
+        assert openmp._pause_function() is not None, (
+            "torch 2.13 comes with an OpenMP that can pause"
+        )
         x, w = torch.randn(512, 512), torch.randn(512, 512)
         idle = threads()
         product = torch.nn.functional.linear(x, w)
         helpers = threads() - idle
         assert helpers
-        openmp.rest()
+        openmp.stop_openmp_threads()
         deadline = time.monotonic() + 10
         while helpers & threads() and time.monotonic() < deadline:
             time.sleep(0.01)  # a joined thread leaves the list a moment later
         assert not helpers & threads()
-        openmp.rest()  # nothing to end is no error
+        openmp.stop_openmp_threads()  # nothing to end is no error
         assert torch.equal(torch.nn.functional.linear(x, w), product)
         assert threads() - idle - helpers and torch.get_num_threads() == 4
     finally:
@@ -40,7 +42,9 @@ def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
 
 def test_a_step_on_several_spheres_rests_first(monkeypatch):
     rests = []
-    monkeypatch.setattr("torch_spheres.training.executor.rest", lambda: rests.append(1))
+    monkeypatch.setattr(
+        "torch_spheres.training.executor.stop_openmp_threads", lambda: rests.append(1)
+    )
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()

@@ -1,0 +1,53 @@
+"""What `torch.compile` and `torch.jit` leave on modules and threads; reached as ``_compat.x``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["compile_as", "is_compiled", "is_tracing", "static_shapes", "uncompiled"]
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` is recording the calling thread."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
+
+
+def static_shapes() -> contextlib.AbstractContextManager[None]:
+    """Context in which `torch.compile` compiles each number of rows separately.
+
+    Otherwise there is also code for any number of rows, and which of the two a shard runs depends
+    on which ran last in any thread.
+    """
+    # Not imported at the top, which would take a second.
+    config: Any = importlib.import_module("torch._dynamo.config")
+    patched: contextlib.AbstractContextManager[None] = config.patch(automatic_dynamic_shapes=False)
+    return patched
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module itself, not only a part of it, was compiled."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Takes `torch.compile` off the module and its parts, in place; returns the bare module."""
+    module = getattr(module, "_orig_mod", module)
+    for part in module.modules():
+        part._compiled_call_impl = None
+        for name, child in part._modules.items():
+            part._modules[name] = getattr(child, "_orig_mod", child)
+    return module
+
+
+def compile_as(source: nn.Module, copied: nn.Module) -> None:
+    """Compiles the copy of a module on which ``compile()`` was called, as the source was."""
+    compiled: Any = source._compiled_call_impl
+    if compiled is not None and compiled.__closure__ is not None:
+        cells = zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True)
+        context = {name: cell.cell_contents for name, cell in cells}["self"]
+        copied._compiled_call_impl = context(copied._call_impl)
