@@ -118,9 +118,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         self.latest_slice: BatchSlice | None = None
         self._division = divide(world_size, self._shards)
         self._own_leaves = self._division.owned(rank)
-        few = self._shards <= GROUPS  # then each shard is a group of its own
-        leaves = shard_leaves(self._shards)
-        self._group_of = {leaf: k if few else leaf % GROUPS for k, leaf in enumerate(leaves)}
+        self._group_of = _groups(self._shards)
         touched = [self._group_of[leaf] for leaf in self._own_leaves]
         self._group_slice = slice(touched[0], touched[-1] + 1)  # groups that the rank has leaves of
         # The ranks' batch log compares batches by the sampler's number and its epoch's.
@@ -338,6 +336,12 @@ def _as_ints(indices: list[Any]) -> list[int]:
     # (`operator.index` would also take a tensor of one bool, or of one element in a row.)
     plain = [i.tolist() if isinstance(i, torch.Tensor) else i for i in indices]
     return [as_index("an index", i) for i in plain]
+
+
+def _groups(shards: int) -> dict[int, int]:
+    """The group of each shard's leaf; where there are at most twelve, each shard is one."""
+    few = shards <= GROUPS
+    return {leaf: k if few else leaf % GROUPS for k, leaf in enumerate(shard_leaves(shards))}
 
 
 def _checked_rank(rank: int | None, world_size: int, shards: int) -> int:

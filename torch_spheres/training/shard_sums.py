@@ -38,7 +38,7 @@ Direction = Literal["forward", "backward"]
 Key = tuple[int, Direction]
 _DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 _WHAT = "the sum over all shards inside of a layer"
-_SUM, _END, _FAILED = range(3)  # what a rank has come for
+_SUM, _END = range(2)  # what a rank has come for
 _HEAD = 3  # numbers in front of a rank's sums: one of these, the layer's, the direction's
 _here = threading.local()
 
@@ -100,7 +100,7 @@ class ShardSums:
                     self._fail()
                     raise
             if self._ranks is not None and not self._is_apart:
-                self._exchange(_END if caught.error is None else _FAILED, None, [], caught)
+                self._exchange(_END, None, [], caught)
             caught.raise_if_any()
         return results
 
@@ -227,7 +227,7 @@ class ShardSums:
                 mine = [v if k in own else None for k, v in enumerate(column)]
                 parts += tree_sums([mine])
             (like,) = {v.shape for v in values.values()}
-            table = self._exchange(_SUM, key, parts, DeferredError())
+            table = self._exchange(_SUM, key, parts)
             column = [None] * division.places
             for theirs, row in zip(division.parts, table, strict=True):
                 size = 1 + like.numel()
@@ -244,7 +244,7 @@ class ShardSums:
         status: int,
         key: Key | None,
         parts: list[Tensor | None],
-        caught: DeferredError,
+        caught: DeferredError | None = None,
     ) -> list[Tensor]:
         """Every rank's sums, by rank: of each part whether it is there, and its numbers.
 
@@ -261,11 +261,10 @@ class ShardSums:
         head = torch.tensor([status, *where], dtype=torch.float64)
         told = [head, *(nothing if p is None else torch.cat([one, p]) for p in parts)]
         try:
-            rows = CheckedGather(ranks, _WHAT, torch.cat(told).view(torch.uint8)).finish()
+            payload = torch.cat(told).view(torch.uint8)
+            rows = CheckedGather(ranks, _WHAT, payload, caught).finish()
             table = [row.clone().view(torch.float64) for row in rows]
             heads = [tuple(map(int, row[:_HEAD].tolist())) for row in table]
-            if any(head[0] == _FAILED for head in heads):
-                ranks.raise_errors(_WHAT, caught)
             if len({*heads}) > 1:
                 ranks.raise_divergence(_WHAT, [self._purpose(head) for head in heads])
         except BaseException:
