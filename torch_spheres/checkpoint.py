@@ -43,6 +43,7 @@ from torch_spheres.distributed.group import Ranks, find_ranks
 from torch_spheres.errors import DeferredError, RankError
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.stack_level import users_level
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
 
@@ -81,7 +82,10 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
     }
     _refuse_sharded({name: part for name, part in parts.items() if isinstance(part, tuple)})
     step = as_index("step", step)
-    return {_FORMAT: 1, "step": step, "objects": parts, "random": random_states()}
+    shards = {name: n for name, thing in objects.items() if (n := _shards_of(thing)) is not None}
+    return {
+        _FORMAT: 1, "step": step, "objects": parts, "random": random_states(), "shards": shards,
+    }  # fmt: skip
 
 
 def restore_checkpoint_state(state: Mapping[str, Any], /, **objects: Any) -> int:
@@ -264,6 +268,24 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
     for name, thing in objects.items():
         if misfit := _misfit(thing, _unpacked(state, name)):
             raise ValueError(f"the checkpoint's {name} is of another one: {misfit}")
+    for name, saved in state.get("shards", {}).items():
+        here = _shards_of(objects[name])
+        if here not in (None, saved):
+            warnings.warn(
+                f"{name} was trained with shards={saved}, and now has {here}: training goes on, "
+                "but not with the bits that it would have had; give it the saved number",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+
+
+def _shards_of(thing: Any) -> int | None:
+    """Into how many shards a parallel model cuts a batch; None for anything else."""
+    for owner in (thing, getattr(thing, "forward", None)):  # (that of `parallelize_` has it there)
+        shards = getattr(owner, "shards", None) if isinstance(thing, nn.Module) else None
+        if isinstance(shards, int):
+            return shards
+    return None
 
 
 def _misfit(thing: Any, saved: Any) -> str:

@@ -60,6 +60,7 @@ def test_expensive_calls_are_told_of_once():
     assert len(caught) == 1 and heard[0] < 25
     message = str(caught[0].message)
     assert "plain PyTorch would be faster" in message and "reproducible=False" in message
+    assert "in 12 shards and" in message and "; shards=2 would take" in message
     assert caught[0].filename == __file__, "the user's line, not one of ours"
     # The measurement left no trace: neither hooks nor buffers nor random numbers.
     quiet = train(0.0, 0.01, 12, 30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import time
 from pathlib import Path
 
 import fork_server
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import torch_spheres as ts
 from torch_spheres.reduction.partition import divide, shard_leaves, tree_leaves, tree_order
+from torch_spheres.training.shard_timing import ShardTimes
 
 PROGRAM = Path(ranks_shards.__file__)
 DIVISORS = [1, 2, 3, 4, 6, 12]
@@ -261,3 +263,70 @@ def test_a_loop_by_hand_has_the_bits_of_the_model(shards) -> None:
         hook.reduce()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+# ---- which number to take ----
+
+
+class Sleepy(nn.Module):
+    """Sleeps for each call, and has all that a measurement could leave a trace in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        time.sleep(0.02)
+        return self.drop(self.norm(x))
+
+
+def test_a_number_is_suggested_and_nothing_is_changed() -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        module = Sleepy()
+        heard = []
+        module.register_forward_hook(lambda *_: heard.append(1))
+        model = ts.SphereParallel(module, spheres)
+        x = torch.randn(24, 3, requires_grad=True)
+        before = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+        found = model.suggest_shards(x, repeats=2)
+        assert model.shards == 12 and not heard and x.grad is None
+        assert all(p.grad is None for p in module.parameters())
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[0][name])
+        assert torch.equal(torch.get_rng_state(), before[1])
+    # Two spheres sleep at once: two shards as long as the whole, twelve six times as long.
+    assert sorted(found.ratios) == DIVISORS and found.ratios[12] > 2 * found.ratios[2]
+    assert found.best in (1, 2) and found.rows == 24
+    assert "2 of 12 rows" in str(found) and f"shards={found.best} is the best" in str(found)
+
+
+def test_the_largest_number_of_those_that_are_as_fast() -> None:
+    times = ShardTimes(96, {1: 1.0, 2: 0.98, 3: 0.97, 4: 1.0, 6: 1.2, 12: 1.6})
+    assert times.best == 4
+
+
+def test_a_suggestion_needs_a_number_of_repeats() -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(nn.Linear(3, 1), spheres)
+        with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+            model.suggest_shards(torch.randn(24, 3), repeats=0)
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("make", [ts.SphereParallel, ts.parallelize_])
+def test_a_checkpoint_knows_the_number(tmp_path, make) -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = make(nn.Linear(3, 1), spheres, shards=4)
+        ts.save_checkpoint(tmp_path / "c", step=3, model=model)
+        again = make(nn.Linear(3, 1), spheres, shards=4)
+        assert ts.load_checkpoint(tmp_path / "c", model=again) == 3
+        other = make(nn.Linear(3, 1), spheres)
+        with pytest.warns(
+            UserWarning, match=r"with shards=4, and now has 12.*saved number"
+        ) as told:
+            ts.load_checkpoint(tmp_path / "c", model=other)
+        assert told[0].filename == __file__
+        assert torch.equal(other.weight, model.weight)
+        ts.load_checkpoint(tmp_path / "c", model=nn.Linear(3, 1))  # the bare module has none

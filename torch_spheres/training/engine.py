@@ -122,7 +122,7 @@ class Engine:
         refuse_tracing()
         self._begin()
         executor, trial = self._choose("forward", all_ways, args, kwargs)
-        run = functools.partial(self._run, executor, unsplit, args, kwargs)
+        run = functools.partial(self.run_in_shards, executor, unsplit, args, kwargs)
         if trial is not None:
             result = run()
             trial.forward_done(flatten(result)[0])
@@ -130,7 +130,7 @@ class Engine:
         advise = self.reproducible and not self._shares and self.module.training
         advise = advise and current_source() is None
         if advise and torch.is_grad_enabled() and executor.plan.workers > 0:
-            return self._adviser.watch(run, self.module, args, kwargs)
+            return self._adviser.watch(run, self, args, kwargs)
         return run()
 
     def forward_backward(
@@ -150,7 +150,7 @@ class Engine:
         return loss
 
     def _begin(self) -> None:
-        self._refuse_inside()
+        self.refuse_inside()
         if not self._would_share:
             return
         ranks = self._membership.current_ranks(self.shards)
@@ -159,7 +159,8 @@ class Engine:
             self._join(ranks)
             self.sync()
 
-    def _refuse_inside(self) -> None:
+    def refuse_inside(self) -> None:
+        """Raises a RuntimeError inside a shard that runs on the same spheres."""
         shard = current_source()
         if isinstance(shard, ShardRandom) and shard.call.runs_on is self.spheres:
             raise RuntimeError(
@@ -197,17 +198,20 @@ class Engine:
         assert plan is not None
         return ShardExecutor(spheres, plan, together), trial
 
-    def _run(
+    def run_in_shards(
         self,
         executor: ShardExecutor,
         unsplit: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """What `forward` does with a plan."""
         if executor.plan.shards == 1 and executor.plan.workers == 0:
             return unsplit(*args, **kwargs)
-        if self.ranks is not None and not self._shares and self._has_no_rows(args, kwargs):
-            return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks without
+        if self.ranks is not None and not self._shares:
+            tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
+            if tensors and tensors[0].shape[self.options.default_dim] == 0:
+                return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks none
         call = self._call(executor, args, kwargs)
         outputs = call.run_forward()
         if torch.is_grad_enabled():
@@ -219,10 +223,6 @@ class Engine:
                 outputs = [scale_grad(o, rows, total, self._losses) for o in outputs]
         assert call.nesting is not None
         return unflatten(outputs, call.nesting)
-
-    def _has_no_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
-        return bool(tensors) and tensors[0].shape[self.options.default_dim] == 0
 
     @property
     def _would_share(self) -> bool:

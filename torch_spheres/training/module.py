@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from torch_spheres.distributed.gather_rows import gather_rows
 from torch_spheres.distributed.group import ProcessGroup
+from torch_spheres.runtime.arguments import as_index
 from torch_spheres.training.delegation import Delegating
 from torch_spheres.training.engine import Engine, start_engine
 from torch_spheres.training.parallel_forward import PARALLEL_FORWARD, ParallelForward
+from torch_spheres.training.shard_timing import ShardTimes, suggest_shards
 
 if TYPE_CHECKING:
     from torch_spheres.spheres import KissingSpheres
@@ -203,6 +205,30 @@ class SphereParallel(Delegating):
             RuntimeError: called under ``torch.no_grad()``.
         """
         return self._engine.forward_backward(loss_fn, inputs, targets)
+
+    def suggest_shards(self, *args: Any, repeats: int = 5, **kwargs: Any) -> ShardTimes:
+        """Measures a forward and backward of a batch in each number of shards, and in plain torch.
+
+        ::
+
+            print(model.suggest_shards(x))
+
+        It changes nothing: neither this model's `shards`, of which its bits depend, nor weights,
+        ``.grad``, buffers or random numbers; no hook is called. Call it with nothing else running.
+
+        Args:
+            args: of the model, as for a call: a batch as it comes in training.
+            repeats: measurements of each number, whose medians count.
+            kwargs: of the model.
+
+        Returns:
+            The numbers' times as multiples of plain PyTorch's, and the number to use.
+
+        Raises:
+            TypeError: `repeats` is not an integer.
+            ValueError: it is less than 1.
+        """
+        return suggest_shards(self._engine, args, kwargs, as_index("repeats", repeats, 1))
 
     def gather(self, rows: Tensor) -> Tensor:
         """All ranks' rows of a tensor, in the batch's order; in one process, the tensor itself.

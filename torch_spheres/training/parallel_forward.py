@@ -26,6 +26,11 @@ class ParallelForward:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    @property
+    def shards(self) -> int:
+        """Into how many shards a batch is cut."""
+        return self.engine.shards
+
     @_compat.disable_compiler  # compiled code around has a gap here
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
         return self.run(args, kwargs)

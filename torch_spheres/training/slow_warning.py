@@ -2,7 +2,8 @@
 
 Twelve small shards cost twelve times what torch needs for each call. Whether that is more than the
 spheres gain is measured, not guessed: once, when the way to run the shards has been chosen, the
-forward of the whole batch is timed on a copy of the module with torch's own threads.
+forward of the whole batch is timed on a copy of the module with torch's own threads, and if it is
+faster, so is the forward in fewer shards.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from torch_spheres import _compat
+from torch_spheres.reduction.partition import possible_world_sizes
 from torch_spheres.runtime.stack_level import users_level
-from torch_spheres.training.replica import Replica
+from torch_spheres.training.shard_timing import bare_copy, time_shards
 from torch_spheres.training.sync_batch_norm import waits_for_others
+
+if TYPE_CHECKING:
+    from torch_spheres.training.engine import Engine
 
 __all__ = ["Adviser"]
 
@@ -28,11 +33,12 @@ class Adviser:
 
     _SAMPLES = 3
     _MARGIN = 1.25  # the forward passes differ by less than this: no advice
+    _LONG = 0.2  # seconds of a forward from which on other numbers of shards are not tried
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
 
-    def watch(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def watch(self, run: Callable[[], Any], engine: Engine, args: Any, kwargs: Any) -> Any:
         """Runs a forward on the spheres; after a few of them comes the comparison."""
         if len(self._seconds) >= self._SAMPLES:  # (several threads may have come at once)
             return run()
@@ -40,10 +46,11 @@ class Adviser:
         result = run()
         self._seconds.append(time.perf_counter() - begin)
         if len(self._seconds) == self._SAMPLES:
-            self._compare(module, args, kwargs)
+            self._compare(engine, args, kwargs)
         return result
 
-    def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _compare(self, engine: Engine, args: Any, kwargs: Any) -> None:
+        module = engine.module
         if any(map(_compat.is_compiled, module.modules())):
             return  # it would be compiled for the whole batch, which can take minutes
         ours = min(self._seconds)
@@ -60,12 +67,27 @@ class Adviser:
         )
         warnings.warn(
             f"the shards of this model are so small that plain PyTorch would be faster: a forward "
-            f"takes {ours * 1e3:.1f} ms in shards and {whole * 1e3:.1f} ms as a whole. Larger "
+            f"takes {ours * 1e3:.1f} ms in {engine.shards} shards and {whole * 1e3:.1f} ms as a "
+            f"whole, {ours / whole:.1f}x of it{self._fewer(engine, args, kwargs, ours)}. Larger "
             f"batches make shards worth it; {other_way}; ignore this if it is the same bits that "
             "you are here for",
             UserWarning,
             stacklevel=users_level(),
         )
+
+    def _fewer(self, engine: Engine, args: Any, kwargs: Any, ours: float) -> str:
+        """What fewer shards would take, if that is less."""
+        fewer = [n for n in possible_world_sizes(engine.shards) if 1 < n < engine.shards]
+        if not fewer or ours > self._LONG:
+            return ""
+        try:
+            found = time_shards(engine, args, kwargs, fewer, repeats=2, backward=False)
+        except Exception:  # noqa: BLE001
+            return ""  # (as above)
+        best = min(fewer, key=lambda n: found[n])
+        if found[best] * self._MARGIN > ours:
+            return ""
+        return f"; shards={best} would take {found[best] / found[0]:.1f}x (see suggest_shards)"
 
 
 def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience: float) -> float:
@@ -73,13 +95,11 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
 
     The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
     """
-    replica = Replica(module)
-    replica.rebind([[*vars(part)] for part in module.modules()], hooks=False)
-    replica.begin_shard()
+    bare = bare_copy(module)
     seconds: list[float] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         while len(seconds) < 3 and sum(seconds) <= patience:
             begin = time.perf_counter()
-            replica.module(*args, **kwargs)
+            bare(*args, **kwargs)
             seconds.append(time.perf_counter() - begin)
     return min(seconds)

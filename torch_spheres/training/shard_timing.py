@@ -1,0 +1,141 @@
+"""How long a batch takes in other numbers of shards: for `suggest_shards` and the slow warning."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_spheres.reduction.partition import possible_world_sizes
+from torch_spheres.training.autotune import Plan
+from torch_spheres.training.batch_split import rows_to_tune_by
+from torch_spheres.training.executor import ShardExecutor
+from torch_spheres.training.pytree import flatten
+from torch_spheres.training.replica import Replica
+from torch_spheres.training.sync_batch_norm import waits_for_others
+
+if TYPE_CHECKING:
+    from torch_spheres.training.engine import Engine
+
+__all__ = ["ShardTimes", "bare_copy", "suggest_shards", "time_shards"]
+
+_CLOSE = 1.05  # of the least time: then more shards are the better ones, since they spread wider
+
+
+@dataclass(frozen=True)
+class ShardTimes:
+    """What `SphereParallel.suggest_shards` has measured; print it to read it.
+
+    Attributes:
+        rows: of the batch that was measured.
+        ratios: for each number of shards, the time of a forward and a backward, as a multiple of
+            plain PyTorch's for the whole batch with its intra-op threads.
+    """
+
+    rows: int
+    ratios: dict[int, float]
+
+    @property
+    def best(self) -> int:
+        """The largest number of shards that takes at most 1.05 times of the least time."""
+        least = min(self.ratios.values())
+        return max(shards for shards, ratio in self.ratios.items() if ratio <= _CLOSE * least)
+
+    def __str__(self) -> str:
+        texts = [f"{n} of {self.rows / n:.3g} rows {r:.2f}x" for n, r in self.ratios.items()]
+        return (
+            f"shards, and the time of a step as a multiple of plain PyTorch's: {', '.join(texts)}; "
+            f"shards={self.best} is the best here"
+        )
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """The module on the same parameters, with copies of its buffers, and without its hooks."""
+    replica = Replica(module)
+    replica.rebind([[*vars(part)] for part in module.modules()], hooks=False)
+    replica.begin_shard()
+    return replica.module
+
+
+def suggest_shards(
+    engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int
+) -> ShardTimes:
+    """See `SphereParallel.suggest_shards`."""
+    engine.refuse_inside()
+    # With several processes, only numbers that they can share.
+    world = 1 if engine.ranks is None else engine.ranks.world
+    numbers = [n for n in possible_world_sizes(engine.spheres.leaves) if n % world == 0]
+    tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+    found = time_shards(engine, args, kwargs, numbers, repeats=repeats, backward=True)
+    ratios = {n: seconds / found[0] for n, seconds in found.items() if n > 0}
+    return ShardTimes(rows_to_tune_by(tensors, engine.options), ratios)
+
+
+def time_shards(
+    engine: Engine,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    candidates: Sequence[int],
+    *,
+    repeats: int,
+    backward: bool,
+) -> dict[int, float]:
+    """Seconds that a batch takes in each number of shards; by 0, those of plain PyTorch.
+
+    The ways take turns, and the median of each counts. No trace is left: no gradients, buffers,
+    random numbers, and no hook is called.
+
+    Args:
+        engine: whose module and spheres are used, by this process alone.
+        args: the module's positional arguments.
+        kwargs: its keyword arguments.
+        candidates: numbers of shards.
+        repeats: measurements of each way, after one that does not count.
+        backward: whether a backward, with a gradient of ones, is part of what is measured.
+    """
+    bare = bare_copy(engine.module)
+    together = waits_for_others(engine.module)
+    ways: dict[tuple[int, int], Callable[[], Any]] = {
+        (0, 0): functools.partial(bare, *args, **kwargs)
+    }
+    for shards in candidates:
+        trial = type(engine)(
+            bare,
+            engine.spheres,
+            reproducible=True,
+            process_group=False,
+            options=engine.options,
+            shards=shards,
+        )
+        trial.pool.reported = engine.pool.reported  # what was said once is not said again
+        most = min(engine.spheres.concurrency, shards)
+        for workers in {most} if together else {1, most}:
+            executor = ShardExecutor(engine.spheres, Plan(shards, workers), together)
+            ways[shards, workers] = functools.partial(
+                trial.run_in_shards, executor, bare, args, kwargs
+            )
+    seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
+    weights = [p for p in bare.parameters() if p.requires_grad]
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(1 + repeats):
+            for way, run in ways.items():
+                seconds[way].append(_seconds(run, weights if backward else None))
+    medians = {way: statistics.median(each[1:]) for way, each in seconds.items()}
+    return {n: min(s for (shards, _), s in medians.items() if shards == n) for n, _ in ways}
+
+
+def _seconds(run: Callable[[], Any], weights: Sequence[Tensor] | None) -> float:
+    begin = time.perf_counter()
+    with torch.set_grad_enabled(weights is not None):
+        outputs = flatten(run())[0]
+        roots = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+        if roots and weights:
+            ones = [torch.ones_like(o) for o in roots]
+            torch.autograd.grad(roots, weights, ones, allow_unused=True)
+    return time.perf_counter() - begin
