@@ -1,15 +1,14 @@
 // Who may run: at most `concurrency` leaves at once, and which leaf is next.
 //
-//     parent:        permits.mark_ready(leaf...);  dispatch();
-//     running leaf:  ...no work left...            permits.release();  dispatch();
-//     paused leaf:   is called back:               permits.mark_returning(leaf);  dispatch();
-//     dispatch:      while (permits.any_ready() && permits.try_acquire()) pick one, wake it
+//     permits.try_acquire()  permits.release()    so many may run
+//     idle.add(leaf)         idle.remove(leaf)    a leaf has nothing to do, or something else
+//     idle.pop()                                  somebody has something for one of them
 //
 // Any thread: everything.   Lock-free.
 //
-// Ordering: a marker writes the ready bit and then looks for a permit; a releaser gives the permit
-// and then looks for ready bits; all four are seq_cst, so at least one of the two sees the other
-// and no ready leaf is left behind while a permit is free.
+// Invariant: whoever takes a leaf out of a LeafSet (by pop, or by a remove that says true) has it:
+// exactly one of several that try.
+// Ordering: everything is seq_cst, and System::dispatch() says what that is good for.
 #pragma once
 
 #include <atomic>
@@ -23,21 +22,9 @@ namespace torch_spheres {
 template <template <typename> class Atomic>
 class BasicPermits {
  public:
-  BasicPermits(std::int32_t leaves, std::int32_t permits)
-      : words_((leaves + 63) / 64),
-        ready_(std::make_unique<Word[]>(static_cast<std::size_t>(words_))),
-        returning_(std::make_unique<Word[]>(static_cast<std::size_t>(words_))),
-        free_(permits) {}
+  explicit BasicPermits(std::int32_t permits) : free_(permits) {}
 
-  void mark_ready(std::int32_t leaf) { mark(ready_, leaf); }
-  /// The leaf is in the middle of an item, without a permit, and wants one to go on.
-  void mark_returning(std::int32_t leaf) { mark(returning_, leaf); }
-  bool any_ready() const { return any(ready_) || any(returning_); }
-  /// Takes the lowest ready leaf off the list, or -1.  The lowest first, always: the same few
-  /// threads stay warm when there are fewer permits than leaves.
-  std::int32_t pop_ready() { return pop(ready_); }
-  std::int32_t pop_returning() { return pop(returning_); }
-
+  bool was_free() const { return free_.load() > 0; }
   bool try_acquire() {
     std::int32_t free = free_.load();
     while (free > 0) {
@@ -46,47 +33,56 @@ class BasicPermits {
     return false;
   }
   void release() { free_.fetch_add(1); }
-  /// Before the spheres start: everything as new.
-  void reset(std::int32_t permits) {
-    for (std::int32_t w = 0; w < words_; ++w) {
-      ready_[static_cast<std::size_t>(w)].store(0);
-      returning_[static_cast<std::size_t>(w)].store(0);
-    }
-    free_.store(permits);
-  }
+  /// Before the spheres start.
+  void reset(std::int32_t permits) { free_.store(permits); }
 
  private:
-  using Word = Atomic<std::uint64_t>;
-  using List = std::unique_ptr<Word[]>;
+  alignas(64) Atomic<std::int32_t> free_;
+};
+using Permits = BasicPermits<std::atomic>;
 
-  static void mark(const List& list, std::int32_t leaf) {
-    list[static_cast<std::size_t>(leaf / 64)].fetch_or(std::uint64_t{1} << (leaf % 64));
-  }
-  bool any(const List& list) const {
+/// A set of leaves, of which the lowest comes first: the same few threads stay warm when there are
+/// fewer permits than leaves.
+template <template <typename> class Atomic>
+class BasicLeafSet {
+ public:
+  explicit BasicLeafSet(std::int32_t leaves)
+      : words_((leaves + 63) / 64),
+        bits_(std::make_unique<Word[]>(static_cast<std::size_t>(words_))) {}
+
+  void add(std::int32_t leaf) { word(leaf).fetch_or(bit(leaf)); }
+  /// False: it is not, or no longer, in there.
+  bool remove(std::int32_t leaf) { return (word(leaf).fetch_and(~bit(leaf)) & bit(leaf)) != 0; }
+  bool was_any() const {
     for (std::int32_t w = 0; w < words_; ++w) {
-      if (list[static_cast<std::size_t>(w)].load() != 0) return true;
+      if (bits_[static_cast<std::size_t>(w)].load() != 0) return true;
     }
     return false;
   }
-  std::int32_t pop(const List& list) {
+  /// Takes the lowest one out; -1: there is none.
+  std::int32_t pop() {
     for (std::int32_t w = 0; w < words_; ++w) {
-      auto& word = list[static_cast<std::size_t>(w)];
-      std::uint64_t seen = word.load();
-      while (seen != 0) {
-        const std::uint64_t lowest = seen & (~seen + 1);
-        const std::uint64_t before = word.fetch_and(~lowest);
-        if ((before & lowest) != 0) return w * 64 + std::countr_zero(lowest);
-        seen = before & ~lowest;  // another dispatcher took it
+      std::uint64_t seen = bits_[static_cast<std::size_t>(w)].load();
+      for (; seen != 0; seen &= seen - 1) {
+        const std::int32_t leaf = w * 64 + std::countr_zero(seen);
+        if (remove(leaf)) return leaf;
       }
     }
     return -1;
   }
+  /// Before the spheres start.
+  void clear() {
+    for (std::int32_t w = 0; w < words_; ++w) bits_[static_cast<std::size_t>(w)].store(0);
+  }
+
+ private:
+  using Word = Atomic<std::uint64_t>;
+  static std::uint64_t bit(std::int32_t leaf) { return std::uint64_t{1} << (leaf % 64); }
+  Word& word(std::int32_t leaf) { return bits_[static_cast<std::size_t>(leaf / 64)]; }
 
   const std::int32_t words_;
-  const List ready_;
-  const List returning_;
-  alignas(64) Atomic<std::int32_t> free_;
+  const std::unique_ptr<Word[]> bits_;
 };
-using Permits = BasicPermits<std::atomic>;
+using LeafSet = BasicLeafSet<std::atomic>;
 
 }  // namespace torch_spheres

@@ -82,7 +82,6 @@ class GradientHook:
         self._checks = HandChecks(optimizer)
         self._lock = threading.Lock()
         self._added: dict[int, list[Tensor | None]] = {}
-        self._reported: dict[int, int] = {}
         # The optimizer keeps the function, and so the hook, even if nobody else does.
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -137,7 +136,6 @@ class GradientHook:
                     "several batches call reduce() after each, which adds to .grad"
                 )
             self._added[shard] = fitted
-            self._reported[shard] = self._spheres._core.starts
         self._spheres._core.gradient_ready(shard)
 
     def _fit(
@@ -187,20 +185,12 @@ class GradientHook:
         after each batch when accumulating over several.
         """
         spheres = self._spheres
-        core = spheres._core
         if self._by_hand:
             self._ranks = self._membership.look(spheres.leaves)
         with self._lock:
             if not self._added and (self._ranks is None or not self._by_hand):
                 return
             added, self._added = self._added, {}
-            reported, self._reported = self._reported, {}
-        if spheres.running and not core.on_own_thread():
-            # The root hears of every leaf, of the absent ones too: then nothing is on its way.
-            for leaf in range(spheres.leaves):
-                if reported.get(leaf) != core.starts:
-                    core.gradient_ready(leaf)
-            core.gradients_complete()
         parameters = self.parameters
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
@@ -208,6 +198,7 @@ class GradientHook:
         if self._ranks is not None and self._by_hand:
             self._checks.meet(self._ranks)
         with phase(spheres, "sum"):
+            spheres._core.gradients_complete()
             if self._ranks is None:
                 sums = tree_sums(columns, spheres=spheres)
             else:
@@ -229,7 +220,6 @@ class GradientHook:
             handle.remove()
         with self._lock:
             self._added.clear()
-            self._reported.clear()
 
 
 def trains(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
