@@ -6,10 +6,6 @@
 #include <system_error>
 #include <utility>
 
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#endif
-
 #include "claimer.h"
 
 namespace torch_spheres {
@@ -232,17 +228,13 @@ void System::grant(std::int32_t leaf) {
 }
 
 /// Runs what the claimer takes of a visited batch; an error ends the hand-out of the batch.
-// (GCC binds the reference to what pthread_exit() throws to a null pointer.)
-[[gnu::no_sanitize("null")]]
 void System::run_work(Slot& slot, Claimer& claimer) {
   try {
     slot.batch->work()->run(claimer);
-#if defined(__GLIBCXX__)
-  } catch (const abi::__forced_unwind&) {
-    throw;  // pthread_exit: not ours to stop
-#endif
   } catch (...) {
-    claimer.fail(std::current_exception());
+    const std::exception_ptr error = std::current_exception();
+    if (!error) throw;  // pthread_exit(): no C++ exception, and not ours to stop
+    claimer.fail(error);
     // Before the batch can be complete: a barrier that is opened after it is not concerned.
     abort_meeting();
   }

@@ -63,9 +63,9 @@ class Arrow:
     """Something that went from one sphere to another."""
 
     kind: str
-    """``"work"``: a sphere that took an item saw more, and woke the target; ``"steal"``: an item that
-    belonged to another sphere; ``"gradient"``: a shard's gradients, from where they were ready to
-    whoever adds them."""
+    """``"work"``: a sphere that took an item saw more, and woke the target; ``"steal"``: an item
+    that belonged to another sphere; ``"gradient"``: a shard's gradients, from where they were ready
+    to whoever adds them."""
     source: int
     """Id of the sphere that it came from: of a steal, the one that the item belonged to."""
     target: int

@@ -382,6 +382,8 @@ TEST(a_start_without_memory_leaves_no_thread_and_may_be_tried_again) {
   check_all_once(*work, 100);
 }
 
+// glibc unwinds with GCC's library, which crashes among frames of LLVM's.
+#if !defined(_LIBCPP_VERSION)
 TEST(a_thread_that_an_item_ends_is_not_waited_for) {
   System system(2, 2);
   system.start();
@@ -391,6 +393,7 @@ TEST(a_thread_that_an_item_ends_is_not_waited_for) {
   while (work->most_running.load() == 0) std::this_thread::yield();
   stop(system);
 }
+#endif
 
 TEST(bad_arguments) {
   CHECK_THROWS(System(2, 0), std::invalid_argument);

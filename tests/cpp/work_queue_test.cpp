@@ -143,7 +143,7 @@ TEST(a_route_passes_every_leaf_once_and_siblings_first) {
           for (std::int32_t i = 0; i < count; ++i) {
             ++passed[static_cast<std::size_t>(route.at(i, count))];
           }
-          CHECK(std::ranges::all_of(passed, [](int times) { return times == 1; }));
+          CHECK(std::all_of(passed.begin(), passed.end(), [](int times) { return times == 1; }));
         }
       }
       const Route route(leaf, leaves);
@@ -256,7 +256,9 @@ TEST(a_batch_that_takes_long_holds_no_slot_but_its_own) {
   CHECK(WorkRing::enter(*held));  // somebody is at it all the time
   for (int lap = 0; lap < 3; ++lap) {
     for (std::size_t i = 1; i < kBatchesInFlight; ++i) publish(1);
-    CHECK(r.ring.was_full() && r.oldest() == held && std::ranges::is_sorted(r.tickets()));
+    const std::vector<std::uint64_t> tickets = r.tickets();
+    CHECK(r.ring.was_full() && r.oldest() == held);
+    CHECK(std::is_sorted(tickets.begin(), tickets.end()));
     for (Slot* slot : r.ring.open()) {
       if (slot != held) CHECK(r.visit(*slot, 0));
     }
