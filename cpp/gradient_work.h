@@ -12,13 +12,16 @@
 #include <cstddef>
 #include <vector>
 
-#include "claimer.h"
 #include "gradient_sum.h"
+#include "piece_work.h"
 
 namespace torch_spheres {
 
 class SumJob {
  public:
+  static constexpr State kState = State::kAccumulating;
+  static constexpr TraceLabel kLabel = TraceLabel::kSumPiece;
+
   explicit SumJob(int depth) : depth_(depth), leaves_(std::size_t(Topology::count(depth))) {}
 
   int depth() const { return depth_; }
@@ -86,20 +89,6 @@ class SumJob {
   std::size_t bytes_ = 0;
 };
 
-class SumWork final : public Work {
- public:
-  explicit SumWork(const SumJob& job) : job_(job) {}
-  void run(Claimer& claimer) override {
-    Chunk chunk;
-    while (claimer.next(chunk)) {
-      for (std::int64_t i = 0; i < chunk.count; ++i) job_.run_item(chunk.first + i * chunk.stride);
-    }
-  }
-  State state() const override { return State::kAccumulating; }
-  TraceLabel label() const override { return TraceLabel::kSumPiece; }
-
- private:
-  const SumJob& job_;
-};
+using SumWork = PieceWork<SumJob>;
 
 }  // namespace torch_spheres

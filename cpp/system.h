@@ -28,7 +28,6 @@
 #include "barrier.h"
 #include "permits.h"
 #include "sphere.h"
-#include "subtree.h"
 #include "topology.h"
 #include "tracer.h"
 #include "work_queue.h"
@@ -68,9 +67,7 @@ class System {
 
   /// The sphere whose thread is calling, and its system; null elsewhere.
   static const Sphere* current();
-  bool on_own_thread() const { return is_here(this); }
-  /// Whether the calling thread is a sphere of that system, which may be gone: it is only compared.
-  static bool is_here(const System* system);
+  bool on_own_thread() const;
 
   // ---- work ----
   /// Hands out a batch; one with no items is complete at once.
