@@ -2,13 +2,13 @@
 //
 //     permits.try_acquire()  permits.release()    so many may run
 //     idle.add(leaf)         idle.remove(leaf)    a leaf has nothing to do, or something else
-//     idle.pop()                                  somebody has something for one of them
+//     while ((leaf = turns.next(may_have_work)) >= 0) wake(leaf);        after any change
 //
 // Any thread: everything.   Lock-free.
 //
 // Invariant: whoever takes a leaf out of a LeafSet (by pop, or by a remove that says true) has it:
 // exactly one of several that try.
-// Ordering: everything is seq_cst, and System::dispatch() says what that is good for.
+// Ordering: everything is seq_cst, see Turns::next().
 #pragma once
 
 #include <atomic>
@@ -84,5 +84,60 @@ class BasicLeafSet {
   const std::unique_ptr<Word[]> bits_;
 };
 using LeafSet = BasicLeafSet<std::atomic>;
+
+/// Whom to wake.  A batch was published, a permit released, a leaf became idle, or the one that
+/// looked found something or nothing: whoever did that asks next().  It gives one idle leaf a turn,
+/// and that one looks; nobody else is woken until it has found something, stops looking, and asks
+/// next() itself.  So k items run on k leaves after k - 1 such steps.
+///
+/// Ordering: the words (open batches, permits, idle leaves, looking_) are seq_cst, and everybody
+/// changes one first and then looks at all.  So of several the last to change anything sees all
+/// changes, or sees looking_; then whoever set that clears it later, and looks once more.
+template <template <typename> class Atomic>
+class BasicTurns {
+ public:
+  BasicTurns(std::int32_t leaves, std::int32_t at_once)
+      : permits(at_once), awake(leaves), asleep(leaves), returning(leaves) {}
+
+  /// The next leaf to be told of its turn, which has a permit now; -1: nobody.
+  template <typename MayHaveWork>
+  std::int32_t next(MayHaveWork may_have_work) {
+    for (;;) {
+      // Those in the middle of an item come first: others may wait for what they are at.
+      while (returning.was_any() && permits.try_acquire()) {
+        if (const std::int32_t leaf = returning.pop(); leaf >= 0) return leaf;
+        permits.release();
+      }
+      if (!may_have_work() || !permits.was_free() || (!awake.was_any() && !asleep.was_any()) ||
+          looking_.exchange(true)) {
+        return -1;
+      }
+      if (permits.try_acquire()) {
+        std::int32_t leaf = awake.pop();  // needs no system call
+        if (leaf < 0) leaf = asleep.pop();
+        if (leaf >= 0) return leaf;
+        permits.release();
+      }
+      looking_.store(false);
+    }
+  }
+  /// By the leaf that got the turn to look; it asks next() afterwards.
+  void stop_looking() { looking_.store(false); }
+  /// Before the spheres start.
+  void reset(std::int32_t at_once) {
+    permits.reset(at_once);
+    for (auto* set : {&awake, &asleep, &returning}) set->clear();
+    looking_.store(false);
+  }
+
+  BasicPermits<Atomic> permits;
+  BasicLeafSet<Atomic> awake;      // leaves that have nothing to do, and spin
+  BasicLeafSet<Atomic> asleep;     // leaves that have nothing to do, and sleep
+  BasicLeafSet<Atomic> returning;  // leaves in the middle of an item, that want a permit to go on
+
+ private:
+  Atomic<bool> looking_{false};  // a leaf was given a turn and has not found anything yet
+};
+using Turns = BasicTurns<std::atomic>;
 
 }  // namespace torch_spheres

@@ -47,13 +47,13 @@ void Sphere::rest() {
   if (is_leaf && !standing_ && !in_idle_) {
     in_idle_ = true;
     if (const System::Spinning place(system_); place.allowed()) {
-      system_.awake_.add(offset);
+      system_.turns_.awake.add(offset);
       system_.dispatch();
       if (parker.spin(system_.leaves_luck_)) return parker.park();  // which takes the token
       // Somebody who took it from there wakes it; else it moves.
-      if (system_.awake_.remove(offset)) system_.asleep_.add(offset);
+      if (system_.turns_.awake.remove(offset)) system_.turns_.asleep.add(offset);
     } else {
-      system_.asleep_.add(offset);
+      system_.turns_.asleep.add(offset);
     }
     system_.dispatch();
   }
@@ -64,7 +64,8 @@ void Sphere::rest() {
 
 /// False: somebody has taken it out, and the turn that it gets comes first.
 bool Sphere::leave_idle() {
-  if (in_idle_ && !system_.awake_.remove(offset) && !system_.asleep_.remove(offset)) return false;
+  if (in_idle_ && !system_.turns_.awake.remove(offset) && !system_.turns_.asleep.remove(offset))
+    return false;
   in_idle_ = false;
   return true;
 }
@@ -124,7 +125,7 @@ void Sphere::take_turn() {
   }
   enter(State::kReady);
   stop_looking();
-  system_.permits_.release();
+  system_.turns_.permits.release();
   system_.dispatch();
 }
 
@@ -152,7 +153,7 @@ bool Sphere::run_available() {
 }
 
 void Sphere::stop_looking() {
-  if (looks_) system_.looking_.store(false);
+  if (looks_) system_.turns_.stop_looking();
   looks_ = false;
 }
 
@@ -179,7 +180,7 @@ void Sphere::pause() {
     const State before = clock.state();
     enter(State::kReady);
     enter(State::kWaiting);
-    system_.permits_.release();
+    system_.turns_.permits.release();
     // An item that this leaf would have taken after its own is for another.
     system_.dispatch();
     // (stop() wakes it, and then it waits for no permit: a leaf that has just left may have one.)

@@ -102,7 +102,7 @@ class alignas(64) Sphere final : private Claimer::Looker {
   std::uint32_t meeting_ = 0;       // the meeting it must go to, 0: none
   bool standing_ = false;           // it has arrived there
   bool in_idle_ = false;            // it is among the idle leaves, or somebody took it from there
-  bool looks_ = false;              // System::looking_ is its own
+  bool looks_ = false;              // it got the turn to look
   bool found_ = false;              // it has run something in this turn
 };
 

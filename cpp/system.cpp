@@ -24,10 +24,7 @@ System::System(int levels, int concurrency)
       most_spinners_(std::min(
           concurrency_, static_cast<int>(std::max(1U, std::thread::hardware_concurrency())) - 1)),
       ring_(topology_.leaves()),
-      permits_(concurrency_),
-      awake_(topology_.leaves()),
-      asleep_(topology_.leaves()),
-      returning_(topology_.leaves()),
+      turns_(topology_.leaves(), concurrency_),
       fork_generation_(fork_generation()) {
   if (concurrency < 1) {
     throw std::invalid_argument("concurrency must be at least 1, got " +
@@ -57,9 +54,7 @@ System::~System() {
 void System::start() {
   if (running()) return;
   stopping_.store(false);
-  permits_.reset(concurrency_);
-  for (LeafSet* set : {&awake_, &asleep_, &returning_}) set->clear();
-  looking_.store(false);
+  turns_.reset(concurrency_);
   root_taken_.store(false);
   for (auto& sphere : spheres_) {
     sphere->granted.store(false);
@@ -175,7 +170,8 @@ bool System::wait_for_room(Milliseconds timeout) {
 }
 
 bool System::wait(Batch& batch, Deadline until) {
-  if (!batch.done() && permits_.was_free() && most_spinners_ > 0 && !waiter_spins_.exchange(true)) {
+  if (!batch.done() && turns_.permits.was_free() && most_spinners_ > 0 &&
+      !waiter_spins_.exchange(true)) {
     spin_until(waiters_luck_, kWaiterSpinNs, [&] { return batch.done(); });
     waiter_spins_.store(false);
   }
@@ -187,36 +183,10 @@ void System::cancel(const std::shared_ptr<Batch>& batch) {
   tell_called_leaves();
 }
 
-// Whom to wake.  A batch was published, a permit released, a leaf became idle, or the one that
-// looked found something or nothing: whoever did that calls dispatch().  It gives one idle leaf a
-// turn, and that one looks; nobody else is woken until it has found something, which is when it
-// calls dispatch() itself.  So k items run on k leaves after k - 1 such steps.
-//
-// Ordering: the words (open batches, permits, idle leaves, looking_) are seq_cst, and everybody
-// changes one first and then looks at all.  So of several the last to change anything sees all
-// changes, or sees looking_; then whoever set that clears it later, and looks once more.
+/// After any change that turns depend on.
 void System::dispatch() {
-  for (;;) {
-    // Those in the middle of an item come first: others may wait for what they are at.
-    while (returning_.was_any() && permits_.try_acquire()) {
-      if (const std::int32_t leaf = returning_.pop(); leaf >= 0) {
-        grant(leaf);
-      } else {
-        permits_.release();
-      }
-    }
-    if (!ring_.may_have_work() || !permits_.was_free() ||
-        (!awake_.was_any() && !asleep_.was_any()) || looking_.exchange(true)) {
-      return;
-    }
-    if (permits_.try_acquire()) {
-      std::int32_t leaf = awake_.pop();  // needs no system call
-      if (leaf < 0) leaf = asleep_.pop();
-      if (leaf >= 0) return grant(leaf);
-      permits_.release();
-    }
-    looking_.store(false);
-  }
+  const auto may_have_work = [this] { return ring_.may_have_work(); };
+  for (std::int32_t leaf; (leaf = turns_.next(may_have_work)) >= 0;) grant(leaf);
 }
 
 void System::grant(std::int32_t leaf) {
@@ -265,9 +235,9 @@ bool System::try_begin_help() {
   // In this order: between join_for() and the end of the next start() one of the two says no.  Not
   // when the root must get to a meeting: one helper after the other could keep it from there for
   // ever.
-  if (!stopping() && running() && !calls(0) && permits_.try_acquire()) {
+  if (!stopping() && running() && !calls(0) && turns_.permits.try_acquire()) {
     if (!root_taken_.exchange(true)) return true;
-    permits_.release();
+    turns_.permits.release();
     dispatch();
   }
   thread_leaves();
@@ -296,7 +266,7 @@ void System::end_help() {
   root_taken_.store(false);
   // seq_cst, like arrive_if_ready(): either the root finds itself not taken or its call is seen.
   if (calls(0)) sphere(0).parker.wake();
-  permits_.release();
+  turns_.permits.release();
   dispatch();
   thread_leaves();
 }

@@ -11,7 +11,7 @@
 // a time, and none of them may come from a sphere's own thread.
 //
 // Whoever publishes a batch wakes one leaf, which looks for work; when it has taken an item and
-// sees more, it wakes the next.  Inner spheres are not woken for work.  See dispatch().
+// sees more, it wakes the next.  Inner spheres are not woken for work.  See permits.h.
 //
 // After fork() the child has no sphere threads: forked() says so, and nothing may be called but
 // that, running() and what reads figures.
@@ -194,11 +194,7 @@ class System {
   const int concurrency_;
   const int most_spinners_;
   WorkRing ring_;
-  Permits permits_;
-  LeafSet awake_;      // leaves that have nothing to do, and spin
-  LeafSet asleep_;     // leaves that have nothing to do, and sleep
-  LeafSet returning_;  // leaves in the middle of an item, that want a permit to go on
-  std::atomic<bool> looking_{false};     // a leaf was given a turn and has not found anything yet
+  Turns turns_;
   std::atomic<bool> root_taken_{false};  // by a helper, or by the meeting where the root stands
   std::atomic<int> spinners_{0};         // leaves
   std::atomic<bool> waiter_spins_{false};

@@ -102,7 +102,7 @@ void System::pause() {
 void System::call_back(SphereId leaf) {
   Sphere& called = sphere(leaf);
   if (called.presence.exchange(Presence::kCalled) != Presence::kPaused) return;
-  returning_.add(called.offset);
+  turns_.returning.add(called.offset);
   dispatch();
 }
 

@@ -297,6 +297,83 @@ TEST(a_leaf_of_a_set_is_had_by_one) {
   CHECK(set.pop() == 70 && set.pop() == 130 && set.pop() == -1);
 }
 
+// Leaves that get turns, look, find one item or none, stop looking and become idle, while others
+// submit an item, or help, and wait for it: between any two steps comes another thread's.
+TEST(no_item_is_left_while_a_permit_and_a_leaf_are_free) {
+  constexpr std::int32_t kLeaves = 3;
+  BasicTurns<ShakyAtomic> turns(70, 1);
+  ShakyAtomic<std::int64_t> items{0};
+  std::array<Parker, kLeaves> parkers;
+  std::array<std::atomic<bool>, kLeaves> granted{};
+  std::atomic<int> running{0}, most{0};
+  std::atomic<std::int64_t> ran{0};
+  const auto dispatch = [&] {
+    const auto may_have_work = [&] { return items.load() > 0; };
+    for (std::int32_t leaf; (leaf = turns.next(may_have_work)) >= 0;) {
+      granted[static_cast<std::size_t>(leaf)] = true;
+      parkers[static_cast<std::size_t>(leaf)].wake();
+    }
+  };
+  const auto take = [&] {
+    for (std::int64_t left = items.load(); left > 0;) {
+      if (items.compare_exchange_weak(left, left - 1)) return true;
+    }
+    return false;
+  };
+  const std::int64_t all = rounds(1'000);
+  StartLine line(2);
+  std::vector<std::thread> threads;
+  for (std::int32_t leaf = 0; leaf < kLeaves; ++leaf) {
+    threads.emplace_back([&, leaf, at = static_cast<std::size_t>(leaf)] {
+      turns.asleep.add(leaf);
+      dispatch();
+      while (ran < all) {
+        parkers[at].park();
+        if (!granted[at].exchange(false)) continue;
+        most = std::max(most.load(), ++running);
+        bool looks = true;
+        while (take()) {
+          if (looks) {
+            turns.stop_looking();
+            dispatch();
+          }
+          looks = false;
+          if (++ran == all) {
+            for (Parker& parker : parkers) parker.wake();
+          }
+        }
+        if (looks) turns.stop_looking();
+        --running;
+        turns.permits.release();
+        dispatch();
+        turns.awake.add(leaf);
+        dispatch();
+        if (turns.awake.remove(leaf)) {  // it has spun for long enough
+          turns.asleep.add(leaf);
+          dispatch();
+        }
+      }
+    });
+  }
+  for (int t = 0; t < 2; ++t) {
+    threads.emplace_back([&, t] {
+      for (std::int64_t i = 0; i < all; ++i) {
+        line.wait();
+        if (t == 0) {
+          items.fetch_add(1);
+        } else if (turns.permits.try_acquire()) {  // a helper comes and goes
+          turns.permits.release();
+        }
+        dispatch();
+        while (ran < i + 1) std::this_thread::yield();  // for ever, if nobody looks
+      }
+    });
+  }
+  for (std::thread& t : threads) t.join();
+  CHECK_EQ(ran.load(), all);
+  CHECK_EQ(most.load(), 1);
+}
+
 TEST(a_late_arrival_does_not_count_for_the_next_meeting) {
   Barrier barrier;
   const std::uint32_t first = barrier.open(2);
