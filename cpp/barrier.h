@@ -28,7 +28,7 @@ class BasicBarrier {
   std::uint32_t open(std::uint32_t expected) {
     const std::uint32_t id = number(word_.load(std::memory_order_relaxed)) + 1;
     expected_.store(expected, std::memory_order_relaxed);
-    word_.store(pack(id, 0), std::memory_order_release);
+    word_.store(pack(id, 0));  // seq_cst, as current(): see Sphere::arrive_if_ready
     return id;
   }
   /// True for the last one to arrive, who must call release(id).
@@ -59,7 +59,7 @@ class BasicBarrier {
     const bool aborted = age < 32 && ((static_cast<std::uint32_t>(closed) >> age) & 1) != 0;
     return aborted ? Meeting::kAborted : Meeting::kReleased;
   }
-  std::uint32_t current() const { return number(word_.load(std::memory_order_acquire)); }
+  std::uint32_t current() const { return number(word_.load()); }
 
  private:
   static std::uint64_t pack(std::uint32_t id, std::uint32_t low) {

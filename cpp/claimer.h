@@ -1,5 +1,5 @@
 // How a sphere takes chunks of items out of a batch that it visits: its own first, then its
-// siblings'.
+// siblings', then everybody's.
 //
 //     void MyWork::run(Claimer& claimer) {
 //       Chunk chunk;
@@ -8,11 +8,9 @@
 //       }
 //     }
 //
-// Times are counted per chunk, each item with the chunk's mean; work whose items are long beside a
-// look at the clock says so item by item: begin_items() before the first, item_done() after each,
-// end_items() before anything else is done.  While items turn out to be as short as that all the
-// same, only every eighth is looked at, and each counts with the mean of the eight; when the eight
-// took longer, one of them counts with what is beyond the mean of those before.
+// Times are counted per chunk, each item with the chunk's mean; when a chunk took longer than those
+// before, one item of it counts with what is beyond their mean.  A trace shows chunks too, but for
+// Python items, which are taken one by one while there is one.
 //
 // Owner: all of it; a Claimer lives on one sphere's stack for one visit.
 #pragma once
@@ -20,7 +18,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <memory>
 #include <utility>
 
 #include "work_queue.h"
@@ -30,76 +27,77 @@ namespace torch_spheres {
 /// A sphere's hand in one batch that it visits.   Owner: all of it.
 class Claimer {
  public:
-  /// Takes from `leaf` first, then from its siblings, and counts for `mine`; `counters` holds those
-  /// of all leaves.  Takes nothing more once now_ns() is past `until`; 0: no limit.
-  Claimer(WorkRing& ring, Slot& slot, SphereId sphere, std::int32_t leaf, const Siblings& siblings,
+  /// Takes along `route`, and counts for `mine`; `counters` holds those of all leaves.  Takes
+  /// nothing more once now_ns() is past `until`; 0: no limit.
+  Claimer(WorkRing& ring, Slot& slot, SphereId sphere, const Route& route,
           WorkCounters* const* counters, WorkCounters& mine, std::uint64_t until = 0)
       : ring_(ring),
         slot_(slot),
         sphere_(sphere),
-        siblings_(siblings),
+        route_(route),
+        victims_(route.count(slot.batch->items())),
         counters_(counters),
         mine_(mine),
         until_(until),
         max_chunk_(slot.batch->work()->max_chunk()),
-        is_timed_(slot.batch->work()->state() == State::kProcessing),
-        ns_per_tick_(ns_per_tick()),
-        group_step_(std::max(1, ring.leaves() / kKissing)),
-        // Odd leaves go down the row of siblings and even ones up, so that two thieves who started
-        // side by side do not follow each other from cursor to cursor.
-        direction_((leaf - siblings.base) / siblings.step % 2 == 0 ? 1 : siblings.count - 1),
-        victim_(leaf) {}
+        label_(slot.batch->work()->label()),
+        is_timed_(slot.batch->work()->state() == State::kProcessing) {}
 
   /// Where its thread records what it runs; null: nowhere.
   void record_with(Recorder* recorder) { recorder_ = recorder; }
+  /// Whose turn it is to look for work, if it is the visitor's: told once that it found some, and
+  /// before that perhaps that finding out may take long.
+  class Looker {
+   public:
+    virtual void finds_out_later(Claimer& claimer) = 0;
+    virtual void found(Claimer& claimer) = 0;
+
+   protected:
+    ~Looker() = default;
+  };
+  void tell(Looker* looker) { looker_ = looker; }
+
+  /// Before a wait for something that only this batch needs: others have to look meanwhile.
+  void may_take_long() {
+    if (looker_ != nullptr) looker_->finds_out_later(*this);
+  }
 
   SphereId sphere() const { return sphere_; }
-  /// Items of the current chunk that were run, when it is left by an exception.
-  void ran_of_chunk(std::int64_t count) { ran_ = count; }
-  /// What passed since next() is not to count for the first item.
-  void begin_items() {
-    begun_ = ticks();
-    if (records()) [[unlikely]]
-      traced_ = now_ns();
+  Slot& slot() const { return slot_; }
+  /// So many items of the current chunk were run until now, for when it is left by an exception.
+  void ran_of_chunk(std::int64_t count) {
+    ran_ = count;
+    ran_at_ = now_ns();
   }
-  /// An item has been run: its end is the begin of the next.
-  void item_done() {
-    if (++unseen_ < look_after_ && !records()) return;
-    look();
-  }
-  /// What comes now is no item's.
-  void end_items() {
-    if (unseen_ > 0) look();
-  }
+  /// When the items of the chunk began: at next(), or later.
+  std::uint64_t begun() const { return begun_; }
+  void begin_items(std::uint64_t now) { begun_ = now; }
 
-  /// Accounts for the previous chunk as finished and takes the next: own items first, then those
-  /// of the siblings.  False: nothing is left to take here.
+  /// Accounts for the previous chunk as finished and takes the next.  False: nothing is left to
+  /// take here, or its time is over.
   bool next(Chunk& chunk) {
-    const std::uint64_t now = ticks();
-    if (records()) [[unlikely]]
-      trace_rest(chunk_count_);
+    const std::uint64_t now = now_ns();
     finish_chunk(chunk_count_, now);
     adapt(now);
     begun_ = now;
-    if (until_ != 0 && now_ns() >= until_) {
-      tell_victim();
-      return false;
-    }
-    for (std::int32_t i = 0; i < siblings_.count; ++i) {
-      if (take_from(victim_, chunk)) {
+    if (until_ == 0 || now < until_) {
+      for (; victim_ < victims_; ++victim_) {
+        if (!take_from(route_.at(victim_, victims_), chunk)) continue;
         ran_ = 0;
+        if (looker_ != nullptr) std::exchange(looker_, nullptr)->found(*this);
         return true;
       }
-      victim_ = following(victim_);
     }
     tell_victim();
     return false;
   }
+  /// How long the items of the last chunk took, at next().
+  std::uint64_t chunk_ns() const { return chunk_ns_; }
 
   /// Whether there was something to take a moment ago.
   bool had_work() const {
-    for (std::int32_t i = 0; i < siblings_.count; ++i) {
-      if (slot_.was_left(siblings_.base + i * siblings_.step) > 0) return true;
+    for (std::int32_t i = victim_; i < victims_; ++i) {
+      if (slot_.was_left(route_.at(i, victims_)) > 0) return true;
     }
     return false;
   }
@@ -107,10 +105,9 @@ class Claimer {
   /// For the sphere: the work threw.
   void fail(std::exception_ptr error) {
     const std::int64_t lost = chunk_count_ - ran_;
-    if (records()) trace_rest(ran_);
     Batch& batch = *slot_.batch;
     batch.cancelled_.fetch_add(lost, std::memory_order_relaxed);
-    finish_chunk(ran_, ticks());
+    finish_chunk(ran_, ran_at_);
     tell_victim();
     finished_ += lost;
     if (!batch.erred_.exchange(true, std::memory_order_relaxed)) batch.error_ = std::move(error);
@@ -120,71 +117,44 @@ class Claimer {
       recorder_->record({now_ns(), now_ns(), -lost - rest, 1, 0, TraceKind::kQueued, 0});
     }
   }
-  bool took_any() const { return finished_ > 0; }
   std::int64_t finished() const { return finished_; }
 
  private:
-  // Some ten microseconds, whatever a tick is: it only has to be long beside a claim.
-  static constexpr std::uint64_t kFastChunk = 20'000;
-  // Some hundreds of nanoseconds: beside more, a look at the clock is next to nothing.
-  static constexpr std::uint64_t kShortItem = 1'000;
-  static constexpr std::int64_t kShortItems = 8;
-
-  /// Counts the items since the last look.
-  [[gnu::noinline]] void look() {
-    const std::uint64_t now = ticks();
-    const auto many = static_cast<std::uint64_t>(unseen_);
-    if (now - begun_ < kShortItem * many) {
-      short_mean_ = (now - begun_) / many;
-      look_after_ = kShortItems;
-    } else {
-      if (many > 1) {
-        // Most of it is usually one item's: as the mean of eight it would be found nowhere.
-        const std::uint64_t others = begun_ + short_mean_ * (many - 1);
-        count_time(others, many - 1);
-        begun_ = others;
-      }
-      look_after_ = 1;
-    }
-    count_time(now, look_after_ == 1 ? 1 : many);
-    begun_ = now;
-    if (records()) [[unlikely]]
-      trace(now_ns(), unseen_);
-    counted_ += unseen_;
-    unseen_ = 0;
-  }
+  static constexpr std::uint64_t kFastChunkNs = 10'000;  // long beside a claim
 
   bool records() const { return recorder_ != nullptr && recorder_->on(); }
-  /// The next `count` items of the chunk are one slice, which ends now.
-  [[gnu::noinline]] void trace(std::uint64_t now, std::int64_t count) {
-    recorder_->record({traced_, now, chunk_first_ + counted_ * ring_.leaves(),
-                       static_cast<std::uint32_t>(count), static_cast<std::int16_t>(chunk_owner_),
-                       TraceKind::kItem, static_cast<std::uint8_t>(slot_.batch->work()->label())});
-    traced_ = now;
-  }
-  /// What was run of the chunk and is in no slice yet; what comes next begins now.
-  [[gnu::noinline]] void trace_rest(std::int64_t ran) {
-    const std::uint64_t now = now_ns();
-    if (ran > counted_) trace(now, ran - counted_);
-    traced_ = now;
-  }
   void finish_chunk(std::int64_t ran, std::uint64_t now) {
     finished_ += ran;
-    if (ran > 0) {
-      mine_.items_run.add(static_cast<std::uint64_t>(ran));
-      if (ran > counted_) count_time(now, static_cast<std::uint64_t>(ran - counted_));
-      if (counters_[chunk_owner_] != &mine_) {
-        mine_.items_stolen.add(static_cast<std::uint64_t>(ran));
-        mine_.stolen_from[chunk_group_].add(static_cast<std::uint64_t>(ran));
-        stolen_ += static_cast<std::uint64_t>(ran);
-        if (size_ == 1) tell_victim();
-      }
+    chunk_count_ = 0;
+    if (ran == 0) return;
+    chunk_ns_ = now - begun_;
+    if (records()) [[unlikely]]
+      trace(now, ran);
+    mine_.items_run.add(static_cast<std::uint64_t>(ran));
+    if (is_timed_) count_time(chunk_ns_, static_cast<std::uint64_t>(ran));
+    if (counters_[chunk_owner_] != &mine_) {
+      mine_.items_stolen.add(static_cast<std::uint64_t>(ran));
+      mine_.stolen_from[chunk_group_].add(static_cast<std::uint64_t>(ran));
+      stolen_ += static_cast<std::uint64_t>(ran);
+      if (size_ == 1) tell_victim();
     }
-    chunk_count_ = counted_ = unseen_ = 0;
   }
-  void count_time(std::uint64_t now, std::uint64_t items) {
-    // Pieces of gradient sums are another kind: among them nobody would find the items of the user.
-    if (is_timed_) mine_.item_times.add(elapsed_ns(begun_, now, ns_per_tick_), items);
+  /// Pieces of gradient sums are not timed: among them nobody would find the items of the user.
+  void count_time(std::uint64_t ns, std::uint64_t items) {
+    const std::uint64_t others = mean_ns_ * (items - 1);
+    if (items > 1 && ns > kFastChunkNs && ns > others) {
+      // Most of it is usually one item's: as the mean of all it would be found nowhere.
+      mine_.item_times.add(others, items - 1);
+      mine_.item_times.add(ns - others, 1);
+    } else {
+      mine_.item_times.add(ns, items);
+      mean_ns_ = ns / items;
+    }
+  }
+  [[gnu::noinline]] void trace(std::uint64_t now, std::int64_t count) {
+    recorder_->record({begun_, now, chunk_first_, static_cast<std::uint32_t>(count),
+                       static_cast<std::int16_t>(chunk_owner_), TraceKind::kItem,
+                       static_cast<std::uint8_t>(label_)});
   }
   /// Counts what was stolen on the victim's side: not at every fast chunk, since that line is
   /// shared with other thieves.
@@ -197,19 +167,17 @@ class Claimer {
   /// max_chunk items ever hide behind a slow one.
   void adapt(std::uint64_t now) {
     if (max_chunk_ == 1) return;
-    size_ = taken_at_ != 0 && now - taken_at_ < kFastChunk ? std::min(size_ * 2, max_chunk_) : 1;
+    size_ = taken_at_ != 0 && now - taken_at_ < kFastChunkNs ? std::min(size_ * 2, max_chunk_) : 1;
+    if (records() && label_ == TraceLabel::kPython) [[unlikely]]
+      size_ = 1;
     taken_at_ = now;
-  }
-  std::int32_t following(std::int32_t leaf) const {
-    const std::int32_t place = (leaf - siblings_.base) / siblings_.step;
-    return siblings_.base + (place + direction_) % siblings_.count * siblings_.step;
   }
   bool take_from(std::int32_t owner, Chunk& chunk) {
     const Cursor::Taken taken = slot_.cursors[static_cast<std::size_t>(owner)].take(size_);
     if (taken.count == 0) return false;
     if (owner != chunk_owner_) {
       tell_victim();
-      chunk_group_ = static_cast<std::size_t>(owner / group_step_);
+      chunk_group_ = static_cast<std::size_t>(owner / std::max(1, ring_.leaves() / kKissing));
     }
     chunk = {owner + taken.first * ring_.leaves(), ring_.leaves(), taken.count};
     chunk_count_ = taken.count;
@@ -221,33 +189,30 @@ class Claimer {
   WorkRing& ring_;
   Slot& slot_;
   const SphereId sphere_;
-  const Siblings siblings_;
+  const Route route_;
+  const std::int32_t victims_;
+  std::int32_t victim_ = 0;  // on the route; nothing is left at those before
   WorkCounters* const* const counters_;
   WorkCounters& mine_;
   const std::uint64_t until_;
   const std::int64_t max_chunk_;
+  const TraceLabel label_;
   const bool is_timed_;
-  const double ns_per_tick_;
-  const std::int32_t group_step_;  // leaves of one group of the root's
-  const std::int32_t direction_;
+  Looker* looker_ = nullptr;
   std::uint64_t stolen_ = 0;  // from chunk_owner_, not told it yet
-  std::int32_t victim_;
   std::int64_t size_ = 1;
   std::int64_t chunk_count_ = 0;
-  std::int32_t chunk_owner_ = 0;
-  std::size_t chunk_group_ = 0;   // the owner's
-  std::int64_t counted_ = 0;      // items of the chunk whose times are counted
-  std::int64_t unseen_ = 0;       // that item_done() has told of since
-  std::int64_t look_after_ = 1;   // so many of those
-  std::uint64_t short_mean_ = 0;  // ticks that an item took when they were short
   std::int64_t chunk_first_ = 0;
+  std::int32_t chunk_owner_ = 0;
+  std::size_t chunk_group_ = 0;  // the owner's
   std::int64_t ran_ = 0;
+  std::uint64_t ran_at_ = 0;
   std::int64_t finished_ = 0;
-  std::uint64_t taken_at_ = 0;  // ticks(), as is:
-  std::uint64_t begun_ = 0;     // when the items began whose times are not counted yet
+  std::uint64_t taken_at_ = 0;  // now_ns(), as is:
+  std::uint64_t begun_ = 0;     // when the chunk began
+  std::uint64_t chunk_ns_ = 0;
+  std::uint64_t mean_ns_ = 0;  // of an item, in the last fast chunk
   Recorder* recorder_ = nullptr;
-  // Where the next slice of a trace begins; 0, or something in the past: before the trace did.
-  std::uint64_t traced_ = 0;
 };
 
 }  // namespace torch_spheres

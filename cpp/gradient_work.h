@@ -12,13 +12,16 @@
 #include <cstddef>
 #include <vector>
 
-#include "claimer.h"
 #include "gradient_sum.h"
+#include "piece_work.h"
 
 namespace torch_spheres {
 
 class SumJob {
  public:
+  static constexpr State kState = State::kAccumulating;
+  static constexpr TraceLabel kLabel = TraceLabel::kSumPiece;
+
   explicit SumJob(int depth) : depth_(depth), leaves_(std::size_t(Topology::count(depth))) {}
 
   int depth() const { return depth_; }
@@ -29,15 +32,17 @@ class SumJob {
     shards_.insert(shards_.end(), shards.begin(), shards.end());
     segments_.push_back(segment);
     const std::size_t index = segments_.size() - 1;
-    bytes_ += segment.numel * element_size(segment.dtype) * leaves_;
+    const std::size_t element = element_size(segment.dtype) * leaves_;  // bytes read for one
+    bytes_ += segment.numel * element;
     for (std::size_t begin = 0; begin < segment.numel;) {
-      if (items_.empty() || filled_ >= kItemElements) {
+      if (items_.empty() || filled_ >= kItemBytes) {
         items_.push_back(pieces_.size());
         filled_ = 0;
       }
-      const std::size_t end = std::min(segment.numel, begin + (kItemElements - filled_));
+      const std::size_t room = std::max(kLeastElements, (kItemBytes - filled_) / element);
+      const std::size_t end = std::min(segment.numel, begin + room);
       pieces_.push_back({index, begin, end});
-      filled_ += end - begin;
+      filled_ += (end - begin) * element;
       begin = end;
     }
   }
@@ -61,7 +66,9 @@ class SumJob {
 
  private:
   /// Large enough that a claim costs nothing beside it, small enough to spread over many spheres.
-  static constexpr std::size_t kItemElements = 8 * 1024;
+  static constexpr std::size_t kItemBytes = 384 << 10;
+  /// With fewer of each of many shards the memory's rows are left before they are worth opening.
+  static constexpr std::size_t kLeastElements = 1024;
   struct Piece {
     std::size_t segment, begin, end;
   };
@@ -78,24 +85,10 @@ class SumJob {
   std::vector<const void*> shards_;  // leaves_ for each segment
   std::vector<Piece> pieces_;
   std::vector<std::size_t> items_;  // first piece of each item
-  std::size_t filled_ = 0;          // elements in the last item
+  std::size_t filled_ = 0;          // bytes that the last item reads
   std::size_t bytes_ = 0;
 };
 
-class SumWork final : public Work {
- public:
-  explicit SumWork(const SumJob& job) : job_(job) {}
-  void run(Claimer& claimer) override {
-    Chunk chunk;
-    while (claimer.next(chunk)) {
-      for (std::int64_t i = 0; i < chunk.count; ++i) job_.run_item(chunk.first + i * chunk.stride);
-    }
-  }
-  State state() const override { return State::kAccumulating; }
-  TraceLabel label() const override { return TraceLabel::kSumPiece; }
-
- private:
-  const SumJob& job_;
-};
+using SumWork = PieceWork<SumJob>;
 
 }  // namespace torch_spheres

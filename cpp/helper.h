@@ -31,24 +31,15 @@ class Helper {
   /// Works for and waits for a batch that this thread submitted; true once it is done.  Takes
   /// longer than `timeout` by at most the items taken last.
   bool wait_for(Batch& batch, Milliseconds timeout) {
-    const auto end_of_time = std::chrono::steady_clock::now() + timeout;
+    const auto until = std::chrono::steady_clock::now() + timeout;
     if (helps_) {
       if (!system_.help(batch, timeout)) return batch.done();
       end();  // all items are taken: the permit is for others
-      // Those who have the last ones are about to finish: not worth a sleep.
-      for (int i = 0; i < kSpins && !batch.done(); ++i) relax();
     }
-    return batch.wait_for(end_of_time - std::chrono::steady_clock::now());
+    return system_.wait(batch, until);
   }
 
  private:
-  /// Some twenty microseconds: about what falling asleep and being woken costs.
-  static constexpr int kSpins = 500;
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
   void end() {
     if (helps_) system_.end_help();
     helps_ = false;

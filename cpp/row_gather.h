@@ -8,13 +8,12 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "claimer.h"
+#include "piece_work.h"
 
 namespace torch_spheres {
 
@@ -33,6 +32,9 @@ struct GatherColumn {
 
 class GatherJob {
  public:
+  static constexpr State kState = State::kProcessing;
+  static constexpr TraceLabel kLabel = TraceLabel::kGather;
+
   void add(const GatherColumn& column) {
     const std::size_t index = columns_.size();
     columns_.push_back(column);
@@ -100,25 +102,6 @@ class GatherJob {
   std::size_t bytes_ = 0;
 };
 
-class GatherWork final : public Work {
- public:
-  explicit GatherWork(const GatherJob& job) : job_(job) {}
-  void run(Claimer& claimer) override {
-    Chunk chunk;
-    while (claimer.next(chunk)) {
-      for (std::int64_t i = 0; i < chunk.count; ++i) {
-        job_.run_item(chunk.first + i * chunk.stride);
-        pieces_done_.fetch_add(1, std::memory_order_relaxed);
-      }
-    }
-  }
-  TraceLabel label() const override { return TraceLabel::kGather; }
-  /// A moving figure, to see whether anybody is at it.
-  std::int64_t was_done() const { return pieces_done_.load(std::memory_order_relaxed); }
-
- private:
-  const GatherJob& job_;
-  std::atomic<std::int64_t> pieces_done_{0};
-};
+using GatherWork = PieceWork<GatherJob>;
 
 }  // namespace torch_spheres

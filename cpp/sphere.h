@@ -1,8 +1,8 @@
-// One sphere: a thread, its mailbox, its inbox for users, its state and its counters.
+// One sphere: a thread, its mailbox for users, its state and its counters.
 //
-// The thread's loop: read messages; run work if it was given a turn; arrive at a barrier if one is
-// asked for and the own queue is empty; otherwise sleep.  Everything that others may want to know
-// or change is atomic; the rest stands under "owner only".
+// The thread's loop: see whether the spheres are called together; run work if it was given a turn;
+// arrive at the meeting if nothing of before it is left; otherwise look for a moment, and sleep.
+// Everything that others may want to know or change is atomic; the rest stands under "owner only".
 #pragma once
 
 #include <array>
@@ -11,6 +11,7 @@
 #include <memory>
 #include <thread>
 
+#include "claimer.h"
 #include "mailbox.h"
 #include "park.h"
 #include "stats.h"
@@ -21,24 +22,6 @@
 namespace torch_spheres {
 
 class System;
-
-/// What the runtime tells its spheres.  Messages travel along edges only.
-enum class MessageKind : std::uint8_t {
-  kWork,           ///< down: batches have been published that have items for your subtree
-  kGradientReady,  ///< up: gradients of my whole subtree are there
-  kBarrier,        ///< down: spheres of level `level` meet
-  kEpochEnd,       ///< down: finish what you have; up: my subtree has finished
-  kEpochBegin,     ///< down: the epoch barrier is open again
-  kStop,           ///< down: leave
-};
-
-struct Message {
-  MessageKind kind = MessageKind::kStop;
-  std::int8_t level = 0;
-  SphereId source = kNoSphere;
-  std::uint32_t meeting = 0;
-  std::uint64_t sent = 0;  // now_ns(), for a trace; 0: nobody traced
-};
 
 /// Of a leaf that may pause in the middle of an item.
 enum class Presence : std::uint8_t {
@@ -53,12 +36,6 @@ class Letter {
   virtual ~Letter() = default;
 };
 
-/// Messages of which those of one meeting at a time are under way (see System::try_open_barrier).
-inline bool is_of_meeting(MessageKind kind) {
-  return kind == MessageKind::kBarrier || kind == MessageKind::kEpochEnd ||
-         kind == MessageKind::kEpochBegin;
-}
-
 /// Changes the state of a sphere, and records that the one before has ended.   Owner.
 template <template <typename> class Atomic>
 void change_state(BasicStateClock<Atomic>& clock, BasicRecorder<Atomic>& recorder, State state) {
@@ -69,14 +46,8 @@ void change_state(BasicStateClock<Atomic>& clock, BasicRecorder<Atomic>& recorde
                    TraceKind::kState, static_cast<std::uint8_t>(ended.state)});
 }
 
-class Sphere {
+class alignas(64) Sphere final : private Claimer::Looker {
  public:
-  /// At most 41 messages wait at once.  From above: one kWork, kBarrier, kEpochEnd, kEpochBegin and
-  /// kStop (each is sent again only after it was handled, see System).  From each of twelve
-  /// children: one kGradientReady, and a kEpochEnd for each of two meetings, since a child that
-  /// looked just before an epoch was aborted reports all the same, though the next may be open by
-  /// then.
-  static constexpr std::size_t kMailboxCapacity = 64;
   static constexpr std::size_t kInboxCapacity = 128;
 
   Sphere(System& system, SphereId id);
@@ -89,64 +60,50 @@ class Sphere {
   const SphereId id;
   const std::int32_t offset;  // its leaf number, if it is one
   const bool is_leaf;
-  const Siblings siblings;
 
   Parker parker;
-  Mailbox<Message> mailbox{kMailboxCapacity};
+  /// A permit was handed to this leaf.
+  std::atomic<bool> granted{false};
+  /// Whether the leaf is in an item or has paused in it, and whether it has been called back.
+  std::atomic<Presence> presence{Presence::kHere};
+  /// Who granted the last turn and when, for a trace; written before `granted` (release).
+  SphereId woken_by = kNoSphere;
+  std::uint64_t woken_at = 0;
+
   Mailbox<std::unique_ptr<Letter>> inbox{kInboxCapacity};
   StateClock clock;
   WorkCounters counters;
   SharedCounter messages_sent;
   SharedCounter messages_received;
-  OwnerCounter queue_high_water;  // written by who hands work down: the parent's thread
-  Recorder recorder;              // of its own thread
+  Recorder recorder;  // of its own thread
+  /// When gradients of its shard were ready, for a trace; 0: they are not, or were taken.
+  std::atomic<std::uint64_t> gradient_at{0};
   /// The kernel's number of its thread, 0 before the first.
   std::atomic<std::int64_t> native_id{0};
-
-  /// A kWork message waits in the mailbox: no second one is needed.
-  std::atomic<bool> doorbell{false};
-  /// A permit was handed to this leaf, or a helper works as the root, or the sphere stands at a
-  /// barrier: nobody gives it another turn.  Leaves and the root only.
-  std::atomic<bool> busy{false};
-  /// The permit that came with `busy`.
-  std::atomic<bool> granted{false};
-  /// Whether the leaf is in an item or has paused in it, and whether it has been called back.
-  std::atomic<Presence> presence{Presence::kHere};
-  /// It must get to a meeting: wake it, though somebody else has taken all its items, or once the
-  /// helper is gone.
-  std::atomic<bool> insists{false};
-  /// Complete sets of gradients of this subtree that the parent has not read yet.
-  std::atomic<std::uint32_t> gradients_ready{0};
   std::thread thread;
 
  private:
   void enter(State state);
-  void trace_message(TraceKind kind, const Message& message);
-  bool has_turns() const { return is_leaf || id == 0; }
-  bool read_messages();
-  void handle(const Message& message);
-  void pass_down(Message message);
-  void hand_down();
-  void begin_meeting(const Message& message);
+  void wake_children();
+  void look_at_meeting();
   void arrive_if_ready();
-  void stand();
   void leave_meeting();
-  void epoch_reported(std::uint32_t meeting);
-  void count_gradients(const Message& message);
+  bool leave_idle();
   void take_turn();
   bool run_available();
-  void ask_for_turn();
+  void stop_looking();
+  void finds_out_later(Claimer& claimer) override;
+  void found(Claimer& claimer) override;
+  void rest();
 
   // Owner only.
   System& system_;
-  std::uint64_t seen_ticket_ = 0;  // inner: batches below it have been handed down
-  bool work_deferred_ = false;     // inner: kWork read while standing at a barrier
-  std::uint32_t meeting_ = 0;      // the meeting it must go to, 0: none
-  bool meeting_is_epoch_ = false;
-  std::uint64_t called_at_ = 0;      // batches below this ticket come before the meeting
-  bool standing_ = false;            // it has arrived there
-  std::uint32_t epoch_reports_ = 0;  // children that reported for meeting_
-  std::array<std::uint32_t, kKissing> gradients_from_{};
+  std::uint32_t seen_meeting_ = 0;  // the newest that it knows of
+  std::uint32_t meeting_ = 0;       // the meeting it must go to, 0: none
+  bool standing_ = false;           // it has arrived there
+  bool in_idle_ = false;            // it is among the idle leaves, or somebody took it from there
+  bool looks_ = false;              // it got the turn to look
+  bool found_ = false;              // it has run something in this turn
 };
 
 }  // namespace torch_spheres

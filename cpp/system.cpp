@@ -1,18 +1,10 @@
 #include "system.h"
 
-#include <pthread.h>
-
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <utility>
-
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#endif
 
 #include "claimer.h"
 
@@ -23,32 +15,25 @@ namespace {
 thread_local const Sphere* current_sphere = nullptr;
 thread_local const System* current_system = nullptr;
 
-std::atomic<std::uint64_t> forks{0};
-
-std::uint64_t fork_generation() {
-  // Only counts, so it is safe in the child of a process with many threads.
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
-  (void)registered;
-  return forks.load(std::memory_order_relaxed);
-}
-
 }  // namespace
 
 System::System(int levels, int concurrency)
     : topology_(levels),
       concurrency_(std::min(concurrency, topology_.leaves())),
+      // One core is left to whoever hands out work.
+      most_spinners_(std::min(
+          concurrency_, static_cast<int>(std::max(1U, std::thread::hardware_concurrency())) - 1)),
       ring_(topology_.leaves()),
-      permits_(topology_.leaves(), concurrency_),
+      turns_(topology_.leaves(), concurrency_),
       fork_generation_(fork_generation()) {
   if (concurrency < 1) {
     throw std::invalid_argument("concurrency must be at least 1, got " +
                                 std::to_string(concurrency));
   }
-  ns_per_tick();  // measured from here on
   const auto leaves = static_cast<std::size_t>(topology_.leaves());
   leaf_counters_.resize(leaves);
   leaf_spheres_.resize(leaves);
+  high_water_ = std::make_unique<OwnerCounter[]>(leaves);
   for (SphereId id = 0; id < topology_.total(); ++id) {
     spheres_.push_back(std::make_unique<Sphere>(*this, id));
     if (!topology_.is_leaf(id)) continue;
@@ -69,31 +54,15 @@ System::~System() {
 void System::start() {
   if (running()) return;
   stopping_.store(false);
-  permits_.reset(concurrency_);
-  gradient_rounds_.store(0);
-  {
-    // Whoever opens a meeting may have begun before the last stop(): its message is drained too, or
-    // meeting_messages_ would count it for ever.
-    const std::lock_guard lock(meeting_mutex_);
-    for (auto& sphere : spheres_) {
-      Message old;
-      while (sphere->mailbox.try_pop(old)) {
-      }
-      sphere->doorbell.store(false);
-      sphere->busy.store(false);
-      sphere->granted.store(false);
-      sphere->presence.store(Presence::kHere);
-      sphere->insists.store(false);
-      sphere->gradients_ready.store(0);
-    }
-    meeting_messages_.store(0);
+  turns_.reset(concurrency_);
+  root_taken_.store(false);
+  for (auto& sphere : spheres_) {
+    sphere->granted.store(false);
+    sphere->presence.store(Presence::kHere);
   }
   running_.store(true, std::memory_order_release);
   for (auto& sphere : spheres_) {
-    {
-      const std::lock_guard lock(news_mutex_);
-      ++threads_;
-    }
+    threads_.fetch_add(1);
     try {
       sphere->thread = std::thread([this, &s = *sphere] { run_sphere(s); });
     } catch (const std::exception& error) {  // no more threads, or no memory for one
@@ -124,10 +93,10 @@ void System::run_sphere(Sphere& sphere) {
   if (thread_exit_hook_) thread_exit_hook_();
 }
 
-/// Afterwards join_for() does not wait for the calling thread any more.
+/// Afterwards join_for() does not wait for the calling thread any more; a sphere's it joins, and
+/// a helper's owner has the system.
 void System::thread_leaves() {
-  const std::lock_guard lock(news_mutex_);
-  if (--threads_ == 0) news_.notify_all();
+  if (threads_.fetch_sub(1) == 1) news_.tell();
 }
 
 void System::request_stop() {
@@ -136,23 +105,19 @@ void System::request_stop() {
     const std::lock_guard lock(submit_mutex_);  // after this nothing new is published
     stopping_.store(true);
   }
-  trace_queued(-ring_.cancel(nullptr, [this] { tell_news(); }));
+  trace_queued(-ring_.cancel(nullptr, [this] { news_.tell(); }));
   {
     const std::lock_guard lock(meeting_mutex_);  // after this no new meeting is opened
     abort_meeting();
   }
-  Message stop{MessageKind::kStop, 0, kNoSphere, 0};
-  sphere(0).mailbox.try_push(stop);  // full or not: it looks at stopping_ when it wakes
-  sphere(0).parker.wake();
-  tell_news();
+  sphere(0).parker.wake();  // each wakes its children
+  news_.tell();
 }
 
 bool System::join_for(Milliseconds timeout) {
   if (!running()) return true;
-  {
-    std::unique_lock lock(news_mutex_);
-    if (!news_.wait_for(lock, timeout, [this] { return threads_ == 0; })) return false;
-  }
+  const auto until = std::chrono::steady_clock::now() + timeout;
+  if (!news_.wait(until, [this] { return threads_.load() == 0; })) return false;
   for (auto& sphere : spheres_) {
     if (sphere->thread.joinable()) sphere->thread.join();
   }
@@ -164,7 +129,7 @@ bool System::forked() const { return fork_generation_ != fork_generation(); }
 
 const Sphere* System::current() { return current_sphere; }
 
-bool System::is_here(const System* system) { return current_system == system; }
+bool System::on_own_thread() const { return current_system == this; }
 
 // ---- work ----
 
@@ -183,117 +148,96 @@ Submitted System::try_submit(const std::shared_ptr<Batch>& batch) {
     if (ring_.was_full()) return Submitted::kFull;
     trace_queued(batch->items());  // before anybody can take one
     ring_.publish(batch);
-    if (topology_.levels() == 1) {  // the root is the leaf and has no parent to hand work down
-      sphere(0).queue_high_water.raise_to(static_cast<std::uint64_t>(ring_.was_queued(0)));
-    }
+    raise_high_water(batch->items());
   }
-  if (topology_.levels() == 1) {
-    permits_.mark_ready(0);
-    dispatch();
-  } else {
-    ring_doorbell(kNoSphere, 0);
-  }
+  dispatch();
   return Submitted::kAccepted;
 }
 
+/// Looks at a leaf's queue only if it may be longer than ever.
+void System::raise_high_water(std::int64_t items) {
+  const auto most = static_cast<std::uint64_t>(ring_.queued_at_most());
+  const auto leaves = static_cast<std::int32_t>(std::min<std::int64_t>(items, ring_.leaves()));
+  for (std::int32_t leaf = 0; leaf < leaves; ++leaf) {
+    OwnerCounter& high = high_water_[static_cast<std::size_t>(leaf)];
+    if (most > high.get()) high.raise_to(static_cast<std::uint64_t>(ring_.was_queued(leaf)));
+  }
+}
+
 bool System::wait_for_room(Milliseconds timeout) {
-  return wait_news(timeout, [this] { return stopping() || !ring_.was_full(); });
+  return news_.wait(std::chrono::steady_clock::now() + timeout,
+                    [this] { return stopping() || !ring_.was_full(); });
+}
+
+bool System::wait(Batch& batch, Deadline until) {
+  if (!batch.done() && turns_.permits.was_free() && most_spinners_ > 0 &&
+      !waiter_spins_.exchange(true)) {
+    spin_until(waiters_luck_, kWaiterSpinNs, [&] { return batch.done(); });
+    waiter_spins_.store(false);
+  }
+  return batch.wait(until);
 }
 
 void System::cancel(const std::shared_ptr<Batch>& batch) {
-  trace_queued(-ring_.cancel(batch.get(), [this] { tell_news(); }));
+  trace_queued(-ring_.cancel(batch.get(), [this] { news_.tell(); }));
+  tell_called_leaves();
 }
 
-void System::ring_doorbell(SphereId source, SphereId target) {
-  if (sphere(target).doorbell.exchange(true)) return;
-  post(target, {MessageKind::kWork, 0, source, 0});
-}
-
-void System::post(SphereId target, const Message& message) {
-  Message copy = message;
-  if (tracing()) copy.sent = now_ns();
-  if (message.source != kNoSphere) sphere(message.source).messages_sent.add(1);
-  if (is_of_meeting(message.kind)) meeting_messages_.fetch_add(1);
-  Sphere& receiver = sphere(target);
-  // Room is guaranteed by how each kind is bounded (Sphere::kMailboxCapacity); kStop alone may come
-  // on top of a full mailbox of a sphere that is gone or about to look at stopping_ anyway.
-  if (!receiver.mailbox.try_push(copy) && !stopping()) {
-    std::fprintf(stderr, "torch_spheres: the mailbox of sphere %d overflowed\n", target);
-    std::abort();
-  }
-  // A leaf is woken for work by dispatch(), when it is its turn.
-  if (message.kind != MessageKind::kWork || !receiver.is_leaf) receiver.parker.wake();
-}
-
-/// Gives free permits to ready leaves.
+/// After any change that turns depend on.
 void System::dispatch() {
-  while (permits_.any_ready() && permits_.try_acquire()) {
-    Sphere* next = nullptr;
-    // Those in the middle of an item come first: others may wait for what they are at.
-    if (const std::int32_t back = permits_.pop_returning(); back >= 0) {
-      next = leaf_spheres_[static_cast<std::size_t>(back)];
-    }
-    for (std::int32_t leaf; next == nullptr && (leaf = permits_.pop_ready()) >= 0;) {
-      next = candidate(leaf);
-    }
-    if (next == nullptr) {
-      permits_.release();
-      continue;
-    }
-    next->granted.store(true, std::memory_order_release);
-    next->parker.wake();
-  }
+  const auto may_have_work = [this] { return ring_.may_have_work(); };
+  for (std::int32_t leaf; (leaf = turns_.next(may_have_work)) >= 0;) grant(leaf);
 }
 
-/// Who should have the turn that a ready leaf asks for, now marked busy: the leaf itself, or an
-/// idle sibling that can steal from it; null if there is nothing to do or nobody to do it.
-Sphere* System::candidate(std::int32_t leaf) {
-  Sphere& own = *leaf_spheres_[static_cast<std::size_t>(leaf)];
-  if (!ring_.had_work(own.siblings)) {
-    if (own.insists.load()) own.parker.wake();
-    return nullptr;
-  }
-  if (!own.busy.exchange(true)) return &own;
-  for (std::int32_t i = 0; i < own.siblings.count; ++i) {
-    const std::int32_t other = own.siblings.base + i * own.siblings.step;
-    Sphere& sibling = *leaf_spheres_[static_cast<std::size_t>(other)];
-    if (!sibling.busy.load() && !sibling.busy.exchange(true)) return &sibling;
-  }
-  return nullptr;
+void System::grant(std::int32_t leaf) {
+  Sphere& next = *leaf_spheres_[static_cast<std::size_t>(leaf)];
+  next.woken_at = tracing() ? now_ns() : 0;
+  next.woken_by = on_own_thread() ? current()->id : kNoSphere;
+  next.granted.store(true, std::memory_order_release);
+  next.parker.wake();
 }
 
 /// Runs what the claimer takes of a visited batch; an error ends the hand-out of the batch.
-// (GCC binds the reference to what pthread_exit() throws to a null pointer.)
-[[gnu::no_sanitize("null")]]
 void System::run_work(Slot& slot, Claimer& claimer) {
   try {
     slot.batch->work()->run(claimer);
-#if defined(__GLIBCXX__)
-  } catch (const abi::__forced_unwind&) {
-    throw;  // pthread_exit: not ours to stop
-#endif
   } catch (...) {
-    claimer.fail(std::current_exception());
+    const std::exception_ptr error = std::current_exception();
+    if (!error) throw;  // pthread_exit(): no C++ exception, and not ours to stop
+    claimer.fail(error);
     // Before the batch can be complete: a barrier that is opened after it is not concerned.
     abort_meeting();
   }
 }
 
+/// For a visitor: nobody has to look at the batch any more if nothing of it is left to take.
+void System::close_if_empty(Claimer& claimer) {
+  if (!claimer.had_work() && ring_.close(claimer.slot())) tell_called_leaves();
+}
+
+/// A batch is not open any more: leaves that are called together may have waited for that.
+void System::tell_called_leaves() {
+  if (meets()) wake_level(topology_.leaf_level());
+}
+
+void System::leave(Slot& slot, std::int64_t finished) {
+  bool was_open = false;
+  if (!ring_.leave(slot, finished, &was_open)) return;
+  if (was_open) tell_called_leaves();
+  news_.tell();
+}
+
 // ---- a hand from the thread that waits ----
 
 bool System::try_begin_help() {
-  {
-    const std::lock_guard lock(news_mutex_);
-    // In this order: between join_for() and the end of the next start() one of the two says no.
-    if (stopping() || !running()) return false;
-    ++threads_;
-  }
-  // The permit first, and given back last: where the root is the only leaf nobody may have a permit
-  // for it and find it busy.  Not when the root must get to a meeting: one helper after the other
-  // could keep it from there for ever.
-  if (!sphere(0).insists.load() && permits_.try_acquire()) {
-    if (!sphere(0).busy.exchange(true)) return true;
-    permits_.release();
+  if (topology_.levels() == 1) return false;  // the root is the leaf that does it
+  threads_.fetch_add(1);
+  // In this order: between join_for() and the end of the next start() one of the two says no.  Not
+  // when the root must get to a meeting: one helper after the other could keep it from there for
+  // ever.
+  if (!stopping() && running() && !calls(0) && turns_.permits.try_acquire()) {
+    if (!root_taken_.exchange(true)) return true;
+    turns_.permits.release();
     dispatch();
   }
   thread_leaves();
@@ -303,30 +247,26 @@ bool System::try_begin_help() {
 bool System::help(const Batch& batch, Milliseconds time) {
   Slot& slot = ring_.slot_of(batch);
   if (!WorkRing::enter(slot)) return true;
-  std::int64_t finished = 0;
-  bool more = false;
-  if (slot.batch.get() == &batch) {  // or it was done, and the next one stands there
-    // From the last leaf down, while those that are woken begin with the first.
-    const std::int32_t leaves = topology_.leaves();
-    const auto until =
-        now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
-    Claimer claimer(ring_, slot, 0, leaves - 1, {0, 1, leaves}, leaf_counters_.data(),
-                    sphere(0).counters, until);
-    claimer.record_with(recorder_here());
-    run_work(slot, claimer);
-    finished = claimer.finished();
-    more = claimer.had_work();
+  if (slot.batch.get() != &batch) {  // it was done, and the next one stands there
+    leave(slot, 0);
+    return true;
   }
-  if (ring_.leave(slot, finished)) tell_news();
+  const auto until = now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
+  Claimer claimer(ring_, slot, 0, Route::from_the_last(topology_.leaves()), leaf_counters_.data(),
+                  sphere(0).counters, until);
+  claimer.record_with(recorder_here());
+  run_work(slot, claimer);
+  const bool more = claimer.had_work();
+  close_if_empty(claimer);
+  leave(slot, claimer.finished());
   return !more;
 }
 
 void System::end_help() {
-  Sphere& root = sphere(0);
-  root.busy.store(false);
-  // seq_cst, like arrive_if_ready(): either the root finds itself not busy or `insists` is seen.
-  if (root.insists.load()) root.parker.wake();
-  permits_.release();
+  root_taken_.store(false);
+  // seq_cst, like arrive_if_ready(): either the root finds itself not taken or its call is seen.
+  if (calls(0)) sphere(0).parker.wake();
+  turns_.permits.release();
   dispatch();
   thread_leaves();
 }
@@ -374,19 +314,35 @@ SphereStats System::stats_but_queued(SphereId id) const {
   }
   stats.messages_sent = s.messages_sent.get();
   stats.messages_received = s.messages_received.get();
-  stats.queue_high_water = s.queue_high_water.get();
+  if (s.is_leaf) {
+    stats.queue_high_water = high_water_[static_cast<std::size_t>(s.offset)].get();
+  }
   stats.state_ns = s.clock.times();
   return stats;
 }
 
-// ---- news ----
-
-// Whoever changes something that others may wait for then read-modify-writes news_waiters_, which
-// a waiter does before it looks: so either the waiter sees the change or the teller the waiter.
-void System::tell_news() {
-  if (news_waiters_.fetch_add(0) == 0) return;
-  const std::lock_guard lock(news_mutex_);
-  news_.notify_all();
+SubtreeTotals System::subtree_totals(SphereId top) const {
+  SubtreeTotals totals;
+  SphereId first = top;
+  SphereId last = top;
+  for (const std::uint64_t ns : sphere(top).clock.times()) totals.elapsed_ns += ns;
+  do {  // level by level: the ids of a level's part are consecutive
+    for (SphereId id = first; id <= last; ++id) {
+      const Sphere& s = sphere(id);
+      const auto spent = s.clock.times();
+      ++totals.spheres[static_cast<std::size_t>(s.clock.state())];
+      totals.items_run += s.counters.items_run.get();
+      totals.items_stolen += s.counters.items_stolen.get();
+      totals.busy_ns += spent[static_cast<std::size_t>(State::kProcessing)] +
+                        spent[static_cast<std::size_t>(State::kAccumulating)];
+      if (topology_.is_leaf(id)) {
+        totals.queued += static_cast<std::uint64_t>(ring_.was_queued(Topology::offset(id)));
+      }
+    }
+    first = Topology::child(first, 0);
+    last = Topology::child(last, kKissing - 1);
+  } while (top != 0 && topology_.contains(first));
+  return totals;
 }
 
 }  // namespace torch_spheres

@@ -10,10 +10,8 @@
 // to go on.  Any thread may call anything, but start, request_stop and join_for want one caller at
 // a time, and none of them may come from a sphere's own thread.
 //
-// A submission is published in the ring and a kWork message goes to the root; inner spheres pass
-// it down to the children that have items, and mark leaves ready; Permits decides which of them
-// run.  kWork is coalesced by the receiver's doorbell, so a sleeping leaf whose siblings do its
-// work never has more than one waiting.
+// Whoever publishes a batch wakes one leaf, which looks for work; when it has taken an item and
+// sees more, it wakes the next.  Inner spheres are not woken for work.  See permits.h.
 //
 // After fork() the child has no sphere threads: forked() says so, and nothing may be called but
 // that, running() and what reads figures.
@@ -21,7 +19,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -31,7 +28,6 @@
 #include "barrier.h"
 #include "permits.h"
 #include "sphere.h"
-#include "subtree.h"
 #include "topology.h"
 #include "tracer.h"
 #include "work_queue.h"
@@ -71,14 +67,15 @@ class System {
 
   /// The sphere whose thread is calling, and its system; null elsewhere.
   static const Sphere* current();
-  bool on_own_thread() const { return is_here(this); }
-  /// Whether the calling thread is a sphere of that system, which may be gone: it is only compared.
-  static bool is_here(const System* system);
+  bool on_own_thread() const;
 
   // ---- work ----
   /// Hands out a batch; one with no items is complete at once.
   Submitted try_submit(const std::shared_ptr<Batch>& batch);
   bool wait_for_room(Milliseconds timeout);
+  /// Waits until then at the longest; true once the batch is done.  Those who have its last items
+  /// may be about to finish, so it looks for a moment before it sleeps, if a core is free for that.
+  bool wait(Batch& batch, Deadline until);
   /// Items of the batch that have not begun never will; those that run finish.
   void cancel(const std::shared_ptr<Batch>& batch);
 
@@ -119,13 +116,6 @@ class System {
   /// Waits until some letter arrived anywhere, or the time is over.
   void wait_for_mail(SphereId sphere, Milliseconds timeout);
 
-  // ---- gradients ----
-  /// Says that a leaf's gradients are there; the news travels up as each sphere has all twelve.
-  void gradient_ready(std::int32_t leaf);
-  /// How often the root had gradients of all leaves.
-  std::uint64_t gradient_rounds() const { return gradient_rounds_.load(); }
-  bool wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout);
-
   // ---- statistics ----
   SphereStats stats(SphereId id) const;
   /// Of `top` and all spheres below it; the root's is of the root alone.
@@ -134,6 +124,10 @@ class System {
   std::vector<SphereStats> stats() const;
 
   // ---- traces ----
+  /// Gradients of a leaf's shard are there; gradients_taken() records for the calling thread from
+  /// where it takes them.
+  void gradient_ready(std::int32_t leaf);
+  void gradients_taken();
   bool tracing() const { return tracer_.on(); }
   /// Has all threads record what they do, the last `capacity` events of each.  False: they do.
   bool begin_trace(std::size_t capacity);
@@ -145,37 +139,71 @@ class System {
 
  private:
   friend class Sphere;
+  static constexpr int kAllLevels = -1;  // of an epoch
+
+  /// A place among those who may spin at once, while it lives.
+  class Spinning {
+   public:
+    explicit Spinning(System& system)
+        : spinners_(system.spinners_), allowed_(spinners_.fetch_add(1) < system.most_spinners_) {}
+    ~Spinning() { spinners_.fetch_sub(1); }
+    Spinning(const Spinning&) = delete;
+    Spinning& operator=(const Spinning&) = delete;
+    bool allowed() const { return allowed_; }
+
+   private:
+    std::atomic<int>& spinners_;
+    const bool allowed_;
+  };
 
   Sphere& sphere(SphereId id) { return *spheres_[static_cast<std::size_t>(id)]; }
   const Sphere& sphere(SphereId id) const { return *spheres_[static_cast<std::size_t>(id)]; }
-  void post(SphereId target, const Message& message);
-  void ring_doorbell(SphereId source, SphereId target);
   void dispatch();
-  Sphere* candidate(std::int32_t leaf);
-  void open_barrier(std::uint32_t meeting, int level);
-  void abort_meeting();
+  void grant(std::int32_t leaf);
   void wake_level(int level);
-  void report_gradients(Sphere& sphere);
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
-  /// Messages of a meeting are under way, maybe to the sphere that asks.
-  bool calls_together() const { return meeting_messages_.load(std::memory_order_relaxed) != 0; }
-  std::uint32_t open_meeting(MessageKind kind, int level);
+
+  // Meetings: whose number is in the barrier, and whose level and ticket were stored before it.
+  std::uint32_t open_meeting(int level);
+  void release_meeting(std::uint32_t meeting);
+  void abort_meeting();
+  bool meets() const { return !barrier_.was_released(barrier_.current()); }
+  /// Whether the spheres of a level are called together just now.
+  bool calls(int level) const {
+    const int called = meeting_level_.load();
+    return (called == level || called == kAllLevels) && meets();
+  }
+  int deepest_called() const {
+    const int called = meeting_level_.load();
+    return called == kAllLevels ? topology_.leaf_level() : called;
+  }
+
+  void run_work(Slot& slot, Claimer& claimer);
+  void close_if_empty(Claimer& claimer);
+  void tell_called_leaves();
+  void leave(Slot& slot, std::int64_t finished);
+  void raise_high_water(std::int64_t items);
   std::int64_t was_queued(SphereId id) const;
   SphereStats stats_but_queued(SphereId id) const;
   void run_sphere(Sphere& sphere);
   void thread_leaves();
-  void run_work(Slot& slot, Claimer& claimer);
   Recorder* recorder_here();
   void trace_queued(std::int64_t more);
 
   const Topology topology_;
   const int concurrency_;
+  const int most_spinners_;
   WorkRing ring_;
-  Permits permits_;
+  Turns turns_;
+  std::atomic<bool> root_taken_{false};  // by a helper, or by the meeting where the root stands
+  std::atomic<int> spinners_{0};         // leaves
+  std::atomic<bool> waiter_spins_{false};
+  Luck leaves_luck_, waiters_luck_;
   Barrier barrier_;
   std::vector<std::unique_ptr<Sphere>> spheres_;
-  std::vector<WorkCounters*> leaf_counters_;  // by leaf number
-  std::vector<Sphere*> leaf_spheres_;         // by leaf number
+  std::vector<WorkCounters*> leaf_counters_;    // by leaf number
+  std::vector<Sphere*> leaf_spheres_;           // by leaf number
+  std::unique_ptr<OwnerCounter[]> high_water_;  // by leaf number; written under submit_mutex_
   std::function<void()> thread_exit_hook_;
   Tracer tracer_;
   const std::uint64_t fork_generation_;
@@ -183,33 +211,13 @@ class System {
   std::atomic<bool> running_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<std::uint64_t> epochs_{0};
-  std::atomic<std::uint64_t> gradient_rounds_{0};
-  std::atomic<std::int64_t> meeting_messages_{0};  // of the last meeting, not handled yet
-  std::atomic<std::uint64_t> called_at_{0};        // what its spheres finish before: older tickets
+  std::atomic<int> meeting_level_{0};
+  std::atomic<std::uint64_t> called_at_{0};  // what its spheres finish before: older tickets
+  std::atomic<std::int32_t> threads_{0};     // spheres and helpers
 
   std::mutex submit_mutex_;   // submissions have one order
   std::mutex meeting_mutex_;  // a meeting is called wholly before stop() aborts it, or not at all
-  std::mutex news_mutex_;     // guards nothing but the sleep of those who wait for news
-  std::condition_variable news_;
-  std::atomic<int> news_waiters_{0};
-  std::int32_t threads_ = 0;  // spheres and helpers; guarded by news_mutex_
-
-  template <typename Condition>
-  bool wait_news(Milliseconds timeout, Condition condition);
-  void tell_news();
+  News news_;                 // a batch, a meeting or a thread is done, a letter is there, a stop
 };
-
-template <typename Condition>
-bool System::wait_news(Milliseconds timeout, Condition condition) {
-  if (condition()) return true;
-  news_waiters_.fetch_add(1);
-  bool result = false;
-  {
-    std::unique_lock lock(news_mutex_);
-    result = news_.wait_for(lock, timeout, condition);
-  }
-  news_waiters_.fetch_sub(1);
-  return result;
-}
 
 }  // namespace torch_spheres

@@ -1,5 +1,4 @@
-// How the spheres of a System meet, and what they tell each other: barriers, epochs, messages of
-// users, and the news of gradients.
+// How the spheres of a System meet, what users send each other, and items that wait for each other.
 #include <stdexcept>
 #include <string>
 
@@ -14,35 +13,37 @@ std::uint32_t System::try_open_barrier(int level) {
     throw std::invalid_argument("level must be 0 to " + std::to_string(topology_.levels() - 1) +
                                 ", got " + std::to_string(level));
   }
-  return open_meeting(MessageKind::kBarrier, level);
+  return open_meeting(level);
 }
 
-std::uint32_t System::try_open_epoch() { return open_meeting(MessageKind::kEpochEnd, 0); }
+std::uint32_t System::try_open_epoch() { return open_meeting(kAllLevels); }
 
-std::uint32_t System::open_meeting(MessageKind kind, int level) {
+std::uint32_t System::open_meeting(int level) {
   const std::lock_guard lock(meeting_mutex_);
-  // Messages of an aborted meeting may still lie in mailboxes; waiting for them to be read keeps
-  // the mailboxes bounded.
-  if (!running() || stopping() || !barrier_.was_released(barrier_.current()) ||
-      meeting_messages_.load() != 0) {
-    return 0;
-  }
-  const std::uint32_t meeting = barrier_.open(static_cast<std::uint32_t>(Topology::count(level)));
+  if (!running() || stopping() || meets()) return 0;
+  meeting_level_.store(level);
   called_at_.store(ring_.newest());
-  post(0, {kind, static_cast<std::int8_t>(level), kNoSphere, meeting});
+  const std::int32_t spheres = level == kAllLevels ? topology_.total() : Topology::count(level);
+  const std::uint32_t meeting = barrier_.open(static_cast<std::uint32_t>(spheres));
+  sphere(0).parker.wake();  // each wakes its children
   return meeting;
 }
 
-void System::open_barrier(std::uint32_t meeting, int level) {
-  barrier_.release(meeting);
-  wake_level(level);
-  tell_news();
+/// By the last to arrive.
+void System::release_meeting(std::uint32_t meeting) {
+  const int level = meeting_level_.load();
+  if (level == kAllLevels) epochs_.fetch_add(1);  // first, for those who have seen the release
+  if (!barrier_.release(meeting) && level == kAllLevels) epochs_.fetch_sub(1);
+  for (int l = 0; l < topology_.levels(); ++l) {
+    if (level == l || level == kAllLevels) wake_level(l);
+  }
+  news_.tell();
 }
 
 void System::abort_meeting() {
   if (!barrier_.abort(barrier_.current())) return;
   for (int level = 0; level < topology_.levels(); ++level) wake_level(level);
-  tell_news();
+  news_.tell();
 }
 
 void System::wake_level(int level) {
@@ -52,7 +53,8 @@ void System::wake_level(int level) {
 }
 
 Meeting System::wait_meeting_for(std::uint32_t meeting, Milliseconds timeout) {
-  wait_news(timeout, [&] { return barrier_.was_released(meeting); });
+  news_.wait(std::chrono::steady_clock::now() + timeout,
+             [&] { return barrier_.was_released(meeting); });
   return barrier_.outcome(meeting);
 }
 
@@ -73,7 +75,7 @@ Sent System::try_send(SphereId source, SphereId target, std::unique_ptr<Letter>&
   }
   if (!sphere(target).inbox.try_push(letter)) return Sent::kFull;
   sphere(source).messages_sent.add(1);
-  tell_news();
+  news_.tell();
   return Sent::kDelivered;
 }
 
@@ -84,26 +86,8 @@ std::unique_ptr<Letter> System::try_receive(SphereId id) {
 }
 
 void System::wait_for_mail(SphereId id, Milliseconds timeout) {
-  wait_news(timeout, [&] { return stopping() || !sphere(id).inbox.was_empty(); });
-}
-
-// ---- gradients ----
-
-void System::gradient_ready(std::int32_t leaf) {
-  report_gradients(*leaf_spheres_[static_cast<std::size_t>(leaf)]);
-}
-
-void System::report_gradients(Sphere& sphere) {
-  if (sphere.id == 0) {
-    gradient_rounds_.fetch_add(1);
-    tell_news();
-  } else if (sphere.gradients_ready.fetch_add(1) == 0) {
-    post(Topology::parent(sphere.id), {MessageKind::kGradientReady, 0, sphere.id, 0});
-  }
-}
-
-bool System::wait_gradient_rounds_for(std::uint64_t rounds, Milliseconds timeout) {
-  return wait_news(timeout, [&] { return stopping() || gradient_rounds() >= rounds; });
+  news_.wait(std::chrono::steady_clock::now() + timeout,
+             [&] { return stopping() || !sphere(id).inbox.was_empty(); });
 }
 
 // ---- items that wait for each other ----
@@ -118,7 +102,7 @@ void System::pause() {
 void System::call_back(SphereId leaf) {
   Sphere& called = sphere(leaf);
   if (called.presence.exchange(Presence::kCalled) != Presence::kPaused) return;
-  permits_.mark_returning(called.offset);
+  turns_.returning.add(called.offset);
   dispatch();
 }
 

@@ -39,4 +39,16 @@ void System::trace_gradient(SphereId source, std::uint64_t sent) {
   }
 }
 
+void System::gradient_ready(std::int32_t leaf) {
+  if (tracing()) leaf_spheres_[static_cast<std::size_t>(leaf)]->gradient_at.store(now_ns());
+}
+
+void System::gradients_taken() {
+  if (!tracing()) return;
+  for (Sphere* leaf : leaf_spheres_) {
+    if (const std::uint64_t at = leaf->gradient_at.exchange(0); at != 0)
+      trace_gradient(leaf->id, at);
+  }
+}
+
 }  // namespace torch_spheres

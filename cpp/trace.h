@@ -16,9 +16,6 @@
 // finds it there.
 #pragma once
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
@@ -30,14 +27,16 @@
 #include <thread>
 #include <vector>
 
+#include "platform.h"
+
 namespace torch_spheres {
 
 enum class TraceKind : std::uint8_t {
   kState,     ///< label: the State that ended; other: the one that began
   kItem,      ///< label: what kind of work; other: leaf that it belonged to; item, count
   kPhase,     ///< label: which; item: shard, of kLoad batch, or -1
-  kWork,      ///< begin: kWork was sent by `other`; end: it was read
-  kGradient,  ///< begin: kGradientReady was sent by `other`; end: it was read
+  kWork,      ///< begin: the sphere `other` saw more work and woke this one; end: it was awake
+  kGradient,  ///< begin: gradients were ready on the sphere `other`; end: they are taken
   kQueued,    ///< item: so many more (or fewer, if negative) wait in the queues
   kThread,    ///< item: native id of the thread that the sphere has from now on
 };
@@ -158,15 +157,6 @@ class BasicRecorder {
   Atomic<bool> writing_{false};
 };
 using Recorder = BasicRecorder<std::atomic>;
-
-/// The kernel's number of the calling thread, by which profilers know it too.
-inline std::int64_t native_thread_id() {
-#if defined(__linux__)
-  return static_cast<std::int64_t>(syscall(SYS_gettid));
-#else
-  return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(pthread_self()));
-#endif
-}
 
 /// What one thread recorded.
 struct TraceTrack {

@@ -1,7 +1,5 @@
 #include "tracer.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -13,14 +11,6 @@ namespace {
 
 std::atomic<std::uint64_t> last_number{0};
 std::atomic<std::uint64_t> last_thread{0};
-
-std::string name_here() {
-  char name[64] = "";
-#if defined(__linux__) || defined(__APPLE__)
-  pthread_getname_np(pthread_self(), name, sizeof(name));
-#endif
-  return name;
-}
 
 /// Only what ended until then, and the state that lasted beyond.
 std::vector<TraceEvent> up_to(std::uint64_t end, std::vector<TraceEvent> events) {
@@ -117,7 +107,7 @@ Recorder* Tracer::recorder_here() {
     if (guest == nullptr) {
       guest = std::make_shared<Guest>(capacity_);
       guest->thread = thread;
-      guest->track.name = name_here();
+      guest->track.name = thread_name();
       guest->track.native_id = native_thread_id();
       guests_.push_back(guest);
       guest->recorder.begin(guest->ring);

@@ -10,7 +10,7 @@
 // never freed, so a thief may look at a stale one.
 //
 //     submitter:  ring.publish(batch)                        (one at a time: caller's mutex)
-//     leaf:       for (Slot* slot : ring.in_flight(limit))
+//     leaf:       for (Slot* slot : ring.open(limit))
 //                   if (WorkRing::enter(*slot)) { run what a Claimer takes; ring.leave(*slot, n); }
 //
 // Invariant (pending): slot.pending = items not yet finished or cancelled + visitors inside.  It
@@ -22,23 +22,26 @@
 // so the completing thread, and whoever it tells, sees the effects of every item.
 // Invariant (taken): a slot's bit of taken_ is set before its pending leaves 0, and cleared after
 // it is 0 again, by the thread that completed the batch.
-// Ordering: publish sets the bit (release) after ticket and cursors, which whoever sees the bit
-// (acquire) may therefore read; clearing it (release) pairs with publish, which looks for a free
-// slot (acquire).  A reader may see the bit of one batch and the ticket of the slot's next: it is
-// told of something newer than it asked for, which is in flight as well.
+// Invariant (open): a slot with an item that nobody has taken has its bit in open_ once publish()
+// returns.  Only visitors of the slot clear it, when they find nothing left to take, and whoever
+// completes a batch; what is taken never comes back.  A bit may be set for longer than that.
+// Ordering: publish sets the bits (release) after ticket and cursors, which whoever sees a bit
+// (acquire) may therefore read; clearing taken_ (release) pairs with publish, which looks for a
+// free slot (acquire).  A reader may see the bit of one batch and the ticket of the slot's next: it
+// is told of something newer than it asked for, which is in flight as well.  open_ is seq_cst: it
+// is one of the words by which System decides whom to wake.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <mutex>
 
 #include "cursor.h"
+#include "park.h"
 #include "stats.h"
 #include "topology.h"
 #include "trace.h"
@@ -80,11 +83,22 @@ class Batch {
   const std::shared_ptr<Work>& work() const { return work_; }
   std::int64_t items() const { return items_; }
 
-  bool done() const { return done_.load(std::memory_order_acquire); }
+  bool done() const { return (state_.load(std::memory_order_acquire) & kDone) != 0; }
+  /// Sleeps until done(), or until then.
+  bool wait(Deadline until) {
+    for (;;) {
+      std::uint32_t seen = state_.load(std::memory_order_acquire);
+      if ((seen & kDone) != 0) return true;
+      if (std::chrono::steady_clock::now() >= until) return false;
+      // Whoever finishes it makes a system call only if it finds this bit.
+      if (seen == kAwaited || state_.compare_exchange_strong(seen, kAwaited)) {
+        wait_on(state_, kAwaited, until);
+      }
+    }
+  }
   template <typename Rep, typename Period>
   bool wait_for(std::chrono::duration<Rep, Period> timeout) {
-    std::unique_lock lock(mutex_);
-    return finished_.wait_for(lock, timeout, [this] { return done(); });
+    return wait(std::chrono::steady_clock::now() + timeout);
   }
 
   /// An item has failed; done() comes when those that run are finished.
@@ -107,10 +121,10 @@ class Batch {
   std::atomic<bool> erred_{false};  // set once: by the first error, before stop() or after
   std::atomic<bool> stopped_{false};
   std::atomic<std::int64_t> cancelled_{0};
-  std::exception_ptr error_;  // written by the thread that set erred_, read after done_
-  std::atomic<bool> done_{false};
-  std::mutex mutex_;
-  std::condition_variable finished_;
+  std::exception_ptr error_;  // written by the thread that set erred_, read after done()
+  static constexpr std::uint32_t kDone = 1;
+  static constexpr std::uint32_t kAwaited = 2;
+  std::atomic<std::uint32_t> state_{0};
 };
 
 /// One place in the ring.
@@ -128,11 +142,49 @@ struct Slot {
   }
 };
 
-/// Who a sphere steals from: leaves base, base + step, ... base + 11 * step (itself among them).
-struct Siblings {
-  std::int32_t base = 0;
-  std::int32_t step = 1;
-  std::int32_t count = 1;
+/// The leaves that somebody takes from, one after the other, each of them once: itself, its
+/// siblings, its cousins, and so on to the farthest.
+class Route {
+ public:
+  /// Beginning with `leaf`, as a leaf does.  Odd ones go down the row of siblings and even ones up,
+  /// so that two thieves who started side by side do not follow each other.
+  Route(std::int32_t leaf, std::int32_t leaves)
+      : leaf_(leaf), leaves_(leaves), up_(leaf / step() % 2 == 0) {}
+  /// From the last leaf down, as helpers do: those that are woken begin with the first.
+  static Route from_the_last(std::int32_t leaves) {
+    Route route(leaves - 1, leaves);
+    route.up_ = false;
+    return route;
+  }
+
+  std::int32_t leaves() const { return leaves_; }
+  /// Of a batch of so many items: the others have nothing.
+  std::int32_t count(std::int64_t items) const {
+    return static_cast<std::int32_t>(std::min<std::int64_t>(items, leaves_));
+  }
+  /// The i-th of `count` leaves.
+  std::int32_t at(std::int32_t i, std::int32_t count) const {
+    if (count < leaves_ || leaves_ == 1) {
+      const std::int32_t first = std::min(leaf_, count - 1);
+      return (up_ ? first + i : first + count - i) % count;
+    }
+    // Siblings differ in the last digit of their paths, which is the first of a leaf's number.
+    std::int32_t other = 0;
+    std::int32_t far = i;
+    for (std::int32_t unit = step(); unit >= 1; unit /= kKissing, far /= kKissing) {
+      const std::int32_t away = far % kKissing;
+      const std::int32_t mine = leaf_ / unit % kKissing;
+      other += (up_ ? mine + away : mine + kKissing - away) % kKissing * unit;
+    }
+    return other;
+  }
+
+ private:
+  std::int32_t step() const { return std::max(1, leaves_ / kKissing); }
+
+  std::int32_t leaf_;
+  std::int32_t leaves_;
+  bool up_;
 };
 
 /// A leaf's counters that claims touch.
@@ -176,12 +228,26 @@ class WorkRing {
     std::array<std::uint64_t, kBatchesInFlight> tickets_;  // as they were when they were looked at
     std::array<Slot*, kBatchesInFlight> slots_;
   };
-  /// Those whose tickets are below `end`.
-  InFlight in_flight(std::uint64_t end = kNoLimit) {
+  /// Of those whose tickets are below `end`, the open ones: some of their items may be to be had.
+  InFlight open(std::uint64_t end = kNoLimit) {
     InFlight result;
-    each_in_flight(end,
-                   [&](std::size_t i, std::uint64_t ticket) { result.add(slots_[i], ticket); });
+    each_open(end, [&](std::size_t i, std::uint64_t ticket) { result.add(slots_[i], ticket); });
     return result;
+  }
+  /// Whether there are any.
+  bool may_have_work() const { return open_.load() != 0; }
+  bool may_have_work_beside(const Slot& slot) const {
+    return (open_.load() & ~(std::uint64_t{1} << slot.batch->slot_)) != 0;
+  }
+  bool may_have_work(std::uint64_t end) const {
+    bool any = false;
+    each_open(end, [&](std::size_t, std::uint64_t) { any = true; });
+    return any;
+  }
+  /// For a visitor that has found nothing left to take; true if nobody else had.
+  bool close(const Slot& slot) {
+    const std::uint64_t bit = std::uint64_t{1} << slot.batch->slot_;
+    return (open_.load() & bit) != 0 && (open_.fetch_and(~bit) & bit) != 0;
   }
   /// Where a batch was put; it may be done, and the next one stand there.
   Slot& slot_of(const Batch& batch) { return slots_[batch.slot_]; }
@@ -207,11 +273,14 @@ class WorkRing {
     slot.items.store(n, std::memory_order_relaxed);
     slot.ticket.store(ticket, std::memory_order_relaxed);
     // The bit first: a late visitor of the slot's last batch may enter, and even complete this one,
-    // as soon as pending is not zero, and completing takes the bit away.  seq_cst: pairs with the
-    // load in had_work() by a leaf that has just given up its turn.
-    taken_.fetch_or(std::uint64_t{1} << last_);
+    // as soon as pending is not zero, and completing takes the bit away.
+    const std::uint64_t bit = std::uint64_t{1} << last_;
+    taken_.fetch_or(bit, std::memory_order_acq_rel);
     slot.pending.store(n, std::memory_order_release);
-    tail_.store(ticket + 1);  // last: who hands down what is below it finds it in flight, or done
+    tail_.store(ticket + 1);
+    open_.fetch_or(bit);
+    // Such a visitor has taken a bit away that was not there yet.
+    if (slot.pending.load() == 0) open_.fetch_and(~bit);
     return true;
   }
 
@@ -228,18 +297,21 @@ class WorkRing {
   }
   /// Leaves with `finished` items done or cancelled; returns the batch if this completed it.  The
   /// caller then tells those who wait for the system; waiters on the batch itself are woken here.
-  std::shared_ptr<Batch> leave(Slot& slot, std::int64_t finished) {
+  std::shared_ptr<Batch> leave(Slot& slot, std::int64_t finished, bool* was_open = nullptr) {
     if (slot.pending.fetch_sub(finished + 1, std::memory_order_acq_rel) != finished + 1) return {};
     std::shared_ptr<Batch> batch = std::move(slot.batch);
-    taken_.fetch_and(~(std::uint64_t{1} << batch->slot_));
+    const std::uint64_t bit = std::uint64_t{1} << batch->slot_;
+    const std::uint64_t open = open_.fetch_and(~bit);
+    if (was_open != nullptr) *was_open = (open & bit) != 0;
+    taken_.fetch_and(~bit, std::memory_order_acq_rel);
     finish(*batch);
     return batch;
   }
   /// For a batch without items, which never goes into flight.
   static void finish(Batch& batch) {
-    const std::lock_guard lock(batch.mutex_);
-    batch.done_.store(true, std::memory_order_release);
-    batch.finished_.notify_all();
+    // acq_rel: the items' effects come before done(), for those that look and those that are woken.
+    const std::uint32_t seen = batch.state_.exchange(Batch::kDone, std::memory_order_acq_rel);
+    if (seen == Batch::kAwaited) wake_all(batch.state_);
   }
 
   /// Ends the hand-out of a visited batch; returns how many items will never run.
@@ -269,33 +341,27 @@ class WorkRing {
     return all;
   }
 
-  /// Whether a leaf's own queue, up to a ticket, has an item that nobody has taken.
-  bool had_own_work(std::int32_t leaf, std::uint64_t end) const {
-    return had_work({leaf, 1, 1}, end);
-  }
-  /// Whether a leaf's own queue, or a sibling's, has one.
-  bool had_work(const Siblings& siblings, std::uint64_t end = kNoLimit) const {
-    bool any = false;
-    each_in_flight(end, [&](std::size_t slot, std::uint64_t) {
-      for (std::int32_t i = 0; i < siblings.count && !any; ++i) {
-        any = slots_[slot].was_left(siblings.base + i * siblings.step) > 0;
-      }
+  /// In the longest queue, at most.
+  std::int64_t queued_at_most() const {
+    std::int64_t queued = 0;
+    each_open(kNoLimit, [&](std::size_t slot, std::uint64_t) {
+      queued += (slots_[slot].items.load(std::memory_order_relaxed) + leaves_ - 1) / leaves_;
     });
-    return any;
+    return queued;
   }
   /// Items waiting in one leaf's queue.
   std::int64_t was_queued(std::int32_t leaf) const {
     std::int64_t queued = 0;
-    each_in_flight(kNoLimit,
-                   [&](std::size_t slot, std::uint64_t) { queued += slots_[slot].was_left(leaf); });
+    each_open(kNoLimit,
+              [&](std::size_t slot, std::uint64_t) { queued += slots_[slot].was_left(leaf); });
     return queued;
   }
 
  private:
   /// In no order: calls see(index of a slot, ticket) for those whose tickets are below `end`.
   template <typename See>
-  void each_in_flight(std::uint64_t end, See see) const {
-    for (std::uint64_t left = taken_.load(); left != 0; left &= left - 1) {
+  void each_open(std::uint64_t end, See see) const {
+    for (std::uint64_t left = open_.load(); left != 0; left &= left - 1) {
       const auto slot = static_cast<std::size_t>(std::countr_zero(left));
       const std::uint64_t ticket = slots_[slot].ticket.load(std::memory_order_relaxed);
       if (ticket < end) see(slot, ticket);
@@ -307,6 +373,7 @@ class WorkRing {
   std::size_t last_ = kBatchesInFlight - 1;  // slot that was taken last; publish only
   alignas(64) std::atomic<std::uint64_t> tail_{0};
   alignas(64) std::atomic<std::uint64_t> taken_{0};  // a bit for each slot
+  alignas(64) std::atomic<std::uint64_t> open_{0};   // the same
 };
 
 }  // namespace torch_spheres

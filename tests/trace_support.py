@@ -105,7 +105,8 @@ def check_trace(trace, spheres):
         if arrow.kind == "steal":
             assert arrow.sent_ns == arrow.received_ns
         if arrow.kind == "work":
-            assert topology.parent(arrow.target) == arrow.source
+            assert topology.is_leaf(arrow.target) and topology.is_leaf(arrow.source)
+            assert arrow.source != arrow.target
     values = defaultdict(list)
     for c in trace.counters:
         values[c.name].append(c.value)
@@ -115,11 +116,7 @@ def check_trace(trace, spheres):
 
 
 def wait_until_idle(spheres):
-    """Until all spheres sleep: from then on no item runs before the news of it has been sent.
-
-    (Spheres that are just leaving a meeting find work by themselves, and may have done it all
-    before their parent tells them, which it then need not.)
-    """
+    """Until all spheres sleep, and nobody looks for work."""
     while any(s.state is not ts.State.IDLE for s in spheres.stats()):
         time.sleep(0.001)
 

@@ -137,7 +137,7 @@ class SphereStats:
 
 class TraceTrack:
     """
-    What one thread recorded; see recording.py.
+    What one thread recorded; see observe/trace_recorder.py.
     """
     @property
     def events(self) -> bytes:
@@ -237,8 +237,14 @@ class System:
     def end_trace(self) -> TraceRecord: ...
     def epoch(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> int: ...
     def forked(self) -> bool: ...
-    def gradient_ready(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None: ...
-    def gradients_complete(self) -> None: ...
+    def gradient_ready(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        For a trace: a shard's gradients are there.
+        """
+    def gradients_complete(self) -> None:
+        """
+        For a trace: the calling thread takes the gradients of all shards.
+        """
     def on_own_thread(self) -> bool: ...
     def pause(self) -> None:
         """
@@ -323,7 +329,7 @@ class Gather:
     """
     def __init__(self, columns: collections.abc.Sequence[typing.Any], keep: typing.Any) -> None:
         """
-        A column is (numbers of its rows, address of the table, bytes from one row of it to the next, bytes of a row, address of the output), and nothing of it is checked, see gather.py. What has to stay alive is kept.
+        A column is (numbers of its rows, address of the table, bytes from one row of it to the next, bytes of a row, address of the output), and nothing of it is checked, see data/tensor_gather.py. What has to stay alive is kept.
         """
     def finish(self, system: System | None = None) -> None:
         """
@@ -366,7 +372,7 @@ def join_dropped() -> None:
 
 def keep_freed_memory(lean: bool) -> bool:
     """
-    Has the C library reuse freed memory instead of returning it; see memory.py.
+    Has the C library reuse freed memory instead of returning it; see runtime/malloc.py.
     """
 
 def native_thread_id() -> int:

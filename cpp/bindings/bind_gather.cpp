@@ -11,7 +11,7 @@ void bind_gather(py::module_& module) {
           py::init<const py::sequence&, py::object>(), py::arg("columns"), py::arg("keep"),
           "A column is (numbers of its rows, address of the table, bytes from one row of it to the "
           "next, bytes of a row, address of the output), and nothing of it is checked, see "
-          "gather.py. What has to stay alive is kept.")
+          "data/tensor_gather.py. What has to stay alive is kept.")
       .def_property_readonly("bytes", &PyGather::bytes, "Of the batch.")
       .def_property_readonly("done", &PyGather::done,
                              "Whether it was started, and the spheres have copied all rows.")

@@ -22,7 +22,7 @@ using Ints = py::typing::Tuple<py::int_, py::ellipsis>;
 /// A tuple of counts; spheres that have counted nothing, most of them, share one.
 template <std::size_t kSize>
 Ints counts_of(const std::array<std::uint64_t, kSize>& counts) {
-  if (std::ranges::all_of(counts, [](std::uint64_t count) { return count == 0; })) {
+  if (std::all_of(counts.begin(), counts.end(), [](std::uint64_t count) { return count == 0; })) {
     PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Ints> zeros;
     return zeros
         .call_once_and_store_result(

@@ -39,8 +39,9 @@ void bind_system(py::module_& module) {
   module.def(
       "current_sphere", [] { return System::current() ? System::current()->id : kNoSphere; },
       "The id of the sphere whose thread is calling, or -1.");
-  module.def("keep_freed_memory", &keep_freed_memory, py::arg("lean"),
-             "Has the C library reuse freed memory instead of returning it; see memory.py.");
+  module.def(
+      "keep_freed_memory", &keep_freed_memory, py::arg("lean"),
+      "Has the C library reuse freed memory instead of returning it; see runtime/malloc.py.");
   module.def(
       "join_dropped", [] { wait_interruptibly({}, &join_dropped_for); },
       "Waits until the threads of all systems that were dropped have ended.");
@@ -84,8 +85,15 @@ void bind_system(py::module_& module) {
       .def("epoch", &PySystem::epoch, py::arg("timeout") = py::none())
       .def("send", &PySystem::send, py::arg("source"), py::arg("target"), py::arg("value"))
       .def("receive", &PySystem::receive, py::arg("sphere"), py::arg("timeout") = py::none())
-      .def("gradient_ready", &PySystem::gradient_ready, py::arg("leaf"))
-      .def("gradients_complete", &PySystem::gradients_complete)
+      .def(
+          "gradient_ready",
+          [](PySystem& self, std::int32_t leaf) {
+            if (self.running()) self.core().gradient_ready(leaf);
+          },
+          py::arg("leaf"), "For a trace: a shard's gradients are there.")
+      .def(
+          "gradients_complete", [](PySystem& self) { self.core().gradients_taken(); },
+          "For a trace: the calling thread takes the gradients of all shards.")
       .def_property_readonly("starts", &PySystem::starts)
       .def("begin_trace", &PySystem::begin_trace, py::arg("capacity"))
       .def("end_trace", &PySystem::end_trace)

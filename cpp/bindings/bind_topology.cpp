@@ -13,13 +13,6 @@ namespace py = pybind11;
 
 namespace {
 
-int checked_level(int level) {
-  if (level < 0 || level >= kMaxLevels) {
-    throw std::invalid_argument("level must be 0 to 3, got " + std::to_string(level));
-  }
-  return level;
-}
-
 SphereId checked(SphereId id) {
   if (id < 0 || id >= Topology::first(kMaxLevels)) {
     throw std::invalid_argument("there is no sphere " + std::to_string(id));
@@ -27,12 +20,21 @@ SphereId checked(SphereId id) {
   return id;
 }
 
-SphereId checked(const Topology& topology, SphereId id) {
-  if (!topology.contains(id)) {
-    throw std::invalid_argument("there is no sphere " + std::to_string(id) + "; ids are 0 to " +
-                                std::to_string(topology.total() - 1));
-  }
-  return id;
+/// A function of a sphere's id, once that is known to be one.
+template <auto kFunction>
+auto of_sphere() {
+  return [](SphereId id) { return kFunction(checked(id)); };
+}
+
+/// A function of a level, once that is known to be one.
+template <auto kFunction>
+auto of_level() {
+  return [](int level) {
+    if (level < 0 || level >= kMaxLevels) {
+      throw std::invalid_argument("level must be 0 to 3, got " + std::to_string(level));
+    }
+    return kFunction(level);
+  };
 }
 
 }  // namespace
@@ -47,7 +49,13 @@ void bind_topology(py::module_& module) {
       .def_property_readonly("leaves", &Topology::leaves)
       .def(
           "is_leaf",
-          [](const Topology& self, SphereId id) { return self.is_leaf(checked(self, id)); },
+          [](const Topology& self, SphereId id) {
+            if (!self.contains(id)) {
+              throw std::invalid_argument("there is no sphere " + std::to_string(id) +
+                                          "; ids are 0 to " + std::to_string(self.total() - 1));
+            }
+            return self.is_leaf(id);
+          },
           py::arg("sphere"))
       .def(
           "leaf_of_item",
@@ -59,17 +67,12 @@ void bind_topology(py::module_& module) {
           },
           py::arg("item"))
       .def("contains", &Topology::contains, py::arg("sphere"))
-      .def_static(
-          "count", [](int level) { return Topology::count(checked_level(level)); },
-          py::arg("level"), "Spheres of a level: 1, 12, 144, 1728.")
-      .def_static(
-          "first", [](int level) { return Topology::first(checked_level(level)); },
-          py::arg("level"), "Id of the first sphere of a level.")
-      .def_static(
-          "level", [](SphereId id) { return Topology::level(checked(id)); }, py::arg("sphere"))
-      .def_static(
-          "parent", [](SphereId id) { return Topology::parent(checked(id)); }, py::arg("sphere"),
-          "-1 for the root.")
+      .def_static("count", of_level<&Topology::count>(), py::arg("level"),
+                  "Spheres of a level: 1, 12, 144, 1728.")
+      .def_static("first", of_level<&Topology::first>(), py::arg("level"),
+                  "Id of the first sphere of a level.")
+      .def_static("level", of_sphere<&Topology::level>(), py::arg("sphere"))
+      .def_static("parent", of_sphere<&Topology::parent>(), py::arg("sphere"), "-1 for the root.")
       .def_static(
           "child",
           [](SphereId id, int group) {
@@ -79,17 +82,12 @@ void bind_topology(py::module_& module) {
             return Topology::child(checked(id), group);
           },
           py::arg("sphere"), py::arg("group"))
-      .def_static(
-          "group", [](SphereId id) { return Topology::group(checked(id)); }, py::arg("sphere"),
-          "0 to 11; -1 for the root.")
-      .def_static(
-          "path", [](SphereId id) { return Topology::path(checked(id)); }, py::arg("sphere"))
-      .def_static(
-          "path_string", [](SphereId id) { return Topology::path_string(checked(id)); },
-          py::arg("sphere"))
-      .def_static(
-          "offset", [](SphereId id) { return Topology::offset(checked(id)); }, py::arg("sphere"),
-          "The smallest work item of the sphere's subtree.")
+      .def_static("group", of_sphere<&Topology::group>(), py::arg("sphere"),
+                  "0 to 11; -1 for the root.")
+      .def_static("path", of_sphere<&Topology::path>(), py::arg("sphere"))
+      .def_static("path_string", of_sphere<&Topology::path_string>(), py::arg("sphere"))
+      .def_static("offset", of_sphere<&Topology::offset>(), py::arg("sphere"),
+                  "The smallest work item of the sphere's subtree.")
       .def_static(
           "has_edge",
           [](SphereId a, SphereId b) { return Topology::has_edge(checked(a), checked(b)); },

@@ -18,7 +18,8 @@ void bind_trace(py::module_& module) {
   module.attr("TRACE_LABELS") = py::tuple(labels);
   module.def("native_thread_id", &native_thread_id, "As profilers know the calling thread.");
 
-  py::class_<TraceTrack>(module, "TraceTrack", "What one thread recorded; see recording.py.")
+  py::class_<TraceTrack>(module, "TraceTrack",
+                         "What one thread recorded; see observe/trace_recorder.py.")
       .def_readonly("sphere", &TraceTrack::sphere)
       .def_readonly("name", &TraceTrack::name)
       .def_readonly("native_id", &TraceTrack::native_id)

@@ -35,7 +35,8 @@ void bind_work(py::module_& module) {
       .def(py::init([](std::uintptr_t address, std::uintptr_t context, py::object owner) {
              if (address == 0) throw std::invalid_argument("address must not be 0");
              return NativeFunction{reinterpret_cast<NativeFunction::Pointer>(address),
-                                   reinterpret_cast<void*>(context), std::move(owner)};
+                                   reinterpret_cast<void*>(context), std::move(owner),
+                                   std::make_shared<Pace>()};
            }),
            py::arg("address"), py::arg("context") = 0, py::arg("owner") = py::none())
       .def_property_readonly("address", [](const NativeFunction& self) {

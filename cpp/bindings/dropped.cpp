@@ -9,15 +9,15 @@ namespace {
 
 // A stack without a lock, which a thread of the parent could hold at a fork().
 struct Dropped {
-  System* system;
+  std::shared_ptr<System> system;
   Dropped* next;
 };
 std::atomic<Dropped*> all_dropped{nullptr};
 
 }  // namespace
 
-void keep_dropped(std::unique_ptr<System> system) {
-  auto* node = new Dropped{system.release(), all_dropped.load(std::memory_order_relaxed)};
+void keep_dropped(std::shared_ptr<System> system) {
+  auto* node = new Dropped{std::move(system), all_dropped.load(std::memory_order_relaxed)};
   // Releases the node to the exchange (acquire) in join_dropped_for().
   while (!all_dropped.compare_exchange_weak(node->next, node, std::memory_order_release,
                                             std::memory_order_relaxed)) {
@@ -27,12 +27,11 @@ void keep_dropped(std::unique_ptr<System> system) {
 bool join_dropped_for(Milliseconds time) {
   bool none_left = true;
   for (Dropped* next = all_dropped.exchange(nullptr, std::memory_order_acquire); next != nullptr;) {
-    const std::unique_ptr<Dropped> node(std::exchange(next, next->next));
-    std::unique_ptr<System> system(node->system);
-    if (system->forked()) {
-      (void)system.release();  // its threads are in the parent: nothing to join, nothing to free
-    } else if (!system->join_for(time)) {
-      keep_dropped(std::move(system));
+    std::unique_ptr<Dropped> node(std::exchange(next, next->next));
+    if (node->system->forked()) {
+      (void)node.release();  // its threads are in the parent: nothing to join, nothing to free
+    } else if (!node->system->join_for(time)) {
+      keep_dropped(std::move(node->system));
       none_left = false;
     }
   }

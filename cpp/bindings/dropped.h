@@ -10,7 +10,7 @@
 
 namespace torch_spheres::bindings {
 
-void keep_dropped(std::unique_ptr<System> system);
+void keep_dropped(std::shared_ptr<System> system);
 
 /// Frees those whose threads have ended; waits so long for each.  True: none is left.
 bool join_dropped_for(Milliseconds time);

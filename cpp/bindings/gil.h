@@ -13,11 +13,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <string>
-
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#endif
 
 namespace torch_spheres::bindings {
 
@@ -33,16 +30,13 @@ bool ending();
 /// late.
 template <typename Call>
 decltype(auto) call_or_stay(Call call) {
-#if defined(__GLIBCXX__)
   try {
     return call();
-  } catch (const abi::__forced_unwind&) {
-    if (!ending()) throw;  // somebody else's pthread_exit()
+  } catch (...) {
+    // What pthread_exit() unwinds with is no C++ exception; it may be somebody else's.
+    if (std::current_exception() || !ending()) throw;
     stay();
   }
-#else
-  return call();
-#endif
 }
 
 /// Lets go of the GIL while it lives.

@@ -1,5 +1,7 @@
 #include "py_batch.h"
 
+#include "helper.h"
+
 namespace torch_spheres::bindings {
 
 std::string in_seconds(double seconds) {
@@ -16,14 +18,14 @@ void PyBatch::wait(Seconds timeout) const {
   }
   if (!batch_->done()) {
     if (getpid() != process_) throw std::runtime_error(std::string("wait()") + kForked);
-    if (System::is_here(system_)) {
+    if (const auto system = system_.lock(); system && system->on_own_thread()) {
       throw std::runtime_error(
           "wait() called on sphere " + Topology::path_string(System::current()->id) +
           ", from inside a work item, might wait for itself; wait on the thread that submitted the "
           "work");
     }
     const Waiting waiting(heard_->waiters);
-    if (!wait_interruptibly(timeout, [&](Milliseconds time) { return batch_->wait_for(time); })) {
+    if (!wait_until_done(timeout)) {
       throw Timeout("the work was not finished after " + in_seconds(*timeout) +
                     "; it goes on, wait() again");
     }
@@ -31,6 +33,22 @@ void PyBatch::wait(Seconds timeout) const {
     return;
   }
   check();
+}
+
+bool PyBatch::wait_until_done(Seconds timeout) const {
+  const std::shared_ptr<System> system = system_.lock();
+  if (!system) {
+    return wait_interruptibly(timeout, [&](Milliseconds time) { return batch_->wait_for(time); });
+  }
+  if (pace_ && pace_->is_short() && !batch_->done()) {
+    Helper helper(*system);
+    return wait_interruptibly(timeout,
+                              [&](Milliseconds time) { return helper.wait_for(*batch_, time); });
+  }
+  return wait_interruptibly(timeout, [&](Milliseconds time) {
+    if (work_) work_->expect_waiter();
+    return system->wait(*batch_, Clock::now() + time);
+  });
 }
 
 void PyBatch::check() const {

@@ -93,8 +93,10 @@ std::string in_seconds(double seconds);
 /// The handle of one submission.
 class PyBatch {
  public:
-  PyBatch(const System& system, std::shared_ptr<Batch> batch, std::shared_ptr<PythonWork> work)
-      : system_(&system), batch_(std::move(batch)), work_(std::move(work)) {}
+  /// `work` or `pace` is null: of native work and of Python work.
+  PyBatch(const std::shared_ptr<System>& system, std::shared_ptr<Batch> batch,
+          std::shared_ptr<PythonWork> work, std::shared_ptr<const Pace> pace)
+      : system_(system), batch_(std::move(batch)), work_(std::move(work)), pace_(std::move(pace)) {}
 
   const std::shared_ptr<Batch>& core() const { return batch_; }
   bool done() const { return batch_->done(); }
@@ -105,6 +107,8 @@ class PyBatch {
   int waiters() const { return heard_->waiters.load(); }
   /// The first failed item's exception, or None.  GIL held.
   py::object error() const;
+  /// False: it was not done in time.  Works along if its items are native and short.
+  bool wait_until_done(Seconds timeout) const;
   /// Raises the first error of its items, StoppedError, or Timeout.
   void wait(Seconds timeout) const;
   /// After wait(): raises what went wrong, if anything did.
@@ -125,10 +129,11 @@ class PyBatch {
   /// Nobody but the copies of one handle has the work any more.
   bool owns_work() const;
 
-  const System* system_;  // to be compared, never followed: a handle may outlive its system
+  std::weak_ptr<System> system_;  // a handle may outlive its system
   pid_t process_ = getpid();
   std::shared_ptr<Batch> batch_;
-  std::shared_ptr<PythonWork> work_;  // null for native work
+  std::shared_ptr<PythonWork> work_;
+  std::shared_ptr<const Pace> pace_;
   std::shared_ptr<Heard> heard_ = std::make_shared<Heard>();
 };
 

@@ -39,14 +39,14 @@ void raise_later(py::error_already_set& error) {
 PySystem::PySystem(int levels, int concurrency, std::uint64_t starts) : starts_(starts) {
   const GilRelease release;
   join_dropped_for(Milliseconds(0));
-  system_ = std::make_unique<System>(levels, concurrency);
+  system_ = std::make_shared<System>(levels, concurrency);
   system_->on_thread_exit(&SphereGil::leave_thread);
 }
 
 PySystem::~PySystem() {
   outstanding_.clear();
   if (system_->forked()) {
-    (void)system_.release();  // see join_dropped_for()
+    new std::shared_ptr<System>(std::move(system_));  // never freed: see join_dropped_for()
     return;
   }
   system_->request_stop();
@@ -122,7 +122,6 @@ void PySystem::start() {
   const std::lock_guard lock(life_mutex_);
   if (system_->running()) return;
   starts_.fetch_add(1);
-  sums_.store(0);
   try {
     system_->start();
   } catch (...) {
@@ -201,7 +200,7 @@ PyBatch PySystem::submit(py::object fn, py::tuple items, bool collect) {
   }
   auto work = std::make_shared<PythonWork>(std::move(fn), std::move(items), std::move(results));
   auto core = submit_core(work, count, collect ? "map()" : "distribute_work()");
-  PyBatch batch(*system_, std::move(core), work);
+  PyBatch batch(system_, std::move(core), work, nullptr);
   if (!collect) remember(batch);
   return batch;
 }
@@ -216,7 +215,7 @@ PyBatch PySystem::submit_native(const NativeFunction& function, py::object items
     count = static_cast<std::int64_t>(values.size());
   }
   auto work = std::make_shared<NativeWork>(function, std::move(values));
-  PyBatch batch(*system_, submit_core(work, count, "distribute_work()"), nullptr);
+  PyBatch batch(system_, submit_core(work, count, "distribute_work()"), nullptr, function.pace);
   remember(batch);
   return batch;
 }
@@ -286,8 +285,7 @@ void PySystem::wait(Seconds timeout) {
       next = outstanding_.front();
     }
     const auto& core = next->core();
-    if (!wait_interruptibly(time_left(timeout, start),
-                            [&](Milliseconds time) { return core->wait_for(time); })) {
+    if (!next->wait_until_done(time_left(timeout, start))) {
       throw Timeout("wait(): work was not finished after " + in_seconds(*timeout) +
                     "; it goes on, wait() again");
     }
@@ -353,18 +351,6 @@ bool PySystem::barrier(int level, Seconds timeout) {
 std::uint64_t PySystem::epoch(Seconds timeout) {
   meet("epoch()", timeout, kAllLevels);
   return system_->epochs();
-}
-
-void PySystem::gradient_ready(std::int32_t leaf) {
-  if (running()) system_->gradient_ready(leaf);
-}
-
-// Each sum reports every leaf once before it comes here, so when the n-th has come, every leaf has
-// reported n times and the root will have counted n rounds, whatever the order among several.
-void PySystem::gradients_complete() {
-  const std::uint64_t round = sums_.fetch_add(1) + 1;
-  wait_interruptibly(
-      {}, [&](Milliseconds time) { return system_->wait_gradient_rounds_for(round, time); });
 }
 
 void PySystem::send(SphereId source, SphereId target, py::object value) {

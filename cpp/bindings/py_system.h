@@ -53,16 +53,12 @@ class PySystem {
   void send(SphereId source, SphereId target, py::object value);
   py::object receive(SphereId sphere, Seconds timeout);
 
-  /// Posts the news that a leaf's gradients are there; a leaf reports once per sum.
-  void gradient_ready(std::int32_t leaf);
-  /// All leaves have reported (absent ones too) for one more sum: waits until the root has heard.
-  void gradients_complete();
   /// Raises if a trace is being recorded already.
   void begin_trace(std::size_t capacity);
   TraceRecord end_trace();
   void trace_phase(int label, std::int64_t shard, std::uint64_t begin);
   void trace_gradient(SphereId source, std::uint64_t sent);
-  /// How often start() was called: news sent before the last one is lost.
+  /// How often start() was called.
   std::uint64_t starts() const { return starts_; }
 
   /// Raises unless the system runs in this process.
@@ -79,12 +75,11 @@ class PySystem {
   void take_out(Condition condition);
   void forget(const std::shared_ptr<Batch>& batch);
 
-  std::unique_ptr<System> system_;
-  std::timed_mutex life_mutex_;  // one start or stop at a time; taken without the GIL
+  std::shared_ptr<System> system_;  // PyBatch waits with it
+  std::timed_mutex life_mutex_;     // one start or stop at a time; taken without the GIL
   std::atomic<std::uint64_t> starts_{0};
-  std::atomic<std::uint64_t> sums_{0};  // complete sets of reports since the last start
-  std::mutex outstanding_mutex_;        // taken with the GIL: no batch may be freed under it
-  std::atomic<int> waiters_{0};         // calls of wait(), which wait for all that is outstanding
+  std::mutex outstanding_mutex_;     // taken with the GIL: no batch may be freed under it
+  std::atomic<int> waiters_{0};      // calls of wait(), which wait for all that is outstanding
   std::deque<PyBatch> outstanding_;  // not waited for yet; finished ones without error are dropped
 };
 

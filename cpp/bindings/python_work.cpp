@@ -1,5 +1,6 @@
 #include "python_work.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -12,6 +13,7 @@ namespace {
 
 /// Python's own switch interval: how long a C-only loop may keep others waiting.
 constexpr std::uint64_t kSwitchNs = 5'000'000;
+constexpr std::uint64_t kShortWaitNs = 10'000;
 
 /// repr(object) in at most 100 characters; never fails.
 py::object shown(const py::object& object) {
@@ -36,27 +38,50 @@ PythonWork::PythonWork(py::object fn, py::tuple items, py::object results)
 PythonWork::~PythonWork() { drop(fn_, items_, results_, error_); }
 
 void PythonWork::run(Claimer& claimer) {
-  Chunk chunk;
-  if (!claimer.next(chunk)) return;  // before the GIL: most visits find nothing
+  if (!claimer.had_work()) return;  // before the GIL: most visits find nothing
+#if !defined(Py_GIL_DISABLED)
+  // Whoever submits usually waits right after, and lets go of the GIL: not worth a sleep.
+  if (now_ns() < submitted_at_ + kShortWaitNs) {
+    static Luck luck;
+    spin_until(luck, kShortWaitNs, [this] { return awaited_.load(std::memory_order_relaxed); });
+  }
+#endif
+  claimer.may_take_long();
+#if !defined(Py_GIL_DISABLED)
+  // Whoever is at short items will have done them before another thread has the GIL.
+  static Luck luck;
+  spin_until(luck, kShortWaitNs,
+             [&] { return inside_.load(std::memory_order_relaxed) == 0 || !claimer.had_work(); });
+  if (!claimer.had_work()) return;
+#endif
   SphereGil gil;
-  call_or_stay([&] { run_items(claimer, chunk, gil); });
+  inside_.fetch_add(1, std::memory_order_relaxed);
+  // Nothing is taken before: others may have done it all by now, and nobody has to wait for that.
+  Chunk chunk;
+  const struct Leave {
+    std::atomic<int>& inside;
+    ~Leave() { inside.fetch_sub(1, std::memory_order_relaxed); }
+  } leave{inside_};
+  if (claimer.next(chunk)) call_or_stay([&] { run_items(claimer, chunk, gil); });
 }
 
 /// GIL held.  Runs the items of a chunk, and takes more until nothing is left.
 void PythonWork::run_items(Claimer& claimer, Chunk& chunk, SphereGil& gil) {
-  claimer.begin_items();
-  std::uint64_t last_switch = now_ns();
+  std::uint64_t last_switch = claimer.begun();
   std::int64_t ran = 0;
   do {
+    if (claimer.begun() - last_switch > kSwitchNs) {
+      gil.yield();
+      last_switch = now_ns();
+      claimer.begin_items(last_switch);
+    }
     for (std::int64_t i = 0; i < chunk.count; ++i) {
       const std::int64_t item = chunk.first + i * chunk.stride;
       PyObject* argument = PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(item));
       PyObject* result = PyObject_CallOneArg(fn_.ptr(), argument);
-      claimer.item_done();
       if (result == nullptr) {
-        claimer.end_items();  // the note on the error is not the item's
+        claimer.ran_of_chunk(i + 1);  // it did run, and the note on the error is not its own
         record_error(item, claimer.sphere());
-        claimer.ran_of_chunk(i + 1);  // it did run
         throw std::runtime_error("a Python work item raised an exception");
       }
       if (results_.is_none()) {
@@ -65,12 +90,7 @@ void PythonWork::run_items(Claimer& claimer, Chunk& chunk, SphereGil& gil) {
         PyList_SetItem(results_.ptr(), static_cast<Py_ssize_t>(item), result);
       }
     }
-    claimer.end_items();
     ran += chunk.count;
-    if (const std::uint64_t now = now_ns(); now - last_switch > kSwitchNs) {
-      gil.yield();
-      last_switch = now_ns();
-    }
   } while (claimer.next(chunk));
   // The last to finish lets go of the function and the items, before anybody hears that the batch
   // is done: a function that owns its own spheres would keep them, and itself, alive otherwise.
@@ -133,17 +153,17 @@ NativeWork::~NativeWork() { drop(owner_); }
 
 void NativeWork::run(Claimer& claimer) {
   Chunk chunk;
-  while (claimer.next(chunk)) {
-    if (values_.empty()) {
-      for (std::int64_t i = 0, item = chunk.first; i < chunk.count; ++i, item += chunk.stride) {
-        pointer_(context_, item);
-      }
-    } else {
-      for (std::int64_t i = 0; i < chunk.count; ++i) {
-        pointer_(context_, values_[static_cast<std::size_t>(chunk.first + i * chunk.stride)]);
-      }
+  const std::int64_t* values = values_.empty() ? nullptr : values_.data();
+  std::uint64_t longest = 0;
+  for (bool more = true; more;) {
+    more = claimer.next(chunk);
+    longest = std::max(longest, claimer.chunk_ns());
+    if (!more) break;
+    for (std::int64_t i = 0, item = chunk.first; i < chunk.count; ++i, item += chunk.stride) {
+      pointer_(context_, values == nullptr ? item : values[item]);
     }
   }
+  if (longest != 0) pace_->saw(longest);
 }
 
 }  // namespace torch_spheres::bindings

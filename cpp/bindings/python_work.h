@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -26,6 +27,8 @@ class PythonWork final : public Work {
   // beside a Python call.
   std::int64_t max_chunk() const override { return 8; }
 
+  /// Somebody waits for it, without the GIL.
+  void expect_waiter() { awaited_.store(true, std::memory_order_relaxed); }
   /// GIL held: raises the item's own exception object again.
   [[noreturn]] void raise();
   /// The first failed item's exception, or null.  GIL held, once the batch is done.
@@ -46,8 +49,30 @@ class PythonWork final : public Work {
   py::object items_;    // a tuple
   py::object results_;  // list or None
   std::atomic<std::int64_t> unfinished_;
-  std::mutex error_mutex_;  // taken with the GIL: no Python code may run under it
-  py::object error_;        // the first
+  const std::uint64_t submitted_at_ = now_ns();
+  std::atomic<bool> awaited_{false};  // relaxed, as the next: hints
+  std::atomic<int> inside_{0};        // spheres that run items
+  std::mutex error_mutex_;            // taken with the GIL: no Python code may run under it
+  py::object error_;                  // the first
+};
+
+/// How long the items of a native function have taken lately.   Any thread: everything.
+class Pace {
+ public:
+  void saw(std::uint64_t ns) {
+    // Relaxed, and one of two that come at once may be lost: it is an estimate.
+    const std::uint64_t before = ns_.load(std::memory_order_relaxed);
+    ns_.store(std::max(ns, before - before / 8), std::memory_order_relaxed);
+  }
+  /// Whether a thread that has to answer Ctrl-C and timeouts may run one.
+  bool is_short() const {
+    const std::uint64_t ns = ns_.load(std::memory_order_relaxed);
+    return ns != 0 && ns < kShortNs;
+  }
+
+ private:
+  static constexpr std::uint64_t kShortNs = 10'000'000;
+  std::atomic<std::uint64_t> ns_{0};  // 0: nobody knows
 };
 
 /// A C function: void(void* context, int64_t item).  Never touches the GIL.
@@ -56,6 +81,7 @@ struct NativeFunction {
   Pointer pointer = nullptr;
   void* context = nullptr;
   py::object owner;  // keeps the code and the context alive
+  std::shared_ptr<Pace> pace = std::make_shared<Pace>();
 };
 
 class NativeWork final : public Work {
@@ -64,7 +90,8 @@ class NativeWork final : public Work {
       : pointer_(function.pointer),
         context_(function.context),
         values_(std::move(values)),
-        owner_(function.owner) {}
+        owner_(function.owner),
+        pace_(function.pace) {}
   ~NativeWork() override;
   void run(Claimer& claimer) override;
   std::int64_t max_chunk() const override { return 256; }
@@ -75,6 +102,7 @@ class NativeWork final : public Work {
   void* const context_;
   const std::vector<std::int64_t> values_;  // empty: item k is k itself
   py::object owner_;
+  const std::shared_ptr<Pace> pace_;
 };
 
 }  // namespace torch_spheres::bindings

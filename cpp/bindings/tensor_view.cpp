@@ -37,10 +37,10 @@ constexpr std::uint8_t kBrainFloat = 4;
 
 /// What view_tensor() knows of torch: written once, on import, and leaked on purpose.
 struct Torch {
-  py::object tensor, parameter, strided;
+  py::object tensor, parameter, strided, is_neg;
   std::array<std::pair<py::object, DType>, 4> dtypes;
   const ExchangeApi* exchange = nullptr;
-  py::str is_neg{"is_neg"}, dtype{"dtype"}, layout{"layout"}, is_cpu{"is_cpu"}, shape{"shape"};
+  py::str dtype{"dtype"}, layout{"layout"}, is_cpu{"is_cpu"}, shape{"shape"};
   py::str is_contiguous{"is_contiguous"}, data_ptr{"data_ptr"};
 };
 const Torch* torch = nullptr;
@@ -122,8 +122,8 @@ py::object called(py::handle tensor, const py::str& method) {
 
 bool view_by_methods(py::handle tensor, TensorView& view) {
   const py::object dtype = got(tensor, torch->dtype);
-  const auto* known =
-      std::ranges::find_if(torch->dtypes, [&](const auto& pair) { return pair.first.is(dtype); });
+  const auto* known = std::find_if(torch->dtypes.begin(), torch->dtypes.end(),
+                                   [&](const auto& pair) { return pair.first.is(dtype); });
   if (known == torch->dtypes.end() || !got(tensor, torch->layout).is(torch->strided) ||
       got(tensor, torch->is_cpu).ptr() != Py_True ||
       called(tensor, torch->is_contiguous).ptr() != Py_True) {
@@ -156,6 +156,7 @@ void read_tensors_by(const py::object& exchange) {
   auto known = std::make_unique<Torch>();
   known->tensor = module.attr("Tensor");
   known->parameter = module.attr("nn").attr("Parameter");
+  known->is_neg = known->tensor.attr("is_neg");  // no look-up for each tensor
   known->strided = module.attr("strided");
   known->dtypes = {{{module.attr("float32"), DType::float32},
                     {module.attr("float64"), DType::float64},
@@ -172,8 +173,11 @@ bool view_tensor(py::handle tensor, TensorView& view) {
       torch->exchange != nullptr ? view_by_exchange(tensor, view) : view_by_methods(tensor, view);
   // Without memory: zeros that torch does not store.  With a negation still to come, as
   // z.conj().imag, which DLPack does not tell: not what is in the memory.
-  return viewed && (view.data != nullptr || view.numel == 0) &&
-         called(tensor, torch->is_neg).ptr() == Py_False;
+  if (!viewed || (view.data == nullptr && view.numel != 0)) return false;
+  const auto negated =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch->is_neg.ptr(), tensor.ptr()));
+  if (!negated) throw py::error_already_set();
+  return negated.ptr() == Py_False;
 }
 
 }  // namespace torch_spheres::bindings

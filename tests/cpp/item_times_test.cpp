@@ -38,10 +38,9 @@ std::uint64_t counted_from(const SphereStats& stats, std::uint64_t ns) {
   return sum;
 }
 
-/// The items took no longer than was measured around them, without kBefore.  (The length of a tick
-/// is known to less than a hundredth.)
+/// The items took no longer than was measured around them, without kBefore.
 void check_at_most(const SphereStats& stats, std::uint64_t measured_ns) {
-  CHECK(stats.item_time_ns <= measured_ns + measured_ns / 100);
+  CHECK(stats.item_time_ns <= measured_ns);
 }
 
 /// Work of the kind that sums gradients.
@@ -55,42 +54,38 @@ class Sums final : public Work {
   State state() const override { return State::kAccumulating; }
 };
 
-/// Says item by item when it is done; the last of each chunk throws, if asked to.
-class Itemwise final : public Work {
+/// Begins late, as work that waits for the GIL does; the last item of each chunk throws, if asked
+/// to.
+class BeginsLate final : public Work {
  public:
-  explicit Itemwise(bool fails = false, std::int64_t slow = -1) : fails_(fails), slow_(slow) {}
+  explicit BeginsLate(bool fails = false, std::int64_t slow = -1) : fails_(fails), slow_(slow) {}
   void run(Claimer& claimer) override {
     Chunk chunk;
     if (!claimer.next(chunk)) return;
     std::this_thread::sleep_for(kBefore);  // not to be counted
     begun.store(now_ns());
-    claimer.begin_items();
-    bool more = true;
-    while (more) {
+    claimer.begin_items(begun.load());
+    do {
       for (std::int64_t i = 0; i < chunk.count; ++i) {
         if (chunk.first + i * chunk.stride == slow_) std::this_thread::sleep_for(kSlow);
-        claimer.item_done();
-        claimer.ran_of_chunk(i + 1);
       }
-      if (fails_) throw std::runtime_error("after the items of a chunk");
-      claimer.end_items();
-      measured_ns += now_ns() - begun.load();
-      if (chunk.count > 1 && !has_paused_.exchange(true)) {
+      if (fails_) {
+        claimer.ran_of_chunk(chunk.count);
+        measured_ns += now_ns() - begun.load();
         std::this_thread::sleep_for(kBefore);  // nor that
+        throw std::runtime_error("after the items of a chunk");
       }
-      begun.store(now_ns());
-      more = claimer.next(chunk);
-    }
+    } while (claimer.next(chunk));
+    measured_ns += now_ns() - begun.load();
   }
   std::int64_t max_chunk() const override { return 8; }
 
-  std::atomic<std::uint64_t> begun{0};        // now_ns() before the items of a chunk
-  std::atomic<std::uint64_t> measured_ns{0};  // from there to behind them, of those that ended well
+  std::atomic<std::uint64_t> begun{0};        // now_ns() before the first item
+  std::atomic<std::uint64_t> measured_ns{0};  // from there to behind the last
 
  private:
   const bool fails_;
   const std::int64_t slow_;
-  std::atomic<bool> has_paused_{false};
 };
 
 }  // namespace
@@ -123,51 +118,6 @@ TEST(items_are_counted_with_their_mean_and_the_total_is_exact) {
   CHECK_EQ(counts[0], 1u);
   CHECK_EQ(std::accumulate(counts.begin(), counts.end(), std::uint64_t{0}), 12u);
   CHECK_EQ(times.total_ns(), 2003u);
-}
-
-TEST(ticks_are_nanoseconds_once_converted) {
-  ns_per_tick();
-  std::this_thread::sleep_for(Milliseconds(20));
-  const std::uint64_t ns = now_ns();
-  const std::uint64_t begin = ticks();
-  std::this_thread::sleep_for(Milliseconds(50));
-  const std::uint64_t end = ticks();
-  // What lies between the two readings of one moment is the scheduler's; hence the wide limits.
-  const std::uint64_t most = now_ns() - ns;
-  const std::uint64_t measured = elapsed_ns(begin, end, ns_per_tick());
-  CHECK(measured > 45'000'000);
-  CHECK(measured < most + most / 10);
-  CHECK_EQ(elapsed_ns(end, begin, ns_per_tick()), 0u);
-}
-
-TEST(a_clock_that_stops_or_begins_anew_does_not_spoil_the_length_of_a_tick) {
-  constexpr std::uint64_t kSecond = 1'000'000'000;
-  const auto is_half = [](double length) { return std::abs(length - 0.5) < 1e-6; };
-  // Half a nanosecond per tick throughout.
-  TickLength even({1000, 5000});
-  CHECK(is_half(even.at({1200, 5400})));
-  CHECK(is_half(even.at({kSecond, 2 * kSecond + 3000})));
-  CHECK(!even.settled());
-  CHECK(is_half(even.at({kSecond + 10, 2 * kSecond + 3020})));
-  CHECK(!even.settled());
-  CHECK(is_half(even.at({2 * kSecond, 4 * kSecond + 3000})));
-  CHECK(even.settled());
-  // While the machine sleeps an hour, ticks go on alone.
-  const std::uint64_t asleep = 7200 * kSecond;
-  TickLength slept({0, 0});
-  CHECK(slept.at({kSecond, 2 * kSecond + asleep}) < 0.001);
-  CHECK(!slept.settled());
-  CHECK(is_half(slept.at({2 * kSecond, 4 * kSecond + asleep})));
-  CHECK(!slept.settled());
-  CHECK(is_half(slept.at({3 * kSecond, 6 * kSecond + asleep})));
-  CHECK(slept.settled());
-  // Once it wakes, they begin anew.
-  TickLength anew({0, 100 * kSecond});
-  CHECK(is_half(anew.at({kSecond, 102 * kSecond})));
-  CHECK(is_half(anew.at({2 * kSecond, 10})));
-  CHECK(!anew.settled());
-  CHECK(is_half(anew.at({3 * kSecond, 2 * kSecond + 10})));
-  CHECK(anew.settled());
 }
 
 TEST(every_item_that_runs_is_counted_once_whoever_runs_it) {
@@ -211,28 +161,26 @@ TEST(an_items_time_is_in_its_bucket) {
   CHECK(total >= 29'000'000);
 }
 
-TEST(items_that_are_timed_one_by_one_leave_out_what_came_before) {
+TEST(times_leave_out_what_came_before_the_first_item_and_after_an_error) {
   System system(1, 1);
   system.start();
-  const auto good = std::make_shared<Itemwise>();
+  const auto good = std::make_shared<BeginsLate>();
   finish(submit(system, good, 100));
-  const auto bad = std::make_shared<Itemwise>(true);
+  const auto bad = std::make_shared<BeginsLate>(true);
   const auto batch = submit(system, bad, 100);
   finish(batch);
-  const std::uint64_t measured = good->measured_ns.load() + now_ns() - bad->begun.load();
   CHECK(batch->failed());
-  CHECK_EQ(bad->measured_ns.load(), 0u);  // in its first chunk, before which it slept
   stop(system);
   const SphereStats stats = system.stats(0);
   CHECK_EQ(stats.items_run, 100u + 100u - static_cast<std::uint64_t>(batch->cancelled()));
   CHECK_EQ(counted(stats), stats.items_run);
-  check_at_most(stats, measured);
+  check_at_most(stats, good->measured_ns.load() + bad->measured_ns.load());
 }
 
-TEST(of_short_items_a_few_share_a_look_at_the_clock) {
+TEST(a_slow_item_among_short_ones_of_its_chunk_is_its_own) {
   System system(1, 1);
   system.start();
-  const auto work = std::make_shared<Itemwise>(false, 50);
+  const auto work = std::make_shared<BeginsLate>(false, 50);
   finish(submit(system, work, 100));
   stop(system);
   const SphereStats stats = system.stats(0);
@@ -282,7 +230,10 @@ TEST(thefts_are_counted_by_the_owners_group) {
       given[static_cast<std::size_t>(Topology::group(stats.id))] += stats.items_given;
       for (std::size_t group = 0; group < kKissing; ++group)
         taken[group] += stats.stolen_from[group];
-      CHECK_EQ(stats.stolen_from[static_cast<std::size_t>(Topology::group(stats.id))], 0u);
+      // Cousins may be of one group.
+      if (levels == 2) {
+        CHECK_EQ(stats.stolen_from[static_cast<std::size_t>(Topology::group(stats.id))], 0u);
+      }
     }
     CHECK(given == taken);
     CHECK(std::accumulate(taken.begin(), taken.end(), std::uint64_t{0}) > 0);

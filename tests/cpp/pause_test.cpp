@@ -87,7 +87,6 @@ TEST(items_on_all_leaves_meet_though_few_may_run_at_once) {
 TEST(other_work_runs_while_leaves_are_paused) {
   System system(2, 1);
   system.start();
-  Gate gate;
   std::atomic<SphereId> leaf{kNoSphere};
   std::atomic<bool> done{false};
   const auto paused = std::make_shared<CountingWork>(1, [&](SphereId sphere, std::int64_t) {

@@ -65,12 +65,6 @@ class ShakyAtomic {
     shake();
     return value_.fetch_and(value);
   }
-  template <typename... Order>
-  void wait(T old, Order... order) const {
-    shake();
-    value_.wait(old, order...);
-  }
-  void notify_one() { value_.notify_one(); }
 
  private:
   std::atomic<T> value_;

@@ -68,6 +68,47 @@ TEST(items_in_any_portions_run_at_once_on_as_many_leaves) {
   }
 }
 
+TEST(items_of_one_leaf_run_at_once_on_more_leaves_than_its_family_has) {
+  // One-item batches: all of them are the first leaf's.
+  System system(3, 40);
+  system.start();
+  for (int round = 0; round < rounds(20); ++round) {
+    std::atomic<int> running{0};
+    std::atomic<int> late{0};
+    const auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
+      ++running;
+      const auto end = std::chrono::steady_clock::now() + kPatience;
+      while (running < 30 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+      late += running < 30;
+    });
+    std::vector<std::shared_ptr<Batch>> batches;
+    for (int i = 0; i < 30; ++i) batches.push_back(submit(system, work, 1));
+    for (const auto& batch : batches) finish(batch);
+    CHECK_EQ(late.load(), 0);
+  }
+}
+
+TEST(nobody_is_woken_for_work_but_leaves_that_take_some) {
+  System system(3, 8);
+  system.start();
+  CHECK(meet(system, -1) == Meeting::kReleased);  // all threads are there
+  const auto asleep = [&](SphereId id) { return system.stats(id).state == State::kIdle; };
+  for (SphereId id = 0; id < system.topology().total(); ++id) {
+    while (!asleep(id)) std::this_thread::yield();
+  }
+  CHECK(system.begin_trace(1000));
+  for (int i = 0; i < 20; ++i) finish(submit(system, std::make_shared<CountingWork>(), 1));
+  const TraceRecord record = system.end_trace();
+  int woken = 0;
+  for (const TraceTrack& track : record.tracks) {
+    if (track.sphere < 0) continue;
+    CHECK(track.events.empty() || system.topology().is_leaf(track.sphere));
+    woken += !track.events.empty();
+  }
+  // The one that spins when the next comes, or the first of those that sleep.
+  CHECK(woken >= 1 && woken <= 4);
+}
+
 TEST(the_last_item_goes_to_exactly_one_of_owner_and_thieves) {
   System system(2, 12);
   system.start();
@@ -297,28 +338,6 @@ TEST(letters_travel_along_edges_and_wait_to_be_taken) {
   // What nobody took is freed with the system (AddressSanitizer would say).
 }
 
-TEST(gradient_news_make_one_round_per_complete_set) {
-  for (int levels = 1; levels <= 4; ++levels) {
-    System system(levels, 2);
-    system.start();
-    constexpr int kRounds = 5;
-    std::vector<std::thread> threads;
-    for (int t = 0; t < 4; ++t) {
-      threads.emplace_back([&, t] {
-        for (int round = 0; round < kRounds; ++round) {
-          for (std::int32_t leaf = t; leaf < system.topology().leaves(); leaf += 4) {
-            system.gradient_ready(leaf);
-          }
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    CHECK(system.wait_gradient_rounds_for(kRounds, kPatience));
-    std::this_thread::sleep_for(Milliseconds(20));
-    CHECK_EQ(system.gradient_rounds(), std::uint64_t{kRounds});
-  }
-}
-
 TEST(after_the_work_all_spheres_sleep) {
   System system(3, 4);
   system.start();
@@ -330,21 +349,17 @@ TEST(after_the_work_all_spheres_sleep) {
     }
     return true;
   };
-  // The batch may be finished, by thieves, before all messages about it are read, and before a leaf
-  // that was given a turn for it has seen that there is nothing left.
-  std::uint64_t messages = 0;
+  // A leaf that was given a turn for it may not have seen yet that there is nothing left.
   bool settled = false;
   const auto end = std::chrono::steady_clock::now() + kPatience;
   while (!settled && std::chrono::steady_clock::now() < end) {
-    messages = total(system, &SphereStats::messages_received);
     const auto quiet_after = [&](Milliseconds time) {
       std::this_thread::sleep_for(time);
-      return all_idle() && total(system, &SphereStats::messages_received) == messages;
+      return all_idle();
     };
     settled = quiet_after(Milliseconds(50)) && quiet_after(Milliseconds(100));
   }
   CHECK(settled);
-  CHECK(messages > 0);
 }
 
 TEST(a_start_without_memory_leaves_no_thread_and_may_be_tried_again) {
@@ -367,6 +382,8 @@ TEST(a_start_without_memory_leaves_no_thread_and_may_be_tried_again) {
   check_all_once(*work, 100);
 }
 
+// glibc unwinds with GCC's library, which crashes among frames of LLVM's.
+#if !defined(_LIBCPP_VERSION)
 TEST(a_thread_that_an_item_ends_is_not_waited_for) {
   System system(2, 2);
   system.start();
@@ -376,6 +393,7 @@ TEST(a_thread_that_an_item_ends_is_not_waited_for) {
   while (work->most_running.load() == 0) std::this_thread::yield();
   stop(system);
 }
+#endif
 
 TEST(bad_arguments) {
   CHECK_THROWS(System(2, 0), std::invalid_argument);

@@ -57,33 +57,32 @@ struct Ring {
   explicit Ring(std::int32_t leaves) : ring(leaves), counters(std::size_t(leaves)) {
     for (WorkCounters& c : counters) pointers.push_back(&c);
   }
-  Siblings siblings() const { return {0, 1, ring.leaves()}; }
-
   /// What a sphere does in one slot; true if that completed the batch.
-  bool visit(Slot& slot, std::int32_t leaf, const Siblings& siblings) {
+  bool visit(Slot& slot, std::int32_t leaf) {
     if (!WorkRing::enter(slot)) return false;
-    Claimer claimer(ring, slot, leaf, leaf, siblings, pointers.data(),
+    Claimer claimer(ring, slot, leaf, Route(leaf, ring.leaves()), pointers.data(),
                     *pointers[static_cast<std::size_t>(leaf)]);
     try {
       slot.batch->work()->run(claimer);
     } catch (const std::runtime_error&) {
       claimer.fail(std::current_exception());
     }
+    if (!claimer.had_work()) ring.close(slot);
     return ring.leave(slot, claimer.finished()) != nullptr;
   }
   /// One pass over all batches in flight; how many it completed.
-  int visit_all(std::int32_t leaf, const Siblings& siblings) {
+  int visit_all(std::int32_t leaf) {
     int completed = 0;
-    for (Slot* slot : ring.in_flight()) completed += visit(*slot, leaf, siblings);
+    for (Slot* slot : ring.open()) completed += visit(*slot, leaf);
     return completed;
   }
-  /// Of the batches in flight, oldest first.
+  /// Of the open batches, oldest first.
   std::vector<std::uint64_t> tickets() {
     std::vector<std::uint64_t> all;
-    for (const Slot* slot : ring.in_flight()) all.push_back(slot->ticket);
+    for (const Slot* slot : ring.open()) all.push_back(slot->ticket);
     return all;
   }
-  Slot* oldest() { return *ring.in_flight().begin(); }
+  Slot* oldest() { return *ring.open().begin(); }
   std::uint64_t total(std::uint64_t (*of)(const WorkCounters&)) const {
     return std::accumulate(counters.begin(), counters.end(), std::uint64_t{0},
                            [&](std::uint64_t sum, const WorkCounters& c) { return sum + of(c); });
@@ -113,21 +112,49 @@ TEST(slices_share_out_every_item_once) {
         auto work = std::make_shared<Tally>(n, chunk);
         auto batch = std::make_shared<Batch>(work, n);
         CHECK(r.ring.publish(batch));
-        int completed = 0;
-        for (std::int32_t leaf = 0; leaf < leaves; ++leaf) {
-          const std::int64_t before = work->count();
-          const std::int64_t queued = r.ring.was_queued(leaf);
-          completed += r.visit_all(leaf, {leaf, 1, 1});
-          CHECK_EQ(work->count() - before, queued);
-          for (std::int64_t i = leaf; i < n; i += leaves) CHECK_EQ(work->hits(i), 1);
-        }
-        CHECK_EQ(completed, 1);
-        CHECK(batch->done() && !batch->failed());
+        std::int64_t queued = 0;
+        for (std::int32_t leaf = 0; leaf < leaves; ++leaf) queued += r.ring.was_queued(leaf);
+        CHECK_EQ(queued, n);
+        CHECK(r.ring.was_queued(0) <= r.ring.queued_at_most());
+        const auto leaf = static_cast<std::int32_t>(n % leaves);
+        const auto own = static_cast<std::uint64_t>(r.ring.was_queued(leaf));
+        CHECK_EQ(r.visit_all(leaf), 1);  // own items first, then everybody's
+        CHECK(batch->done() && !batch->failed() && !r.ring.may_have_work());
         CHECK_EQ(batch->cancelled(), 0);
-        CHECK_EQ(work->count(), n);
+        CHECK(work->count() == n && work->most() == 1);
         CHECK_EQ(r.run(), static_cast<std::uint64_t>(n));
-        CHECK_EQ(r.stolen(), std::uint64_t{0});
+        CHECK_EQ(r.stolen(), static_cast<std::uint64_t>(n) - own);
+        CHECK_EQ(r.given(), r.stolen());
       }
+    }
+  }
+}
+
+TEST(a_route_passes_every_leaf_once_and_siblings_first) {
+  for (const std::int32_t leaves : {1, 12, 144, 1728}) {
+    for (const std::int32_t leaf : {0, 1, 7, 13, leaves / 2, leaves - 1}) {
+      if (leaf >= leaves) continue;
+      for (const Route& route : {Route(leaf, leaves), Route::from_the_last(leaves)}) {
+        for (const std::int64_t items : {std::int64_t{1}, std::int64_t{5}, std::int64_t{12},
+                                         std::int64_t{leaves}, std::int64_t{5'000}}) {
+          const std::int32_t count = route.count(items);
+          CHECK_EQ(std::int64_t{count}, std::min<std::int64_t>(items, leaves));
+          std::vector<int> passed(static_cast<std::size_t>(count));
+          for (std::int32_t i = 0; i < count; ++i) {
+            ++passed[static_cast<std::size_t>(route.at(i, count))];
+          }
+          CHECK(std::all_of(passed.begin(), passed.end(), [](int times) { return times == 1; }));
+        }
+      }
+      const Route route(leaf, leaves);
+      CHECK_EQ(route.at(0, leaves), leaf);
+      // The last digit of a path is the first of a leaf's number.
+      const std::int32_t step = std::max(1, leaves / kKissing);
+      for (std::int32_t i = 0; i < std::min(leaves, kKissing); ++i) {
+        CHECK_EQ(route.at(i, leaves) % step, leaf % step);
+      }
+      if (leaves != 1728) continue;
+      for (std::int32_t i = 0; i < 144; ++i) CHECK_EQ(route.at(i, leaves) % 12, leaf % 12);
     }
   }
 }
@@ -144,7 +171,7 @@ TEST(the_last_item_goes_to_owner_or_thief) {
     threads.emplace_back([&, leaf] {
       for (int round = 0; round < turns; ++round) {
         start.wait();
-        completed += r.visit(*slot, leaf, r.siblings());
+        completed += r.visit(*slot, leaf);
         finish.wait();
       }
     });
@@ -179,7 +206,7 @@ TEST(the_last_items_of_a_slice_are_not_taken_twice) {
       threads.emplace_back([&, leaf] {
         for (int round = 0; round < turns; ++round) {
           start.wait();
-          completed += r.visit_all(leaf, r.siblings());
+          completed += r.visit_all(leaf);
           finish.wait();
         }
       });
@@ -203,16 +230,16 @@ TEST(a_late_visitor_finds_the_next_batch_of_the_slot) {
   Ring r(12);
   CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(5), 5)));
   Slot* late = r.oldest();
-  CHECK_EQ(r.visit_all(3, r.siblings()), 1);
+  CHECK_EQ(r.visit_all(3), 1);
   CHECK(!WorkRing::enter(*late));  // free
   CHECK(r.tickets().empty());
   for (std::size_t i = 1; i < kBatchesInFlight; ++i) {
     CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(1), 1)));
   }
-  CHECK_EQ(r.visit_all(0, r.siblings()), static_cast<int>(kBatchesInFlight) - 1);
+  CHECK_EQ(r.visit_all(0), static_cast<int>(kBatchesInFlight) - 1);
   auto work = std::make_shared<Tally>(20);
   CHECK(r.ring.publish(std::make_shared<Batch>(work, 20)));
-  CHECK(r.oldest() == late && r.visit(*late, 7, r.siblings()));
+  CHECK(r.oldest() == late && r.visit(*late, 7));
   CHECK(work->count() == 20 && work->most() == 1 && r.tickets().empty());
 }
 
@@ -229,11 +256,17 @@ TEST(a_batch_that_takes_long_holds_no_slot_but_its_own) {
   CHECK(WorkRing::enter(*held));  // somebody is at it all the time
   for (int lap = 0; lap < 3; ++lap) {
     for (std::size_t i = 1; i < kBatchesInFlight; ++i) publish(1);
-    CHECK(r.ring.was_full() && r.oldest() == held && std::ranges::is_sorted(r.tickets()));
-    CHECK_EQ(r.visit_all(0, {0, 1, 1}), static_cast<int>(kBatchesInFlight) - 1);
-    CHECK(r.tickets() == std::vector<std::uint64_t>{0} && r.ring.had_own_work(1, 1));
+    const std::vector<std::uint64_t> tickets = r.tickets();
+    CHECK(r.ring.was_full() && r.oldest() == held);
+    CHECK(std::is_sorted(tickets.begin(), tickets.end()));
+    for (Slot* slot : r.ring.open()) {
+      if (slot != held) CHECK(r.visit(*slot, 0));
+    }
+    CHECK(r.tickets() == std::vector<std::uint64_t>{0} && r.ring.may_have_work(1));
+    CHECK(!r.ring.may_have_work(0));
   }
-  CHECK_EQ(r.visit_all(1, {1, 1, 1}), 0);
+  CHECK_EQ(r.visit_all(1), 0);
+  CHECK(!r.ring.may_have_work());  // it is in flight, but nothing of it is left to take
   CHECK(r.ring.leave(*held, 0) == slow);
 }
 
@@ -245,7 +278,7 @@ TEST(visitors_storm_slots_while_they_are_recycled) {
   std::vector<Slot*> slots;
   for (std::size_t i = 0; i < kBatchesInFlight; ++i) {
     CHECK(r.ring.publish(std::make_shared<Batch>(std::make_shared<Tally>(1), 1)));
-    slots.push_back(*(r.ring.in_flight().end() - 1));
+    slots.push_back(*(r.ring.open().end() - 1));
   }
   auto work = std::make_shared<Tally>(3);
   std::atomic<int> completed{0};
@@ -254,7 +287,7 @@ TEST(visitors_storm_slots_while_they_are_recycled) {
   for (std::int32_t leaf = 0; leaf < 3; ++leaf) {
     visitors.emplace_back([&, leaf] {
       for (std::size_t at = 0; completed.load() < expected; ++at) {
-        completed += r.visit(*slots[at % slots.size()], leaf, r.siblings());
+        completed += r.visit(*slots[at % slots.size()], leaf);
         if (at % slots.size() == 0) std::this_thread::yield();
       }
     });
@@ -285,12 +318,12 @@ TEST(the_65th_batch_is_refused_until_one_is_done) {
   CHECK(r.ring.was_full());
   CHECK(!r.ring.publish(batch));
   CHECK_EQ(r.ring.was_queued(0), static_cast<std::int64_t>(2 * kBatchesInFlight));
-  CHECK(r.visit(*r.oldest(), 0, r.siblings()));
+  CHECK(r.visit(*r.oldest(), 0));
   CHECK(!r.ring.was_full());
   CHECK(r.ring.publish(batch));
   CHECK(r.ring.was_full());
   CHECK(!batch->done());
-  CHECK_EQ(r.visit_all(0, r.siblings()), static_cast<int>(kBatchesInFlight));
+  CHECK_EQ(r.visit_all(0), static_cast<int>(kBatchesInFlight));
   CHECK(batch->done());
   works.push_back(work);
   for (const auto& each : works) CHECK(each->least() == 1 && each->most() == 1);
@@ -309,7 +342,7 @@ TEST(a_cancelled_rest_and_the_items_run_make_up_the_batch) {
     for (std::int32_t leaf = 0; leaf < 2; ++leaf) {
       visitors.emplace_back([&, leaf] {
         start.wait();
-        completed += r.visit_all(leaf, r.siblings());
+        completed += r.visit_all(leaf);
       });
     }
     start.wait();
@@ -334,7 +367,7 @@ TEST(cancelling_one_batch_spares_the_others) {
   CHECK_EQ(completed, 1);
   CHECK(dropped->done() && !kept->done());
   CHECK_EQ(dropped->cancelled(), 50);
-  CHECK_EQ(r.visit_all(0, r.siblings()), 1);
+  CHECK_EQ(r.visit_all(0), 1);
   CHECK_EQ(keep->count(), 50);
   CHECK_EQ(drop->count(), 0);
 }
@@ -348,7 +381,7 @@ TEST(an_error_inside_a_chunk_counts_exactly) {
     });
     auto batch = std::make_shared<Batch>(work, n);
     CHECK(r.ring.publish(batch));
-    CHECK(r.visit(*r.oldest(), 0, r.siblings()));
+    CHECK(r.visit(*r.oldest(), 0));
     CHECK(batch->done() && batch->failed());
     CHECK_EQ(work->hits(bad), 0);
     CHECK(batch->cancelled() >= 1);

@@ -102,6 +102,8 @@ def test_a_difference_is_what_came_between() -> None:
         spheres.map(abs, range(300))
         spheres.distribute_work(range(400), native_items.nothing()).wait(LIMIT)
         spheres.epoch()
+        spheres.send(0, 1, "a letter")
+        assert spheres.receive(1) == "a letter"
         after = spheres.stats()
     between = after - before
     assert (before.items_run, between.items_run, after.items_run) == (500, 700, 1200)

@@ -208,6 +208,17 @@ def test_core(toolchain, program, variant):
     assert "Sanitizer" not in output
 
 
+@pytest.mark.parametrize("source", [*CORE, *PROGRAMS], ids=lambda source: source.stem)
+def test_clang_with_its_own_library_takes_it(source, tmp_path):
+    clang = [shutil.which("clang++") or "clang++", "-stdlib=libc++"]
+    probe = tmp_path / "nothing.cpp"
+    probe.write_text(NOTHING)
+    if shutil.which("clang++") is None or run([*clang, str(probe), "-o", os.devnull]).returncode:
+        pytest.skip("clang or its libc++ is not here")
+    done = run([*clang, *FLAGS, "-fsyntax-only", str(source)])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("variant", "source"), [("thread", RACE), ("address", OVERFLOW)])
 def test_the_sanitizers_really_find_things(toolchain, variant, source):
     prefix = toolchain.prefix(variant)

@@ -189,6 +189,24 @@ def test_a_c_function_gets_its_context_and_the_item() -> None:
     assert function.address == address
 
 
+def test_a_thread_that_waits_runs_short_native_items_and_no_long_ones() -> None:
+    libc = ctypes.CDLL(None)
+    usleep = ctypes.cast(libc.usleep, ctypes.c_void_p).value
+    assert usleep is not None
+    with KissingSpheres(concurrency=2) as spheres:
+        slow = NativeFunction(usleep, 30_000, owner=libc)  # microseconds, and an ignored number
+        for _ in range(3):
+            spheres.distribute_work(range(4), slow).wait(LIMIT)
+        assert spheres.stats()[0].items_run == 0  # it would answer neither Ctrl-C nor its timeout
+        short = native_items.nothing()
+        for _ in range(1000):
+            spheres.distribute_work(range(1000), short).wait(LIMIT)
+            if spheres.stats()[0].items_run > 0:
+                break
+        else:
+            pytest.fail("the waiting thread never ran an item")
+
+
 @pytest.mark.parametrize(
     "items", [range(100_000), range(3, 5000, 7), list(range(5000)), [], iter([4, 4])]
 )

@@ -53,9 +53,6 @@ def test_step_sums_what_was_added_in_the_tree(levels):
         optimizer.step()
         for p, value in zip(model.parameters(), expected, strict=True):
             assert torch.equal(p, value)
-        # The news of it went up the tree, along edges, by message: one from every child.
-        if levels > 1:
-            assert spheres.stats()[0].messages_received >= 12
 
 
 def test_absent_shards_and_unused_parameters_are_left_out(spheres):

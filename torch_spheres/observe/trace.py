@@ -56,9 +56,9 @@ class Arrow:
     """Something that was passed from one sphere to another."""
 
     kind: str
-    """``"work"``: an announcement of work to a child; ``"steal"``: an item taken from a sibling;
-    ``"gradient"``: gradients passed to the parent (`GradientHook.add`) or to the thread that adds
-    them (`SphereParallel`)."""
+    """``"work"``: a sphere that took an item saw more, and woke the target; ``"steal"``: an item
+    that belonged to another sphere; ``"gradient"``: a shard's gradients, from where they were ready
+    to the thread that adds them."""
     source: int
     """Id of the sphere it came from; of a steal, the sphere that the item belonged to."""
     target: int

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Self
 
 from torch_spheres import _core
@@ -197,20 +197,11 @@ class SphereThreads:
         self._core.call_back(leaf)
 
     def _report_gradient(self, leaf: int) -> None:
-        """Reports to the parents up to the root that a leaf's gradient is ready."""
+        """For a trace: the gradients of a leaf's shard are there."""
         self._core.gradient_ready(leaf)
 
-    def _complete_gradients(self, reported: Mapping[int, int]) -> None:
-        """Reports the other leaves' gradients, and waits until the root has heard of every leaf.
-
-        Args:
-            reported: by leaf, `_starts` when its gradient was reported.
-        """
-        if not self.running or self._on_own_thread():
-            return
-        for leaf in range(self.leaves):
-            if reported.get(leaf) != self._starts:
-                self._report_gradient(leaf)
+    def _complete_gradients(self) -> None:
+        """For a trace: the calling thread takes the gradients of all shards."""
         self._core.gradients_complete()
 
     def _read_subtrees(self) -> tuple[int, list[tuple[Any, ...]]]:

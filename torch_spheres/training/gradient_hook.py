@@ -85,7 +85,6 @@ class GradientHook:
         self._checks = HandChecks(optimizer)
         self._lock = threading.Lock()
         self._added: dict[int, list[Tensor | None]] = {}
-        self._reported: dict[int, int] = {}
         # The optimizer keeps the function, and so the hook, even if nobody else does.
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -140,7 +139,6 @@ class GradientHook:
                     "several batches call reduce() after each, which adds to .grad"
                 )
             self._added[shard] = fitted
-            self._reported[shard] = self._spheres._starts
         self._spheres._report_gradient(shard)
 
     def _fit(
@@ -196,8 +194,6 @@ class GradientHook:
             if not self._added and (self._ranks is None or not self._by_hand):
                 return
             added, self._added = self._added, {}
-            reported, self._reported = self._reported, {}
-        spheres._complete_gradients(reported)
         parameters = self.parameters
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
@@ -205,6 +201,7 @@ class GradientHook:
         if self._ranks is not None and self._by_hand:
             self._checks.meet(self._ranks)
         with phase(spheres, "sum"):
+            spheres._complete_gradients()
             if self._ranks is None:
                 sums = tree_sums(columns, spheres=spheres)
             else:
@@ -226,7 +223,6 @@ class GradientHook:
             handle.remove()
         with self._lock:
             self._added.clear()
-            self._reported.clear()
 
 
 def trains(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
