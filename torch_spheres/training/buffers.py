@@ -17,7 +17,7 @@ from torch_spheres.training.sync_batch_norm import SyncBatchNorm
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall
 
-__all__ = ["LargeBuffers", "buffers_of", "merge_buffers", "needs_two_rows", "take_new_shapes"]
+__all__ = ["LargeBuffers", "adopt_new_shapes", "buffers_of", "merge_buffers", "needs_two_rows"]
 
 Place = tuple[nn.Module, str]
 _LARGE = 1 << 16  # bytes: a smaller buffer is copied in less time than it takes to look
@@ -57,7 +57,7 @@ def buffers_of(module: nn.Module) -> list[Place]:
     return [(m, name) for m in module.modules() for name, v in m._buffers.items() if v is not None]
 
 
-def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
+def adopt_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
     """Buffers that were given another shape: the module's own become what all shards agree on.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.runtime.object_graph import parts_of
-from torch_spheres.training.pytree import is_known
+from torch_spheres.training.pytree import is_opened_object
 
 __all__ = ["FUNCTIONS", "PLAIN", "checksum", "content_of", "contents", "version_of"]
 
@@ -35,7 +35,9 @@ def contents(keys: Sequence[int | str], values: Sequence[Any]) -> list[tuple[int
     return [
         (key, value, content_of(value))
         for key, value in zip(keys, values, strict=True)
-        if not isinstance(value, Tensor) and type(value) not in PLAIN and not is_known(value)
+        if not isinstance(value, Tensor)
+        and type(value) not in PLAIN
+        and not is_opened_object(value)
     ]
 
 

@@ -12,7 +12,7 @@ from torch_spheres.errors import Caught
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.forward_shard import forward_shard
-from torch_spheres.training.row_check import compared
+from torch_spheres.training.row_check import compare_with_bare_module
 from torch_spheres.training.row_check_values import check_loss
 from torch_spheres.training.shard_task import Shard, in_shard
 
@@ -94,12 +94,12 @@ class LossAndGradients:
                     loss, self._counts[k] = _checked(self._loss_fn(output, target), k)
                     if self._counts[k] is None:
                         loss = loss * call.split.weights[k]
-            call.reached.look_at_one(k, shard, [loss], len(self._losses))
+            call.reached.search_one(k, shard, [loss], len(self._losses))
             self._losses[k] = loss.detach()
             shard.outputs = []
             del output
             with in_shard(call, k, "backward", shard):
-                found = call.reached.put_together(*shard.backward([loss], [torch.ones_like(loss)]))
+                found = call.reached.merge(*shard.backward([loss], [torch.ones_like(loss)]))
             if call.is_first:
                 call.large_buffers.learn(shard)
             call.reached.close()
@@ -111,7 +111,7 @@ class LossAndGradients:
     def _check(self, done: list[Shard]) -> None:
         call = self._call
         call.effects.check(done)
-        compared(call)
+        compare_with_bare_module(call)
         if call.split.bounds:
             assert self._goal is not None
             check_loss(call, self._loss_fn, self._goal)

@@ -47,12 +47,12 @@ def forward_shard(call: ShardedCall, k: int, replica: Replica) -> Shard:
                     "the module's forward wrote in place to its arguments, of which a shard "
                     "has a part or a copy: x = x.clone() first, or return what is new"
                 )
-            call.effects.look_at_arguments(before)
+            call.effects.compare_arguments(before)
     except Exception as error:
         error.add_note(call.split.described())
         raise
     shard.outputs, shard.nesting = flatten_output(output)
-    call.effects.look_at(replica)
+    call.effects.record_attributes(replica)
     shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
     shard.params = call.reached.targets(replica)
     return shard

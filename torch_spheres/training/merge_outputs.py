@@ -18,7 +18,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_spheres.runtime.object_graph import is_sequence, parts_of, tensor_inside
 
 __all__ = [
-    "FIRST", "ONCE", "ROWS", "SCALAR", "STATISTIC", "Refused", "Way", "gather_output", "is_array",
+    "FIRST",
+    "ONCE",
+    "ROWS",
+    "SCALAR",
+    "STATISTIC",
+    "MergeRule",
+    "Refused",
+    "gather_output",
+    "is_array",
     "same",
 ]  # fmt: skip
 
@@ -32,7 +40,7 @@ class Refused:
     why: str
 
 
-Way = int | str | Refused | None
+MergeRule = int | str | Refused | None
 """How an output is put together: along a dimension; `SCALAR`: a mean or sum; `ONCE`: the same for
 all shards, whose gradient one of them gets; `ROWS`: a sequence with an element for each row;
 `FIRST`: the first shard's, no tensor. None: it is not known yet.
@@ -58,17 +66,17 @@ def gather_output(
     i: int,
     values: Sequence[Any],
     sizes: Sequence[int],
-    way: Way,
+    rule: MergeRule,
     preferred: int,
     total: Callable[[Sequence[Tensor]], Tensor],
-) -> tuple[Any, Way]:
-    """Output `i` of the module, from what it was for each shard of so many rows; and its way.
+) -> tuple[Any, MergeRule]:
+    """Output `i` of the module, from what it was for each shard of so many rows; and its rule.
 
     Args:
         i: for errors.
         values: of each shard.
         sizes: rows of each shard.
-        way: as the comparison with the bare module found it.
+        rule: as the comparison with the bare module found it.
         preferred: the dimension, where that found nothing.
         total: the sum or mean of the shards' scalars.
 
@@ -88,17 +96,17 @@ def gather_output(
                 f"{_described(value)} for shard {k}: what the module returns must not depend "
                 "on the rows"
             )
-    if isinstance(way, Refused):
+    if isinstance(rule, Refused):
         raise ValueError(
-            f"output {i} of the module, {_described(first)} for {sizes[0]} rows, {way.why}"
+            f"output {i} of the module, {_described(first)} for {sizes[0]} rows, {rule.why}"
         )
     if not is_array(first):
-        return _gather_others(i, values, sizes, way)
-    if not len(first.shape) and isinstance(first, Tensor) and way != ONCE:
+        return _gather_others(i, values, sizes, rule)
+    if not len(first.shape) and isinstance(first, Tensor) and rule != ONCE:
         return total(values), SCALAR
-    if way == ONCE or not len(first.shape):
+    if rule == ONCE or not len(first.shape):
         return _once(i, values, sizes), ONCE
-    dim = way if isinstance(way, int) else _dim_by_shape(values, sizes, preferred)
+    dim = rule if isinstance(rule, int) else _dim_by_shape(values, sizes, preferred)
     _check_rows(i, values, sizes, dim)
     if isinstance(first, Tensor):
         return torch.cat(list(values), dim), dim
@@ -165,8 +173,8 @@ def _check_rows(i: int, values: Sequence[Any], sizes: Sequence[int], dim: int) -
 
 
 def _gather_others(
-    i: int, values: Sequence[Any], sizes: Sequence[int], way: Way
-) -> tuple[Any, Way]:
+    i: int, values: Sequence[Any], sizes: Sequence[int], rule: MergeRule
+) -> tuple[Any, MergeRule]:
     first = values[0]
     held = None if first is None else tensor_inside(first)
     if held is not None:
@@ -182,11 +190,11 @@ def _gather_others(
             "return a list or a tensor"
         )
     if len(values) == 1:
-        return first, ROWS if way == ROWS else FIRST
+        return first, ROWS if rule == ROWS else FIRST
     equal = all(same(value, first) for value in values)
-    by_rows = is_sequence(first) and all(map(is_sequence, values)) and way != ONCE
+    by_rows = is_sequence(first) and all(map(is_sequence, values)) and rule != ONCE
     if by_rows and all(len(v) == n for v, n in zip(values, sizes, strict=True)):
-        if way == ROWS or not equal:
+        if rule == ROWS or not equal:
             return _joined(values), ROWS
         raise ValueError(
             f"output {i} of the module is a {type(first).__name__} of {len(first)} elements, "

@@ -19,11 +19,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_spheres import _compat
 from torch_spheres.runtime.object_graph import is_sequence, tensor_inside
 
-__all__ = ["Nesting", "flatten", "flatten_output", "is_known", "unflatten"]
+__all__ = ["Nesting", "flatten", "flatten_output", "is_opened_object", "unflatten"]
 
 _LEAVES = (Tensor, PackedSequence, torch.Size)
 _PLAIN = (type(None), bool, int, float, str)
-Keep = Callable[[Any], bool]
+IsLeaf = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Nesting:
     """How leaves were nested; equal for values of the same structure."""
 
     spec: Any  # pytree's TreeSpec
-    opened: tuple[_Opened | None, ...]  # for each leaf of `spec`
+    opened: tuple[_ObjectSpec | None, ...]  # for each leaf of `spec`
 
     def in_objects(self) -> list[bool]:
         """Of each leaf, whether it is part of a distribution or the like."""
@@ -46,7 +46,7 @@ class Nesting:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _ObjectSpec:
     """An object that pytree takes for a leaf, and that holds tensors nevertheless."""
 
     example: Any = dataclasses.field(compare=False)  # None: it is made anew, from all it has
@@ -58,7 +58,7 @@ class _Opened:
 _TENSOR = Nesting(_compat.pytree and _compat.pytree.tree_flatten(0)[1], (None,))
 
 
-def flatten(value: Any, keep: Keep | None = None) -> tuple[list[Any], Nesting]:
+def flatten(value: Any, is_leaf: IsLeaf | None = None) -> tuple[list[Any], Nesting]:
     """The leaves of lists, tuples, dicts, dataclasses, mappings and what pytree has registered.
 
     Distributions and key-value caches are opened; a dataclass or an unregistered mapping is if
@@ -66,18 +66,18 @@ def flatten(value: Any, keep: Keep | None = None) -> tuple[list[Any], Nesting]:
 
     Args:
         value: anything.
-        keep: tells which containers are to be leaves.
+        is_leaf: tells which containers are to be leaves.
     """
     if isinstance(value, Tensor) or type(value) in _PLAIN:  # what most arguments are
         return [value], _TENSOR
     # (A PackedSequence is a named tuple, but its parts mean nothing by themselves.)
     flat, spec = _compat.pytree.tree_flatten(
-        value, is_leaf=lambda v: isinstance(v, _LEAVES) or (keep is not None and keep(v))
+        value, is_leaf=lambda v: isinstance(v, _LEAVES) or (is_leaf is not None and is_leaf(v))
     )
     leaves: list[Any] = []
-    opened: list[_Opened | None] = []
+    opened: list[_ObjectSpec | None] = []
     for leaf in flat:
-        found = None if isinstance(leaf, Tensor) else _open(leaf, keep)
+        found = None if isinstance(leaf, Tensor) else _flatten_object(leaf, is_leaf)
         if found is None:
             leaves.append(leaf)
             opened.append(None)
@@ -100,12 +100,12 @@ def _is_plain_sequence(value: Any) -> bool:
     return tensor_inside(value, (Tensor, np.ndarray)) is None
 
 
-def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:
+def _flatten_object(leaf: Any, is_leaf: IsLeaf | None) -> tuple[list[Any], _ObjectSpec] | None:
     names: tuple[Any, ...]
-    if is_known(leaf):
+    if is_opened_object(leaf):
         state = _state(leaf)
-        leaves, inside = _flatten_fields([*state.values()], keep)
-        return leaves, _Opened(None, type(leaf), tuple(state), inside)
+        leaves, inside = _flatten_fields([*state.values()], is_leaf)
+        return leaves, _ObjectSpec(None, type(leaf), tuple(state), inside)
     if isinstance(leaf, Mapping):
         names, values = tuple(leaf.keys()), list(leaf.values())
         if any(isinstance(v, Tensor) for v in values):
@@ -117,10 +117,10 @@ def _open(leaf: Any, keep: Keep | None) -> tuple[list[Any], _Opened] | None:
         values = [getattr(leaf, name) for name in names]
     else:
         return None
-    leaves, inside = _flatten_fields(values, keep)
-    if not any(isinstance(v, Tensor) or (keep is not None and _has_rows(v)) for v in leaves):
+    leaves, inside = _flatten_fields(values, is_leaf)
+    if not any(isinstance(v, Tensor) or (is_leaf is not None and _has_rows(v)) for v in leaves):
         return None
-    return leaves, _Opened(leaf, type(leaf), names, inside)
+    return leaves, _ObjectSpec(leaf, type(leaf), names, inside)
 
 
 def _check_copies(mapping: Mapping[Any, Any], names: tuple[Any, ...]) -> None:
@@ -144,9 +144,9 @@ def _check_copies(mapping: Mapping[Any, Any], names: tuple[Any, ...]) -> None:
         )
 
 
-def _flatten_fields(values: list[Any], keep: Keep | None) -> tuple[list[Any], Nesting]:
+def _flatten_fields(values: list[Any], is_leaf: IsLeaf | None) -> tuple[list[Any], Nesting]:
     # (This list is ours, and no leaf.)
-    return flatten(values, keep and (lambda v: v is not values and keep(v)))
+    return flatten(values, is_leaf and (lambda v: v is not values and is_leaf(v)))
 
 
 def _has_rows(leaf: Any) -> bool:
@@ -159,7 +159,7 @@ _OBJECTS = (Distribution, Transform)
 _Inverse = type(AffineTransform(0.0, 1.0).inv)
 
 
-def is_known(value: Any) -> bool:
+def is_opened_object(value: Any) -> bool:
     """Whether it is a distribution, a transform or a key-value cache."""
     return isinstance(value, _OBJECTS) or _is_cache(value)
 
@@ -211,13 +211,13 @@ def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
 
 def _take(leaves: Iterator[Any], nesting: Nesting) -> Any:
     flat = [
-        next(leaves) if opened is None else _close(opened, _take(leaves, opened.inside))
+        next(leaves) if opened is None else _unflatten_object(opened, _take(leaves, opened.inside))
         for opened in nesting.opened
     ]
     return _compat.pytree.tree_unflatten(flat, nesting.spec)
 
 
-def _close(opened: _Opened, values: list[Any]) -> Any:
+def _unflatten_object(opened: _ObjectSpec, values: list[Any]) -> Any:
     if opened.example is None:
         return _made(opened.kind, dict(zip(opened.names, values, strict=True)))
     if isinstance(opened.example, MappingProxyType):

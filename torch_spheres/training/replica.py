@@ -41,7 +41,7 @@ class Replica:
         module: the user's.
         outside: tensors that require a gradient and lie on attributes without being parameters:
             the replica has leaves of its own for them too.
-        known_as: the object that the user has for the module, where that is another one.
+        user_module: the object that the user has for the module, where that is another one.
         attributes: of each part, those that hold parts of the module; None: any may.
     """
 
@@ -49,7 +49,7 @@ class Replica:
         self,
         module: nn.Module,
         outside: Iterable[Tensor] = (),
-        known_as: nn.Module | None = None,
+        user_module: nn.Module | None = None,
         attributes: Sequence[Iterable[str]] | None = None,
     ) -> None:
         self.grads = threading.Lock()  # held by who uses `.grad` of the replica's leaves
@@ -58,13 +58,13 @@ class Replica:
         self.params: list[tuple[Tensor, Tensor]] = []
         for p in module.parameters():
             self.params.append((p, self._leaf(p)))
-        self.outside = [(t, self._leaf(t)) for t in outside]
-        self.leaves = frozenset(id(mine) for _, mine in (*self.params, *self.outside))
-        self.parts = [_Part(part) for part in module.modules()]
+        self.attribute_leaves = [(t, self._leaf(t)) for t in outside]
+        self.leaves = frozenset(id(mine) for _, mine in (*self.params, *self.attribute_leaves))
+        self.parts = [_ModuleCopy(part) for part in module.modules()]
         self._replacements.update((id(part.source), part.copied) for part in self.parts)
         self.module: nn.Module = self.parts[0].copied
-        if known_as is not None:
-            self._replacements[id(known_as)] = self.module
+        if user_module is not None:
+            self._replacements[id(user_module)] = self.module
         for part in self.parts:
             part.connect(self._replacements)
         everything = attributes or [[*vars(part.source)] for part in self.parts]
@@ -76,7 +76,7 @@ class Replica:
         for part in self.parts:
             if is_parametrized(part.copied):
                 _compute_at_each_use(part.copied)
-        self.warm: set[Any] = set()  # what compiled code has seen, see ShardedCall
+        self.compiled_variants: set[Any] = set()  # what compiled code has seen, see ShardedCall
         self.bound = 0  # see ReplicaPool
         self._is_dirty = False
 
@@ -110,9 +110,9 @@ class Replica:
 
         mine.register_post_accumulate_grad_hook(refuse)
 
-    def follow(self) -> bool:
+    def sync(self) -> bool:
         """Takes over what is cheap to; False if the parameters are no longer the same memory."""
-        for p, mine in (*self.params, *self.outside):
+        for p, mine in (*self.params, *self.attribute_leaves):
             if (
                 p.data_ptr() != mine.data_ptr()
                 or p.dtype != mine.dtype
@@ -199,7 +199,7 @@ class Replica:
         return [(i, name) for i, part in enumerate(self.parts) for name in part.changes()]
 
 
-class _Part:
+class _ModuleCopy:
     """One module of the tree, and its copy."""
 
     def __init__(self, source: nn.Module) -> None:

@@ -15,9 +15,9 @@ from torch_spheres.runtime.rebinding import held_by
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.step_checks import StepChecks
 
-__all__ = ["ELSEWHERE", "ReplicaPool"]
+__all__ = ["SKIPPED_ATTRIBUTES", "ReplicaPool"]
 
-ELSEWHERE = frozenset((
+SKIPPED_ATTRIBUTES = frozenset((
     *_compat.FORWARD_HOOKS, *_compat.OTHER_HOOKS, "_parameters", "_buffers", "_modules",
     "_compiled_call_impl",
 ))  # fmt: skip
@@ -33,12 +33,12 @@ class ReplicaPool:
         self._lock = threading.Lock()
         self._idle: list[Replica] = []
         self._form: list[Any] = []
-        self._follows = 0
+        self._refreshes = 0
         self._calls: dict[Hashable, int] = {}
         self._callables: list[Any] = []  # on attributes: new ones may reach new tensors
         self._large: dict[tuple[int, str], tuple[Any, int]] = {}  # containers without parts
         self._found: list[weakref.ref[Tensor]] = []
-        self.known_as: Callable[[], nn.Module | None] = lambda: None
+        self.user_module: Callable[[], nn.Module | None] = lambda: None
         """The object that the user has for the module, where that is another one."""
         self.calls_forward = False
         """Whether shards call forward() itself: what is around it has run once by then."""
@@ -53,40 +53,40 @@ class ReplicaPool:
         """Of each module: those that hold parts of it, and are the replica's own."""
         self.flags: tuple[Any, ...] = ()
         """Texts, enumerations and what is true or false on attributes: they may be ways to run."""
-        self.outside: list[Tensor] = []
+        self.attribute_leaves: list[Tensor] = []
         """On attributes, with a gradient, and no parameters: replicas have leaves for them."""
-        self.loose: list[tuple[int, str, Tensor]] = []
+        self.plain_tensors: list[tuple[int, str, Tensor]] = []
         """Tensors on attributes without a gradient: number of the module, name, tensor."""
         self.watched: list[tuple[str, weakref.ref[Tensor]]] = []
         """Other tensors that a forward can reach: how, and which; see forward_effects.py."""
-        self.strangers: list[nn.Module] = []
+        self.unregistered_modules: list[nn.Module] = []
         """Modules on attributes that are registered nowhere."""
 
-    def follow(self, module: nn.Module) -> None:
+    def refresh(self, module: nn.Module) -> None:
         """To be called before shards are run: drops replicas that the module has outgrown."""
         parts = [*module.modules()]
         with self._lock:
             self.parts, self.parameters = parts, [*module.parameters()]
             self._look_at_attributes(parts)
             form = [_form(part) for part in parts]
-            form.append([id(t) for t in self.outside])
+            form.append([id(t) for t in self.attribute_leaves])
             if form != self._form:
                 self._idle.clear()
                 self._form = form
-            self._idle = [replica for replica in self._idle if replica.follow()]
-            self._follows += 1
+            self._idle = [replica for replica in self._idle if replica.sync()]
+            self._refreshes += 1
 
     def _look_at_attributes(self, parts: list[nn.Module]) -> None:
-        known = {id(part) for part in (*parts, self.known_as())}
+        known = {id(part) for part in (*parts, self.user_module())}
         parameters = {id(p) for p in self.parameters}
-        self.attributes, self.loose = [[] for _ in parts], []
+        self.attributes, self.plain_tensors = [[] for _ in parts], []
         outside: dict[int, Tensor] = {}
-        strangers: dict[int, nn.Module] = {}
+        unregistered_modules: dict[int, nn.Module] = {}
         callables: list[Any] = []
         flags: list[Any] = []
         for i, part in enumerate(parts):
             for name, value in vars(part).items():
-                if type(value) in _PLAIN or name in ELSEWHERE:
+                if type(value) in _PLAIN or name in SKIPPED_ATTRIBUTES:
                     if type(value) in _FLAGS and name != "training":
                         flags.append(value)
                     continue
@@ -99,14 +99,17 @@ class ReplicaPool:
                     if id(held) in known or id(held) in parameters:
                         self.attributes[i].append(name)
                     elif isinstance(held, nn.Module):
-                        strangers[id(held)] = held
+                        unregistered_modules[id(held)] = held
                     elif held.requires_grad:
                         self.attributes[i].append(name)
                         outside[id(held)] = held
                     else:
-                        self.loose.append((i, name, held))
+                        self.plain_tensors.append((i, name, held))
         self.flags = tuple(flags)
-        self.outside, self.strangers = [*outside.values()], [*strangers.values()]
+        self.attribute_leaves, self.unregistered_modules = (
+            [*outside.values()],
+            [*unregistered_modules.values()],
+        )
         if [*map(id, callables)] != [*map(id, self._callables)]:
             self._callables = callables
             self._calls.clear()
@@ -130,7 +133,7 @@ class ReplicaPool:
         training = tuple(part.training for part in self.parts)
         return training, tuple(p.requires_grad for p in self.parameters)
 
-    def watches(self, kind: Hashable) -> tuple[int, bool]:
+    def call_number(self, kind: Hashable) -> tuple[int, bool]:
         """The number of a call among those of its kind, and whether it is to be watched closely."""
         with self._lock:
             number = self._calls.get(kind, 0) + 1
@@ -141,20 +144,20 @@ class ReplicaPool:
         with self._lock:
             self._calls[kind] = self._calls.get(kind, 0) + 1
 
-    def remember(self, leaves: list[Tensor]) -> None:
+    def add_unregistered(self, leaves: list[Tensor]) -> None:
         """Leaves that the forward reaches past the replicas."""
         with self._lock:
             known = {id(leaf()) for leaf in self._found}
             self._found += [weakref.ref(leaf) for leaf in leaves if id(leaf) not in known]
 
-    def strange_leaves(self) -> list[Tensor]:
+    def unregistered_leaves(self) -> list[Tensor]:
         """Leaves with a gradient that are no replica's: found in graphs, or in strange modules."""
         with self._lock:
             found = [leaf() for leaf in self._found]
             self._found = [
                 r for r, leaf in zip(self._found, found, strict=True) if leaf is not None
             ]
-        held = [p for module in self.strangers for p in module.parameters()]
+        held = [p for module in self.unregistered_modules for p in module.parameters()]
         leaves = {id(t): t for t in (*found, *held) if t is not None and t.requires_grad}
         return [*leaves.values()]
 
@@ -162,9 +165,9 @@ class ReplicaPool:
         """One for the calling thread alone, until `give_back`."""
         with self._lock:
             replica = self._idle.pop() if self._idle else None
-            attributes, number = self.attributes, self._follows
+            attributes, number = self.attributes, self._refreshes
         if replica is None:
-            replica = Replica(module, self.outside, self.known_as(), attributes)
+            replica = Replica(module, self.attribute_leaves, self.user_module(), attributes)
         elif replica.bound != number:
             replica.rebind(attributes)
         replica.bound = number

@@ -135,11 +135,11 @@ class RowDims:
 
     def _refuse_square(self, key: int | str, i: int, value: Tensor) -> None:
         """A matrix that may be of the batch's rows, or a mask for all of them."""
-        settled = self.options.learned.settled
+        unambiguous = self.options.findings.unambiguous
         place = key, i
         if value.shape[0] != value.shape[1]:
-            settled.add(place)  # a mask would not have had the batch's rows
-        elif value.shape[0] > 1 and place not in settled:
+            unambiguous.add(place)  # a mask would not have had the batch's rows
+        elif value.shape[0] > 1 and place not in unambiguous:
             name = self._name(key)
             raise ValueError(
                 f"argument {name!r} has shape {tuple(value.shape)}, with the batch's rows in both "
@@ -195,11 +195,11 @@ class RowDims:
 
     def _has_row_sequence(self, key: int | str, value: Any, dim: int, said: bool) -> bool:
         found = False
-        settled = self.options.learned.settled
+        unambiguous = self.options.findings.unambiguous
         for path, sequence in row_sequences(value):
             length = _length(sequence, dim)
             if length != self.rows:
-                settled.add((key, path))
+                unambiguous.add((key, path))
                 if said and not path and self._module is not None:
                     raise ValueError(
                         f"batch_dim= says that argument {self._name(key)!r} has the batch's rows, "
@@ -207,7 +207,7 @@ class RowDims:
                     )
             elif said:
                 found = True
-            elif self.rows > 1 and (key, path) not in settled:
+            elif self.rows > 1 and (key, path) not in unambiguous:
                 name = self._name(key)
                 raise ValueError(
                     f"argument {name + path!r} is a {type(sequence).__name__} of {length} "

@@ -98,7 +98,7 @@ class in_shard:  # noqa: N801 - used as a function is
         begin, end = call.split.bounds[k]
         # Key of a compiled variant, whose first run is serialised.
         self._gate = call.compiled and (what, call.compiled, end - begin)
-        self._first = self._gate is not None and self._gate not in shard.replica.warm
+        self._first = self._gate is not None and self._gate not in shard.replica.compiled_variants
         self._entered: list[Any] = [(context or call.context)(), shard.random.active()]
         if self._gate is not None:
             self._entered.append(_compat.static_shapes())
@@ -136,7 +136,7 @@ class in_shard:  # noqa: N801 - used as a function is
             if isinstance(error, Exception):
                 _explain(error, call, k, self._what)
         if self._first and error is None:
-            self._shard.replica.warm.add(self._gate)
+            self._shard.replica.compiled_variants.add(self._gate)
 
 
 def compiled_variant(module: nn.Module, split: Split) -> tuple[Any, ...]:

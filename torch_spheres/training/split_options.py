@@ -18,37 +18,37 @@ from torch_spheres.runtime.arguments import as_index
 if TYPE_CHECKING:
     from torch_spheres.training.row_check import Comparison
 
-__all__ = ["Learned", "SplitOptions", "argument_name"]
+__all__ = ["CallFindings", "SplitOptions", "argument_name"]
 
 _SCALARS = ("mean", "sum")
 
 
-class Learned:
+class CallFindings:
     """What the calls of one model have shown so far.   Any thread.
 
     Attributes:
-        lock: held by who compares; one comparison for each form of call is enough.
+        lock: held while a call is compared: one comparison for each form of call is enough.
         comparisons: with the bare module, by the form of the call.
-        settled: arguments that are as they look, whatever number of rows comes later: those that
-            were no square, and no list as long as the batch, in some call.
-        alike: comparisons that told little, since all rows were the same, by the form of the call.
-        states: of the module's flags, see row_check.py; None: they change too often to matter.
+        unambiguous: places of arguments that were no square matrix, or no list as long as the
+            batch, in some call, and so are not what they look like in a call where they are.
+        equal_rows: number of comparisons in which all rows were equal, by the form of the call.
+        states: of the module's flags, see row_check.py; None if they change too often to matter.
         has_trained: whether the model has been compared in training mode.
-        warned: whether the user has been told that the model is not row-wise.
+        warned: whether the user has been warned that the model is not row-wise.
         warned_of_loss: the same of a loss of `forward_backward`.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.comparisons: dict[Hashable, list[Comparison]] = {}
-        self.settled: set[Hashable] = set()
-        self.alike: Counter[Hashable] = Counter()
+        self.unambiguous: set[Hashable] = set()
+        self.equal_rows: Counter[Hashable] = Counter()
         self.states: set[Hashable] | None = set()
         self.has_trained = False
         self.warned = self.warned_of_loss = False
 
-    def __reduce__(self) -> tuple[type[Learned], tuple[()]]:
-        return Learned, ()  # a copy of the model learns anew
+    def __reduce__(self) -> tuple[type[CallFindings], tuple[()]]:
+        return CallFindings, ()  # a copy of the model learns anew
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class SplitOptions:
     batch_dim: int | Mapping[str, int] = 0
     whole: tuple[str, ...] = ()
     scalars: str = "mean"
-    learned: Learned = field(default_factory=Learned, init=False, compare=False, repr=False)
+    findings: CallFindings = field(
+        default_factory=CallFindings, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         dims: Any = self.batch_dim
