@@ -1,4 +1,4 @@
-"""`SphereParallel.forward_backward`: forward, loss and backward of a shard in one go."""
+"""`LossAndGradients`: forward, loss and backward shard by shard, for `forward_backward`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class LossAndGradients:
-    """Of one call: each shard's loss and gradients, of which the graph goes when they are known.
+    """The losses and gradients of one call's shards, each of whose graphs is freed at once.
 
     Args:
         call: of the inputs.
@@ -39,7 +39,7 @@ class LossAndGradients:
                 "forward_backward() under torch.no_grad() has no gradients to compute"
             )
         self._call, self._loss_fn, self._targets = call, loss_fn, targets
-        self._goal: Split | None = None  # the targets, cut
+        self._goal: Split | None = None  # the targets
         count = len(call.split.bounds)
         self._losses: list[Tensor | None] = [None] * count
         self._counts: list[Any] = [None] * count
@@ -50,10 +50,10 @@ class LossAndGradients:
         call = self._call
         if call.executor.together:
             call.reached.close()
-        # While one shard is alone, what it reaches can be added to what is summed.
+        # The tensors that a shard reaches can be added while it runs alone.
         grads = call.sum_gradients(self._run_shard, self._cut_targets, one_first=call.closely)
         done = [shard for shard in self._shards if shard is not None]
-        # A process that ran no shard has to know what the losses are, to sum them.
+        # A process that ran no shard gets the losses' dtype from the others.
         found, kinds = next((v for v in self._losses if v is not None), None), [0]
         with Caught() as caught:
             if found is not None:
@@ -63,7 +63,7 @@ class LossAndGradients:
         like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
         with torch.no_grad():
             loss = self._total(grads, like)
-        # Autograd adds what is known to ``.grad``, and runs the hooks.
+        # Autograd adds the gradients to ``.grad`` and runs the hooks.
         pairs = zip([*call.trainable, *call.inputs_with_grad], grads, strict=True)
         known = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
         torch.autograd.backward([t for t, _ in known], [g for _, g in known])
@@ -119,7 +119,7 @@ class LossAndGradients:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
 
     def _total(self, grads: Grads, like: Tensor) -> Tensor:
-        """The whole batch's loss; where losses are sums, loss and gradients are divided here."""
+        """The whole batch's loss; if losses are sums, divides loss and gradients by the count."""
         numbers = [
             None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in self._counts
         ]
@@ -130,7 +130,7 @@ class LossAndGradients:
         if total is not None:
             loss = loss / total.to(loss.device, loss.dtype)
             for i, g in enumerate(grads):
-                if g is not None:  # not in place: where one shard ran, they are that shard's own
+                if g is not None:  # not in place: one shard's sum is its own gradient
                     grads[i] = g / total.to(g.device, g.dtype)
         return loss
 

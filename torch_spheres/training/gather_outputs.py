@@ -1,4 +1,7 @@
-"""The shards' outputs put together, and gradients on their rule to the shards and back."""
+"""Merges the outputs of all shards, and cuts their gradients for the shards' backward.
+
+Used by `ShardedCall`; merge_outputs.py has the rules for one output.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ __all__ = ["cut_grad", "gather", "gather_input_grad"]
 
 
 def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
-    """The whole batch's outputs, as flat leaves; the call learns how each is put together."""
+    """The whole batch's outputs, as flat leaves; sets the call's `merge_rules`."""
     if not shards:
         return []
     first = shards[0]
@@ -60,8 +63,8 @@ def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
         for i, values in enumerate(columns):
             rule = found[i]
             if inside[i] and isinstance(values[0], Tensor) and values[0].dim() == 0:
-                rule = ONCE  # a parameter of a distribution, and no loss
-            elif rule == SCALAR and not _has_mean(values[0], call.sums):
+                rule = ONCE  # a parameter of a distribution is no loss
+            elif rule == SCALAR and not _can_be_summed(values[0], call.sums):
                 rule = ONCE
             output, rule = gather_output(i, values, sizes, rule, dim, total)
             outputs.append(output)
@@ -69,8 +72,8 @@ def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
     return outputs
 
 
-def _has_mean(value: Any, sums: bool) -> bool:
-    """Whether scalars of the shards can be put together: no flags, and no numbers' mean."""
+def _can_be_summed(value: Any, sums: bool) -> bool:
+    """Whether the shards' scalars have a total: no booleans, and integers only if summed."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
         return True
     return sums and value.dtype is not torch.bool
@@ -84,7 +87,7 @@ def _described(shard: Shard) -> str:
 def cut_grad(
     call: ShardedCall, grad: Tensor | None, i: int, shards: list[Shard | None]
 ) -> list[Tensor | None] | None:
-    """The gradient of output `i`, for each shard."""
+    """The part of each shard in the gradient of output `i`; None if it has none."""
     rule = call.merge_rules[i]
     if grad is None or rule == FIRST:
         return None
@@ -107,8 +110,8 @@ def cut_grad(
 def gather_input_grad(
     call: ShardedCall, value: Tensor, dim: int | None, parts: list[Tensor | None]
 ) -> Tensor | None:
-    """The gradient of an argument from those of its parts."""
-    if dim is None:  # all shards had all of it
+    """The gradient of an argument, from those of its parts."""
+    if dim is None:  # each shard had the whole argument
         return call.totals([parts], [value])[0]
     if all(part is None for part in parts):
         return None

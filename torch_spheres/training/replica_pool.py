@@ -1,4 +1,7 @@
-"""The replicas of a module that are not in use, and what has been found out about the module."""
+"""`ReplicaPool`: the idle replicas of a module, and what earlier calls have shown about it.
+
+Each model's engine has one; `ShardedCall` refreshes it before the shards run.
+"""
 
 from __future__ import annotations
 
@@ -21,62 +24,72 @@ SKIPPED_ATTRIBUTES = frozenset((
     *_compat.FORWARD_HOOKS, *_compat.OTHER_HOOKS, "_parameters", "_buffers", "_modules",
     "_compiled_call_impl",
 ))  # fmt: skip
-"""Attributes that replicas have their own of, or that no forward looks at."""
-_FIRST = 3  # calls of a kind that are watched closely; later ones only if their number is 2^k
-_MANY = 256  # elements of a container that is not looked through at every call
+"""Attributes that each replica has its own of, or that no forward reads."""
+_CLOSE_CALLS = 3  # first calls of a kind that are checked closely; later ones if a power of two
+_LARGE = 256  # elements of a container that is not searched at every call
 
 
 class ReplicaPool:
-    """The replicas that are not in use, at most one for each shard that runs at once."""
+    """The replicas that are not in use, at most one for each shard that runs at once.   Any thread.
+
+    Attributes:
+        user_module: returns the object that the user calls, where that is not the module.
+        calls_forward: whether shards call ``forward()``, since hooks have run for the whole batch.
+        layouts: of gradients, in the messages to other processes.
+        checks: of what must be the same on all ranks.
+        written: large buffers that a forward writes to: id of the module, name.
+        reported: names that the user was warned of, see forward_effects.py.
+        parts: the module's ``modules()``.
+        parameters: the module's ``parameters()``.
+        attributes: for each of `parts`, names of attributes that hold parts of the module, and are
+            the replica's own.
+        flags: strings, enumerations and booleans on attributes, which may choose what a forward
+            computes.
+        attribute_leaves: tensors on attributes that require a gradient and are no parameters.
+        plain_tensors: tensors on attributes without a gradient: number of the module, name, tensor.
+        watched: other tensors that a forward can reach, and how, see shared_writes.py.
+        unregistered_modules: modules on attributes that are no parts of the module.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[Replica] = []
-        self._form: list[Any] = []
-        self._refreshes = 0
+        self._structure: list[Any] = []
+        self._version = 0
         self._calls: dict[Hashable, int] = {}
-        self._callables: list[Any] = []  # on attributes: new ones may reach new tensors
-        self._large: dict[tuple[int, str], tuple[Any, int]] = {}  # containers without parts
-        self._found: list[weakref.ref[Tensor]] = []
+        self._callables: list[Any] = []  # on attributes; new ones may reach new tensors
+        self._without_tensors: dict[tuple[int, str], tuple[Any, int]] = {}  # large containers
+        self._unregistered_leaves: list[weakref.ref[Tensor]] = []
         self.user_module: Callable[[], nn.Module | None] = lambda: None
-        """The object that the user has for the module, where that is another one."""
         self.calls_forward = False
-        """Whether shards call forward() itself: what is around it has run once by then."""
-        self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
-        self.checks: StepChecks | None = None  # of what must be the same in other processes
-        self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
-        self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py
+        self.layouts: dict[str, Any] = {}
+        self.checks: StepChecks | None = None
+        self.written: set[tuple[int, str]] = set()
+        self.reported: set[str] = set()
         self.parts: list[nn.Module] = []
-        """The module's, as ``modules()`` lists them."""
         self.parameters: list[nn.Parameter] = []
         self.attributes: list[list[str]] = []
-        """Of each module: those that hold parts of it, and are the replica's own."""
         self.flags: tuple[Any, ...] = ()
-        """Texts, enumerations and what is true or false on attributes: they may be ways to run."""
         self.attribute_leaves: list[Tensor] = []
-        """On attributes, with a gradient, and no parameters: replicas have leaves for them."""
         self.plain_tensors: list[tuple[int, str, Tensor]] = []
-        """Tensors on attributes without a gradient: number of the module, name, tensor."""
         self.watched: list[tuple[str, weakref.ref[Tensor]]] = []
-        """Other tensors that a forward can reach: how, and which; see forward_effects.py."""
         self.unregistered_modules: list[nn.Module] = []
-        """Modules on attributes that are registered nowhere."""
 
     def refresh(self, module: nn.Module) -> None:
-        """To be called before shards are run: drops replicas that the module has outgrown."""
+        """Inspects the module before shards run, and drops replicas that no longer fit it."""
         parts = [*module.modules()]
         with self._lock:
             self.parts, self.parameters = parts, [*module.parameters()]
-            self._look_at_attributes(parts)
-            form = [_form(part) for part in parts]
-            form.append([id(t) for t in self.attribute_leaves])
-            if form != self._form:
+            self._inspect_attributes(parts)
+            structure = [_structure(part) for part in parts]
+            structure.append([id(t) for t in self.attribute_leaves])
+            if structure != self._structure:
                 self._idle.clear()
-                self._form = form
+                self._structure = structure
             self._idle = [replica for replica in self._idle if replica.sync()]
-            self._refreshes += 1
+            self._version += 1
 
-    def _look_at_attributes(self, parts: list[nn.Module]) -> None:
+    def _inspect_attributes(self, parts: list[nn.Module]) -> None:
         known = {id(part) for part in (*parts, self.user_module())}
         parameters = {id(p) for p in self.parameters}
         self.attributes, self.plain_tensors = [[] for _ in parts], []
@@ -95,7 +108,7 @@ class ReplicaPool:
                     continue
                 if callable(value):
                     callables.append(value)
-                for held in self._held(i, name, value):
+                for held in self._tensors_and_modules(i, name, value):
                     if id(held) in known or id(held) in parameters:
                         self.attributes[i].append(name)
                     elif isinstance(held, nn.Module):
@@ -114,18 +127,18 @@ class ReplicaPool:
             self._callables = callables
             self._calls.clear()
 
-    def _held(self, i: int, name: str, value: Any) -> Iterable[Any]:
-        """What an attribute holds; a large container without anything is not looked at again."""
+    def _tensors_and_modules(self, i: int, name: str, value: Any) -> Iterable[Any]:
+        """Tensors and modules in an attribute; a large container without any is searched once."""
         size = len(value) if type(value) in _SIZED else 0
-        if size < _MANY:
+        if size < _LARGE:
             simple = type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value))
             return () if simple else held_by(value)
-        seen, length = self._large.get((i, name), (None, -1))
+        seen, length = self._without_tensors.get((i, name), (None, -1))
         if seen is value and length == size:
             return ()
         found = [*held_by(value)]
         if not found:
-            self._large[i, name] = value, size
+            self._without_tensors[i, name] = value, size
         return found
 
     def modes(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
@@ -134,43 +147,47 @@ class ReplicaPool:
         return training, tuple(p.requires_grad for p in self.parameters)
 
     def call_number(self, kind: Hashable) -> tuple[int, bool]:
-        """The number of a call among those of its kind, and whether it is to be watched closely."""
+        """The number of a call among those of its kind, and whether it is checked closely."""
         with self._lock:
             number = self._calls.get(kind, 0) + 1
-        return number, number <= _FIRST or number & (number - 1) == 0
+        return number, number <= _CLOSE_CALLS or number & (number - 1) == 0
 
     def count(self, kind: Hashable) -> None:
-        """A call of the kind has been made, and raised nothing."""
+        """Counts a call of the kind that has raised nothing."""
         with self._lock:
             self._calls[kind] = self._calls.get(kind, 0) + 1
 
     def add_unregistered(self, leaves: list[Tensor]) -> None:
-        """Leaves that the forward reaches past the replicas."""
+        """Remembers leaves that the forward reaches past the replicas."""
         with self._lock:
-            known = {id(leaf()) for leaf in self._found}
-            self._found += [weakref.ref(leaf) for leaf in leaves if id(leaf) not in known]
+            known = {id(leaf()) for leaf in self._unregistered_leaves}
+            self._unregistered_leaves += [
+                weakref.ref(leaf) for leaf in leaves if id(leaf) not in known
+            ]
 
     def unregistered_leaves(self) -> list[Tensor]:
-        """Leaves with a gradient that are no replica's: found in graphs, or in strange modules."""
+        """Leaves with a gradient that are no replica's: found in graphs, or in other modules."""
         with self._lock:
-            found = [leaf() for leaf in self._found]
-            self._found = [
-                r for r, leaf in zip(self._found, found, strict=True) if leaf is not None
+            found = [leaf() for leaf in self._unregistered_leaves]
+            self._unregistered_leaves = [
+                r
+                for r, leaf in zip(self._unregistered_leaves, found, strict=True)
+                if leaf is not None
             ]
         held = [p for module in self.unregistered_modules for p in module.parameters()]
         leaves = {id(t): t for t in (*found, *held) if t is not None and t.requires_grad}
         return [*leaves.values()]
 
     def borrow(self, module: nn.Module) -> Replica:
-        """One for the calling thread alone, until `give_back`."""
+        """A replica with the current attributes, for the calling thread until `give_back`."""
         with self._lock:
             replica = self._idle.pop() if self._idle else None
-            attributes, number = self.attributes, self._refreshes
+            attributes, number = self.attributes, self._version
         if replica is None:
             replica = Replica(module, self.attribute_leaves, self.user_module(), attributes)
-        elif replica.bound != number:
+        elif replica.version != number:
             replica.rebind(attributes)
-        replica.bound = number
+        replica.version = number
         return replica
 
     def give_back(self, replica: Replica) -> None:
@@ -187,10 +204,10 @@ _FLAGS = frozenset((bool, str))
 _SIZED = frozenset((list, tuple, dict, set))
 
 
-def _form(module: nn.Module) -> list[Any]:
-    """What a replica is made after: while it is the same, the replica holds.
+def _structure(module: nn.Module) -> list[Any]:
+    """What a replica is made from: it fits while this is the same.
 
-    By id: replicas keep the objects alive.
+    Ids are unique, since the replicas keep the objects alive.
     """
     parts, parameters = module._modules, module._parameters
     return [

@@ -1,4 +1,7 @@
-"""Which leaves of a call's arguments have the batch's rows, and along which dimension."""
+"""`RowDims`: which leaves of a call's arguments are cut by rows, and along which dimension.
+
+Used by `Split`, for the arguments of a call and for the targets of `forward_backward`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from torch_spheres.training.split_options import SplitOptions, argument_name
 
 __all__ = ["RowDims"]
 
-_NOTHING_INSIDE = (Tensor, type(None), bool, int, float, str)
+_SIMPLE = (Tensor, type(None), bool, int, float, str)
 
 
 class RowDims:
@@ -26,16 +29,15 @@ class RowDims:
 
     Args:
         arguments: anything nested that has tensors in it; each with its number or name.
-        options: what the user has said of them.
-        module: whose arguments they are; None: they are what a loss compares outputs with, all of
-            which has rows.
-        may_be_empty: whether there may be no rows, as on a rank of several.
+        options: of the user.
+        module: whose arguments they are; None for the targets of a loss, all of which have rows.
+        may_be_empty: whether the batch may have 0 rows, as a rank's part may.
 
     Attributes:
-        flat: all leaves, one after another.
-        dims: of each leaf, the dimension along which it is cut; None: not at all.
-        spans: of each argument, its key, where its leaves end, and how they are nested.
-        rows: of the batch.
+        flat: the leaves of all arguments.
+        dims: for each leaf, the dimension along which it is cut; None if it is not.
+        spans: for each argument its key, the end of its leaves in `flat`, and their structure.
+        rows: number of rows.
 
     Raises:
         ValueError: no tensor has rows, not all have as many, or it is not clear what has rows.
@@ -53,7 +55,7 @@ class RowDims:
         self.options, self._module, self._may_be_empty = options, module, may_be_empty
         self._arguments = arguments
         self._rows: int | None = None
-        self._counted_by: int | str = 0  # the argument that has shown how many there are
+        self._counted_by: int | str = 0  # key of the argument that `_rows` is from
         self.flat: list[Any] = []
         self.dims: list[int | None] = []
         self.spans: list[tuple[int | str, int, Nesting]] = []
@@ -61,13 +63,13 @@ class RowDims:
             self._add(key, value)
         self.rows = self._counted()
         if not all(isinstance(v, Tensor) for v in self.flat):
-            self._look_at_the_rest(arguments)
+            self._cut_sequences(arguments)
 
     def _name(self, key: int | str) -> str:
         return argument_name(self._module, key)
 
     def _rule(self, key: int | str) -> tuple[int | None, bool]:
-        """An argument's batch dimension, and whether the user has said so."""
+        """An argument's batch dimension, and whether the user has named it."""
         if self._module is None:
             return self.options.default_dim, True
         if self.options.names_arguments:
@@ -84,7 +86,7 @@ class RowDims:
         self.spans.append((key, len(self.flat), nesting))
 
     def _dim_of(self, key: int | str, i: int, value: Any, dim: int, said: bool) -> int | None:
-        """Along which dimension a leaf is cut; None if not at all."""
+        """The dimension along which a leaf is cut; None if it is not."""
         if isinstance(value, PackedSequence):
             raise TypeError(
                 "SphereParallel cannot split a PackedSequence by rows; give it the padded "
@@ -101,7 +103,7 @@ class RowDims:
         if value.dim() == 0:
             return None
         if self._module is None:
-            dim = min(dim, value.dim() - 1)  # (targets can be labels, which have one dimension)
+            dim = min(dim, value.dim() - 1)  # targets may be labels, which have one dimension
         rows = value.shape[dim] if dim < value.dim() else None
         if self._rows is None:
             if rows is None:
@@ -128,13 +130,13 @@ class RowDims:
         return dim
 
     def _path_of(self, key: int | str, i: int) -> str:
-        """Where a leaf is in its argument, for errors; nothing if it is the argument."""
+        """The path of a leaf in its argument, for errors; empty if it is the argument."""
         (value,) = (v for k, v in self._arguments if k == key)
         paths = _compat.pytree.tree_flatten_with_path(value)[0]
         return _compat.pytree.keystr(paths[i][0]) if i < len(paths) else ""
 
     def _refuse_square(self, key: int | str, i: int, value: Tensor) -> None:
-        """A matrix that may be of the batch's rows, or a mask for all of them."""
+        """Raises a ValueError for a matrix that may be a mask over positions, or have the rows."""
         unambiguous = self.options.findings.unambiguous
         place = key, i
         if value.shape[0] != value.shape[1]:
@@ -167,8 +169,8 @@ class RowDims:
             raise ValueError("SphereParallel got a batch of 0 rows")
         return self._rows
 
-    def _look_at_the_rest(self, arguments: Sequence[tuple[int | str, Any]]) -> None:
-        """Sequences with an element for each row, and objects that hold tensors with rows."""
+    def _cut_sequences(self, arguments: Sequence[tuple[int | str, Any]]) -> None:
+        """Cuts sequences with an element per row; refuses objects that hold tensors with rows."""
         flat, dims, spans = self.flat, self.dims, self.spans
         self.flat, self.dims, self.spans = [], [], []
         begin = 0
@@ -176,7 +178,7 @@ class RowDims:
             dim, said = self._rule(key)
             leaves, cuts = flat[begin:end], dims[begin:end]
             begin = end
-            if dim is not None and not isinstance(value, _NOTHING_INSIDE):
+            if dim is not None and not isinstance(value, _SIMPLE):
                 self._refuse_objects(key, leaves, dim)
                 if self._has_row_sequence(key, value, dim, said):
                     leaves, nesting = flatten(value, functools.partial(self._is_cut, dim=dim))

@@ -1,4 +1,7 @@
-"""Which arguments of a model are cut by rows, along which dimension; and what calls have shown."""
+"""`SplitOptions`: which arguments the user wants cut by rows, and along which dimension.
+
+They have the model's `CallFindings`, which row_check.py and row_dims.py fill.
+"""
 
 from __future__ import annotations
 
@@ -53,16 +56,17 @@ class CallFindings:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How the arguments are cut into shards, and outputs without dimensions put together.
+    """How arguments are cut into shards, and outputs without dimensions merged.
 
     Args:
-        batch_dim: the dimension of the batch's rows in all arguments, or in those that are named;
-            in others it is 0.
+        batch_dim: dimension of the batch's rows in all arguments, or in those that are named; in
+            others it is 0.
         whole: names of arguments that every shard gets as they are.
-        scalars: ``"mean"``: weighted by the shards' rows; or ``"sum"``.
+        scalars: ``"mean"``, weighted by the shards' rows, or ``"sum"``.
 
     Raises:
-        TypeError, ValueError: one of them is something else.
+        TypeError: an option is of another type.
+        ValueError: an option has another value, or an argument is named in two of them.
     """
 
     batch_dim: int | Mapping[str, int] = 0
@@ -111,12 +115,12 @@ class SplitOptions:
 
     @property
     def names_arguments(self) -> bool:
-        """Whether an argument's name matters."""
+        """Whether arguments are named."""
         return bool(self.whole) or isinstance(self.batch_dim, dict)
 
     @property
     def default_dim(self) -> int:
-        """Of arguments that are not named."""
+        """The batch dimension of arguments that are not named."""
         return self.batch_dim if isinstance(self.batch_dim, int) else 0
 
     def dim_of(self, name: str) -> tuple[int | None, bool]:
@@ -130,7 +134,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Of a forward."""
+    """The parameters of a forward."""
 
     positional: tuple[str, ...]
     rest: str | None  # the name of ``*args``
@@ -142,7 +146,7 @@ _known: weakref.WeakKeyDictionary[Any, _Parameters] = weakref.WeakKeyDictionary(
 
 
 def _parameters(module: nn.Module) -> _Parameters | None:
-    """None if Python cannot say."""
+    """The parameters of the module's forward; None if it has no signature."""
     forward: Any = module.forward
     bound = isinstance(forward, MethodType)
     function = forward.__func__ if bound else forward

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from torch_spheres import _compat
 from torch_spheres.runtime.rng import TrialRandom, random_states, restore_random_states
+from torch_spheres.training.module_copy import Buffer
 from torch_spheres.training.pytree import Nesting, flatten_output
-from torch_spheres.training.replica import Buffer, Replica
+from torch_spheres.training.replica import Replica
 from torch_spheres.training.sync_batch_norm import sees_all_rows
 
 if TYPE_CHECKING:
