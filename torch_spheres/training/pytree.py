@@ -40,12 +40,12 @@ class Nesting:
     def in_objects(self) -> list[bool]:
         """For each leaf, whether it is inside a distribution, a transform or a key-value cache."""
         found: list[bool] = []
-        for objects in self.objects:
-            if objects is None:
+        for opened in self.objects:
+            if opened is None:
                 found.append(False)
             else:
-                inside = objects.inside.in_objects()
-                found += [True] * len(inside) if objects.example is None else inside
+                inside = opened.inside.in_objects()
+                found += [True] * len(inside) if opened.example is None else inside
         return found
 
 
@@ -213,20 +213,20 @@ def unflatten(leaves: list[Any], nesting: Nesting) -> Any:
 def _unflatten_from(leaves: Iterator[Any], nesting: Nesting) -> Any:
     flat = [
         next(leaves)
-        if objects is None
-        else _unflatten_object(objects, _unflatten_from(leaves, objects.inside))
-        for objects in nesting.objects
+        if opened is None
+        else _unflatten_object(opened, _unflatten_from(leaves, opened.inside))
+        for opened in nesting.objects
     ]
     return _compat.pytree.tree_unflatten(flat, nesting.spec)
 
 
-def _unflatten_object(objects: _ObjectSpec, values: list[Any]) -> Any:
-    if objects.example is None:
-        return _from_state(objects.kind, dict(zip(objects.names, values, strict=True)))
-    if isinstance(objects.example, MappingProxyType):
-        return MappingProxyType(dict(zip(objects.names, values, strict=True)))
-    made = copy.copy(objects.example)
-    for name, value in zip(objects.names, values, strict=True):
+def _unflatten_object(opened: _ObjectSpec, values: list[Any]) -> Any:
+    if opened.example is None:
+        return _from_state(opened.kind, dict(zip(opened.names, values, strict=True)))
+    if isinstance(opened.example, MappingProxyType):
+        return MappingProxyType(dict(zip(opened.names, values, strict=True)))
+    made = copy.copy(opened.example)
+    for name, value in zip(opened.names, values, strict=True):
         if isinstance(made, Mapping):
             made[name] = value  # type: ignore[index]
         else:
