@@ -6,7 +6,6 @@ forward sets is set on a replica and lost: that is a warning, once for each name
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import warnings
@@ -20,8 +19,9 @@ from torch_spheres.runtime.object_graph import walk
 from torch_spheres.runtime.rebinding import MUTABLE
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.change_detection import FUNCTIONS, PLAIN, content_of
+from torch_spheres.training.module_scan import SKIPPED_ATTRIBUTES
 from torch_spheres.training.replica import Replica
-from torch_spheres.training.replica_pool import SKIPPED_ATTRIBUTES, ReplicaPool
+from torch_spheres.training.replica_pool import ReplicaPool
 from torch_spheres.training.shard_task import Shard
 from torch_spheres.training.shared_writes import SharedWrites
 from torch_spheres.training.split_options import argument_name
@@ -47,7 +47,7 @@ class ForwardEffects:
         self._closely, self._again = closely, again
         self._set: dict[str, None] = {}  # names of attributes, in order
         self._changed_arguments: dict[str, None] = {}
-        self._writes = SharedWrites(module, pool, closely, self._path)
+        self._writes = SharedWrites(module, pool, closely)
         self._containers = self._find_containers() if closely and again else []
         self._contents = self._read_contents() if closely and again else {}
         self._attributes = [dict(vars(part)) for part in pool.parts] if closely else []
@@ -73,23 +73,15 @@ class ForwardEffects:
                     seen.add(id(value))
                     content = content_of(value)
                     if content is not None:
-                        found[self._path(i, name)] = value, content
+                        found[self._writes.path(i, name)] = value, content
         return found
-
-    def _path(self, i: int, name: str) -> str:
-        prefix = self._prefixes[i]
-        return f"{prefix}.{name}" if prefix else name
-
-    @functools.cached_property
-    def _prefixes(self) -> list[str]:
-        return [prefix for prefix, _ in self._module.named_modules()]
 
     # ---- after a shard's forward ----
 
     def record_attributes(self, replica: Replica) -> None:
         """Records the attributes that the forward has set on its replica."""
         for i, name in replica.changes():
-            self._set[self._path(i, name)] = None
+            self._set[self._writes.path(i, name)] = None
 
     def compare_arguments(self, before: Iterable[tuple[int | str, Any, Any]]) -> None:
         """Records which arguments differ from `before`, as `contents` returned it."""
@@ -114,7 +106,7 @@ class ForwardEffects:
             now = vars(part)
             for name in {**before, **now}:
                 if name not in SKIPPED_ATTRIBUTES and now.get(name) is not before.get(name):
-                    self._set[self._path(i, name)] = None
+                    self._set[self._writes.path(i, name)] = None
         new = [name for name in self._set if name not in self._pool.reported]
         for path, (value, before) in self._contents.items():
             reported = path in self._pool.reported or path in new

@@ -96,7 +96,7 @@ class ModuleCopy:
             if name not in self.own and name not in _CONTAINERS and name in source:
                 new = self._given[name] = rebound(source[name], replacements)
                 if new is not source[name] and isinstance(new, MUTABLE):
-                    self.containers[name] = [*new], [*values_of(new)]
+                    self.containers[name] = _content(new)
         self._has_hooks = hooks
         self.restore()
 
@@ -118,12 +118,11 @@ class ModuleCopy:
 
     def changed_containers(self) -> list[str]:
         """Names of the `containers` that the forward has changed in place."""
-        found = []
-        for name, (keys, values) in self.containers.items():
-            now = self._given[name]
-            if not _same([*now], keys) or not _same([*values_of(now)], values):
-                found.append(name)
-        return found
+        return [
+            name
+            for name, before in self.containers.items()
+            if not all(map(_same, _content(self._given[name]), before))
+        ]
 
     def lost_buffers(self) -> list[str]:
         """Names of buffers that the forward has added, or set to None."""
@@ -139,7 +138,7 @@ class ModuleCopy:
             self.own[registry].update(held)
         for name in self.changed_containers():
             new = self._given[name] = rebound(vars(self.source)[name], self._replacements)
-            self.containers[name] = [*new], [*values_of(new)]
+            self.containers[name] = _content(new)
         self._renew_containers()
         # In one step, since a checkpoint may compute with the replica in another thread.
         attributes = self._given.copy()
@@ -209,6 +208,10 @@ class ModuleCopy:
             name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
             for hook in hooks
         )
+
+
+def _content(container: Any) -> tuple[list[Any], list[Any]]:
+    return [*container], [*values_of(container)]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

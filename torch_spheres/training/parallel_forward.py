@@ -26,7 +26,7 @@ class ParallelForward:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    @_compat.disable_compiler  # compiled code around has a gap here
+    @_compat.disable_compiler  # a graph break in code that is compiled around the call
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
         return self.run(args, kwargs)
 

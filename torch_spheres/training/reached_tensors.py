@@ -43,13 +43,13 @@ class ReachedTensors:
         params = [p for p in pool.parameters if p.requires_grad]
         self._registered = len(params)
         # A tensor computed from others may be left from an earlier step: a graph has to have it.
-        self._on_attributes = [t for t in pool.attribute_leaves if t.is_leaf]
+        self._on_attributes = [t for t in pool.scan.leaves if t.is_leaf]
         self._reached_by: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unregistered: list[Tensor] = []  # leaves that are no replica's
         self._bypassed: list[int] = []  # places of parameters that are reached past the replicas
         self.tensors: list[Tensor] = [*params, *self._on_attributes]
         self._place = {id(t): i for i, t in enumerate(self.tensors)}
-        self._searches = closely or bool(pool.attribute_leaves)
+        self._searches = closely or bool(pool.scan.leaves)
         if known := pool.unregistered_leaves():
             self._searches = True
             # Leaves with hooks are left out until a graph reaches them, which is an error.
@@ -101,9 +101,8 @@ class ReachedTensors:
                 graphs = [ShardGraph(shard.outputs) for shard in shards]
                 _refuse_shared_nodes(graphs)
                 self._add_new(shards, graphs)
-                for _ in range(2):  # the second pass marks the first shard that shares a leaf
-                    for k, (shard, graph) in enumerate(zip(shards, graphs, strict=True)):
-                        self._set_targets(k, shard, graph)
+                for k, (shard, graph) in enumerate(zip(shards, graphs, strict=True)):
+                    self._set_targets(k, shard, graph)
         self._refuse_on_ranks()
 
     def search_one(self, k: int, shard: Shard, roots: Sequence[Tensor], count: int) -> None:
@@ -164,10 +163,9 @@ class ReachedTensors:
         if not is_open:
             raise RuntimeError(
                 f"a tensor of shape {tuple((computed + unregistered)[0].shape)} that is no "
-                "parameter of "
-                "the module was used in a shard's forward, or in the loss, for the first time, "
-                "while other shards' gradients are summed without it; it is known from the next "
-                "call on. Make it a parameter"
+                "parameter of the module was used in a shard's forward, or in the loss, for the "
+                "first time, while other shards' gradients are summed without it; it is known from "
+                "the next call on. Make it a parameter"
             )
         for tensor in computed:
             self._place[id(tensor)] = len(self.tensors)

@@ -58,9 +58,7 @@ class Replica:
         self._replacements: dict[int, Any] = {}
         # Whether it has all of the module's attributes and hooks, none of them replaced.
         self._is_unmodified = False
-        self.params: list[tuple[Tensor, Tensor]] = []
-        for p in module.parameters():
-            self.params.append((p, self._leaf(p)))
+        self.params = [(p, self._leaf(p)) for p in module.parameters()]
         self.attribute_leaves = [(t, self._leaf(t)) for t in outside]
         self.leaves = frozenset(id(mine) for _, mine in (*self.params, *self.attribute_leaves))
         self.parts = [ModuleCopy(part) for part in module.modules()]
@@ -89,7 +87,7 @@ class Replica:
                 mine: Tensor = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
                 if type(tensor) is not nn.Parameter and not is_lazy(tensor):
                     mine.__class__ = type(tensor)
-                vars(mine).update(vars(tensor))  # what users put on it
+                vars(mine).update(vars(tensor))  # attributes that the user has set
             else:
                 mine = tensor.detach().requires_grad_(tensor.requires_grad)
         if mine.requires_grad:
@@ -121,10 +119,9 @@ class Replica:
                 or p.dtype != mine.dtype
                 or p.shape != mine.shape
                 or p.stride() != mine.stride()
+                # A leaf's requires_grad stays, since a graph may have it whose backward follows.
+                or p.requires_grad != mine.requires_grad
             ):
-                return False
-            # A leaf's requires_grad stays: a graph may have the leaf, and its backward may follow.
-            if mine.requires_grad != p.requires_grad:
                 return False
             # Attributes that a forward has set on the leaf stay: they may belong to its hooks.
             vars(mine).update(vars(p))
@@ -191,7 +188,7 @@ class Replica:
             self._record_state()
         self._is_dirty = True  # until `changes` is called: the forward may raise
         taken: list[Buffer] = []
-        copies: dict[int, Tensor] = {}  # one tensor under two names is one in the replica too
+        copies: dict[int, Tensor] = {}  # a tensor under two names is copied once
         for part in self._buffered:
             part.copy_buffers(taken, copies, is_own)
         return taken

@@ -5,28 +5,20 @@ Each model's engine has one; `ShardedCall` refreshes it before the shards run.
 
 from __future__ import annotations
 
-import enum
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
 
-from torch_spheres import _compat
-from torch_spheres.runtime.rebinding import held_by
+from torch_spheres.training.module_scan import ModuleScan
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.step_checks import StepChecks
 
-__all__ = ["SKIPPED_ATTRIBUTES", "ReplicaPool"]
+__all__ = ["ReplicaPool"]
 
-SKIPPED_ATTRIBUTES = frozenset((
-    *_compat.FORWARD_HOOKS, *_compat.OTHER_HOOKS, "_parameters", "_buffers", "_modules",
-    "_compiled_call_impl",
-))  # fmt: skip
-"""Attributes that each replica has its own of, or that no forward reads."""
 _CLOSE_CALLS = 3  # first calls of a kind that are checked closely; later ones if a power of two
-_LARGE = 256  # elements of a container that is not searched at every call
 
 
 class ReplicaPool:
@@ -41,14 +33,8 @@ class ReplicaPool:
         reported: names that the user was warned of, see forward_effects.py.
         parts: the module's ``modules()``.
         parameters: the module's ``parameters()``.
-        attributes: for each of `parts`, names of attributes that hold parts of the module, and are
-            the replica's own.
-        flags: strings, enumerations and booleans on attributes, which may choose what a forward
-            computes.
-        attribute_leaves: tensors on attributes that require a gradient and are no parameters.
-        plain_tensors: tensors on attributes without a gradient: number of the module, name, tensor.
+        scan: what the module's attributes hold.
         watched: other tensors that a forward can reach, and how, see shared_writes.py.
-        unregistered_modules: modules on attributes that are no parts of the module.
     """
 
     def __init__(self) -> None:
@@ -57,8 +43,6 @@ class ReplicaPool:
         self._structure: list[Any] = []
         self._version = 0
         self._calls: dict[Hashable, int] = {}
-        self._callables: list[Any] = []  # on attributes; new ones may reach new tensors
-        self._without_tensors: dict[tuple[int, str], tuple[Any, int]] = {}  # large containers
         self._unregistered_leaves: list[weakref.ref[Tensor]] = []
         self.user_module: Callable[[], nn.Module | None] = lambda: None
         self.calls_forward = False
@@ -68,78 +52,24 @@ class ReplicaPool:
         self.reported: set[str] = set()
         self.parts: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
-        self.attributes: list[list[str]] = []
-        self.flags: tuple[Any, ...] = ()
-        self.attribute_leaves: list[Tensor] = []
-        self.plain_tensors: list[tuple[int, str, Tensor]] = []
+        self.scan = ModuleScan([], [], None)
         self.watched: list[tuple[str, weakref.ref[Tensor]]] = []
-        self.unregistered_modules: list[nn.Module] = []
 
     def refresh(self, module: nn.Module) -> None:
         """Inspects the module before shards run, and drops replicas that no longer fit it."""
-        parts = [*module.modules()]
         with self._lock:
-            self.parts, self.parameters = parts, [*module.parameters()]
-            self._inspect_attributes(parts)
-            structure = [_structure(part) for part in parts]
-            structure.append([id(t) for t in self.attribute_leaves])
+            self.parts, self.parameters = [*module.modules()], [*module.parameters()]
+            before = self.scan
+            self.scan = ModuleScan(self.parts, self.parameters, self.user_module(), before)
+            if [*map(id, self.scan.callables)] != [*map(id, before.callables)]:
+                self._calls.clear()  # new functions may reach new tensors
+            structure = [_structure(part) for part in self.parts]
+            structure.append([id(t) for t in self.scan.leaves])
             if structure != self._structure:
                 self._idle.clear()
                 self._structure = structure
             self._idle = [replica for replica in self._idle if replica.sync()]
             self._version += 1
-
-    def _inspect_attributes(self, parts: list[nn.Module]) -> None:
-        known = {id(part) for part in (*parts, self.user_module())}
-        parameters = {id(p) for p in self.parameters}
-        self.attributes, self.plain_tensors = [[] for _ in parts], []
-        outside: dict[int, Tensor] = {}
-        unregistered_modules: dict[int, nn.Module] = {}
-        callables: list[Any] = []
-        flags: list[Any] = []
-        for i, part in enumerate(parts):
-            for name, value in vars(part).items():
-                if type(value) in _PLAIN or name in SKIPPED_ATTRIBUTES:
-                    if type(value) in _FLAGS and name != "training":
-                        flags.append(value)
-                    continue
-                if isinstance(value, enum.Enum):
-                    flags.append(value)
-                    continue
-                if callable(value):
-                    callables.append(value)
-                for held in self._tensors_and_modules(i, name, value):
-                    if id(held) in known or id(held) in parameters:
-                        self.attributes[i].append(name)
-                    elif isinstance(held, nn.Module):
-                        unregistered_modules[id(held)] = held
-                    elif held.requires_grad:
-                        self.attributes[i].append(name)
-                        outside[id(held)] = held
-                    else:
-                        self.plain_tensors.append((i, name, held))
-        self.flags = tuple(flags)
-        self.attribute_leaves, self.unregistered_modules = (
-            [*outside.values()],
-            [*unregistered_modules.values()],
-        )
-        if [*map(id, callables)] != [*map(id, self._callables)]:
-            self._callables = callables
-            self._calls.clear()
-
-    def _tensors_and_modules(self, i: int, name: str, value: Any) -> Iterable[Any]:
-        """Tensors and modules in an attribute; a large container without any is searched once."""
-        size = len(value) if type(value) in _SIZED else 0
-        if size < _LARGE:
-            simple = type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value))
-            return () if simple else held_by(value)
-        seen, length = self._without_tensors.get((i, name), (None, -1))
-        if seen is value and length == size:
-            return ()
-        found = [*held_by(value)]
-        if not found:
-            self._without_tensors[i, name] = value, size
-        return found
 
     def modes(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which modules are in training mode, and which parameters require a gradient."""
@@ -174,7 +104,7 @@ class ReplicaPool:
                 for r, leaf in zip(self._unregistered_leaves, found, strict=True)
                 if leaf is not None
             ]
-        held = [p for module in self.unregistered_modules for p in module.parameters()]
+        held = [p for module in self.scan.unregistered_modules for p in module.parameters()]
         leaves = {id(t): t for t in (*found, *held) if t is not None and t.requires_grad}
         return [*leaves.values()]
 
@@ -182,12 +112,12 @@ class ReplicaPool:
         """A replica with the current attributes, for the calling thread until `give_back`."""
         with self._lock:
             replica = self._idle.pop() if self._idle else None
-            attributes, number = self.attributes, self._version
+            scan, version = self.scan, self._version
         if replica is None:
-            replica = Replica(module, self.attribute_leaves, self.user_module(), attributes)
-        elif replica.version != number:
-            replica.rebind(attributes)
-        replica.version = number
+            replica = Replica(module, scan.leaves, self.user_module(), scan.attributes)
+        elif replica.version != version:
+            replica.rebind(scan.attributes)
+        replica.version = version
         return replica
 
     def give_back(self, replica: Replica) -> None:
@@ -197,11 +127,6 @@ class ReplicaPool:
 
     def __len__(self) -> int:
         return len(self._idle)
-
-
-_PLAIN = frozenset((type(None), bool, int, float, str))
-_FLAGS = frozenset((bool, str))
-_SIZED = frozenset((list, tuple, dict, set))
 
 
 def _structure(module: nn.Module) -> list[Any]:

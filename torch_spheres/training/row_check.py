@@ -49,7 +49,7 @@ __all__ = ["Comparison", "compare_with_bare_module"]
 
 _MAX_FORMS = 64  # outputs of further forms of call are merged by their shapes
 _MAX_FLAGS = 6  # a flag with more values than this (a step number) does not change the outputs
-_MAX_EQUAL_ROWS = 4  # so many comparisons of equal rows (zeros) are not trusted; the next one is
+_MAX_EQUAL_ROWS = 4  # comparisons of equal rows, such as zeros, until one is trusted
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _form(call: ShardedCall) -> Hashable:
         (v.dim(), v.dtype) if isinstance(v, Tensor) else v if type(v) is bool else type(v)
         for v in call.split.flat
     ]
-    findings, state = call.options.findings, call.replicas.flags
+    findings, state = call.options.findings, call.replicas.scan.flags
     if findings.states is not None:
         findings.states.add(state)
         if len(findings.states) > _MAX_FLAGS:  # one of the flags changes with each call

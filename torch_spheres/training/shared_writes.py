@@ -9,6 +9,7 @@ calls of each kind and in those whose number is a power of two. Used by forward_
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +22,9 @@ from torch.nn.parameter import is_lazy
 from torch_spheres import _compat
 from torch_spheres.runtime.object_graph import walk
 from torch_spheres.training.change_detection import PLAIN, checksum, version_of
+from torch_spheres.training.module_scan import SKIPPED_ATTRIBUTES
 from torch_spheres.training.replica import Replica
-from torch_spheres.training.replica_pool import SKIPPED_ATTRIBUTES, ReplicaPool
+from torch_spheres.training.replica_pool import ReplicaPool
 
 __all__ = ["SharedWrites"]
 
@@ -37,28 +39,26 @@ class SharedWrites:
         module: the user's.
         pool: has inspected the module.
         closely: whether values are compared too, not only versions.
-        path: names an attribute: number of the module in ``modules()``, name.
 
     Attributes:
         functions: functions, hooks and forwards that the module calls.
         known: ids of the module's parts and tensors.
     """
 
-    def __init__(
-        self, module: nn.Module, pool: ReplicaPool, closely: bool, path: Callable[[int, str], str]
-    ) -> None:
-        self._module, self._pool, self._path = module, pool, path
-        unregistered = [p for m in pool.unregistered_modules for p in m.parameters()]
-        every = {id(p): p for p in (*pool.parameters, *pool.attribute_leaves, *unregistered)}
+    def __init__(self, module: nn.Module, pool: ReplicaPool, closely: bool) -> None:
+        self._module, self._pool = module, pool
+        others = pool.scan.unregistered_modules
+        unregistered = [p for m in others for p in m.parameters()]
+        every = {id(p): p for p in (*pool.parameters, *pool.scan.leaves, *unregistered)}
         every.update((id(leaf), leaf) for leaf in pool.unregistered_leaves())
-        parts = itertools.chain(pool.parts, *(m.modules() for m in pool.unregistered_modules))
+        parts = itertools.chain(pool.parts, *(m.modules() for m in others))
         self._buffers = [
             (part, name, value)
             for part in parts
             for name, value in part._buffers.items()
             if value is not None and not is_lazy(value)
         ]
-        self._others: list[tuple[int | None, str, Tensor]] = [*pool.plain_tensors]
+        self._others: list[tuple[int | None, str, Tensor]] = [*pool.scan.plain_tensors]
         parameters = [p for p in every.values() if not is_lazy(p)]
         self._tensors = [parameters, [b for _, _, b in self._buffers]]
         self.functions: list[Root] = []
@@ -85,6 +85,15 @@ class SharedWrites:
     @torch.no_grad()
     def _read(self, mark: Callable[[Tensor], Any]) -> list[list[Any]]:
         return [[mark(t) for t in tensors] for tensors in self._tensors]
+
+    def path(self, i: int, name: str) -> str:
+        """The dotted name of an attribute of module `i` in ``modules()``."""
+        prefix = self._prefixes[i]
+        return f"{prefix}.{name}" if prefix else name
+
+    @functools.cached_property
+    def _prefixes(self) -> list[str]:
+        return [prefix for prefix, _ in self._module.named_modules()]
 
     def check(self, replicas: Iterable[Replica]) -> None:
         """Compares, after all shards' forward.
@@ -113,7 +122,7 @@ class SharedWrites:
             raise RuntimeError(_wrote_to_buffers(self._module, self._pool, places))
         if any(others):
             names = [
-                name if i is None else self._path(i, name)
+                name if i is None else self.path(i, name)
                 for i, name, _ in itertools.compress(self._others, others)
             ]
             raise RuntimeError(

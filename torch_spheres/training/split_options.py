@@ -51,7 +51,7 @@ class CallFindings:
         self.warned = self.warned_of_loss = False
 
     def __reduce__(self) -> tuple[type[CallFindings], tuple[()]]:
-        return CallFindings, ()  # a copy of the model learns anew
+        return CallFindings, ()  # a copy of the model finds out anew
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _parameters(module: nn.Module) -> _Parameters | None:
             _known[function] = found
     if not bound:
         return found
-    others = tuple(name for name in found.all if name not in found.positional[:1])  # but self
+    others = tuple(name for name in found.all if name not in found.positional[:1])  # without self
     return _Parameters(found.positional[1:], found.rest, found.any_keyword, others)
 
 

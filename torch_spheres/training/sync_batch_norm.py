@@ -25,7 +25,7 @@ __all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "sees_all_rows", "waits_fo
 _HALF = (torch.bfloat16, torch.float16)
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-_OWN = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # (the first is that of all three)
+_OWN = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # all BatchNorms have the first
 
 if TYPE_CHECKING:
     _Base = nn.BatchNorm1d

@@ -89,57 +89,55 @@ def run_trials(
         spans: first and last row of each run.
         change: functions of some keyword arguments, whose results take their place.
     """
+    runs: list[Run] = []
     draws, before = TrialRandom(), random_states()
     try:
         # A forward may need autograd (forces are gradients of an energy), or its hooks.
-        runs: list[Run] = []
         for grad, hooks in ((False, False), (True, False), (False, True), (True, True)):
-            if not runs and (torch.is_grad_enabled() or not grad):
-                runs = _runs(call, draws, training, grad, hooks, spans, change or {})
+            if runs or (grad and not torch.is_grad_enabled()):
+                continue
+            try:
+                runs = [
+                    _run(call, draws, training, grad, hooks, span, change or {}) for span in spans
+                ]
+            except Exception:  # noqa: BLE001
+                continue  # an error in the shards is raised there; others belong to this mode only
     finally:
         drew = draws.any or not equal_states(before, random_states())
         restore_random_states(before)
     return runs, drew
 
 
-def _runs(
+def _run(
     call: ShardedCall,
     draws: TrialRandom,
     training: bool,
     grad: bool,
     hooks: bool,
-    spans: Sequence[tuple[int, int]],
+    span: tuple[int, int],
     change: Mapping[str, Callable[[Any], Any]],
-) -> list[Run]:
-    """The runs with or without gradients and hooks; none if one of them raises."""
-    found: list[Run] = []
-    try:
-        for first, last in spans:
-            # Each run has a new replica, since a forward may set attributes on it.
-            replica = Replica(
-                call.module, (), call.replicas.user_module(), call.replicas.attributes
-            )
-            for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
-                part.training = training and source.training
-                for name in () if hooks else _compat.FORWARD_HOOKS:
-                    setattr(part, name, OrderedDict())
-            # Compiling the module for other rows can take minutes.
-            module: Any = _compat.uncompiled(replica.module)
-            if call.replicas.calls_forward:
-                module = module.forward
-            values = call.split.cut(first, last)
-            own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
-            args, kwargs = call.arguments(own)
-            kwargs.update((name, make(kwargs[name])) for name, make in change.items())
-            buffers = replica.begin_shard()
-            with torch.set_grad_enabled(grad), draws.active():
-                outputs, nesting = flatten_output(module(*args, **kwargs))
-            if grad:
-                outputs = [v.detach() if isinstance(v, Tensor) else v for v in outputs]
-            found.append(Run(outputs, nesting, _changes(buffers)))
-    except Exception:  # noqa: BLE001
-        return []  # an error in the shards is raised there; others belong to this mode only
-    return found
+) -> Run:
+    """Runs the forward of one range of rows on a new replica, since it may set attributes."""
+    replicas = call.replicas
+    replica = Replica(call.module, (), replicas.user_module(), replicas.scan.attributes)
+    for part, source in zip(replica.module.modules(), call.module.modules(), strict=True):
+        part.training = training and source.training
+        for name in () if hooks else _compat.FORWARD_HOOKS:
+            setattr(part, name, OrderedDict())
+    # Compiling the module for other rows can take minutes.
+    module: Any = _compat.uncompiled(replica.module)
+    if replicas.calls_forward:
+        module = module.forward
+    values = call.split.cut(*span)
+    own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+    args, kwargs = call.arguments(own)
+    kwargs.update((name, make(kwargs[name])) for name, make in change.items())
+    buffers = replica.begin_shard()
+    with torch.set_grad_enabled(grad), draws.active():
+        outputs, nesting = flatten_output(module(*args, **kwargs))
+    if grad:
+        outputs = [v.detach() if isinstance(v, Tensor) else v for v in outputs]
+    return Run(outputs, nesting, _changes(buffers))
 
 
 def _changes(buffers: Sequence[Buffer]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
