@@ -60,12 +60,7 @@ def buffers_of(module: nn.Module) -> list[Place]:
 def adopt_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
     """Replaces the module's buffers to which all shards gave the same value of a new shape.
 
-    Args:
-        shards: of this process.
-        alone: whether this process has the whole batch.
-
-    Returns:
-        The error, if the shards do not agree.
+    Returns the error if the shards do not agree, or this process is not alone with the batch.
     """
     for i, (buffer, _) in enumerate(shards[0].buffers if shards else ()):
         values = [shard.buffers[i][1] for shard in shards]
@@ -92,10 +87,7 @@ def adopt_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
 def merge_buffers(call: ShardedCall, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
     """Sets changed buffers to the mean over the shards; integer ones to the first shard's value.
 
-    Args:
-        call: sums over all processes.
-        shards: of this process.
-        changed: places of the buffers, by their number in `buffers_of`.
+    The keys of `changed` are numbers in `buffers_of`.
     """
     if not changed:
         return

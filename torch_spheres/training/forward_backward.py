@@ -27,10 +27,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class LossAndGradients:
     """The losses and gradients of one call's shards, each of whose graphs is freed at once.
 
-    Args:
-        call: of the inputs.
-        loss_fn: returns a shard's loss, a mean over its rows, or ``(sum, count)``.
-        targets: cut as the inputs are.
+    `loss_fn` returns a shard's loss, a mean over its rows, or ``(sum, count)``. `targets` are cut
+    as the call's inputs are.
     """
 
     def __init__(self, call: ShardedCall, loss_fn: Callable[[Any, Any], Any], targets: Any) -> None:
@@ -39,7 +37,7 @@ class LossAndGradients:
                 "forward_backward() under torch.no_grad() has no gradients to compute"
             )
         self._call, self._loss_fn, self._targets = call, loss_fn, targets
-        self._goal: Split | None = None  # the targets
+        self._target_split: Split | None = None
         count = len(call.split.bounds)
         self._losses: list[Tensor | None] = [None] * count
         self._counts: list[Any] = [None] * count
@@ -71,26 +69,26 @@ class LossAndGradients:
 
     def _cut_targets(self) -> None:
         split = self._call.split
-        goal = Split(
+        targets = Split(
             [("targets", self._targets)], split.shards, self._call.ranks, self._call.options
         )
-        if goal.rows != split.rows:
+        if targets.rows != split.rows:
             raise ValueError(
-                f"forward_backward() got inputs of {split.rows} rows and targets of {goal.rows}"
+                f"forward_backward() got inputs of {split.rows} rows and targets of {targets.rows}"
             )
-        goal.bounds, goal.leaves, goal.total = split.bounds, split.leaves, split.total
-        self._goal = goal
+        targets.bounds, targets.leaves, targets.total = split.bounds, split.leaves, split.total
+        self._target_split = targets
 
     def _run_shard(self, k: int) -> tuple[Grads, Grads]:
-        call, goal = self._call, self._goal
-        assert goal is not None
+        call, targets = self._call, self._target_split
+        assert targets is not None
         replica = call.replicas.borrow(call.module)
         try:
             with torch.enable_grad():
                 shard = forward_shard(call, k, replica)
                 with in_shard(call, k, "loss", shard):
                     output = shard.rebuild()
-                    (target,) = goal.build(goal.parts(k))
+                    (target,) = targets.build(targets.parts(k))
                     loss, self._counts[k] = _checked(self._loss_fn(output, target), k)
                     if self._counts[k] is None:
                         loss = loss * call.split.weights[k]
@@ -113,8 +111,8 @@ class LossAndGradients:
         call.effects.check(done)
         compare_with_bare_module(call)
         if call.split.bounds:
-            assert self._goal is not None
-            check_loss(call, self._loss_fn, self._goal)
+            assert self._target_split is not None
+            check_loss(call, self._loss_fn, self._target_split)
         if len({c is not None for c in self._counts}) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
 

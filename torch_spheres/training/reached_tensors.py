@@ -90,8 +90,7 @@ class ReachedTensors:
     def search(self, shards: Sequence[Shard]) -> None:
         """Searches the graphs after all shards' forward.
 
-        Raises:
-            RuntimeError: a tensor is reached whose gradient could not be summed.
+        Raises a RuntimeError if a tensor is reached whose gradient could not be summed.
         """
         if torch.is_grad_enabled() and shards:
             if not self._searches:

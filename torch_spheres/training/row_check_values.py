@@ -166,7 +166,7 @@ def _scalars_differ(
 # ---- losses of forward_backward ----
 
 
-def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], goal: Split) -> None:
+def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], target_split: Split) -> None:
     """Warns, once, if the shards' losses in `forward_backward` do not make up the batch's loss.
 
     In some of the calls, `loss_fn` gets the outputs of two shards' rows together and alone.
@@ -184,7 +184,7 @@ def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], goal: Spli
     try:
         with torch.no_grad():
             for run, span in zip(runs, ranges.spans, strict=True):
-                (target,) = goal.build(goal.cut(*span))
+                (target,) = target_split.build(target_split.cut(*span))
                 losses.append(loss_fn(unflatten(run.outputs, run.nesting), target))
     except Exception:  # noqa: BLE001
         return  # an error in the shards' losses is raised there

@@ -169,38 +169,38 @@ class ShardSums:
             if self._ended:
                 self._failed.set()
                 raise RuntimeError(self._not_all_come(key))
-            mine = self._sum
-            if mine.key is None:
-                mine.key = key
-            elif mine.key != key:
+            current = self._sum
+            if current.key is None:
+                current.key = key
+            elif current.key != key:
                 self._failed.set()
                 raise RuntimeError(
-                    f"the shards go different ways: one is at {self._name(mine.key)}, another at "
-                    f"{self._name(key)}, and each waits there for the whole batch's statistics. "
+                    f"the shards go different ways: one is at {self._name(current.key)}, another "
+                    f"at {self._name(key)}, and each waits there for the whole batch's statistics. "
                     "Every shard has to pass the same converted batch norms in the same order"
                 )
-            mine.values[leaf] = values
-            if is_last := len(mine.values) == self._count:
+            current.values[leaf] = values
+            if is_last := len(current.values) == self._count:
                 self._sum = _Sum()
             else:
-                mine.waiting.append(_core.current_sphere())
+                current.waiting.append(_core.current_sphere())
         if not is_last:
-            found: T = self._wait(mine)
+            found: T = self._wait(current)
             return found
         try:
             with unset(), torch.no_grad():
-                result = combine(mine.values, lambda v: self._total(key, v))
+                result = combine(current.values, lambda v: self._total(key, v))
         except BaseException:
             with self._lock:
                 self._failed.set()
-            self._call_back(mine.waiting)
+            self._call_back(current.waiting)
             raise
-        mine.result = result
-        self._call_back(mine.waiting)
+        current.result = result
+        self._call_back(current.waiting)
         return result
 
-    def _wait(self, mine: _Sum) -> Any:
-        while mine.result is None and not self._failed.is_set():
+    def _wait(self, current: _Sum) -> Any:
+        while current.result is None and not self._failed.is_set():
             try:
                 self._spheres._core.pause()
             except StoppedError:
@@ -208,11 +208,11 @@ class ShardSums:
                     break
                 raise StoppedError(
                     "the spheres were stopped while shards waited for each other in "
-                    f"{self._name(mine.key)}"
+                    f"{self._name(current.key)}"
                 ) from None
-        if mine.result is None:
+        if current.result is None:
             raise _OtherShardFailed
-        return mine.result
+        return current.result
 
     # ---- over the ranks ----
 

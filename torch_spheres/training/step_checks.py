@@ -159,11 +159,7 @@ class StepChecks:
         return StepAgreement(column["base"][0], column["rows"])
 
     def compare_evaluation(self, ranks: Ranks, module: nn.Module) -> None:
-        """Compares weights and batches when the ranks sum the metrics of an evaluation.
-
-        Raises:
-            ValueError: they are not the same.
-        """
+        """Raises a ValueError if weights or batches differ when metrics are summed."""
         due, self._evaluated = self._evaluated != self._calls, self._calls
         values = digest_of(values_of(module)) if due else 0
         lists = ranks.meet("an evaluation", [values, *ranks.batches.numbers()]).tolist()
@@ -240,22 +236,14 @@ class StepChecks:
 
 
 class GradientSumChecks:
-    """The checks of a loop that computes gradients itself, where no model is known.
-
-    Args:
-        optimizer: whose parameters the loop trains.
-    """
+    """The checks of a loop that computes gradients itself and trains the optimizer's parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._sums = 0
 
     def meet(self, ranks: Ranks) -> None:
-        """Compares the ranks before a sum over all of them.
-
-        Raises:
-            ValueError: their batches, parameters or hyperparameters are not the same.
-        """
+        """Raises a ValueError if batches, parameters or hyperparameters differ before a sum."""
         self._sums += 1
         due = is_due(self._sums)
         settings = digest_of(hyperparameters([self._optimizer])) if due else 0

@@ -228,10 +228,6 @@ def _statistics(
     return count, mean, squares / count
 
 
-def _sums(shards: Mapping[int, Tensor], total: Total) -> Tensor:
-    return total(shards)
-
-
 class _Normalise(torch.autograd.Function):
     """The batch norm of a shard, given the whole batch's mean and variance."""
 
@@ -276,7 +272,8 @@ class _Normalise(torch.autograd.Function):
                 )
             leaf, layer = ctx.where
             own = torch.cat([products, plain]).double()
-            means = (sums.reduce(leaf, layer, "backward", own, _sums) / ctx.count).to(mean.dtype)
+            both = sums.reduce(leaf, layer, "backward", own, lambda values, total: total(values))
+            means = (both / ctx.count).to(mean.dtype)
             grad_x = _grad_of_input(grad, x, mean, invstd, scale * invstd, *means.chunk(2))
         return (
             grad_x,
