@@ -63,13 +63,13 @@ class RowDims:
             self._add(key, value)
         self.rows = self._counted()
         if not all(isinstance(v, Tensor) for v in self.flat):
-            self._cut_sequences(arguments)
+            self._cut_sequences()
 
     def _name(self, key: int | str) -> str:
         return argument_name(self._module, key)
 
     def _rule(self, key: int | str) -> tuple[int | None, bool]:
-        """An argument's batch dimension, and whether the user has named it."""
+        """An argument's batch dimension, and whether that is explicit, not a default."""
         if self._module is None:
             return self.options.default_dim, True
         if self.options.names_arguments:
@@ -78,14 +78,16 @@ class RowDims:
 
     def _add(self, key: int | str, value: Any) -> None:
         leaves, nesting = flatten(value)
-        dim, said = self._rule(key)
+        dim, is_explicit = self._rule(key)
         for i, leaf in enumerate(leaves):
-            cut = None if dim is None else self._dim_of(key, i, leaf, dim, said)
+            cut = None if dim is None else self._dim_of(key, i, leaf, dim, is_explicit)
             self.dims.append(cut)
         self.flat += leaves
         self.spans.append((key, len(self.flat), nesting))
 
-    def _dim_of(self, key: int | str, i: int, value: Any, dim: int, said: bool) -> int | None:
+    def _dim_of(
+        self, key: int | str, i: int, value: Any, dim: int, is_explicit: bool
+    ) -> int | None:
         """The dimension along which a leaf is cut; None if it is not."""
         if isinstance(value, PackedSequence):
             raise TypeError(
@@ -125,7 +127,7 @@ class RowDims:
                 f"a tensor of shape {tuple(value.shape)}, {found} along dimension {dim}; "
                 f"{self._way_out(key)}; or is {first!r} the one that has no rows?{inside}"
             )
-        elif value.dim() == 2 and not said:
+        elif value.dim() == 2 and not is_explicit:
             self._refuse_square(key, i, value)
         return dim
 
@@ -169,45 +171,48 @@ class RowDims:
             raise ValueError("SphereParallel got a batch of 0 rows")
         return self._rows
 
-    def _cut_sequences(self, arguments: Sequence[tuple[int | str, Any]]) -> None:
+    def _cut_sequences(self) -> None:
         """Cuts sequences with an element per row; refuses objects that hold tensors with rows."""
         flat, dims, spans = self.flat, self.dims, self.spans
         self.flat, self.dims, self.spans = [], [], []
         begin = 0
-        for (key, value), (_, end, nesting) in zip(arguments, spans, strict=True):
-            dim, said = self._rule(key)
+        for (key, value), (_, end, nesting) in zip(self._arguments, spans, strict=True):
+            dim, is_explicit = self._rule(key)
             leaves, cuts = flat[begin:end], dims[begin:end]
             begin = end
             if dim is not None and not isinstance(value, _SIMPLE):
                 self._refuse_objects(key, leaves, dim)
-                if self._has_row_sequence(key, value, dim, said):
-                    leaves, nesting = flatten(value, functools.partial(self._is_cut, dim=dim))
+                if self._has_row_sequence(key, value, dim, is_explicit):
+                    leaves, nesting = flatten(
+                        value, functools.partial(self._has_element_per_row, dim=dim)
+                    )
                     cuts = [
-                        dim if self._is_cut(v, dim) else
-                        self._dim_of(key, i, v, dim, said) for i, v in enumerate(leaves)
+                        dim if self._has_element_per_row(v, dim) else
+                        self._dim_of(key, i, v, dim, is_explicit) for i, v in enumerate(leaves)
                     ]  # fmt: skip
             self.flat += leaves
             self.dims += cuts
             self.spans.append((key, len(self.flat), nesting))
 
-    def _is_cut(self, value: Any, dim: int) -> bool:
+    def _has_element_per_row(self, value: Any, dim: int) -> bool:
         return (
             is_sequence(value) and _length(value, dim) == self.rows and tensor_inside(value) is None
         )
 
-    def _has_row_sequence(self, key: int | str, value: Any, dim: int, said: bool) -> bool:
+    def _has_row_sequence(self, key: int | str, value: Any, dim: int, is_explicit: bool) -> bool:
+        """Whether an argument has a sequence that is cut; raises if that is not clear."""
         found = False
         unambiguous = self.options.findings.unambiguous
         for path, sequence in row_sequences(value):
             length = _length(sequence, dim)
             if length != self.rows:
                 unambiguous.add((key, path))
-                if said and not path and self._module is not None:
+                if is_explicit and not path and self._module is not None:
                     raise ValueError(
                         f"batch_dim= says that argument {self._name(key)!r} has the batch's rows, "
                         f"but there are {self.rows} rows and {length} elements"
                     )
-            elif said:
+            elif is_explicit:
                 found = True
             elif self.rows > 1 and (key, path) not in unambiguous:
                 name = self._name(key)
@@ -220,6 +225,7 @@ class RowDims:
         return found
 
     def _refuse_objects(self, key: int | str, leaves: list[Any], dim: int) -> None:
+        """Raises a TypeError for objects that hold tensors with the batch's rows."""
         for leaf in leaves:
             if isinstance(leaf, (Tensor, nn.Module, torch.Size)) or leaf is None or callable(leaf):
                 continue

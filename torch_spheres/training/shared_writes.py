@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,8 @@ class SharedWrites:
             self._find_watched()
         self._others += [(None, way, t) for way, ref in pool.watched if (t := ref()) is not None]
         self._tensors.append([t for _, _, t in self._others])
-        self._versions = self._read(version_of)
-        self._checksums = self._read(checksum) if closely else None
+        self._closely = closely
+        self._marks = self._read_marks()
 
     def _find_watched(self) -> None:
         """Finds tensors in objects on attributes, and in what functions hold."""
@@ -83,8 +83,13 @@ class SharedWrites:
         self._pool.watched = [(path, weakref.ref(t)) for path, t in found.values()]
 
     @torch.no_grad()
-    def _read(self, mark: Callable[[Tensor], Any]) -> list[list[Any]]:
-        return [[mark(t) for t in tensors] for tensors in self._tensors]
+    def _read_marks(self) -> list[list[Any]]:
+        """For each tensor what changes when it is written to: its version, and its checksum."""
+        closely = self._closely
+        return [
+            [(version_of(t), checksum(t) if closely else None) for t in tensors]
+            for tensors in self._tensors
+        ]
 
     def path(self, i: int, name: str) -> str:
         """The dotted name of an attribute of module `i` in ``modules()``."""
@@ -105,14 +110,8 @@ class SharedWrites:
             self._check_parameters(replica)
         written = [
             [a != b for a, b in zip(now, before, strict=True)]
-            for now, before in zip(self._read(version_of), self._versions, strict=True)
+            for now, before in zip(self._read_marks(), self._marks, strict=True)
         ]
-        if self._checksums is not None:
-            for flags, sums, earlier in zip(
-                written, self._read(checksum), self._checksums, strict=True
-            ):
-                for i, (a, b) in enumerate(zip(sums, earlier, strict=True)):
-                    flags[i] |= a != b
         parameters, buffers, others = written
         if any(parameters):
             changed = [*itertools.compress(self._tensors[0], parameters)]
