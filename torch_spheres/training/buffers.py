@@ -1,4 +1,4 @@
-"""Buffers that shards have changed: the statistics of batch norm and the like."""
+"""Merges buffers that the shards have changed, such as batch norm's; used by `ShardedCall`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch_spheres.training.sync_batch_norm import SyncBatchNorm
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall
 
-__all__ = ["LargeBuffers", "buffers_of", "merge_buffers", "needs_two_rows", "take_new_shapes"]
+__all__ = ["LargeBuffers", "adopt_new_shapes", "buffers_of", "merge_buffers", "needs_two_rows"]
 
 Place = tuple[nn.Module, str]
-_LARGE = 1 << 16  # bytes: a smaller buffer is copied in less time than it takes to look
+_LARGE = 1 << 16  # bytes; a smaller buffer is copied faster than it is compared
 
 
 class LargeBuffers:
-    """Which large buffers each shard of a call gets a copy of; of small ones it always gets one.
+    """Decides which large buffers are copied for each shard of a call; small ones always are.
 
     Args:
-        replicas: they remember to which large buffers a forward has written.
-        learns: this call's first shard has copies of all, and shows which it writes to.
+        replicas: keep the names of large buffers that a forward writes to.
+        learns: whether this call's first shard gets copies of all, and shows which it writes to.
     """
 
     def __init__(self, replicas: ReplicaPool, *, learns: bool) -> None:
@@ -40,12 +40,12 @@ class LargeBuffers:
         return any(b.nbytes > _LARGE for b in module.buffers())
 
     def has_copy(self, part: nn.Module, name: str, value: Tensor) -> bool:
-        """Whether the shard that begins now gets a copy of a buffer."""
+        """Whether a shard that begins now gets a copy of the buffer."""
         is_small = value.nbytes <= _LARGE
         return is_small or not self._learnt or (id(part), name) in self._replicas.written
 
     def learn(self, shard: Shard) -> None:
-        """Takes from the first shard to which buffers it has written."""
+        """Records the buffers that the first shard has written to."""
         self._learnt = True
         for buffer, value in shard.buffers:
             if value is not None:
@@ -53,19 +53,14 @@ class LargeBuffers:
 
 
 def buffers_of(module: nn.Module) -> list[Place]:
-    """As `Replica.begin_shard` lists them."""
+    """The module's buffers, in the order of `Replica.begin_shard`."""
     return [(m, name) for m in module.modules() for name, v in m._buffers.items() if v is not None]
 
 
-def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
-    """Buffers that were given another shape: the module's own become what all shards agree on.
+def adopt_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
+    """Replaces the module's buffers to which all shards gave the same value of a new shape.
 
-    Args:
-        shards: of this process.
-        alone: there is no other process that would have to agree.
-
-    Returns:
-        The error of a buffer on which they do not agree.
+    Returns the error if the shards do not agree, or this process is not alone with the batch.
     """
     for i, (buffer, _) in enumerate(shards[0].buffers if shards else ()):
         values = [shard.buffers[i][1] for shard in shards]
@@ -90,16 +85,13 @@ def take_new_shapes(shards: Sequence[Shard], alone: bool) -> ValueError | None:
 
 
 def merge_buffers(call: ShardedCall, shards: Sequence[Shard], changed: Mapping[int, Place]) -> None:
-    """Of the buffers that changed, the mean over the shards; the first shard's if integer.
+    """Sets changed buffers to the mean over the shards; integer ones to the first shard's value.
 
-    Args:
-        call: knows how to sum, over other processes too.
-        shards: of this process.
-        changed: where they are, by their number in `buffers_of`.
+    The keys of `changed` are numbers in `buffers_of`.
     """
     if not changed:
         return
-    _warn_of_numbers_that_differ(call, shards, changed)
+    _warn_of_integers(call, shards, changed)
     sums: list[tuple[Tensor, list[Tensor]]] = []
     firsts: list[tuple[Tensor, Tensor | None]] = []
     with torch.no_grad():
@@ -124,10 +116,10 @@ def merge_buffers(call: ShardedCall, shards: Sequence[Shard], changed: Mapping[i
             target.copy_(value)
 
 
-def _warn_of_numbers_that_differ(
+def _warn_of_integers(
     call: ShardedCall, shards: Sequence[Shard], changed: Mapping[int, Place]
 ) -> None:
-    """Says, once for each buffer, that of numbers which have no mean the first shard's are kept."""
+    """Warns, once for each buffer, that other shards' integers are dropped."""
     for i, (source, name) in changed.items():
         values = [shard.buffers[i][1] for shard in shards]
         first = next((v for v in values if v is not None), None)
@@ -149,7 +141,7 @@ def _warn_of_numbers_that_differ(
 
 
 def needs_two_rows(part: nn.Module) -> bool:
-    """Batch norm over rows alone cannot train on one, unless it sees those of all shards."""
+    """Whether a module is a batch norm over rows, which cannot train on a shard of one row."""
     return (
         part.training and isinstance(part, nn.BatchNorm1d) and not isinstance(part, SyncBatchNorm)
     )

@@ -1,4 +1,7 @@
-"""Whether a tensor, or another object, has changed in place since it was looked at."""
+"""Marks of a tensor or an object that show whether it has changed in place.
+
+Used by forward_shard.py, forward_effects.py and shared_writes.py.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +18,39 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.runtime.object_graph import parts_of
-from torch_spheres.training.pytree import is_known
+from torch_spheres.training.pytree import is_opened_object
 
 __all__ = ["FUNCTIONS", "PLAIN", "checksum", "content_of", "contents", "version_of"]
 
 PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
-_MANY = 1000  # elements of a container that are compared
-_ALL = 10_000  # the same, with those of containers inside of it
-_BYTES = 1 << 20  # of an array that is compared
+_MAX_ELEMENTS = 1000  # of a container that are compared
+_MAX_NESTED = 10_000  # elements, with those of containers in it
+_MAX_BYTES = 1 << 20  # of an array that is compared
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def contents(keys: Sequence[int | str], values: Sequence[Any]) -> list[tuple[int | str, Any, Any]]:
-    """Of arguments that may change in place: the key, the value, and what is in it now.
+    """Key, value and content of arguments that must not change in place.
 
-    Key-value caches are there to be changed, and distributions do so by themselves.
+    Key-value caches are meant to be changed, and distributions change themselves.
     """
     return [
         (key, value, content_of(value))
         for key, value in zip(keys, values, strict=True)
-        if not isinstance(value, Tensor) and type(value) not in PLAIN and not is_known(value)
+        if not isinstance(value, Tensor)
+        and type(value) not in PLAIN
+        and not is_opened_object(value)
     ]
 
 
 def version_of(value: Any) -> int:
-    """Changes when a tensor is written to through torch; of anything else, always the same."""
+    """A number that changes when torch writes to a tensor; 0 for other values."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def checksum(tensor: Any) -> Any:
-    """Changes with a tensor's bits; None where they cannot be read as integers."""
+    """A value that changes with a tensor's bits; None if those cannot be read as integers."""
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         return None
     bits = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
@@ -58,17 +63,20 @@ def checksum(tensor: Any) -> Any:
 
 
 def content_of(value: Any, depth: int = 2, left: list[int] | None = None) -> Any:
-    """Equal for as long as an object was not changed in place; None: it holds nothing.
+    """A value that changes when an object changes in place; None if the object holds nothing.
 
-    Of large ones a part is looked at: `left` says how many elements still may be.
+    Args:
+        value: anything.
+        depth: of nested containers that are compared.
+        left: number of elements that may still be compared.
     """
-    left = [_ALL] if left is None else left
+    left = [_MAX_NESTED] if left is None else left
     if isinstance(value, (nn.Module, Tensor, type, ModuleType, *FUNCTIONS)):
         return None
     if type(value).__module__.startswith("torch_spheres."):
         return None
     if isinstance(value, np.ndarray):
-        known = value.nbytes <= _BYTES and not value.dtype.hasobject
+        known = value.nbytes <= _MAX_BYTES and not value.dtype.hasobject
         return zlib.crc32(value.tobytes()) if known else value.shape
     if isinstance(value, (bytearray, array)):
         return zlib.crc32(value)
@@ -80,7 +88,7 @@ def content_of(value: Any, depth: int = 2, left: list[int] | None = None) -> Any
         if not value:
             return None
         items = value
-    allowed = min(_MANY, left[0])
+    allowed = min(_MAX_ELEMENTS, left[0])
     left[0] -= min(allowed, len(value))
     found = [
         v if type(v) in PLAIN else (id(v), content_of(v, depth - 1, left) if depth > 0 else None)

@@ -24,9 +24,9 @@ from torch_spheres.reduction.streaming_sum import Grads, StreamingSum, rounded
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.trace_hooks import phase
 from torch_spheres.training.buffers import needs_two_rows
-from torch_spheres.training.merge_outputs import FIRST, ONCE, ROWS, SCALAR, Way, same
+from torch_spheres.training.merge_outputs import FIRST, ONCE, ROWS, SCALAR, MergeRule, same
+from torch_spheres.training.rank_differences import by_rank
 from torch_spheres.training.refusals import refuse_ranks_without_rows, refuse_shards_of_one_row
-from torch_spheres.training.step_checks import by_rank
 
 if TYPE_CHECKING:
     from torch_spheres.training.batch_split import Split
@@ -146,8 +146,8 @@ class RankCollective:
             split = cut()
         checks = call.replicas.checks
         assert checks is not None
-        facts = checks.tell(self._ranks, call.module, call.what, split)
-        table = self._ranks.meet("the start of forward", checks.flat(facts), caught)
+        facts = checks.facts_of(self._ranks, call.module, call.what, split)
+        table = self._ranks.meet("the start of forward", checks.as_integers(facts), caught)
         assert split is not None
         agreed = checks.compare(self._ranks, call.module, facts, split, table)
         self.base = agreed.base
@@ -208,7 +208,7 @@ class RankCollective:
                         f"{by_rank(values)}; return a tensor"
                     )
                 outputs[i] = values[0]
-        scalars = [i for i, way in enumerate(call.ways) if way == SCALAR]
+        scalars = [i for i, way in enumerate(call.merge_rules) if way == SCALAR]
         if scalars:
             like = [outputs[i].detach() for i in scalars]
             columns = self._scalars or [[] for _ in scalars]
@@ -219,12 +219,14 @@ class RankCollective:
     def _from_others(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
         mine = None
         if call.split.bounds:
-            empty = [_without_rows(o, way) for o, way in zip(outputs, call.ways, strict=True)]
-            mine = call.nesting, call.differentiable_outputs, call.ways, empty
+            empty = [
+                _without_rows(o, way) for o, way in zip(outputs, call.merge_rules, strict=True)
+            ]
+            mine = call.nesting, call.differentiable_outputs, call.merge_rules, empty
         first = self._ranks.objects(mine, "the exchange of outputs' shapes")[0]
         if call.split.bounds:
             return outputs
-        call.nesting, call.differentiable_outputs, call.ways, outputs = first
+        call.nesting, call.differentiable_outputs, call.merge_rules, outputs = first
         device = next((p.device for p in call.module.parameters()), torch.device("cpu"))
         return [o.to(device) if isinstance(o, Tensor) else o for o in outputs]
 
@@ -312,7 +314,7 @@ class RankCollective:
         return totals
 
 
-def _without_rows(output: Any, way: Way) -> Any:
+def _without_rows(output: Any, way: MergeRule) -> Any:
     """For a rank that has none."""
     if way == ROWS:
         return type(output)()

@@ -1,4 +1,4 @@
-"""`Delegating`: a module around another one, whose names, modes and methods are the other one's."""
+"""`Delegating`: the base of `SphereParallel`, a wrapper that has its inner module's names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ __all__ = ["Delegating"]
 
 
 class Delegating(nn.Module):
-    """Everything that a module has is the inner module's, but how it is called and hooks on that.
+    """A wrapper that delegates everything to the inner module except calls and their hooks.
 
-    It has the inner module's own dicts of parameters, buffers, parts and state-dict hooks, and
-    torch's methods are called on the inner module, which may have overridden them. So names are
-    those of the inner module, and `modules()`, here and of a larger module, has the inner one in
-    the place of this one.
+    The wrapper shares the inner module's registries (parameters, buffers, modules, state-dict
+    hooks) and calls torch's methods on the inner module, which may have overridden them. So names
+    are the inner module's, and ``modules()`` lists the inner module in place of the wrapper.
     """
 
     module: nn.Module
@@ -66,7 +65,7 @@ class Delegating(nn.Module):
     def _has_own(self, name: str) -> bool:
         return name in vars(self) or (hasattr(type(self), name) and name not in _DELEGATED)
 
-    # (Of containers such as nn.Sequential; Python looks for these on the class alone.)
+    # Containers such as nn.Sequential have these, which Python looks up on the class.
 
     def __len__(self) -> int:
         return len(self.module)  # type: ignore[arg-type]
@@ -99,7 +98,7 @@ class Delegating(nn.Module):
         self._share()
 
 
-# What torch calls on the parts of a larger module, beside the public methods.
+# Methods that torch calls on the parts of a larger module, beside the public ones.
 _PRIVATE = ("_apply", "_load_from_state_dict")
 _ABOUT_CALLS = ("forward", "compile", "register_forward_pre_hook", "register_forward_hook",
                 "register_backward_hook", "register_full_backward_hook",

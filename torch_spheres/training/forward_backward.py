@@ -1,4 +1,4 @@
-"""`SphereParallel.forward_backward`: forward, loss and backward of a shard in one go."""
+"""`LossAndGradients`: forward, loss and backward shard by shard, for `forward_backward`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.forward_shard import forward_shard
-from torch_spheres.training.row_check import compared
+from torch_spheres.training.row_check import compare_with_bare_module
 from torch_spheres.training.row_check_values import check_loss
 from torch_spheres.training.shard_task import Shard, in_shard
 
@@ -25,12 +25,10 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class LossAndGradients:
-    """Of one call: each shard's loss and gradients, of which the graph goes when they are known.
+    """The losses and gradients of one call's shards, each of whose graphs is freed at once.
 
-    Args:
-        call: of the inputs.
-        loss_fn: returns a shard's loss, a mean over its rows, or ``(sum, count)``.
-        targets: cut as the inputs are.
+    `loss_fn` returns a shard's loss, a mean over its rows, or ``(sum, count)``. `targets` are cut
+    as the call's inputs are.
     """
 
     def __init__(self, call: ShardedCall, loss_fn: Callable[[Any, Any], Any], targets: Any) -> None:
@@ -39,7 +37,7 @@ class LossAndGradients:
                 "forward_backward() under torch.no_grad() has no gradients to compute"
             )
         self._call, self._loss_fn, self._targets = call, loss_fn, targets
-        self._goal: Split | None = None  # the targets, cut
+        self._target_split: Split | None = None
         count = len(call.split.bounds)
         self._losses: list[Tensor | None] = [None] * count
         self._counts: list[Any] = [None] * count
@@ -50,10 +48,10 @@ class LossAndGradients:
         call = self._call
         if call.executor.together:
             call.reached.close()
-        # While one shard is alone, what it reaches can be added to what is summed.
+        # The tensors that a shard reaches can be added while it runs alone.
         grads = call.sum_gradients(self._run_shard, self._cut_targets, one_first=call.closely)
         done = [shard for shard in self._shards if shard is not None]
-        # A process that ran no shard has to know what the losses are, to sum them.
+        # A process that ran no shard gets the losses' dtype from the others.
         found, kinds = next((v for v in self._losses if v is not None), None), [0]
         with DeferredError() as caught:
             if found is not None:
@@ -63,7 +61,7 @@ class LossAndGradients:
         like = torch.zeros((), dtype=_DTYPES[kind - 1]) if found is None else found
         with torch.no_grad():
             loss = self._total(grads, like)
-        # Autograd adds what is known to ``.grad``, and runs the hooks.
+        # Autograd adds the gradients to ``.grad`` and runs the hooks.
         pairs = zip([*call.trainable, *call.inputs_with_grad], grads, strict=True)
         known = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
         torch.autograd.backward([t for t, _ in known], [g for _, g in known])
@@ -71,35 +69,35 @@ class LossAndGradients:
 
     def _cut_targets(self) -> None:
         split = self._call.split
-        goal = Split(
+        targets = Split(
             [("targets", self._targets)], split.shards, self._call.ranks, self._call.options
         )
-        if goal.rows != split.rows:
+        if targets.rows != split.rows:
             raise ValueError(
-                f"forward_backward() got inputs of {split.rows} rows and targets of {goal.rows}"
+                f"forward_backward() got inputs of {split.rows} rows and targets of {targets.rows}"
             )
-        goal.bounds, goal.numbers, goal.total = split.bounds, split.numbers, split.total
-        self._goal = goal
+        targets.bounds, targets.numbers, targets.total = split.bounds, split.numbers, split.total
+        self._target_split = targets
 
     def _run_shard(self, k: int) -> tuple[Grads, Grads]:
-        call, goal = self._call, self._goal
-        assert goal is not None
+        call, targets = self._call, self._target_split
+        assert targets is not None
         replica = call.replicas.borrow(call.module)
         try:
             with torch.enable_grad():
                 shard = forward_shard(call, k, replica)
                 with in_shard(call, k, "loss", shard):
                     output = shard.rebuild()
-                    (target,) = goal.build(goal.parts(k))
+                    (target,) = targets.build(targets.parts(k))
                     loss, self._counts[k] = _checked(self._loss_fn(output, target), k)
                     if self._counts[k] is None:
                         loss = loss * call.split.weights[k]
-            call.reached.look_at_one(k, shard, [loss], len(self._losses))
+            call.reached.search_one(k, shard, [loss], len(self._losses))
             self._losses[k] = loss.detach()
             shard.outputs = []
             del output
             with in_shard(call, k, "backward", shard):
-                found = call.reached.put_together(*shard.backward([loss], [torch.ones_like(loss)]))
+                found = call.reached.merge(*shard.backward([loss], [torch.ones_like(loss)]))
             if call.is_first:
                 call.large_buffers.learn(shard)
             call.reached.close()
@@ -111,15 +109,15 @@ class LossAndGradients:
     def _check(self, done: list[Shard]) -> None:
         call = self._call
         call.effects.check(done)
-        compared(call)
+        compare_with_bare_module(call)
         if call.split.bounds:
-            assert self._goal is not None
-            check_loss(call, self._loss_fn, self._goal)
+            assert self._target_split is not None
+            check_loss(call, self._loss_fn, self._target_split)
         if len({c is not None for c in self._counts}) > 1:
             raise ValueError("loss_fn returned (sum, count) for some shards, a mean for others")
 
     def _total(self, grads: Grads, like: Tensor) -> Tensor:
-        """The whole batch's loss; where losses are sums, loss and gradients are divided here."""
+        """The whole batch's loss; if losses are sums, divides loss and gradients by the count."""
         numbers = [
             None if c is None else torch.tensor(float(c), dtype=torch.float64) for c in self._counts
         ]
@@ -130,7 +128,7 @@ class LossAndGradients:
         if total is not None:
             loss = loss / total.to(loss.device, loss.dtype)
             for i, g in enumerate(grads):
-                if g is not None:  # not in place: where one shard ran, they are that shard's own
+                if g is not None:  # not in place: one shard's sum is its own gradient
                     grads[i] = g / total.to(g.device, g.dtype)
         return loss
 

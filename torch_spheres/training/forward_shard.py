@@ -1,4 +1,4 @@
-"""The forward of one shard, on a replica of the module."""
+"""`forward_shard`: the forward of one shard on a replica; used by both kinds of call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forward_shard(call: ShardedCall, k: int, replica: Replica) -> Shard:
 
     Raises:
         RuntimeError: the forward wrote in place to its arguments.
-        Exception: whatever the module raised, with a note of how the arguments were cut.
+        Exception: any error of the module, with a note of how the arguments were cut.
     """
     shard = Shard(ShardRandom(call.random, call.split.numbers[k], call.split.leaves[k]), replica)
     grad = torch.is_grad_enabled
@@ -36,23 +36,23 @@ def forward_shard(call: ShardedCall, k: int, replica: Replica) -> Shard:
                 shard.inputs.append(values[i])
             args, kwargs = call.arguments(values)
             before = contents(call.keys, (*args, *kwargs.values()))
-            plain = call.split.outside_objects(values)  # (a cache is there to be written to)
-            versions = [version_of(v) for v in plain]
-            sums = [checksum(v) for v in plain] if call.closely else []
+            tensors = call.split.outside_objects(values)  # without caches, which forwards write to
+            versions = [version_of(v) for v in tensors]
+            sums = [checksum(v) for v in tensors] if call.closely else []
             called = replica.module.forward if call.replicas.calls_forward else replica.module
             output = called(*args, **kwargs)
-            now = [checksum(v) for v in plain] if call.closely else []
-            if now != sums or versions != [version_of(v) for v in plain]:
+            now = [checksum(v) for v in tensors] if call.closely else []
+            if now != sums or versions != [version_of(v) for v in tensors]:
                 raise RuntimeError(
                     "the module's forward wrote in place to its arguments, of which a shard "
                     "has a part or a copy: x = x.clone() first, or return what is new"
                 )
-            call.effects.look_at_arguments(before)
+            call.effects.compare_arguments(before)
     except Exception as error:
         error.add_note(call.split.described())
         raise
     shard.outputs, shard.nesting = flatten_output(output)
-    call.effects.look_at(replica)
+    call.effects.record_attributes(replica)
     shard.buffers = [(buffer, buffer.changed_value()) for buffer in taken]
     shard.params = call.reached.targets(replica)
     return shard

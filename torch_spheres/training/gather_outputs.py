@@ -1,4 +1,7 @@
-"""The shards' outputs put together, and gradients on their way to the shards and back."""
+"""Merges the outputs of all shards, and cuts their gradients for the shards' backward.
+
+Used by `ShardedCall`; merge_outputs.py has the rules for one output.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from torch_spheres.training.batch_split import aligned
 from torch_spheres.training.merge_outputs import FIRST, ONCE, SCALAR, gather_output
-from torch_spheres.training.row_check import compared
+from torch_spheres.training.row_check import compare_with_bare_module
 from torch_spheres.training.shard_task import Shard
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ __all__ = ["cut_grad", "gather", "gather_input_grad"]
 
 
 def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
-    """The whole batch's outputs, as flat leaves; the call learns how each is put together."""
+    """The whole batch's outputs, as flat leaves; sets the call's `merge_rules`."""
     if not shards:
         return []
     first = shards[0]
@@ -47,8 +50,8 @@ def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
     call.differentiable_outputs = [
         any(isinstance(v, Tensor) and v.requires_grad for v in values) for values in columns
     ]
-    comparison = compared(call, first.outputs, first.nesting)
-    found = comparison.ways
+    comparison = compare_with_bare_module(call, first.outputs, first.nesting)
+    found = comparison.rules
     if comparison.means:
         call.sums = False
     assert call.nesting is not None
@@ -58,19 +61,19 @@ def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
     outputs: list[Any] = []
     with torch.no_grad():
         for i, values in enumerate(columns):
-            way = found[i]
+            rule = found[i]
             if inside[i] and isinstance(values[0], Tensor) and values[0].dim() == 0:
-                way = ONCE  # a parameter of a distribution, and no loss
-            elif way == SCALAR and not _has_mean(values[0], call.sums):
-                way = ONCE
-            output, way = gather_output(i, values, sizes, way, dim, total)
+                rule = ONCE  # a parameter of a distribution is no loss
+            elif rule == SCALAR and not _can_be_summed(values[0], call.sums):
+                rule = ONCE
+            output, rule = gather_output(i, values, sizes, rule, dim, total)
             outputs.append(output)
-            call.ways.append(way)
+            call.merge_rules.append(rule)
     return outputs
 
 
-def _has_mean(value: Any, sums: bool) -> bool:
-    """Whether scalars of the shards can be put together: no flags, and no numbers' mean."""
+def _can_be_summed(value: Any, sums: bool) -> bool:
+    """Whether the shards' scalars have a total: no booleans, and integers only if summed."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
         return True
     return sums and value.dtype is not torch.bool
@@ -84,31 +87,31 @@ def _described(shard: Shard) -> str:
 def cut_grad(
     call: ShardedCall, grad: Tensor | None, i: int, shards: list[Shard | None]
 ) -> list[Tensor | None] | None:
-    """The gradient of output `i`, for each shard."""
-    way = call.ways[i]
-    if grad is None or way == FIRST:
+    """The part of each shard in the gradient of output `i`; None if it has none."""
+    rule = call.merge_rules[i]
+    if grad is None or rule == FIRST:
         return None
-    if way == SCALAR:
+    if rule == SCALAR:
         return [*call.weighted([grad] * len(shards))]
-    if way == ONCE:
+    if rule == ONCE:
         return [grad, *[None] * (len(shards) - 1)]
-    assert isinstance(way, int)
+    assert isinstance(rule, int)
     kinds = {s.outputs[i].layout for s in shards if s is not None}
     if kinds - {torch.strided}:
         raise TypeError(
             f"output {i} of the module is a tensor of layout {kinds.pop()}, whose gradient "
             "SphereParallel cannot cut into shards; return to_dense()"
         )
-    sizes = [0 if shard is None else shard.outputs[i].shape[way] for shard in shards]
-    pieces = grad.split(sizes, way) if sizes else ()
-    return [aligned(piece if way == 0 else piece.contiguous()) for piece in pieces]
+    sizes = [0 if shard is None else shard.outputs[i].shape[rule] for shard in shards]
+    pieces = grad.split(sizes, rule) if sizes else ()
+    return [aligned(piece if rule == 0 else piece.contiguous()) for piece in pieces]
 
 
 def gather_input_grad(
     call: ShardedCall, value: Tensor, dim: int | None, parts: list[Tensor | None]
 ) -> Tensor | None:
-    """The gradient of an argument from those of its parts."""
-    if dim is None:  # all shards had all of it
+    """The gradient of an argument, from those of its parts."""
+    if dim is None:  # each shard had the whole argument
         return call.totals([parts], [value])[0]
     if all(part is None for part in parts):
         return None

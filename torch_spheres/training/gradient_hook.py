@@ -18,7 +18,7 @@ from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.pool import SpherePool
 from torch_spheres.runtime.trace_hooks import phase
 from torch_spheres.training.engine import engine_of
-from torch_spheres.training.step_checks import HandChecks
+from torch_spheres.training.step_checks import GradientSumChecks
 
 if TYPE_CHECKING:
     from torch_spheres.spheres import KissingSpheres
@@ -82,7 +82,7 @@ class GradientHook:
                 stacklevel=2,
             )
         self._optimizer = optimizer
-        self._checks = HandChecks(optimizer)
+        self._checks = GradientSumChecks(optimizer)
         self._lock = threading.Lock()
         self._added: dict[int, list[Tensor | None]] = {}
         # The optimizer keeps the function, and so the hook, even if nobody else does.

@@ -1,4 +1,7 @@
-"""The leaves and nodes of a shard's graph: which tensors its outputs were computed from."""
+"""`ShardGraph`: the leaves and nodes of a shard's autograd graph.
+
+Used by reached_tensors.py, and by shard_task.py for reentrant checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,28 @@ __all__ = ["ShardGraph"]
 
 
 class ShardGraph:
-    """A walk over the graph behind some tensors.
+    """The graph behind some tensors.
 
     Attributes:
         leaves: by id, the tensors whose ``.grad`` a backward pass would add to.
-        nodes: all others.
+        nodes: all other nodes.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.leaves: dict[int, Tensor] = {}
         self.nodes: set[Any] = set()
-        waiting: list[Any] = []
+        stack: list[Any] = []
         for root in roots:
             if not isinstance(root, Tensor) or not root.requires_grad:
                 continue
             if root.grad_fn is None:
                 self.leaves[id(root)] = root
             else:
-                waiting.append(root.grad_fn)
-        while waiting:
-            node = waiting.pop()
+                stack.append(root.grad_fn)
+        while stack:
+            node = stack.pop()
             if type(node).__name__ == "AccumulateGrad":
                 self.leaves[id(node.variable)] = node.variable
             elif node not in self.nodes:
                 self.nodes.add(node)
-                waiting += [following for following, _ in node.next_functions if following]
+                stack += [following for following, _ in node.next_functions if following]

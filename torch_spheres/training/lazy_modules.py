@@ -1,4 +1,4 @@
-"""Lazy modules, which take their shapes from the first batch."""
+"""Initialises lazy modules, which take their shapes from the first batch; used by `Engine`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["initialise", "is_lazy"]
 
 
 def is_lazy(module: nn.Module) -> bool:
-    """Whether a module takes its shapes from the first batch, which has not come yet."""
+    """Whether a module is lazy and has not seen its first batch."""
     return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())
 
 
 def initialise(call: ShardedCall) -> None:
-    """Runs the module on the first shard's rows, without a trace but for what is lazy.
+    """Runs the module once on the first shard's rows.
 
-    In evaluation mode, so that it leaves statistics and random numbers alone.
+    Evaluation mode keeps it from changing statistics and drawing random numbers.
     """
     module = call.module
     training = [m for m in module.modules() if m.training]

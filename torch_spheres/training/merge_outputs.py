@@ -1,4 +1,4 @@
-"""The shards' outputs put together, along the rows."""
+"""Merges one output of all shards; used by gather_outputs.py and row_check.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_spheres.runtime.object_graph import is_sequence, parts_of, tensor_inside
 
 __all__ = [
-    "FIRST", "ONCE", "ROWS", "SCALAR", "STATISTIC", "Refused", "Way", "gather_output", "is_array",
+    "FIRST",
+    "ONCE",
+    "ROWS",
+    "SCALAR",
+    "STATISTIC",
+    "MergeRule",
+    "Refused",
+    "gather_output",
+    "is_array",
     "same",
 ]  # fmt: skip
 
@@ -27,20 +35,22 @@ SCALAR, ONCE, ROWS, FIRST = "scalar", "once", "rows", "first"
 
 @dataclass(frozen=True)
 class Refused:
-    """An output that cannot be put together, whatever its shards' values are."""
+    """The rule of an output that cannot be merged, whatever its values are."""
 
     why: str
 
 
-Way = int | str | Refused | None
-"""How an output is put together: along a dimension; `SCALAR`: a mean or sum; `ONCE`: the same for
-all shards, whose gradient one of them gets; `ROWS`: a sequence with an element for each row;
-`FIRST`: the first shard's, no tensor. None: it is not known yet.
+MergeRule = int | str | Refused | None
+"""How an output is merged.
+
+An integer: concatenated along that dimension; `SCALAR`: a mean or sum; `ONCE`: the same for all
+shards, of which one gets the gradient; `ROWS`: a sequence with an element for each row; `FIRST`:
+the first shard's, for values that are no tensors; None: not known.
 """
 
 
 def is_array(value: Any) -> bool:
-    """Whether it has a shape to be put together by."""
+    """Whether a value is a tensor or a numpy array."""
     return isinstance(value, (Tensor, np.ndarray))
 
 
@@ -58,22 +68,23 @@ def gather_output(
     i: int,
     values: Sequence[Any],
     sizes: Sequence[int],
-    way: Way,
+    rule: MergeRule,
     preferred: int,
     total: Callable[[Sequence[Tensor]], Tensor],
-) -> tuple[Any, Way]:
-    """Output `i` of the module, from what it was for each shard of so many rows; and its way.
+) -> tuple[Any, MergeRule]:
+    """Merges output `i` of the module; returns the output and its rule.
 
     Args:
-        i: for errors.
+        i: number of the output, for errors.
         values: of each shard.
-        sizes: rows of each shard.
-        way: as the comparison with the bare module found it.
-        preferred: the dimension, where that found nothing.
-        total: the sum or mean of the shards' scalars.
+        sizes: number of rows of each shard.
+        rule: that the comparison with the bare module has found.
+        preferred: dimension, if `rule` is None.
+        total: returns the sum or mean of the shards' scalars.
 
     Raises:
-        TypeError, ValueError: they cannot be put together.
+        TypeError: values of this type cannot be merged.
+        ValueError: the shards' values do not fit together.
     """
     first = values[0]
     if any(isinstance(v, PackedSequence) for v in values):
@@ -88,17 +99,17 @@ def gather_output(
                 f"{_described(value)} for shard {k}: what the module returns must not depend "
                 "on the rows"
             )
-    if isinstance(way, Refused):
+    if isinstance(rule, Refused):
         raise ValueError(
-            f"output {i} of the module, {_described(first)} for {sizes[0]} rows, {way.why}"
+            f"output {i} of the module, {_described(first)} for {sizes[0]} rows, {rule.why}"
         )
     if not is_array(first):
-        return _gather_others(i, values, sizes, way)
-    if not len(first.shape) and isinstance(first, Tensor) and way != ONCE:
+        return _gather_others(i, values, sizes, rule)
+    if not len(first.shape) and isinstance(first, Tensor) and rule != ONCE:
         return total(values), SCALAR
-    if way == ONCE or not len(first.shape):
+    if rule == ONCE or not len(first.shape):
         return _once(i, values, sizes), ONCE
-    dim = way if isinstance(way, int) else _dim_by_shape(values, sizes, preferred)
+    dim = rule if isinstance(rule, int) else _dim_by_shape(values, sizes, preferred)
     _check_rows(i, values, sizes, dim)
     if isinstance(first, Tensor):
         return torch.cat(list(values), dim), dim
@@ -117,7 +128,7 @@ STATISTIC = (
 
 
 def _once(i: int, values: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """What does not depend on the rows."""
+    """The value of an output that does not depend on the rows."""
     first = values[0]
     if not all(same(value, first) for value in values):
         raise ValueError(
@@ -127,7 +138,7 @@ def _once(i: int, values: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 
 def _dim_by_shape(values: Sequence[Any], sizes: Sequence[int], preferred: int) -> int:
-    """Of an output that could not be compared: the preferred dimension, if it can be the rows'."""
+    """The dimension of rows, by the shapes: the preferred one, if it can be that."""
     preferred = min(preferred, len(values[0].shape) - 1)
     fitting = [d for d in range(len(values[0].shape)) if _misfit(values, sizes, d) is None]
     # Shards of different sizes show which dimension follows the rows; equal ones do not.
@@ -137,7 +148,7 @@ def _dim_by_shape(values: Sequence[Any], sizes: Sequence[int], preferred: int) -
 
 
 def _misfit(values: Sequence[Any], sizes: Sequence[int], dim: int) -> int | None:
-    """The first shard whose shape is not that of its rows along the dimension."""
+    """The first shard whose shape does not follow its rows along `dim`."""
     first = values[0].shape
     times, rest = divmod(first[dim], sizes[0])
     others = (*first[:dim], *first[dim + 1 :])
@@ -150,7 +161,7 @@ def _misfit(values: Sequence[Any], sizes: Sequence[int], dim: int) -> int | None
 
 def _check_rows(i: int, values: Sequence[Any], sizes: Sequence[int], dim: int) -> None:
     if len(values) == 1:
-        return  # all rows there are
+        return
     k = _misfit(values, sizes, dim)
     if k is not None:
         raise ValueError(
@@ -161,12 +172,12 @@ def _check_rows(i: int, values: Sequence[Any], sizes: Sequence[int], dim: int) -
         )
 
 
-# ---- what is no tensor ----
+# ---- values that are no tensors ----
 
 
 def _gather_others(
-    i: int, values: Sequence[Any], sizes: Sequence[int], way: Way
-) -> tuple[Any, Way]:
+    i: int, values: Sequence[Any], sizes: Sequence[int], rule: MergeRule
+) -> tuple[Any, MergeRule]:
     first = values[0]
     held = None if first is None else tensor_inside(first)
     if held is not None:
@@ -182,11 +193,11 @@ def _gather_others(
             "return a list or a tensor"
         )
     if len(values) == 1:
-        return first, ROWS if way == ROWS else FIRST
+        return first, ROWS if rule == ROWS else FIRST
     equal = all(same(value, first) for value in values)
-    by_rows = is_sequence(first) and all(map(is_sequence, values)) and way != ONCE
+    by_rows = is_sequence(first) and all(map(is_sequence, values)) and rule != ONCE
     if by_rows and all(len(v) == n for v, n in zip(values, sizes, strict=True)):
-        if way == ROWS or not equal:
+        if rule == ROWS or not equal:
             return _joined(values), ROWS
         raise ValueError(
             f"output {i} of the module is a {type(first).__name__} of {len(first)} elements, "
@@ -215,18 +226,18 @@ def _short(value: Any) -> str:
 
 
 def same(a: Any, b: Any, depth: int = 4) -> bool:
-    """Whether two values are equal, bit by bit if tensors; objects by what they hold."""
+    """Whether two values are equal: tensors bit by bit, objects by what they hold."""
     if a is b or depth < 0:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         if a.is_meta:
-            return True  # it has no values
+            return True  # meta tensors have no values
         a, b = (t.to_dense() if t.layout is not torch.strided else t for t in (a, b))
         if torch.equal(a, b):
             return True
-        return bool(((a == b) | ((a != a) & (b != b))).all())  # not a number
+        return bool(((a == b) | ((a != a) & (b != b))).all())  # NaN equals NaN here
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.shape == b.shape and all(map(same, a.ravel().tolist(), b.ravel().tolist()))
     if isinstance(a, float) and isinstance(b, float):
@@ -236,18 +247,18 @@ def same(a: Any, b: Any, depth: int = 4) -> bool:
     if is_sequence(a):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, enum.Enum):
-        return False  # another member
+        return False  # members are the same object if equal
     if getattr(type(a), "__eq__", None) is object.__eq__ or isinstance(a, functools.partial):
         return _same_state(a, b, depth)
     try:
         return bool(a == b)
-    except (ValueError, TypeError, RuntimeError):  # tables compare by element
+    except (ValueError, TypeError, RuntimeError):  # data frames compare by element
         equals = getattr(a, "equals", None)
         return bool(equals(b)) if callable(equals) else repr(a) == repr(b)
 
 
 def _same_state(a: Any, b: Any, depth: int) -> bool:
-    """Of objects without a comparison of their own."""
+    """Whether two objects without ``__eq__`` hold the same."""
     mine, other = [*parts_of(a)], [*parts_of(b)]
     if not mine and not other:
         is_plain = repr(a).endswith(f" at {hex(id(a))}>") or callable(a)

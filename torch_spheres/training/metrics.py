@@ -1,4 +1,4 @@
-"""Sums over the rows of a batch that several processes share, for an evaluation's figures."""
+"""`gather_metrics`: sums over the rows of a batch, over all processes, for an evaluation."""
 
 from __future__ import annotations
 
@@ -45,39 +45,39 @@ def gather_metrics(
             hits, loss, rows = hits + sums["hits"], loss + sums["loss"], rows + sums["rows"]
 
     Each shard's rows are added first, in float64, then the shards' sums in the fixed tree. All
-    processes call it together, each with its own rows, and all get the same.
+    processes call it together, each with its own rows, and all get the same result.
 
     Args:
         model_or_spheres: a `SphereParallel`, or a model that `parallelize_` was called on, whose
             processes share the batch; or the `KissingSpheres` of a wrapped loader.
-        process_group: for `KissingSpheres`: who shares, as of `wrap`. A model brings its own.
-        values: tensors whose first dimension is this process's rows, of any further shape: a value
-            for each row, or several, which are added too.
+        process_group: the processes that share the batch, for `KissingSpheres`, as in `wrap`.
+        values: real tensors of any dtype and shape ``(rows, ...)`` with this process's rows.
 
     Returns:
-        The sum of each by its name, a float, or an int where it has integers or booleans (exact);
-        and ``"rows"``, the rows of the batch.
+        The sum of each value by its name: a float, or an int (exact) for integers and booleans;
+        and ``"rows"``, the number of rows of the batch.
 
     Raises:
-        TypeError: it is neither such a model nor a `KissingSpheres`, or a value has no rows.
-        ValueError: no values, one called ``rows``, or values of different rows; or the processes do
-            not have their parts of one batch.
+        TypeError: the first argument is neither a parallel model nor a `KissingSpheres`, or a value
+            is complex or has no rows.
+        ValueError: there are no values, one is called ``rows``, they have different rows, or the
+            processes do not have their parts of one batch.
         RankError: another process does not come, or has failed.
     """
-    shards, ranks = _whose(model_or_spheres, process_group)
+    shards, ranks = _shards_and_ranks(model_or_spheres, process_group)
     division, rank, total = _agreed_rows(shards, ranks, values)
     engine = engine_of(model_or_spheres)
     if ranks is not None and engine is not None and engine.pool.checks is not None:
         engine.pool.checks.compare_evaluation(ranks, engine.module)
     sizes = [len(places) for places in division.ranges(rank, total)]
-    columns = [
-        _by_leaf(value, division.owned(rank), sizes, division.leaves) for value in values.values()
-    ]
+    owned = division.owned(rank)
+    columns = [_by_leaf(value, owned, sizes, division.leaves) for value in values.values()]
     like = [torch.zeros((), dtype=torch.float64)] * len(columns)
-    if ranks is None:
-        sums = tree_sums(columns)
-    else:
-        sums = total_over_ranks(columns, like, ranks, what="gather_metrics")
+    sums = (
+        tree_sums(columns)
+        if ranks is None
+        else total_over_ranks(columns, like, ranks, what="gather_metrics")
+    )
     found: dict[str, float | int] = {}
     for (name, value), summed in zip(values.items(), sums, strict=True):
         number = 0.0 if summed is None else float(summed)
@@ -88,7 +88,7 @@ def gather_metrics(
 def _agreed_rows(
     shards: int, ranks: Ranks | None, values: dict[str, Any]
 ) -> tuple[Division, int, int]:
-    """Who has which rows, which of them this process is, and how many rows there are in all."""
+    """The division of rows between processes, the rank of this one, the number of rows in all."""
     rows, names = 0, zlib.crc32(repr([*values]).encode())
     with DeferredError() as caught:
         rows = _rows_of(values)
@@ -113,7 +113,9 @@ def _agreed_rows(
     return division, rank, total
 
 
-def _whose(given: Any, process_group: ProcessGroup | bool | None) -> tuple[int, Ranks | None]:
+def _shards_and_ranks(
+    given: Any, process_group: ProcessGroup | bool | None
+) -> tuple[int, Ranks | None]:
     if isinstance(given, SpherePool):
         return given.leaves, find_ranks(process_group, given.leaves)
     engine = engine_of(given)
@@ -144,10 +146,10 @@ def _rows_of(values: dict[str, Tensor]) -> int:
 
 
 def _by_leaf(value: Tensor, owned: list[int], sizes: list[int], leaves: int) -> list[Tensor | None]:
-    """The sum of each of this process's shards, at its leaf; None where there are no rows."""
+    """By leaf, the sums of this process's shards; None where there are no rows."""
     sums: list[Tensor | None] = [None] * leaves
     for leaf, part in zip(owned, value.detach().cpu().double().split(sizes), strict=True):
         if len(part):
-            # (One after another: torch's own sum depends on its threads where it is long.)
+            # A sequential sum: that of torch depends on the number of threads.
             sums[leaf] = torch.from_numpy(part.reshape(-1).numpy().cumsum()[-1:]).reshape(())
     return sums

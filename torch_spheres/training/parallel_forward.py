@@ -1,4 +1,4 @@
-"""The forward that callers of a parallel model see."""
+"""`ParallelForward`: the forward that callers of a parallel model see."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARALLEL_FORWARD = "_parallel_forward"
 
 
 class ParallelForward:
-    """The forward that callers see: it runs the engine, and looks like the module's own."""
+    """A forward that runs the engine, with signature and docstring of the module's own."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -31,21 +31,21 @@ class ParallelForward:
         """Into how many shards a batch is cut."""
         return self.engine.shards
 
-    @_compat.disable_compiler  # compiled code around has a gap here
+    @_compat.disable_compiler  # a graph break in code that is compiled around the call
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the module's own
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call does."""
+        """Runs a call."""
         return self.engine.forward(self.engine.module, args, kwargs)
 
     def is_used_by(self, model: nn.Module) -> bool:
-        """Whether calls of the model come here."""
+        """Whether calls of the model run this forward."""
         return vars(model).get(PARALLEL_FORWARD) is self
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """As `functools.wraps` sets it, but looked up when somebody asks: the module may change."""
+        """The module's forward, as `functools.wraps` sets it; the module may change."""
         return self.engine.module.forward
 
     @property
@@ -54,18 +54,18 @@ class ParallelForward:
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """As of a bound method: accelerate puts autocast around it and binds that to the model."""
+        """As bound methods have it: accelerate wraps it in autocast and binds it to the model."""
         return _Unbound(self)
 
     def __getattr__(self, name: str) -> Any:
-        # (Python 3.14's has __annotate__ instead; torch.export looks at the code.)
+        # Python 3.14's functions have __annotate__ instead; torch.export reads the code.
         if name in (*functools.WRAPPER_ASSIGNMENTS, "__annotations__", "__code__"):
             return getattr(self.__wrapped__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class _Unbound:
-    """The parallel forward of whatever model it is called with, such as a copy of the first one."""
+    """The parallel forward of the model that it is called with, which may be a copy."""
 
     __slots__ = ("_bound",)
 

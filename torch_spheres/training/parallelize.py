@@ -102,7 +102,7 @@ class InPlaceForward(ParallelForward):
     def _attach(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)  # the model has this object, and is freed when it goes
         self.engine.module = bare = object.__new__(type(model))
-        self.engine.pool.known_as = self._model
+        self.engine.pool.user_module = self._model
         self.engine.pool.calls_forward = True
         self._instead: dict[str, Any] = {name: OrderedDict() for name in _compat.FORWARD_HOOKS}
         own = self._own

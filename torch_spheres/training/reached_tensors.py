@@ -1,11 +1,11 @@
-"""The tensors whose gradients a call sums: parameters, and whatever else the forward reaches.
+"""`ReachedTensors`: whose gradients a call sums, parameters and whatever else its forward reaches.
 
-A forward may compute with tensors that are no parameters of the module: with a layer that is kept
-in a list, with a function that holds the original of a layer, with a tensor on an attribute. Plain
-torch gives them gradients. So the shards' graphs are searched for leaves that are no replica's: all
-of them in the first calls of a kind, in those whose number is a power of two, and in every call of
-a module that is known to have such tensors; in other calls one shard's, in turn, and the others' if
-it has such a leaf.
+A forward may compute with tensors that are no parameters of the module: those of a layer that is
+kept in a list, of a function that holds the original of a layer, or a tensor on an attribute. Plain
+torch gives them gradients, so `ShardedCall` does too: this class searches the shards' graphs for
+leaves that are no replica's. It searches all graphs in the first calls of a kind, in those whose
+number is a power of two, and in every call of a module that is known to have such tensors; in other
+calls it searches one shard's, in turn, and all others if that one has such a leaf.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch_spheres.training.replica import Replica
 from torch_spheres.training.replica_pool import ReplicaPool
 from torch_spheres.training.shard_task import Shard
 
-__all__ = ["Reached"]
+__all__ = ["ReachedTensors"]
 
 
-class Reached:
-    """What one call's shards reach.
+class ReachedTensors:
+    """The tensors that one call's shards reach.
 
     Args:
-        pool: has looked at the module.
-        closely: all graphs are searched, whatever is known.
+        pool: has inspected the module.
+        closely: whether all graphs are searched, whatever is known.
         number: of the call, among those of its kind.
-        alone: this process has the whole batch.
+        alone: whether this process has the whole batch.
 
     Attributes:
         tensors: whose gradients are summed: the module's parameters, then the others.
@@ -42,20 +42,19 @@ class Reached:
         self._pool, self._number, self._alone = pool, number, alone
         params = [p for p in pool.parameters if p.requires_grad]
         self._registered = len(params)
-        # (One that is computed from others counts only where a graph has it: it may be a rest.)
-        self._outside = [t for t in pool.outside if t.is_leaf]
+        # A tensor computed from others may be left from an earlier step: a graph has to have it.
+        self._on_attributes = [t for t in pool.scan.leaves if t.is_leaf]
         self._reached_by: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._strange: list[Tensor] = []  # leaves that are no replica's
-        self._originals: list[int] = []  # of parameters that are reached past the replicas
-        self.tensors: list[Tensor] = [*params, *self._outside]
+        self._unregistered: list[Tensor] = []  # leaves that are no replica's
+        self._bypassed: list[int] = []  # places of parameters that are reached past the replicas
+        self.tensors: list[Tensor] = [*params, *self._on_attributes]
         self._place = {id(t): i for i, t in enumerate(self.tensors)}
-        self._searches = closely or bool(pool.outside)
-        known = pool.strange_leaves()
-        if known:
+        self._searches = closely or bool(pool.scan.leaves)
+        if known := pool.unregistered_leaves():
             self._searches = True
-            # (Hooks on what is not reached are no matter.)
+            # Leaves with hooks are left out until a graph reaches them, which is an error.
             self._add(leaf for leaf in known if not leaf._backward_hooks)
-        self._is_open = closely  # while one shard is alone, what it reaches can still be added
+        self._is_open = closely  # whether tensors can still be added: one shard runs alone
 
     def _add(self, leaves: Iterable[Tensor]) -> None:
         for leaf in leaves:
@@ -63,119 +62,118 @@ class Reached:
             place = self._place.get(id(leaf))
             if place is None:
                 self._place[id(leaf)] = len(self.tensors)
-                self._strange.append(leaf)
+                self._unregistered.append(leaf)
                 self.tensors.append(leaf)
-            elif place not in self._originals:
-                self._originals.append(place)
+            elif place not in self._bypassed:
+                self._bypassed.append(place)
 
     def targets(self, replica: Replica) -> list[Tensor]:
-        """The leaves of a shard's graph, as `put_together` wants their gradients."""
-        if len(self.tensors) == self._registered and not self._originals:
+        """The leaves of a shard's graph, in the order in which `merge` takes their gradients."""
+        if len(self.tensors) == self._registered and not self._bypassed:
             return [mine for p, mine in replica.params if p.requires_grad]
-        mine = {id(t): leaf for t, leaf in (*replica.params, *replica.outside)}
-        originals = [self.tensors[i] for i in self._originals]
-        return [*(mine.get(id(t), t) for t in self.tensors), *originals]
+        mine = {id(t): leaf for t, leaf in (*replica.params, *replica.attribute_leaves)}
+        bypassed = [self.tensors[i] for i in self._bypassed]
+        return [*(mine.get(id(t), t) for t in self.tensors), *bypassed]
 
-    def put_together(self, grads: Grads, inputs: Grads) -> tuple[Grads, Grads]:
-        """One gradient for each of `tensors`, of those for `targets`."""
+    def merge(self, grads: Grads, inputs: Grads) -> tuple[Grads, Grads]:
+        """One gradient for each of `tensors`, from those of `targets`; `inputs` as they are."""
         count = len(self.tensors)
         if len(grads) > count:
             grads, more = grads[:count], grads[count:]
-            for i, grad in zip(self._originals, more, strict=True):
+            for i, grad in zip(self._bypassed, more, strict=True):
                 own = grads[i]
                 grads[i] = own if grad is None else grad if own is None else own + grad
         return grads, inputs
 
     # ---- searching ----
 
-    def look_at(self, shards: Sequence[Shard]) -> None:
-        """After the shards' forward: finds what their graphs reach.
+    def search(self, shards: Sequence[Shard]) -> None:
+        """Searches the graphs after all shards' forward.
 
-        Raises:
-            RuntimeError: there is something whose gradient could not be given back.
+        Raises a RuntimeError if a tensor is reached whose gradient could not be summed.
         """
         if torch.is_grad_enabled() and shards:
             if not self._searches:
                 one = shards[self._number % len(shards)]
-                self._searches = bool(self._new([one], [ShardGraph(one.outputs)]))
+                self._searches = any(self._new_leaves([one], [ShardGraph(one.outputs)]))
             if self._searches:
                 graphs = [ShardGraph(shard.outputs) for shard in shards]
                 _refuse_shared_nodes(graphs)
-                self._take(shards, graphs)
-                for _ in range(2):  # the first shard that reaches something is not the only one
-                    for k, (shard, graph) in enumerate(zip(shards, graphs, strict=True)):
-                        self._aim(k, shard, graph)
-        self._refuse_what_ranks_cannot()
+                self._add_new(shards, graphs)
+                for k, (shard, graph) in enumerate(zip(shards, graphs, strict=True)):
+                    self._set_targets(k, shard, graph)
+        self._refuse_on_ranks()
 
-    def look_at_one(self, k: int, shard: Shard, roots: Sequence[Tensor], count: int) -> None:
-        """The same for one shard of so many, before its backward.
+    def search_one(self, k: int, shard: Shard, roots: Sequence[Tensor], count: int) -> None:
+        """Searches the graph of shard `k` of `count` before its backward.
 
-        While the first one is alone, tensors can be added.
+        Tensors can be added until `close` is called.
         """
         if self._searches or k == self._number % count:
             graph = ShardGraph(roots)
-            self._take([shard], [graph], self._is_open)
-            self._aim(k, shard, graph)
-        self._refuse_what_ranks_cannot()
+            self._add_new([shard], [graph], self._is_open)
+            self._set_targets(k, shard, graph)
+        self._refuse_on_ranks()
 
-    def _aim(self, k: int, shard: Shard, graph: ShardGraph) -> None:
+    def close(self) -> None:
+        """No tensor can be added from now on: several shards' gradients are being summed."""
+        self._is_open = False
+
+    def _set_targets(self, k: int, shard: Shard, graph: ShardGraph) -> None:
         shard.params = self.targets(shard.replica)
         own = {*shard.replica.leaves, *map(id, shard.inputs)}
         for i, leaf in graph.leaves.items():
-            if i not in own:  # made by this shard's forward, or reached by others too
+            if i not in own:  # made by this shard's forward, or reached by other shards too
                 known, first = self._reached_by.get(i, (None, k))
                 if known is None or known() is not leaf:
                     self._reached_by[i] = weakref.ref(leaf), k
                 elif first != k:
                     shard.shares_leaves = True
 
-    def close(self) -> None:
-        """From now on shards run whose gradients are summed at once."""
-        self._is_open = False
-
-    def _new(
+    def _new_leaves(
         self, shards: Sequence[Shard], graphs: Sequence[ShardGraph]
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Leaves that are not among `tensors`: those that replicas have for others, and strange."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Leaves that are not among `tensors`: originals of replicas' leaves, unregistered ones."""
         own: set[int] = set()
         for shard in shards:
             own.update(shard.replica.leaves, map(id, shard.inputs))
-        outside = {id(leaf): t for s in shards for t, leaf in s.replica.outside}
-        computed, strange = [], []
-        for i, leaf in {i: leaf for graph in graphs for i, leaf in graph.leaves.items()}.items():
-            if i in outside:  # (each replica has a leaf of its own for it)
-                if id(outside[i]) not in self._place:
-                    computed.append(outside[i])
-            elif i not in own:
-                strange.append(leaf)
-        if strange:
-            known = {*map(id, self._strange), *(id(self.tensors[i]) for i in self._originals)}
-            strange = [t for t in strange if id(t) not in known]
-        return (computed, strange) if computed or strange else None
+        originals = {id(leaf): t for s in shards for t, leaf in s.replica.attribute_leaves}
+        computed: dict[int, Tensor] = {}
+        unregistered: dict[int, Tensor] = {}
+        for graph in graphs:
+            for i, leaf in graph.leaves.items():
+                if i in originals:
+                    computed[id(originals[i])] = originals[i]
+                elif i not in own:
+                    unregistered[i] = leaf
+        if unregistered:
+            known = {*map(id, self._unregistered), *(id(self.tensors[i]) for i in self._bypassed)}
+            unregistered = {i: t for i, t in unregistered.items() if i not in known}
+        new = [t for i, t in computed.items() if i not in self._place]
+        return new, [*unregistered.values()]
 
-    def _take(
+    def _add_new(
         self, shards: Sequence[Shard], graphs: Sequence[ShardGraph], is_open: bool = True
     ) -> None:
-        new = self._new(shards, graphs)
-        if new is None:
+        computed, unregistered = self._new_leaves(shards, graphs)
+        if not computed and not unregistered:
             return
-        computed, strange = new
-        computed = [*{id(t): t for t in computed}.values()]
-        self._pool.remember(strange)
+        self._pool.add_unregistered(unregistered)
         if not is_open:
             raise RuntimeError(
-                f"a tensor of shape {tuple((computed + strange)[0].shape)} that is no parameter of "
-                "the module was used in a shard's forward, or in the loss, for the first time, "
-                "while other shards' gradients are summed without it; it is known from the next "
-                "call on. Make it a parameter"
+                f"a tensor of shape {tuple((computed + unregistered)[0].shape)} that is no "
+                "parameter of the module was used in a shard's forward, or in the loss, for the "
+                "first time, while other shards' gradients are summed without it; it is known from "
+                "the next call on. Make it a parameter"
             )
         for tensor in computed:
             self._place[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
-        self._add(strange)
+        self._add(unregistered)
 
-    def _refuse_what_ranks_cannot(self) -> None:
-        more = [*self._outside, *self._strange, *(self.tensors[i] for i in self._originals)]
+    def _refuse_on_ranks(self) -> None:
+        bypassed = (self.tensors[i] for i in self._bypassed)
+        more = [*self._on_attributes, *self._unregistered, *bypassed]
         if more and not self._alone and torch.is_grad_enabled():
             shapes = [tuple(t.shape) for t in more]
             raise RuntimeError(
@@ -197,7 +195,7 @@ def _refuse_hooks(leaf: Tensor) -> None:
 
 
 def _refuse_shared_nodes(graphs: Sequence[ShardGraph]) -> None:
-    """Part of a graph that two shards have was computed before them."""
+    """Raises a RuntimeError if two graphs have a node in common, which was computed before them."""
     seen: set[object] = set()
     for graph in graphs:
         if not seen.isdisjoint(graph.nodes):

@@ -1,4 +1,7 @@
-"""What shards cannot do at all: to be traced, to have tangents, to wait for each other anywhere."""
+"""Raises errors for what shards cannot do: tracing, forward-mode AD, some batch norms.
+
+Used by `Engine`, `ShardedCall` and `RankCollective`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ __all__ = [
 
 
 def refuse_tracing() -> None:
-    """Raises a RuntimeError while torch records what a model does: shards are no part of it."""
+    """Raises a RuntimeError while torch traces a model, which cannot see other threads."""
     if _compat.is_tracing() or torch.compiler.is_compiling():
         raise RuntimeError(
             "SphereParallel cannot be traced, exported or drawn as a graph (torch.jit.trace, "
@@ -31,7 +34,7 @@ def refuse_tracing() -> None:
 
 
 def refuse_forward_ad() -> None:
-    """Raises a NotImplementedError for dual tensors, wherever they are: shards have no tangents."""
+    """Raises a NotImplementedError under forward-mode AD: shards have no tangents."""
     if _compat.forward_ad_is_on():
         raise NotImplementedError(
             "SphereParallel has no forward-mode AD: inside torch.autograd.forward_ad.dual_level() "
@@ -43,10 +46,7 @@ def refuse_forward_ad() -> None:
 
 
 def refuse_torchs_sync_batch_norm(model: nn.Module, part: nn.Module) -> None:
-    """Raises a TypeError if a part of the model is torch's `SyncBatchNorm` and on the CPU.
-
-    It would have a shard's statistics only, or none: torch's needs a GPU.
-    """
+    """Raises a TypeError if a part of the model is torch's `SyncBatchNorm`, which needs a GPU."""
     if not isinstance(part, nn.SyncBatchNorm):
         return
     tensors = [t for t in (part.weight, part.running_mean) if t is not None]
@@ -60,7 +60,7 @@ def refuse_torchs_sync_batch_norm(model: nn.Module, part: nn.Module) -> None:
 
 
 def refuse_off_cpu(on_cpu: bool) -> None:
-    """Raises a RuntimeError for shards that run one after another, and so cannot wait."""
+    """Raises a RuntimeError on accelerators, where shards cannot wait for each other."""
     if not on_cpu:
         raise RuntimeError(
             "the model has batch norms of ts.convert_sync_batchnorm() in training mode, and is on "
@@ -81,7 +81,7 @@ def refuse_compiled(together: bool) -> None:
 
 
 def refuse_ranks_without_rows(rows: Sequence[int]) -> None:
-    """Raises a ValueError if a rank could not take part in the sums over the whole batch."""
+    """Raises a ValueError if a rank has no rows and so no part in the layers' sums."""
     if 0 in rows:
         raise ValueError(
             f"the ranks have {list(rows)} rows: with batch norms of ts.convert_sync_batchnorm() "
@@ -92,9 +92,9 @@ def refuse_ranks_without_rows(rows: Sequence[int]) -> None:
 
 
 def refuse_shards_of_one_row(rows: int, shards: int) -> None:
-    """Where several processes train a batch norm over rows, whose shards need two rows each.
+    """Raises a ValueError where several ranks train a batch norm on shards of one row.
 
-    (One process runs fewer shards then; the rows of several were divided before.)
+    One process would run fewer shards, but the ranks' rows are divided before the call.
     """
     if rows < 2 * shards:
         raise ValueError(

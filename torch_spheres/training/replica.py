@@ -1,11 +1,11 @@
-"""What a running shard has of its own: a shallow copy of the module tree.
+"""`Replica`: a shallow copy of the module tree, on which one shard at a time runs.
 
-As `nn.DataParallel` makes them: the copy's attributes are the user's own objects, never copies, but
-for what has to be the shard's. Parameters are leaves of their own on the shared storage; buffers
-that the forward writes are the shard's, to be merged; and wherever the module holds one of its own
-parts once more (a list of layers, a bound method), the replica holds its own (rebinding.py).
+As in `nn.DataParallel`, the copy's attributes are the user's own objects, except for what has to be
+the shard's. Parameters are leaves of the replica's own on the shared storage. Buffers that the
+forward writes are copies, to be merged. Where the module holds one of its own parts once more (a
+list of layers, a bound method), the replica holds its copy of that part (rebinding.py).
 
-Before each shard the replica gets the module's attributes anew, so that what a forward sets reaches
+Each shard starts with the module's attributes, so that what a forward sets on the replica reaches
 neither another shard nor a later step.
 """
 
@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from operator import is_
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,13 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_spheres import _compat
-from torch_spheres.runtime.rebinding import MUTABLE, DictSnapshot, mapping_values, rebound
+from torch_spheres.runtime.rebinding import DictSnapshot
+from torch_spheres.training.module_copy import Buffer, ModuleCopy
 
-__all__ = ["Buffer", "Replica"]
-
-_CHANGING = ("_parameters", "_modules", "_non_persistent_buffers_set", *_compat.FORWARD_HOOKS)
-"""Containers on a module of its own, into which a forward may put something."""
+__all__ = ["Replica"]
 
 
 class Replica:
@@ -41,43 +35,50 @@ class Replica:
         module: the user's.
         outside: tensors that require a gradient and lie on attributes without being parameters:
             the replica has leaves of its own for them too.
-        known_as: the object that the user has for the module, where that is another one.
-        attributes: of each part, those that hold parts of the module; None: any may.
+        user_module: the object that the user calls, where that is another one.
+        attributes: names, for each module, of attributes that hold parts of it; None if unknown.
+
+    Attributes:
+        params: the module's parameters and the replica's leaves for them.
+        attribute_leaves: the same for `outside`.
+        leaves: ids of the replica's leaves.
+        grads: lock of the leaves' ``.grad``.
+        compiled_variants: keys of compiled code that has run on the replica, see `in_shard`.
+        version: of the module's attributes, see `ReplicaPool.borrow`.
     """
 
     def __init__(
         self,
         module: nn.Module,
         outside: Iterable[Tensor] = (),
-        known_as: nn.Module | None = None,
+        user_module: nn.Module | None = None,
         attributes: Sequence[Iterable[str]] | None = None,
     ) -> None:
-        self.grads = threading.Lock()  # held by who uses `.grad` of the replica's leaves
+        self.grads = threading.Lock()
         self._replacements: dict[int, Any] = {}
-        self._is_whole = False  # bound to all that there is, and to nothing that is the replica's
-        self.params: list[tuple[Tensor, Tensor]] = []
-        for p in module.parameters():
-            self.params.append((p, self._leaf(p)))
-        self.outside = [(t, self._leaf(t)) for t in outside]
-        self.leaves = frozenset(id(mine) for _, mine in (*self.params, *self.outside))
-        self.parts = [_Part(part) for part in module.modules()]
+        # Whether it has all of the module's attributes and hooks, none of them replaced.
+        self._is_unmodified = False
+        self.params = [(p, self._leaf(p)) for p in module.parameters()]
+        self.attribute_leaves = [(t, self._leaf(t)) for t in outside]
+        self.leaves = frozenset(id(mine) for _, mine in (*self.params, *self.attribute_leaves))
+        self.parts = [ModuleCopy(part) for part in module.modules()]
         self._replacements.update((id(part.source), part.copied) for part in self.parts)
         self.module: nn.Module = self.parts[0].copied
-        if known_as is not None:
-            self._replacements[id(known_as)] = self.module
+        if user_module is not None:
+            self._replacements[id(user_module)] = self.module
         for part in self.parts:
             part.connect(self._replacements)
         everything = attributes or [[*vars(part.source)] for part in self.parts]
         self.rebind(everything)
         for part in self.parts:
             part.compile()
-        self._is_whole = False  # what was compiled is to be taken over
+        self._is_unmodified = False  # `compile` has added attributes
         self.rebind(everything)
         for part in self.parts:
             if is_parametrized(part.copied):
                 _compute_at_each_use(part.copied)
-        self.warm: set[Any] = set()  # what compiled code has seen, see ShardedCall
-        self.bound = 0  # see ReplicaPool
+        self.compiled_variants: set[Any] = set()
+        self.version = 0
         self._is_dirty = False
 
     def _leaf(self, tensor: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Replica:
                 mine: Tensor = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
                 if type(tensor) is not nn.Parameter and not is_lazy(tensor):
                     mine.__class__ = type(tensor)
-                vars(mine).update(vars(tensor))  # what users put on it
+                vars(mine).update(vars(tensor))  # attributes that the user has set
             else:
                 mine = tensor.detach().requires_grad_(tensor.requires_grad)
         if mine.requires_grad:
@@ -95,12 +96,12 @@ class Replica:
         return mine
 
     def _guard(self, mine: Tensor) -> None:
-        """Has a backward that comes to the leaf from outside of the shard's own raise."""
+        """Raises an error in a backward that reaches the leaf and is not the shard's own."""
         grads = self.grads
 
         def refuse(leaf: Tensor) -> None:
             if grads.locked():
-                return  # a reentrant checkpoint's, see Shard.backward
+                return  # in a reentrant checkpoint, see Shard.backward
             leaf.grad = None
             raise RuntimeError(
                 "a loss was computed from a tensor that a shard of SphereParallel made inside the "
@@ -110,51 +111,52 @@ class Replica:
 
         mine.register_post_accumulate_grad_hook(refuse)
 
-    def follow(self) -> bool:
-        """Takes over what is cheap to; False if the parameters are no longer the same memory."""
-        for p, mine in (*self.params, *self.outside):
+    def sync(self) -> bool:
+        """Syncs attributes of parameters; False if a new replica is needed."""
+        for p, mine in (*self.params, *self.attribute_leaves):
             if (
                 p.data_ptr() != mine.data_ptr()
                 or p.dtype != mine.dtype
                 or p.shape != mine.shape
                 or p.stride() != mine.stride()
+                # A leaf's requires_grad stays, since a graph may have it whose backward follows.
+                or p.requires_grad != mine.requires_grad
             ):
                 return False
-            # (The old leaf may be in the graph of a call whose backward is still to come.)
-            if mine.requires_grad != p.requires_grad:
-                return False
-            # What a forward has put there stays, as the hooks do that it may stand for.
+            # Attributes that a forward has set on the leaf stay: they may belong to its hooks.
             vars(mine).update(vars(p))
         return True
 
     def number_of(self, copied: nn.Module) -> int | None:
-        """Of one of its parts, in the order of ``modules()``."""
+        """The number in ``modules()`` of a module of the replica; None if it is no part of it."""
         return next((i for i, part in enumerate(self.parts) if part.copied is copied), None)
 
     def rebind(self, names: Iterable[Iterable[str]], *, hooks: bool = True) -> None:
-        """Takes over the module's attributes and hooks, for the shards of one call.
+        """Gives the replica the module's attributes and hooks, for the shards of one call.
 
         Args:
-            names: of each part, the attributes that hold parts of the module.
-            hooks: False leaves the module's hooks out.
+            names: for each module, of the attributes that hold parts of it.
+            hooks: whether the replica has the module's hooks.
         """
         names = [*names]
         if hooks and not any(names) and self._is_bound():
             return
         for part, attributes in zip(self.parts, names, strict=True):
             part.rebind(attributes, self._replacements, hooks)
-        self._note()
-        self._bound_to = DictSnapshot([d for part in self.parts for d in part.read()])
-        self._is_whole = hooks and not any(names) and not any(part.slots for part in self.parts)
+        self._record_state()
+        self._bound_to = DictSnapshot([d for part in self.parts for d in part.source_dicts()])
+        self._is_unmodified = (
+            hooks and not any(names) and not any(part.slots for part in self.parts)
+        )
 
     def _is_bound(self) -> bool:
         """Whether the module still has what it had at the last `rebind`."""
-        return self._is_whole and self._bound_to.matches(
-            [d for part in self.parts for d in part.read()]
+        return self._is_unmodified and self._bound_to.matches(
+            [d for part in self.parts for d in part.source_dicts()]
         )
 
-    def _note(self) -> None:
-        """Remembers what the parts have now, all in one: a look at it takes microseconds."""
+    def _record_state(self) -> None:
+        """Records what all copies hold, in flat lists, which are compared in microseconds."""
         parts = self.parts
         self._buffered = [part for part in parts if part.source._buffers or part.buffers]
         self._sized = [held for part in parts for held in part.sized]
@@ -162,15 +164,15 @@ class Replica:
         self._sizes = [*map(len, self._sized)]
         self._held = [held for part in parts for held in part.held]
         self._values = [*itertools.chain.from_iterable(self._held)]
-        self._mixed = [part for part in parts if part.mixed]
+        self._with_containers = [part for part in parts if part.containers]
 
     def _is_changed(self) -> bool:
-        """Whether a part has not what it was bound to."""
+        """Whether a forward has changed attributes since `_record_state`."""
         if [*map(len, self._sized)] != self._sizes:
             return True
         if not all(map(is_, itertools.chain.from_iterable(self._held), self._values)):
             return True
-        return any(part.changed_containers() for part in self._mixed)
+        return any(part.changed_containers() for part in self._with_containers)
 
     def begin_shard(
         self, is_own: Callable[[nn.Module, str, Tensor], bool] | None = None
@@ -178,193 +180,32 @@ class Replica:
         """Gives the replica the attributes that it was bound to, and the module's buffers.
 
         Args:
-            is_own: says of a buffer whether the shard gets a copy, and not the module's; None: all.
+            is_own: whether the shard gets a copy of a buffer, and not the module's; None: always.
         """
         if self._is_dirty and self._is_changed():
             for part in self.parts:
                 part.restore()
-            self._note()
-        self._is_dirty = True  # until `changes` knows better: the forward may raise
+            self._record_state()
+        self._is_dirty = True  # until `changes` is called: the forward may raise
         taken: list[Buffer] = []
-        copies: dict[int, Tensor] = {}  # one tensor under two names is one in the replica too
+        copies: dict[int, Tensor] = {}  # a tensor under two names is copied once
         for part in self._buffered:
-            part.take_buffers(taken, copies, is_own)
+            part.copy_buffers(taken, copies, is_own)
         return taken
 
     def changes(self) -> list[tuple[int, str]]:
-        """What the forward has set: the module's number in ``modules()``, the attribute's name."""
+        """Attributes that the forward has set: number of the module in ``modules()``, name."""
         self._is_dirty = self._is_changed() or any(part.lost_buffers() for part in self._buffered)
         if not self._is_dirty:
             return []
         return [(i, name) for i, part in enumerate(self.parts) for name in part.changes()]
 
 
-class _Part:
-    """One module of the tree, and its copy."""
-
-    def __init__(self, source: nn.Module) -> None:
-        self.source = source
-        self.copied: nn.Module = object.__new__(type(source))
-        self.buffers: dict[str, Tensor | None] = {}
-        self.own: dict[str, Any] = {"_parameters": {}, "_buffers": self.buffers, "_modules": {}}
-        self._held: dict[str, dict[str, Any]] = {}  # what belongs into the registries
-        self._given: dict[str, Any] = {}
-        self._replacements: dict[int, Any] = {}
-        self.mixed: dict[str, Any] = {}
-        """Containers of the copy's own, and what they held."""
-        self.held: list[Any] = []
-        """What the copy has: views of the values of its attributes and registries."""
-        self.sized: list[Any] = []
-        """Whatever may grow."""
-        self._before: list[int] = []  # how large the last ones of those were
-        self._has_hooks = True
-        self.slots = [name for kind in type(source).__mro__ for name in _slots(kind)]
-
-    def connect(self, replacements: dict[int, Any]) -> None:
-        """Fills the registries with the replica's parameters and parts."""
-        for registry in ("_parameters", "_modules"):
-            held = vars(self.source)[registry].items()
-            self._held[registry] = {n: replacements.get(id(v), v) for n, v in held}
-            self.own[registry].update(self._held[registry])
-
-    def rebind(self, names: Iterable[str], replacements: dict[int, Any], hooks: bool) -> None:
-        source = vars(self.source)
-        self._given = {**source, **self.own}
-        self._replacements = replacements
-        self.mixed = {}
-        for name in names:
-            if name not in self.own and name not in _CHANGING and name in source:
-                new = self._given[name] = rebound(source[name], replacements)
-                if new is not source[name] and isinstance(new, MUTABLE):
-                    self.mixed[name] = [*new], [*mapping_values(new)]
-        self._has_hooks = hooks
-        self.restore()
-
-    def read(self) -> list[dict[Any, Any]]:
-        """The module's own dicts that the copy is made after."""
-        source = vars(self.source)
-        return [source, *(source[name] for name in _compat.FORWARD_HOOKS)]
-
-    def _copy_containers(self) -> None:
-        """Gives the copy its own: a hook that a forward installs is not the user's module's."""
-        for name in _compat.FORWARD_HOOKS:
-            mine: OrderedDict[int, Any] = OrderedDict()
-            if self._has_hooks:
-                for key, hook in vars(self.source)[name].items():
-                    mine[key] = rebound(hook, self._replacements)
-            self._given[name] = mine
-        name = "_non_persistent_buffers_set"
-        self._given[name] = vars(self.source)[name].copy()
-
-    def changed_containers(self) -> list[str]:
-        """Names of containers of the copy's own that the forward has changed in place."""
-        found = []
-        for name, (keys, values) in self.mixed.items():
-            now = self._given[name]
-            if not _same([*now], keys) or not _same([*mapping_values(now)], values):
-                found.append(name)
-        return found
-
-    def lost_buffers(self) -> list[str]:
-        """Names of buffers that are new, or are None now."""
-        source = self.source._buffers
-        return [n for n, v in self.buffers.items() if v is None and source.get(n) is not None] + (
-            [] if len(self.buffers) == len(source) else [n for n in self.buffers if n not in source]
-        )
-
-    def restore(self) -> None:
-        """Gives the copy what it was bound to."""
-        for registry, held in self._held.items():
-            self.own[registry].clear()
-            self.own[registry].update(held)
-        for name in self.changed_containers():
-            new = self._given[name] = rebound(vars(self.source)[name], self._replacements)
-            self.mixed[name] = [*new], [*mapping_values(new)]
-        self._copy_containers()
-        # In one step: a checkpoint may be computing with the replica in another thread.
-        attributes = self._given.copy()
-        object.__setattr__(self.copied, "__dict__", attributes)
-        containers = [self._given[name] for name in _CHANGING]
-        self._before = [*map(len, containers)]
-        self.sized = [attributes, *containers]
-        self.held = [d.values() for d in (attributes, *(self.own[name] for name in self._held))]
-        for name in self.slots:
-            if hasattr(self.source, name):
-                object.__setattr__(self.copied, name, getattr(self.source, name))
-
-    def take_buffers(
-        self,
-        taken: list[Buffer],
-        copies: dict[int, Tensor],
-        is_own: Callable[[nn.Module, str, Tensor], bool] | None,
-    ) -> None:
-        buffers, source = self.buffers, self.source._buffers
-        if buffers.keys() != source.keys():
-            buffers.clear()
-        for name, value in source.items():
-            if value is None:
-                buffers[name] = None
-                continue
-            own = is_own is None or is_own(self.source, name, value)
-            if own:
-                # A new tensor for every shard: the last one's may be saved in a graph.
-                mine = copies.get(id(value))
-                if mine is None:
-                    mine = copies[id(value)] = value.detach().clone()
-            else:
-                mine = value.detach() if value.requires_grad else value
-            buffers[name] = mine
-            taken.append(Buffer(self.source, self.copied, name, value.detach(), mine, own))
-
-    def compile(self) -> None:
-        """Has compiled code of the module's be compiled for the copy."""
-        before = dict(vars(self.copied))
-        _compat.compile_as(self.source, self.copied)
-        for name, value in vars(self.copied).items():
-            if before.get(name) is not value:
-                self.own[name] = value
-
-    def changes(self) -> list[str]:
-        """Names of attributes, parts, parameters and hooks that the forward set on the copy."""
-        now, given, missing = vars(self.copied), self._given, object()
-        found = [n for n, v in now.items() if given.get(n, missing) is not v]
-        found += [n for n in given if n not in now]
-        found = [n for n in found if not self._is_harmless(n, now.get(n))]
-        for registry, held in self._held.items():
-            entries = self.own[registry]
-            found += [n for n in {**held, **entries} if entries.get(n) is not held.get(n)]
-        found += self.changed_containers()
-        found += self.lost_buffers()
-        lengths = zip(_CHANGING, self.sized[-len(_CHANGING) :], self._before, strict=True)
-        found += [name for name, held, before in lengths if len(held) > before and "_hook" in name]
-        return found
-
-    def _is_harmless(self, name: str, value: Any) -> bool:
-        """A method put back where it was, and what torch's own hooks compute at each call."""
-        if type(value) is MethodType and value.__self__ is self.copied:
-            return getattr(type(self.copied), name, None) is value.__func__
-        hooks = self.source._forward_pre_hooks.values()
-        return any(
-            name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
-            for hook in hooks
-        )
-
-
-def _same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _slots(kind: type) -> Iterable[str]:
-    found = vars(kind).get("__slots__", ())
-    names = (found,) if isinstance(found, str) else found
-    return (n for n in names if n not in ("__dict__", "__weakref__"))
-
-
 def _compute_at_each_use(part: nn.Module) -> None:
-    """Parametrized tensors, also inside `parametrize.cached()`.
+    """Computes parametrized tensors anew, inside `parametrize.cached()` too.
 
-    Its cache is one for all threads and for all copies of a module: a shard would use a tensor out
-    of another one's graph.
+    All threads and copies of a module share that cache, so that a shard would use a tensor of
+    another shard's graph.
     """
     kind: Any = type(part)
     properties = {}
@@ -375,25 +216,3 @@ def _compute_at_each_use(part: nn.Module) -> None:
 
         properties[name] = property(compute, getattr(kind, name).fset)
     part.__class__ = type(kind.__name__, (kind,), properties)
-
-
-@dataclass
-class Buffer:
-    """What one shard has for one of the module's buffers."""
-
-    source: nn.Module
-    copied: nn.Module
-    name: str
-    given: Tensor  # the original's own, which nobody writes while shards run
-    mine: Tensor
-    is_own: bool
-
-    def changed_value(self) -> Tensor | None:
-        """What the shard left in it, or None if it left it alone."""
-        now = self.copied._buffers.get(self.name)
-        if now is self.mine and not self.is_own:
-            return None  # whether it was written to is seen on the module's, once for all shards
-        if now is None or now.shape != self.given.shape:
-            return now
-        # By value: batch_norm writes its statistics without raising the tensor's version.
-        return None if torch.equal(now, self.given) else now.detach()

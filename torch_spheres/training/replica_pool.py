@@ -1,173 +1,123 @@
-"""The replicas of a module that are not in use, and what has been found out about the module."""
+"""`ReplicaPool`: the idle replicas of a module, and what earlier calls have shown about it.
+
+Each model's engine has one; `ShardedCall` refreshes it before the shards run.
+"""
 
 from __future__ import annotations
 
-import enum
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
 
-from torch_spheres import _compat
-from torch_spheres.runtime.rebinding import held_by
+from torch_spheres.training.module_scan import ModuleScan
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.step_checks import StepChecks
 
-__all__ = ["ELSEWHERE", "ReplicaPool"]
+__all__ = ["ReplicaPool"]
 
-ELSEWHERE = frozenset((
-    *_compat.FORWARD_HOOKS, *_compat.OTHER_HOOKS, "_parameters", "_buffers", "_modules",
-    "_compiled_call_impl",
-))  # fmt: skip
-"""Attributes that replicas have their own of, or that no forward looks at."""
-_FIRST = 3  # calls of a kind that are watched closely; later ones only if their number is 2^k
-_MANY = 256  # elements of a container that is not looked through at every call
+_CLOSE_CALLS = 3  # first calls of a kind that are checked closely; later ones if a power of two
 
 
 class ReplicaPool:
-    """The replicas that are not in use, at most one for each shard that runs at once."""
+    """The replicas that are not in use, at most one for each shard that runs at once.   Any thread.
+
+    Attributes:
+        user_module: returns the object that the user calls, where that is not the module.
+        calls_forward: whether shards call ``forward()``, since hooks have run for the whole batch.
+        layouts: of gradients, in the messages to other processes.
+        checks: of what must be the same on all ranks.
+        written: large buffers that a forward writes to: id of the module, name.
+        reported: names that the user was warned of, see forward_effects.py.
+        parts: the module's ``modules()``.
+        parameters: the module's ``parameters()``.
+        scan: what the module's attributes hold.
+        watched: other tensors that a forward can reach, and how, see shared_writes.py.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[Replica] = []
-        self._form: list[Any] = []
-        self._follows = 0
+        self._structure: list[Any] = []
+        self._version = 0
         self._calls: dict[Hashable, int] = {}
-        self._callables: list[Any] = []  # on attributes: new ones may reach new tensors
-        self._large: dict[tuple[int, str], tuple[Any, int]] = {}  # containers without parts
-        self._found: list[weakref.ref[Tensor]] = []
-        self.known_as: Callable[[], nn.Module | None] = lambda: None
-        """The object that the user has for the module, where that is another one."""
+        self._unregistered_leaves: list[weakref.ref[Tensor]] = []
+        self.user_module: Callable[[], nn.Module | None] = lambda: None
         self.calls_forward = False
-        """Whether shards call forward() itself: what is around it has run once by then."""
-        self.layouts: dict[str, Any] = {}  # of gradients on their way to other processes
-        self.checks: StepChecks | None = None  # of what must be the same in other processes
-        self.written: set[tuple[int, str]] = set()  # large buffers: id of the module, name
-        self.reported: set[str] = set()  # attributes that a forward sets, see forward_effects.py
+        self.layouts: dict[str, Any] = {}
+        self.checks: StepChecks | None = None
+        self.written: set[tuple[int, str]] = set()
+        self.reported: set[str] = set()
         self.parts: list[nn.Module] = []
-        """The module's, as ``modules()`` lists them."""
         self.parameters: list[nn.Parameter] = []
-        self.attributes: list[list[str]] = []
-        """Of each module: those that hold parts of it, and are the replica's own."""
-        self.flags: tuple[Any, ...] = ()
-        """Texts, enumerations and what is true or false on attributes: they may be ways to run."""
-        self.outside: list[Tensor] = []
-        """On attributes, with a gradient, and no parameters: replicas have leaves for them."""
-        self.loose: list[tuple[int, str, Tensor]] = []
-        """Tensors on attributes without a gradient: number of the module, name, tensor."""
+        self.scan = ModuleScan([], [], None)
         self.watched: list[tuple[str, weakref.ref[Tensor]]] = []
-        """Other tensors that a forward can reach: how, and which; see forward_effects.py."""
-        self.strangers: list[nn.Module] = []
-        """Modules on attributes that are registered nowhere."""
 
-    def follow(self, module: nn.Module) -> None:
-        """To be called before shards are run: drops replicas that the module has outgrown."""
-        parts = [*module.modules()]
+    def refresh(self, module: nn.Module) -> None:
+        """Inspects the module before shards run, and drops replicas that no longer fit it."""
         with self._lock:
-            self.parts, self.parameters = parts, [*module.parameters()]
-            self._look_at_attributes(parts)
-            form = [_form(part) for part in parts]
-            form.append([id(t) for t in self.outside])
-            if form != self._form:
+            self.parts, self.parameters = [*module.modules()], [*module.parameters()]
+            before = self.scan
+            self.scan = ModuleScan(self.parts, self.parameters, self.user_module(), before)
+            if [*map(id, self.scan.callables)] != [*map(id, before.callables)]:
+                self._calls.clear()  # new functions may reach new tensors
+            structure = [_structure(part) for part in self.parts]
+            structure.append([id(t) for t in self.scan.leaves])
+            if structure != self._structure:
                 self._idle.clear()
-                self._form = form
-            self._idle = [replica for replica in self._idle if replica.follow()]
-            self._follows += 1
-
-    def _look_at_attributes(self, parts: list[nn.Module]) -> None:
-        known = {id(part) for part in (*parts, self.known_as())}
-        parameters = {id(p) for p in self.parameters}
-        self.attributes, self.loose = [[] for _ in parts], []
-        outside: dict[int, Tensor] = {}
-        strangers: dict[int, nn.Module] = {}
-        callables: list[Any] = []
-        flags: list[Any] = []
-        for i, part in enumerate(parts):
-            for name, value in vars(part).items():
-                if type(value) in _PLAIN or name in ELSEWHERE:
-                    if type(value) in _FLAGS and name != "training":
-                        flags.append(value)
-                    continue
-                if isinstance(value, enum.Enum):
-                    flags.append(value)
-                    continue
-                if callable(value):
-                    callables.append(value)
-                for held in self._held(i, name, value):
-                    if id(held) in known or id(held) in parameters:
-                        self.attributes[i].append(name)
-                    elif isinstance(held, nn.Module):
-                        strangers[id(held)] = held
-                    elif held.requires_grad:
-                        self.attributes[i].append(name)
-                        outside[id(held)] = held
-                    else:
-                        self.loose.append((i, name, held))
-        self.flags = tuple(flags)
-        self.outside, self.strangers = [*outside.values()], [*strangers.values()]
-        if [*map(id, callables)] != [*map(id, self._callables)]:
-            self._callables = callables
-            self._calls.clear()
-
-    def _held(self, i: int, name: str, value: Any) -> Iterable[Any]:
-        """What an attribute holds; a large container without anything is not looked at again."""
-        size = len(value) if type(value) in _SIZED else 0
-        if size < _MANY:
-            simple = type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value))
-            return () if simple else held_by(value)
-        seen, length = self._large.get((i, name), (None, -1))
-        if seen is value and length == size:
-            return ()
-        found = [*held_by(value)]
-        if not found:
-            self._large[i, name] = value, size
-        return found
+                self._structure = structure
+            self._idle = [replica for replica in self._idle if replica.sync()]
+            self._version += 1
 
     def modes(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which modules are in training mode, and which parameters require a gradient."""
         training = tuple(part.training for part in self.parts)
         return training, tuple(p.requires_grad for p in self.parameters)
 
-    def watches(self, kind: Hashable) -> tuple[int, bool]:
-        """The number of a call among those of its kind, and whether it is to be watched closely."""
+    def call_number(self, kind: Hashable) -> tuple[int, bool]:
+        """The number of a call among those of its kind, and whether it is checked closely."""
         with self._lock:
             number = self._calls.get(kind, 0) + 1
-        return number, number <= _FIRST or number & (number - 1) == 0
+        return number, number <= _CLOSE_CALLS or number & (number - 1) == 0
 
     def count(self, kind: Hashable) -> None:
-        """A call of the kind has been made, and raised nothing."""
+        """Counts a call of the kind that has raised nothing."""
         with self._lock:
             self._calls[kind] = self._calls.get(kind, 0) + 1
 
-    def remember(self, leaves: list[Tensor]) -> None:
-        """Leaves that the forward reaches past the replicas."""
+    def add_unregistered(self, leaves: list[Tensor]) -> None:
+        """Remembers leaves that the forward reaches past the replicas."""
         with self._lock:
-            known = {id(leaf()) for leaf in self._found}
-            self._found += [weakref.ref(leaf) for leaf in leaves if id(leaf) not in known]
-
-    def strange_leaves(self) -> list[Tensor]:
-        """Leaves with a gradient that are no replica's: found in graphs, or in strange modules."""
-        with self._lock:
-            found = [leaf() for leaf in self._found]
-            self._found = [
-                r for r, leaf in zip(self._found, found, strict=True) if leaf is not None
+            known = {id(leaf()) for leaf in self._unregistered_leaves}
+            self._unregistered_leaves += [
+                weakref.ref(leaf) for leaf in leaves if id(leaf) not in known
             ]
-        held = [p for module in self.strangers for p in module.parameters()]
+
+    def unregistered_leaves(self) -> list[Tensor]:
+        """Leaves with a gradient that are no replica's: found in graphs, or in other modules."""
+        with self._lock:
+            found = [leaf() for leaf in self._unregistered_leaves]
+            self._unregistered_leaves = [
+                r
+                for r, leaf in zip(self._unregistered_leaves, found, strict=True)
+                if leaf is not None
+            ]
+        held = [p for module in self.scan.unregistered_modules for p in module.parameters()]
         leaves = {id(t): t for t in (*found, *held) if t is not None and t.requires_grad}
         return [*leaves.values()]
 
     def borrow(self, module: nn.Module) -> Replica:
-        """One for the calling thread alone, until `give_back`."""
+        """A replica with the current attributes, for the calling thread until `give_back`."""
         with self._lock:
             replica = self._idle.pop() if self._idle else None
-            attributes, number = self.attributes, self._follows
+            scan, version = self.scan, self._version
         if replica is None:
-            replica = Replica(module, self.outside, self.known_as(), attributes)
-        elif replica.bound != number:
-            replica.rebind(attributes)
-        replica.bound = number
+            replica = Replica(module, scan.leaves, self.user_module(), scan.attributes)
+        elif replica.version != version:
+            replica.rebind(scan.attributes)
+        replica.version = version
         return replica
 
     def give_back(self, replica: Replica) -> None:
@@ -179,15 +129,10 @@ class ReplicaPool:
         return len(self._idle)
 
 
-_PLAIN = frozenset((type(None), bool, int, float, str))
-_FLAGS = frozenset((bool, str))
-_SIZED = frozenset((list, tuple, dict, set))
+def _structure(module: nn.Module) -> list[Any]:
+    """What a replica is made from: it fits while this is the same.
 
-
-def _form(module: nn.Module) -> list[Any]:
-    """What a replica is made after: while it is the same, the replica holds.
-
-    By id: replicas keep the objects alive.
+    Ids are unique, since the replicas keep the objects alive.
     """
     parts, parameters = module._modules, module._parameters
     return [

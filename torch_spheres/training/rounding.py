@@ -1,4 +1,4 @@
-"""How far two results may differ when kernels of other shapes have computed them."""
+"""Tells rounding from real differences between two results of other shapes; for row_check.py."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["differs", "rounding_of"]
 
-_PIECE = 1 << 20  # elements
-_TIES = 0.01  # of all integers
+_CHUNK = 1 << 20  # elements that are compared at a time
+_TIES = 0.01  # share of integers that may differ
 _COARSE = torch.finfo(torch.float16).eps  # a mantissa of ten bits, which TF32 has too
 
 
 def rounding_of(call: ShardedCall) -> float:
-    """The relative precision in which a call's results are computed: of the coarsest type."""
+    """The machine epsilon of the coarsest type that a call computes in."""
     tensors = [*call.module.parameters(), *call.split.flat]
     eps = 0.0
     for value in tensors:
@@ -40,14 +40,13 @@ def rounding_of(call: ShardedCall) -> float:
 
 
 def differs(a: Tensor, b: Tensor, eps: float, relative: float | None = None) -> bool:
-    """Whether they differ by more than rounding.
+    """Whether two results differ by more than rounding.
 
-    Half of the digits may be lost on the way through a deep network, each of whose sums is made in
-    another order: the square root of the precision (or `relative`) times the largest value. (A
-    model that looks across rows differs by far more.) A least or largest value that is there
-    several times, such as the -1e9 of what is masked, is none to compare with. Integers have to be
-    equal, but for a few that are places in an order of nearly equal numbers; those made of numbers
-    of half precision have ties that fall either way.
+    A deep network may lose half of the digits, since each of its sums is made in another order. So
+    the limit is the square root of `eps` (or `relative`) times the largest value; a model that
+    looks across rows differs by far more. An extreme value that occurs several times, such as the
+    -1e9 of masked positions, does not count as the largest. Integers have to be equal but for a
+    few, which may be ranks of nearly equal numbers; with half precision any may be.
     """
     if a.shape != b.shape:
         return True
@@ -55,9 +54,9 @@ def differs(a: Tensor, b: Tensor, eps: float, relative: float | None = None) -> 
         return eps < _COARSE and float((a != b).double().mean()) > _TIES if a.numel() else False
     eps = max(eps, torch.finfo(a.dtype).eps)
     largest = most = 0.0
-    # In pieces: logits of a language model fill the memory, and more so in double precision.
+    # In chunks, since a language model's logits in double precision may not fit into memory.
     for p, q in zip(
-        a.detach().flatten().split(_PIECE), b.detach().flatten().split(_PIECE), strict=True
+        a.detach().flatten().split(_CHUNK), b.detach().flatten().split(_CHUNK), strict=True
     ):
         p, q = _double(p), _double(q)
         finite = p.isfinite() & q.isfinite()
@@ -73,7 +72,7 @@ def differs(a: Tensor, b: Tensor, eps: float, relative: float | None = None) -> 
                     if int(there.sum()) > 1:
                         size[there] = 0
             largest = max(largest, float(size.max()))
-    # Values that cancel leave what is rounding of larger ones.
+    # Values that cancel leave the rounding of larger ones.
     return most > max((relative or math.sqrt(eps)) * largest, 32 * eps)
 
 

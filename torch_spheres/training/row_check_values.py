@@ -1,4 +1,7 @@
-"""Whether values of rows that are together are those of rows alone: else the user is told."""
+"""Warns where rows have other values together than alone; used by row_check.py.
+
+`check_loss` does the same for the losses of `forward_backward`.
+"""
 
 from __future__ import annotations
 
@@ -14,72 +17,53 @@ from torch import Tensor
 from torch_spheres import _compat
 from torch_spheres.runtime.rng import random_states, restore_random_states
 from torch_spheres.runtime.stack_level import users_level
-from torch_spheres.training.merge_outputs import ROWS, SCALAR, Way, same
+from torch_spheres.training.merge_outputs import ROWS, SCALAR, MergeRule, same
 from torch_spheres.training.pytree import unflatten
 from torch_spheres.training.rounding import differs, rounding_of
-from torch_spheres.training.sync_batch_norm import sees_all_rows
-from torch_spheres.training.trial_run import Run, equal_states, runs_without_trace
+from torch_spheres.training.trial_run import STRIDE, RowRanges, Run, equal_states, run_trials
 
 if TYPE_CHECKING:
     from torch_spheres.training.batch_split import Split
     from torch_spheres.training.sharded_call import ShardedCall
 
-__all__ = ["STRIDE", "Three", "check_buffers", "check_loss", "check_values", "ignores_the_count",
-           "two_ranges"]  # fmt: skip
+__all__ = ["RangeValues", "check_buffers", "check_loss", "check_values", "ignores_the_count"]
 
-Three = tuple[Any, Any, Any]  # of an output: of both ranges together, of the first, of the second
-_SCALARS = 256  # times the precision
-STRIDE = 5  # from the two shards that are looked at in one call to those of another
-
-
-def two_ranges(call: ShardedCall, pair: int) -> tuple[int, int, int] | None:
-    """Two neighbouring ranges of rows: two shards, or the halves of a process's only one.
-
-    None: there are none, or what the bare module makes of them says nothing about the shards.
-    """
-    bounds = call.split.bounds
-    if sees_all_rows(call.module):
-        return None
-    if len(bounds) > 1:
-        k = pair % (len(bounds) - 1)
-        return bounds[k][0], bounds[k][1], bounds[k + 1][1]
-    if call.ranks is None or not bounds or bounds[0][1] - bounds[0][0] < 2:
-        return None
-    begin, end = bounds[0]
-    return begin, (begin + end) // 2, end
+RangeValues = tuple[Any, Any, Any]
+"""An output for all rows of a `RowRanges`, for its first range and for its second."""
+_SCALAR_ROUNDING = 256  # times the precision
 
 
 def check_values(
     call: ShardedCall,
-    values: Sequence[Three],
-    ways: Sequence[Way],
+    values: Sequence[RangeValues],
+    rules: Sequence[MergeRule],
     rows: tuple[int, int, int],
     sums: bool,
 ) -> None:
-    """Warns, once, if the rows together are not what they are alone."""
-    learned = call.options.learned
-    if learned.warned:
+    """Warns, once, of an output whose values for rows together are not those of rows alone."""
+    findings = call.options.findings
+    if findings.warned:
         return
     inside = (
         call.nesting.in_objects() if call.what == "forward" and call.nesting is not None else ()
     )
     eps = rounding_of(call)
-    for i, (three, way) in enumerate(zip(values, ways, strict=True)):
+    for i, (three, rule) in enumerate(zip(values, rules, strict=True)):
         text = None
-        if isinstance(way, int):
-            text = _rows_differ(three, way, eps)
-        elif way == SCALAR and all(map(_has_values, three)) and inside and not inside[i]:
+        if isinstance(rule, int):
+            text = _rows_differ(three, rule, eps)
+        elif rule == SCALAR and all(map(_has_values, three)) and inside and not inside[i]:
             text = _scalars_differ(three, rows, eps, sums)
-        elif way == ROWS and not same([*three[0]], [*three[1], *three[2]]):
+        elif rule == ROWS and not same([*three[0]], [*three[1], *three[2]]):
             text = _NOT_ROW_WISE
         if text is not None:
-            learned.warned = True
+            findings.warned = True
             warnings.warn(f"output {i} of the module {text}", UserWarning, users_level())
             return
 
 
 def check_buffers(call: ShardedCall, runs: Sequence[Run]) -> None:
-    """Warns, once for each, of buffers that are another thing when shards write to them."""
+    """Warns, once for each buffer, where merging the shards' values gives something else."""
     whole, *alone = (run.changes for run in runs)
     eps = rounding_of(call)
     for key, (value, given) in whole.items():
@@ -103,18 +87,18 @@ def check_buffers(call: ShardedCall, runs: Sequence[Run]) -> None:
 
 
 def ignores_the_count(
-    call: ShardedCall, run: Run, ways: Sequence[Way], span: tuple[int, int]
+    call: ShardedCall, run: Run, rules: Sequence[MergeRule], span: tuple[int, int]
 ) -> bool:
-    """Whether scalars do not change with ``num_items_in_batch=``: then they are means over rows."""
+    """Whether scalars do not depend on ``num_items_in_batch=``, and so are means over rows."""
     twice = {"num_items_in_batch": lambda count: 2 * count}
-    runs, _ = runs_without_trace(call, training=False, spans=[span], change=twice)
+    runs, _ = run_trials(call, training=False, spans=[span], change=twice)
     if not runs or runs[0].nesting != run.nesting:
         return False
     eps = rounding_of(call)
     scalars = [
         (before, after)
-        for before, after, way in zip(run.outputs, runs[0].outputs, ways, strict=True)
-        if way == SCALAR and _has_values(before) and not torch.equal(2 * after, before)
+        for before, after, rule in zip(run.outputs, runs[0].outputs, rules, strict=True)
+        if rule == SCALAR and _has_values(before) and not torch.equal(2 * after, before)
     ]
     return bool(scalars) and not any(differs(before, after, eps) for before, after in scalars)
 
@@ -129,7 +113,7 @@ _NOT_ROW_WISE = (
 )
 
 
-def _rows_differ(three: Three, dim: int, eps: float) -> str | None:
+def _rows_differ(three: RangeValues, dim: int, eps: float) -> str | None:
     whole, *alone = (torch.from_numpy(v) if _is_numeric(v) else v for v in three)
     if not isinstance(whole, Tensor):
         same_rows = same(whole, np.concatenate(alone, dim))
@@ -142,7 +126,7 @@ def _rows_differ(three: Three, dim: int, eps: float) -> str | None:
 
 
 def _has_values(value: Any) -> bool:
-    """Whether it can be compared by value."""
+    """Whether a value can be compared."""
     if not isinstance(value, Tensor):
         return True
     return value.layout is torch.strided and not value.is_meta and not value.is_quantized
@@ -152,14 +136,16 @@ def _is_numeric(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
 
 
-def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: bool) -> str | None:
+def _scalars_differ(
+    three: RangeValues, rows: tuple[int, int, int], eps: float, sums: bool
+) -> str | None:
     whole, *alone = (v.detach().to(torch.complex128 if v.is_complex() else torch.float64)
                      for v in three)  # fmt: skip
     mean = alone[0] * (rows[1] / rows[0]) + alone[1] * (rows[2] / rows[0])
     total = alone[0] + alone[1]
     ours, other = (total, mean) if sums else (mean, total)
-    # (A reduction rounds less than a network whose values may cancel.)
-    relative = min(math.sqrt(eps), _SCALARS * eps)
+    # One reduction rounds less than a network whose values may cancel.
+    relative = min(math.sqrt(eps), _SCALAR_ROUNDING * eps)
     if not differs(whole, ours, eps, relative):
         return None
     if not differs(whole, other, eps, relative):
@@ -180,38 +166,34 @@ def _scalars_differ(three: Three, rows: tuple[int, int, int], eps: float, sums: 
 # ---- losses of forward_backward ----
 
 
-def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], goal: Split) -> None:
-    """Warns, once, if a loss of `forward_backward` is put together as what it is not.
+def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], target_split: Split) -> None:
+    """Warns, once, if the shards' losses in `forward_backward` do not make up the batch's loss.
 
-    The outputs of two shards' rows are given to it together and alone, in some of the calls.
+    In some of the calls, `loss_fn` gets the outputs of two shards' rows together and alone.
     """
-    learned = call.options.learned
-    ranges = two_ranges(call, (call.number - 1) * STRIDE)
-    told = learned.warned or learned.warned_of_loss
-    if told or not call.closely or ranges is None or _compat.dispatch_modes():
+    findings = call.options.findings
+    ranges = RowRanges.of(call, (call.number - 1) * STRIDE)
+    warned = findings.warned or findings.warned_of_loss
+    if warned or not call.closely or ranges is None or _compat.dispatch_modes():
         return
-    begin, middle, end = ranges
-    spans = (begin, end), (begin, middle), (middle, end)
-    runs, drew = runs_without_trace(call, training=False, spans=spans)
+    runs, drew = run_trials(call, training=False, spans=ranges.spans)
     if not runs or drew:
         return
     losses = []
     before = random_states()
     try:
         with torch.no_grad():
-            for run, span in zip(runs, spans, strict=True):
-                (target,) = goal.build(goal.cut(*span))
+            for run, span in zip(runs, ranges.spans, strict=True):
+                (target,) = target_split.build(target_split.cut(*span))
                 losses.append(loss_fn(unflatten(run.outputs, run.nesting), target))
     except Exception:  # noqa: BLE001
-        return  # it needs a trace, or is wrong in evaluation mode: the shards show what is wrong
+        return  # an error in the shards' losses is raised there
     finally:
         drew = not equal_states(before, random_states())
         restore_random_states(before)
-    if drew:
-        return
-    text = _loss_differs(call, losses, (end - begin, middle - begin, end - middle))
+    text = None if drew else _loss_differs(call, losses, ranges.sizes)
     if text is not None:
-        learned.warned_of_loss = True
+        findings.warned_of_loss = True
         warnings.warn(text, UserWarning, users_level())
 
 

@@ -1,4 +1,7 @@
-"""Which leaves of a call's arguments have the batch's rows, and along which dimension."""
+"""`RowDims`: which leaves of a call's arguments are cut by rows, and along which dimension.
+
+Used by `Split`, for the arguments of a call and for the targets of `forward_backward`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from torch_spheres.training.split_options import SplitOptions, argument_name
 
 __all__ = ["RowDims"]
 
-_NOTHING_INSIDE = (Tensor, type(None), bool, int, float, str)
+_SIMPLE = (Tensor, type(None), bool, int, float, str)
 
 
 class RowDims:
@@ -26,16 +29,15 @@ class RowDims:
 
     Args:
         arguments: anything nested that has tensors in it; each with its number or name.
-        options: what the user has said of them.
-        module: whose arguments they are; None: they are what a loss compares outputs with, all of
-            which has rows.
-        may_be_empty: whether there may be no rows, as on a rank of several.
+        options: of the user.
+        module: whose arguments they are; None for the targets of a loss, all of which have rows.
+        may_be_empty: whether the batch may have 0 rows, as a rank's part may.
 
     Attributes:
-        flat: all leaves, one after another.
-        dims: of each leaf, the dimension along which it is cut; None: not at all.
-        spans: of each argument, its key, where its leaves end, and how they are nested.
-        rows: of the batch.
+        flat: the leaves of all arguments.
+        dims: for each leaf, the dimension along which it is cut; None if it is not.
+        spans: for each argument its key, the end of its leaves in `flat`, and their structure.
+        rows: number of rows.
 
     Raises:
         ValueError: no tensor has rows, not all have as many, or it is not clear what has rows.
@@ -53,7 +55,7 @@ class RowDims:
         self.options, self._module, self._may_be_empty = options, module, may_be_empty
         self._arguments = arguments
         self._rows: int | None = None
-        self._counted_by: int | str = 0  # the argument that has shown how many there are
+        self._counted_by: int | str = 0  # key of the argument that `_rows` is from
         self.flat: list[Any] = []
         self.dims: list[int | None] = []
         self.spans: list[tuple[int | str, int, Nesting]] = []
@@ -61,13 +63,13 @@ class RowDims:
             self._add(key, value)
         self.rows = self._counted()
         if not all(isinstance(v, Tensor) for v in self.flat):
-            self._look_at_the_rest(arguments)
+            self._cut_sequences()
 
     def _name(self, key: int | str) -> str:
         return argument_name(self._module, key)
 
     def _rule(self, key: int | str) -> tuple[int | None, bool]:
-        """An argument's batch dimension, and whether the user has said so."""
+        """An argument's batch dimension, and whether that is explicit, not a default."""
         if self._module is None:
             return self.options.default_dim, True
         if self.options.names_arguments:
@@ -76,15 +78,17 @@ class RowDims:
 
     def _add(self, key: int | str, value: Any) -> None:
         leaves, nesting = flatten(value)
-        dim, said = self._rule(key)
+        dim, is_explicit = self._rule(key)
         for i, leaf in enumerate(leaves):
-            cut = None if dim is None else self._dim_of(key, i, leaf, dim, said)
+            cut = None if dim is None else self._dim_of(key, i, leaf, dim, is_explicit)
             self.dims.append(cut)
         self.flat += leaves
         self.spans.append((key, len(self.flat), nesting))
 
-    def _dim_of(self, key: int | str, i: int, value: Any, dim: int, said: bool) -> int | None:
-        """Along which dimension a leaf is cut; None if not at all."""
+    def _dim_of(
+        self, key: int | str, i: int, value: Any, dim: int, is_explicit: bool
+    ) -> int | None:
+        """The dimension along which a leaf is cut; None if it is not."""
         if isinstance(value, PackedSequence):
             raise TypeError(
                 "SphereParallel cannot split a PackedSequence by rows; give it the padded "
@@ -101,7 +105,7 @@ class RowDims:
         if value.dim() == 0:
             return None
         if self._module is None:
-            dim = min(dim, value.dim() - 1)  # (targets can be labels, which have one dimension)
+            dim = min(dim, value.dim() - 1)  # targets may be labels, which have one dimension
         rows = value.shape[dim] if dim < value.dim() else None
         if self._rows is None:
             if rows is None:
@@ -123,23 +127,23 @@ class RowDims:
                 f"a tensor of shape {tuple(value.shape)}, {found} along dimension {dim}; "
                 f"{self._way_out(key)}; or is {first!r} the one that has no rows?{inside}"
             )
-        elif value.dim() == 2 and not said:
+        elif value.dim() == 2 and not is_explicit:
             self._refuse_square(key, i, value)
         return dim
 
     def _path_of(self, key: int | str, i: int) -> str:
-        """Where a leaf is in its argument, for errors; nothing if it is the argument."""
+        """The path of a leaf in its argument, for errors; empty if it is the argument."""
         (value,) = (v for k, v in self._arguments if k == key)
         paths = _compat.pytree.tree_flatten_with_path(value)[0]
         return _compat.pytree.keystr(paths[i][0]) if i < len(paths) else ""
 
     def _refuse_square(self, key: int | str, i: int, value: Tensor) -> None:
-        """A matrix that may be of the batch's rows, or a mask for all of them."""
-        settled = self.options.learned.settled
+        """Raises a ValueError for a matrix that may be a mask over positions, or have the rows."""
+        unambiguous = self.options.findings.unambiguous
         place = key, i
         if value.shape[0] != value.shape[1]:
-            settled.add(place)  # a mask would not have had the batch's rows
-        elif value.shape[0] > 1 and place not in settled:
+            unambiguous.add(place)  # a mask would not have had the batch's rows
+        elif value.shape[0] > 1 and place not in unambiguous:
             name = self._name(key)
             raise ValueError(
                 f"argument {name!r} has shape {tuple(value.shape)}, with the batch's rows in both "
@@ -167,47 +171,50 @@ class RowDims:
             raise ValueError("SphereParallel got a batch of 0 rows")
         return self._rows
 
-    def _look_at_the_rest(self, arguments: Sequence[tuple[int | str, Any]]) -> None:
-        """Sequences with an element for each row, and objects that hold tensors with rows."""
+    def _cut_sequences(self) -> None:
+        """Cuts sequences with an element per row; refuses objects that hold tensors with rows."""
         flat, dims, spans = self.flat, self.dims, self.spans
         self.flat, self.dims, self.spans = [], [], []
         begin = 0
-        for (key, value), (_, end, nesting) in zip(arguments, spans, strict=True):
-            dim, said = self._rule(key)
+        for (key, value), (_, end, nesting) in zip(self._arguments, spans, strict=True):
+            dim, is_explicit = self._rule(key)
             leaves, cuts = flat[begin:end], dims[begin:end]
             begin = end
-            if dim is not None and not isinstance(value, _NOTHING_INSIDE):
+            if dim is not None and not isinstance(value, _SIMPLE):
                 self._refuse_objects(key, leaves, dim)
-                if self._has_row_sequence(key, value, dim, said):
-                    leaves, nesting = flatten(value, functools.partial(self._is_cut, dim=dim))
+                if self._has_row_sequence(key, value, dim, is_explicit):
+                    leaves, nesting = flatten(
+                        value, functools.partial(self._has_element_per_row, dim=dim)
+                    )
                     cuts = [
-                        dim if self._is_cut(v, dim) else
-                        self._dim_of(key, i, v, dim, said) for i, v in enumerate(leaves)
+                        dim if self._has_element_per_row(v, dim) else
+                        self._dim_of(key, i, v, dim, is_explicit) for i, v in enumerate(leaves)
                     ]  # fmt: skip
             self.flat += leaves
             self.dims += cuts
             self.spans.append((key, len(self.flat), nesting))
 
-    def _is_cut(self, value: Any, dim: int) -> bool:
+    def _has_element_per_row(self, value: Any, dim: int) -> bool:
         return (
             is_sequence(value) and _length(value, dim) == self.rows and tensor_inside(value) is None
         )
 
-    def _has_row_sequence(self, key: int | str, value: Any, dim: int, said: bool) -> bool:
+    def _has_row_sequence(self, key: int | str, value: Any, dim: int, is_explicit: bool) -> bool:
+        """Whether an argument has a sequence that is cut; raises if that is not clear."""
         found = False
-        settled = self.options.learned.settled
+        unambiguous = self.options.findings.unambiguous
         for path, sequence in row_sequences(value):
             length = _length(sequence, dim)
             if length != self.rows:
-                settled.add((key, path))
-                if said and not path and self._module is not None:
+                unambiguous.add((key, path))
+                if is_explicit and not path and self._module is not None:
                     raise ValueError(
                         f"batch_dim= says that argument {self._name(key)!r} has the batch's rows, "
                         f"but there are {self.rows} rows and {length} elements"
                     )
-            elif said:
+            elif is_explicit:
                 found = True
-            elif self.rows > 1 and (key, path) not in settled:
+            elif self.rows > 1 and (key, path) not in unambiguous:
                 name = self._name(key)
                 raise ValueError(
                     f"argument {name + path!r} is a {type(sequence).__name__} of {length} "
@@ -218,6 +225,7 @@ class RowDims:
         return found
 
     def _refuse_objects(self, key: int | str, leaves: list[Any], dim: int) -> None:
+        """Raises a TypeError for objects that hold tensors with the batch's rows."""
         for leaf in leaves:
             if isinstance(leaf, (Tensor, nn.Module, torch.Size)) or leaf is None or callable(leaf):
                 continue

@@ -1,14 +1,13 @@
-"""Sums over all shards of a batch, for layers that need them in the middle of a shard.
+"""`ShardSums`: sums over all shards of a batch inside a layer, for sync_batch_norm.py.
 
-A layer that looks at the whole batch (batch norm, see sync_batch_norm.py) gives its shard's values
-and waits for those of all others. So the shards of such a call all run at once: each is a work item
-on a leaf of its own, and one that waits lets others have its turn to compute (`System::pause`), so
-that `concurrency` holds. The last one to come adds the values in the fixed tree, over the ranks
-too, and wakes the others.
+A layer that needs the whole batch passes its shard's values to `reduce` and waits for those of all
+others. So all shards of such a call run at once, each as a work item on its own leaf. A waiting
+shard gives up its turn to compute (`System::pause`), so that `concurrency` holds. The last shard to
+arrive adds the values in the fixed tree, over the ranks too, and wakes the others. They also wake
+at another shard's error, when a shard ends without arriving, at Ctrl-C and at ``stop()``.
 
-What wakes them otherwise: another shard's error, the end of a shard that does not come, Ctrl-C, and
-``stop()``. The ranks talk in the order of the layers, and once more when all shards have ended, so
-that a rank whose shard has failed tells those that wait for it in a layer.
+The ranks exchange sums in the order of the layers, and once more when all shards have ended: so a
+rank whose shard has failed tells those that wait for it in a layer.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ Key = tuple[int, Direction]
 _DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 _WHAT = "the sum over all shards inside of a layer"
 _SUM, _END = range(2)  # what a rank has come for
-_HEAD = 3  # numbers in front of a rank's sums: one of these, the layer's, the direction's
-_here = threading.local()
+_HEAD = 3  # numbers before a rank's sums: status, layer, direction
+_thread = threading.local()
 
 
-class _AnotherFailed(Exception):  # noqa: N818 - never seen by users
-    """Ends a shard that cannot go on, since another one has failed or has not come."""
+class _OtherShardFailed(Exception):  # noqa: N818 - users never see it
+    """Ends a shard that waits for another one, which has failed or has ended."""
 
 
 class _Sum:
-    """One sum: who has come to it, and what came of it."""
+    """One sum over all shards."""
 
     def __init__(self) -> None:
-        self.values: dict[int, Any] = {}  # by leaf
-        self.waiting: list[int] = []  # spheres
+        self.values: dict[int, Any] = {}  # by leaf, of shards that have arrived
+        self.waiting: list[int] = []  # numbers of the spheres that wait
         self.key: Key | None = None
         self.result: Any = None
 
@@ -61,11 +60,11 @@ class ShardSums:
     """The sums of one pass of a call's shards: its forward, or its backward.
 
     Args:
-        spheres: who runs the shards.
-        module: the user's, whose layers' names stand in errors.
-        places: leaves of the tree.
-        count: shards of this process.
-        ranks: who has the others.
+        spheres: run the shards.
+        module: the user's, for the names of layers in errors.
+        places: number of leaves of the tree.
+        count: number of shards of this process.
+        ranks: have the other shards; None if there are no others.
     """
 
     def __init__(
@@ -82,14 +81,14 @@ class ShardSums:
         self._sum = _Sum()
         self._ended = 0
         self._failed = threading.Event()
-        self._is_apart = False  # the ranks know of an error, or cannot be told
+        self._is_broken = False  # the ranks know of an error, or cannot be reached
 
     def map(
         self, run: Callable[[Callable[[int], Any]], list[Any]], fn: Callable[[int], T]
     ) -> list[T]:
-        """Has `run` run the shards ``fn(k)``; one such pass at a time on these spheres.
+        """Calls `run` to run the shards ``fn(k)``, in one such pass at a time on these spheres.
 
-        Two would wait for each other's leaves, and a barrier for leaves that wait for others there.
+        Two passes would wait for each other's leaves, and a barrier for leaves that wait here.
         """
         results: list[T] = []
         with self._spheres._all_leaves:
@@ -99,27 +98,27 @@ class ShardSums:
                 except BaseException:
                     self._fail()
                     raise
-            if self._ranks is not None and not self._is_apart:
+            if self._ranks is not None and not self._is_broken:
                 self._exchange(_END, None, [], caught)
             caught.raise_if_any()
         return results
 
     def _run(self, fn: Callable[[int], T], k: int) -> T | None:
-        _here.sums = self
+        _thread.sums = self
         try:
             result = fn(k)
             self._end_shard()
-        except _AnotherFailed:
-            return None  # the other's error is the call's
+        except _OtherShardFailed:
+            return None  # the call raises the other shard's error
         except BaseException:
             self._fail()
             raise
         finally:
-            _here.sums = None
+            _thread.sums = None
         return result
 
     def _fail(self) -> None:
-        """Wakes those who wait."""
+        """Wakes the shards that wait."""
         with self._lock:
             self._failed.set()
             waiting, self._sum.waiting = self._sum.waiting, []
@@ -134,7 +133,7 @@ class ShardSums:
             self._ended += 1
             if self._failed.is_set() or self._sum.key is None:
                 return
-            self._failed.set()  # before the lock is let go: what follows from it is no other error
+            self._failed.set()  # under the lock, so that only one shard raises the error
             key = self._sum.key
         raise RuntimeError(self._not_all_come(key))
 
@@ -148,60 +147,60 @@ class ShardSums:
         values: Any,
         combine: Callable[[Mapping[int, Any], Total], T],
     ) -> T:
-        """What `combine` makes of all shards' values, the same object for all of them.
+        """Combines all shards' values; returns the same object to all shards.
 
         Args:
-            leaf: the shard's.
-            layer: its number among the module's ``modules()``.
-            direction: of the layer's pass.
+            leaf: of the shard.
+            layer: number of the layer in the module's ``modules()``.
+            direction: of the pass.
             values: of this shard.
             combine: called once, with this process's values by leaf, and a function that adds
                 tensors over all ranks.
 
         Raises:
-            RuntimeError: the shards do not all come to the same layer.
-            RankError: nor do the ranks, or one has failed.
+            RuntimeError: the shards do not all reach the same layer.
+            RankError: the ranks do not all reach the same layer, or one has failed.
             StoppedError: the spheres are being stopped.
         """
         key = layer, direction
         with self._lock:
             if self._failed.is_set():
-                raise _AnotherFailed
+                raise _OtherShardFailed
             if self._ended:
                 self._failed.set()
                 raise RuntimeError(self._not_all_come(key))
-            mine = self._sum
-            if mine.key is None:
-                mine.key = key
-            elif mine.key != key:
+            current = self._sum
+            if current.key is None:
+                current.key = key
+            elif current.key != key:
                 self._failed.set()
                 raise RuntimeError(
-                    f"the shards go different ways: one is at {self._name(mine.key)}, another at "
-                    f"{self._name(key)}, and each waits there for the whole batch's statistics. "
+                    f"the shards go different ways: one is at {self._name(current.key)}, another "
+                    f"at {self._name(key)}, and each waits there for the whole batch's statistics. "
                     "Every shard has to pass the same converted batch norms in the same order"
                 )
-            mine.values[leaf] = values
-            if is_last := len(mine.values) == self._count:
+            current.values[leaf] = values
+            if is_last := len(current.values) == self._count:
                 self._sum = _Sum()
             else:
-                mine.waiting.append(_core.current_sphere())
+                current.waiting.append(_core.current_sphere())
         if not is_last:
-            found: T = self._wait(mine)
+            found: T = self._wait(current)
             return found
         try:
             with default_context(), torch.no_grad():
-                result = combine(mine.values, lambda v: self._total(key, v))
+                result = combine(current.values, lambda v: self._total(key, v))
         except BaseException:
             with self._lock:
                 self._failed.set()
-            self._call_back(mine.waiting)
+            self._call_back(current.waiting)
             raise
-        mine.result = result
-        self._call_back(mine.waiting)
+        current.result = result
+        self._call_back(current.waiting)
         return result
 
-    def _wait(self, mine: _Sum) -> Any:
-        while mine.result is None and not self._failed.is_set():
+    def _wait(self, current: _Sum) -> Any:
+        while current.result is None and not self._failed.is_set():
             try:
                 self._spheres._pause_item()
             except StoppedError:
@@ -209,11 +208,11 @@ class ShardSums:
                     break
                 raise StoppedError(
                     "the spheres were stopped while shards waited for each other in "
-                    f"{self._name(mine.key)}"
+                    f"{self._name(current.key)}"
                 ) from None
-        if mine.result is None:
-            raise _AnotherFailed
-        return mine.result
+        if current.result is None:
+            raise _OtherShardFailed
+        return current.result
 
     # ---- over the ranks ----
 
@@ -232,9 +231,9 @@ class ShardSums:
             for theirs, row in zip(division.parts, table, strict=True):
                 size = 1 + like.numel()
                 for p, part in enumerate(theirs):
-                    told = row[p * size : (p + 1) * size]
-                    if told[0]:
-                        column[division.place(part)] = told[1:].clone()
+                    sent = row[p * size : (p + 1) * size]
+                    if sent[0]:
+                        column[division.place(part)] = sent[1:].clone()
         (total,) = tree_sums([column])
         assert total is not None
         return total
@@ -246,11 +245,11 @@ class ShardSums:
         parts: list[Tensor | None],
         caught: DeferredError | None = None,
     ) -> list[Tensor]:
-        """Every rank's sums, by rank: of each part whether it is there, and its numbers.
+        """Every rank's sums, by rank: for each part 1 if it is there, else 0, and its numbers.
 
         Raises:
-            RankError: one of them has failed, or has come for something else.
-            BaseException: this one has, once the others know.
+            RankError: another rank has failed, or is at another layer.
+            BaseException: what this rank has caught, after the others know of it.
         """
         ranks = self._ranks
         assert ranks is not None
@@ -259,16 +258,16 @@ class ShardSums:
         one = torch.ones(1, dtype=torch.float64)
         where = (-1, 0) if key is None else (key[0], _DIRECTIONS.index(key[1]))
         head = torch.tensor([status, *where], dtype=torch.float64)
-        told = [head, *(nothing if p is None else torch.cat([one, p]) for p in parts)]
+        message = [head, *(nothing if p is None else torch.cat([one, p]) for p in parts)]
         try:
-            payload = torch.cat(told).view(torch.uint8)
+            payload = torch.cat(message).view(torch.uint8)
             rows = CheckedGather(ranks, _WHAT, payload, caught).finish()
             table = [row.clone().view(torch.float64) for row in rows]
             heads = [tuple(map(int, row[:_HEAD].tolist())) for row in table]
             if len({*heads}) > 1:
                 ranks.raise_divergence(_WHAT, [self._purpose(head) for head in heads])
         except BaseException:
-            self._is_apart = True
+            self._is_broken = True
             raise
         return [row[_HEAD:] for row in table]
 
@@ -295,6 +294,6 @@ class ShardSums:
 
 
 def shard_sums_here() -> ShardSums | None:
-    """Those of the shard that the calling thread runs, where shards wait for each other."""
-    found: ShardSums | None = getattr(_here, "sums", None)
+    """The sums of the calling thread's shard; None if its shards do not wait for each other."""
+    found: ShardSums | None = getattr(_thread, "sums", None)
     return found

@@ -1,4 +1,7 @@
-"""One shard of a batch: what it holds from its forward to its backward, and where it runs."""
+"""`Shard`: what a shard holds from its forward to its backward; `in_shard`: where it runs.
+
+Used by forward_shard.py, `ShardedCall` and `LossAndGradients`.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +21,44 @@ from torch_spheres.runtime.rng import ShardRandom, current_source
 from torch_spheres.runtime.trace_hooks import phase_since
 from torch_spheres.training.batch_split import Split, without_dim
 from torch_spheres.training.graph_leaves import ShardGraph
+from torch_spheres.training.module_copy import Buffer
 from torch_spheres.training.pytree import Nesting, flatten, unflatten
-from torch_spheres.training.replica import Buffer, Replica
+from torch_spheres.training.replica import Replica
 
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall
 
 __all__ = ["Shard", "compiled_variant", "in_shard"]
 
-# torch.compile traces when compiled code meets something new, and must not in two threads at once.
-_compiling = threading.RLock()
+_compiling = threading.RLock()  # torch.compile must not trace in two threads at once
 
 
 @dataclass
 class Shard:
-    """One shard from its forward to its backward."""
+    """One shard from its forward to its backward.
+
+    Attributes:
+        random: its random numbers.
+        replica: on which its forward ran.
+        outputs: of the module, as flat leaves.
+        nesting: structure of `outputs`.
+        params: leaves whose gradients are wanted, see `ReachedTensors.targets`.
+        shares_leaves: whether other shards' graphs have leaves of this one's.
+        inputs: the shard's parts of arguments that require a gradient.
+        buffers: each buffer, and the value that the forward left in it if it has changed.
+    """
 
     random: ShardRandom
     replica: Replica
     outputs: list[Any] = field(default_factory=list)
     nesting: Nesting | None = None
-    params: list[Tensor] = field(default_factory=list)  # the replica's, as the module's own
-    shares_leaves: bool = False  # with other shards, beside the replica's
-    inputs: list[Tensor] = field(default_factory=list)  # that require a gradient
+    params: list[Tensor] = field(default_factory=list)
+    shares_leaves: bool = False
+    inputs: list[Tensor] = field(default_factory=list)
     buffers: list[tuple[Buffer, Tensor | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        replica, inputs = self.replica, self.inputs  # (the shard itself would be a cycle)
+        replica, inputs = self.replica, self.inputs  # a reference to the shard would be a cycle
         self.random.own_leaves = lambda: {*replica.leaves, *map(id, inputs)}
         self.random.number_of = replica.number_of
 
@@ -57,15 +71,14 @@ class Shard:
         self, roots: list[Tensor], grads: list[Tensor], keep: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients of the roots with respect to `params`, and to `inputs`."""
-        targets = [*self.params, *self.inputs]
-        # (Some may have been frozen since the forward.)
+        targets = [*self.params, *self.inputs]  # some may have been frozen since the forward
         wanted = [t for t in targets if t.requires_grad]
         if not wanted:
             found: list[Tensor | None] = []
         elif self.random.reentrant:
             if self.shares_leaves:
                 raise RuntimeError(_CHECKPOINT)
-            with self.replica.grads:  # another shard of this replica may be on its way as well
+            with self.replica.grads:  # another shard of this replica may run its backward
                 torch.autograd.backward(roots, grads, retain_graph=keep)
                 found = [t.grad for t in wanted]
                 for t in wanted:
@@ -78,13 +91,19 @@ class Shard:
 
 
 class in_shard:  # noqa: N801 - used as a function is
-    """A block in which a thread works for shard `k`: `what` says how, for profiles and errors.
+    """Context in which a thread works for shard `k`, with its random numbers and settings.
 
-    With the shard's random numbers, and the settings of the call or of another `context`. (A
-    generator as a context takes longer, and every shard has two or three of these.)
+    A class is faster than a generator, and every shard enters two or three of these.
+
+    Args:
+        call: whose shard it is.
+        k: number of the shard.
+        what: ``"forward"``, ``"loss"`` or ``"backward"``, for profiles and errors.
+        shard: the shard.
+        context: settings of the caller's thread; those of the call by default.
     """
 
-    __slots__ = ("_begin", "_call", "_entered", "_first", "_gate", "_k", "_shard", "_what")
+    __slots__ = ("_begin", "_call", "_contexts", "_first", "_gate", "_k", "_shard", "_what")
 
     def __init__(
         self,
@@ -98,49 +117,49 @@ class in_shard:  # noqa: N801 - used as a function is
         begin, end = call.split.bounds[k]
         # Key of a compiled variant, whose first run is serialised.
         self._gate = call.compiled and (what, call.compiled, end - begin)
-        self._first = self._gate is not None and self._gate not in shard.replica.warm
-        self._entered: list[Any] = [(context or call.context)(), shard.random.active()]
+        self._first = self._gate is not None and self._gate not in shard.replica.compiled_variants
+        self._contexts: list[Any] = [(context or call.context)(), shard.random.active()]
         if self._gate is not None:
-            self._entered.append(_compat.static_shapes())
+            self._contexts.append(_compat.static_shapes())
         if self._first:
-            self._entered.insert(0, _compiling)
+            self._contexts.insert(0, _compiling)
         if _compat.profiler_is_on():
             name = f"SphereParallel shard {call.split.numbers[k]} {what}"
-            self._entered.append(torch.profiler.record_function(name))
+            self._contexts.append(torch.profiler.record_function(name))
 
     def __enter__(self) -> None:
         self._begin = time.monotonic_ns()
-        for i, context in enumerate(self._entered):
+        for i, context in enumerate(self._contexts):
             try:
                 context.__enter__()
             except BaseException:
-                del self._entered[i:]
-                self._leave(*sys.exc_info())
+                del self._contexts[i:]
+                self._exit_all(*sys.exc_info())
                 raise
 
-    def _leave(self, *error: Any) -> None:
-        """Leaves all of them, the last one first, also if one fails to."""
-        if self._entered:
+    def _exit_all(self, *error: Any) -> None:
+        """Exits all contexts, the last one first, also if one raises."""
+        if self._contexts:
             try:
-                self._entered.pop().__exit__(*error)
+                self._contexts.pop().__exit__(*error)
             finally:
-                self._leave(*error)
+                self._exit_all(*error)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
-            self._leave(kind, error, traceback)
+            self._exit_all(kind, error, traceback)
         finally:
             call, k = self._call, self._k
             number = call.split.numbers[k]
             phase_since(call.executor.spheres, self._what, number, self._begin)
             if isinstance(error, Exception):
-                _explain(error, call, k, self._what)
+                _add_notes(error, call, k, self._what)
         if self._first and error is None:
-            self._shard.replica.warm.add(self._gate)
+            self._shard.replica.compiled_variants.add(self._gate)
 
 
 def compiled_variant(module: nn.Module, split: Split) -> tuple[Any, ...]:
-    """What compiled code depends on, but for the rows: new ones are compiled anew."""
+    """What compiled code depends on beside the number of rows."""
     leaves = zip(split.flat, split.dims, strict=True)
     shapes = [
         (without_dim(v.shape, d), without_dim(v.stride(), d), v.dtype, v.requires_grad)
@@ -152,8 +171,8 @@ def compiled_variant(module: nn.Module, split: Split) -> tuple[Any, ...]:
     return (*modes, *autocast, *shapes)
 
 
-def _explain(error: Exception, call: ShardedCall, k: int, what: str) -> None:
-    """Adds notes to an error: what may be the matter, and where it was."""
+def _add_notes(error: Exception, call: ShardedCall, k: int, what: str) -> None:
+    """Adds notes to an error: its likely cause, and its shard."""
     if "Expected more than 1 value per channel" in str(error):
         error.add_note(
             "a shard has too few rows for batch norm to train: use larger batches (two rows "
@@ -178,19 +197,18 @@ _CHECKPOINT = (
 _checkpoint: Any = CheckpointFunction.forward
 
 
-def _noticed_checkpoint(ctx: Any, run: Any, *args: Any) -> Any:
-    """Activation checkpointing with ``use_reentrant=True``, noticed by the shard it is in.
+def _checkpoint_in_shard(ctx: Any, run: Any, *args: Any) -> Any:
+    """Tells the shard of a checkpoint with ``use_reentrant=True``.
 
-    Such a checkpoint runs a backward of its own inside the backward, which adds to ``.grad`` of the
-    leaves it meets, whatever the outer backward was asked for. So the shard computes its gradients
-    in the same way.
+    Such a checkpoint runs a backward of its own inside the backward, which adds to ``.grad`` of all
+    leaves that it reaches. So the shard has to compute its gradients in ``.grad`` too.
     """
     shard = current_source()
     if not isinstance(shard, ShardRandom):
         return _checkpoint(ctx, run, *args)
     shard.reentrant = True
 
-    def looked_at(*values: Any) -> Any:
+    def checked_run(*values: Any) -> Any:
         outputs = run(*values)
         if torch.is_grad_enabled():  # it runs again, before its backward
             own = shard.own_leaves().union(map(id, values))
@@ -198,7 +216,7 @@ def _noticed_checkpoint(ctx: Any, run: Any, *args: Any) -> Any:
                 raise RuntimeError(_CHECKPOINT)
         return outputs
 
-    return _checkpoint(ctx, looked_at, *args)
+    return _checkpoint(ctx, checked_run, *args)
 
 
-CheckpointFunction.forward = staticmethod(_noticed_checkpoint)  # type: ignore[method-assign]
+CheckpointFunction.forward = staticmethod(_checkpoint_in_shard)  # type: ignore[method-assign]

@@ -19,10 +19,10 @@ from torch_spheres.runtime.trace_hooks import phase
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.buffers import (
     LargeBuffers,
+    adopt_new_shapes,
     buffers_of,
     merge_buffers,
     needs_two_rows,
-    take_new_shapes,
 )
 from torch_spheres.training.collective import Collective, LocalCollective, RankCollective
 from torch_spheres.training.executor import ShardExecutor
@@ -30,9 +30,9 @@ from torch_spheres.training.forward_backward import LossAndGradients
 from torch_spheres.training.forward_effects import ForwardEffects
 from torch_spheres.training.forward_shard import forward_shard
 from torch_spheres.training.gather_outputs import cut_grad, gather, gather_input_grad
-from torch_spheres.training.merge_outputs import Way
+from torch_spheres.training.merge_outputs import MergeRule
 from torch_spheres.training.pytree import Nesting
-from torch_spheres.training.reached_tensors import Reached
+from torch_spheres.training.reached_tensors import ReachedTensors
 from torch_spheres.training.refusals import refuse_compiled, refuse_forward_ad
 from torch_spheres.training.replica_pool import ReplicaPool
 from torch_spheres.training.shard_task import Shard, compiled_variant, in_shard
@@ -79,7 +79,7 @@ class ShardedCall:
         )
         self.sums = self.sums_by_argument or options.scalars == "sum"
         self._positional = len(args)
-        replicas.follow(module)
+        replicas.refresh(module)
         self.keys = (*range(len(args)), *kwargs)
         self.context = executor.context()
         self.collective: Collective = LocalCollective() if ranks is None else RankCollective(ranks)
@@ -94,18 +94,18 @@ class ShardedCall:
         self._freed = False
         self.nesting: Nesting | None = None  # of the outputs
         self.differentiable_outputs: list[bool] = []
-        self.ways: list[Way] = []  # how each output is put together
+        self.merge_rules: list[MergeRule] = []  # how each output is put together
         self.compiled: tuple[Any, ...] | None = None
         if any(map(_compat.is_compiled, replicas.parts)):
             refuse_compiled(self.executor.together)
             self.compiled = compiled_variant(self.module, self.split)
             _compat.prepare_to_compile()
         self._kind = what, torch.is_grad_enabled(), *replicas.modes()
-        self.number, self.closely = replicas.watches(self._kind)
+        self.number, self.closely = replicas.call_number(self._kind)
         self.is_first = self.number == 1
         self.large_buffers = LargeBuffers(replicas, learns=self.is_first)
         self.effects = ForwardEffects(module, replicas, self.closely, again=not self.is_first)
-        self.reached = Reached(replicas, self.closely, self.number, ranks is None)
+        self.reached = ReachedTensors(replicas, self.closely, self.number, ranks is None)
         self.differentiable = self.split.with_grad()
 
     def _cut(
@@ -160,7 +160,7 @@ class ShardedCall:
             shards += self.executor.map(lambda k: self._forward_shard(k + first), others)
             self.shards = list(shards)
             self.effects.check(shards)
-            self.reached.look_at(shards)
+            self.reached.search(shards)
             outputs = gather(self, shards)
         self.finish_forward(shards, caught)
         return self.collective.share(self, outputs)
@@ -182,7 +182,7 @@ class ShardedCall:
         """
         buffers = buffers_of(self.module)
         if caught.error is None:
-            caught.error = take_new_shapes(shards, self.ranks is None)
+            caught.error = adopt_new_shapes(shards, self.ranks is None)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
         has_rows = bool(self.split.bounds)
         told = self.collective.agree(
@@ -240,7 +240,7 @@ class ShardedCall:
             if not roots:
                 return [None] * len(self.trainable), [None] * len(shard.inputs)
             with in_shard(self, k, "backward", shard, context):
-                return self.reached.put_together(*shard.backward(roots, root_grads, keep))
+                return self.reached.merge(*shard.backward(roots, root_grads, keep))
 
         return self.sum_gradients(backward)
 

@@ -1,4 +1,7 @@
-"""Which arguments of a model are cut by rows, along which dimension; and what calls have shown."""
+"""`SplitOptions`: which arguments the user wants cut by rows, and along which dimension.
+
+They have the model's `CallFindings`, which row_check.py and row_dims.py fill.
+"""
 
 from __future__ import annotations
 
@@ -18,57 +21,60 @@ from torch_spheres.runtime.arguments import as_index
 if TYPE_CHECKING:
     from torch_spheres.training.row_check import Comparison
 
-__all__ = ["Learned", "SplitOptions", "argument_name"]
+__all__ = ["CallFindings", "SplitOptions", "argument_name"]
 
 _SCALARS = ("mean", "sum")
 
 
-class Learned:
+class CallFindings:
     """What the calls of one model have shown so far.   Any thread.
 
     Attributes:
-        lock: held by who compares; one comparison for each form of call is enough.
+        lock: held while a call is compared: one comparison for each form of call is enough.
         comparisons: with the bare module, by the form of the call.
-        settled: arguments that are as they look, whatever number of rows comes later: those that
-            were no square, and no list as long as the batch, in some call.
-        alike: comparisons that told little, since all rows were the same, by the form of the call.
-        states: of the module's flags, see row_check.py; None: they change too often to matter.
+        unambiguous: places of arguments that were no square matrix, or no list as long as the
+            batch, in some call, and so are not what they look like in a call where they are.
+        equal_rows: number of comparisons in which all rows were equal, by the form of the call.
+        states: of the module's flags, see row_check.py; None if they change too often to matter.
         has_trained: whether the model has been compared in training mode.
-        warned: whether the user has been told that the model is not row-wise.
+        warned: whether the user has been warned that the model is not row-wise.
         warned_of_loss: the same of a loss of `forward_backward`.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.comparisons: dict[Hashable, list[Comparison]] = {}
-        self.settled: set[Hashable] = set()
-        self.alike: Counter[Hashable] = Counter()
+        self.unambiguous: set[Hashable] = set()
+        self.equal_rows: Counter[Hashable] = Counter()
         self.states: set[Hashable] | None = set()
         self.has_trained = False
         self.warned = self.warned_of_loss = False
 
-    def __reduce__(self) -> tuple[type[Learned], tuple[()]]:
-        return Learned, ()  # a copy of the model learns anew
+    def __reduce__(self) -> tuple[type[CallFindings], tuple[()]]:
+        return CallFindings, ()  # a copy of the model finds out anew
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How the arguments are cut into shards, and outputs without dimensions put together.
+    """How arguments are cut into shards, and outputs without dimensions merged.
 
     Args:
-        batch_dim: the dimension of the batch's rows in all arguments, or in those that are named;
-            in others it is 0.
+        batch_dim: dimension of the batch's rows in all arguments, or in those that are named; in
+            others it is 0.
         whole: names of arguments that every shard gets as they are.
-        scalars: ``"mean"``: weighted by the shards' rows; or ``"sum"``.
+        scalars: ``"mean"``, weighted by the shards' rows, or ``"sum"``.
 
     Raises:
-        TypeError, ValueError: one of them is something else.
+        TypeError: an option is of another type.
+        ValueError: an option has another value, or an argument is named in two of them.
     """
 
     batch_dim: int | Mapping[str, int] = 0
     whole: tuple[str, ...] = ()
     scalars: str = "mean"
-    learned: Learned = field(default_factory=Learned, init=False, compare=False, repr=False)
+    findings: CallFindings = field(
+        default_factory=CallFindings, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         dims: Any = self.batch_dim
@@ -109,12 +115,12 @@ class SplitOptions:
 
     @property
     def names_arguments(self) -> bool:
-        """Whether an argument's name matters."""
+        """Whether arguments are named."""
         return bool(self.whole) or isinstance(self.batch_dim, dict)
 
     @property
     def default_dim(self) -> int:
-        """Of arguments that are not named."""
+        """The batch dimension of arguments that are not named."""
         return self.batch_dim if isinstance(self.batch_dim, int) else 0
 
     def dim_of(self, name: str) -> tuple[int | None, bool]:
@@ -128,7 +134,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Of a forward."""
+    """The parameters of a forward."""
 
     positional: tuple[str, ...]
     rest: str | None  # the name of ``*args``
@@ -140,7 +146,7 @@ _known: weakref.WeakKeyDictionary[Any, _Parameters] = weakref.WeakKeyDictionary(
 
 
 def _parameters(module: nn.Module) -> _Parameters | None:
-    """None if Python cannot say."""
+    """The parameters of the module's forward; None if it has no signature."""
     forward: Any = module.forward
     bound = isinstance(forward, MethodType)
     function = forward.__func__ if bound else forward
@@ -158,7 +164,7 @@ def _parameters(module: nn.Module) -> _Parameters | None:
             _known[function] = found
     if not bound:
         return found
-    others = tuple(name for name in found.all if name not in found.positional[:1])  # but self
+    others = tuple(name for name in found.all if name not in found.positional[:1])  # without self
     return _Parameters(found.positional[1:], found.rest, found.any_keyword, others)
 
 

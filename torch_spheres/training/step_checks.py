@@ -1,32 +1,28 @@
-"""What ranks tell each other when they begin a step, and what must be the same on all of them.
+"""`StepChecks`: what must be the same on all ranks when they begin a step.
 
-All of it is a few integers in one short message, which is sent anyway: how the model is called,
-which batches have been handed out, how many steps the optimizers have made, and, every so often,
-checksums of inputs, weights and hyperparameters. If something differs, all ranks see it in the same
-table, and all raise.
+`RankCollective` sends each rank's facts as integers in the one message that starts a forward: how
+the model is called, which batches were handed out, how many steps the optimizers have made, and,
+every so often, checksums of inputs, weights and hyperparameters. All ranks get the same table, so
+that all raise the same error. `GradientHook` uses `GradientSumChecks` for a loop of the user's own.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torch_spheres.distributed.batch_log import BatchLog
 from torch_spheres.distributed.drift import (
     OptimizerSteps,
     comparable_parameters,
     digest_of,
-    digests,
-    first_difference,
     hyperparameters,
     is_due,
 )
@@ -34,34 +30,42 @@ from torch_spheres.reduction.partition import tree_leaves
 from torch_spheres.runtime.rng import next_base
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.batch_split import without_dim
+from torch_spheres.training.rank_differences import (
+    by_rank,
+    refuse_batches,
+    refuse_settings,
+    refuse_trained,
+    refuse_values,
+    warn_of_generators,
+)
 
 if TYPE_CHECKING:
     from torch_spheres.distributed.group import Ranks
     from torch_spheres.training.batch_split import Split
 
-__all__ = ["Agreed", "HandChecks", "StepChecks", "by_rank"]
+__all__ = ["GradientSumChecks", "StepAgreement", "StepChecks"]
 
-_WHAT = ("forward", "forward_backward")
+_METHODS = ("forward", "forward_backward")
 _INT64 = 2**63 - 1
-_BASE = 1  # among the facts
-_FIRST = 8  # calls in which inputs are compared
-_MOST = 1 << 22  # bytes of each input that go into its checksum
+_BASE = 1  # column of "base"
+_COMPARED_CALLS = 8  # first calls, in which inputs are compared
+_MAX_BYTES = 1 << 22  # of each input, that its checksum reads
 
 _Facts = dict[str, int | list[int]]
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What comes of it."""
+class StepAgreement:
+    """What the ranks have agreed on."""
 
     base: int
-    """Seed of the shards' random numbers: rank 0's."""
+    """Rank 0's seed of the shards' random numbers."""
     rows: list[int]
-    """Of each rank."""
+    """Number of rows of each rank."""
 
 
 class StepChecks:
-    """Of one model, on one rank.
+    """The checks of one model on one rank.
 
     Args:
         module: the model.
@@ -72,14 +76,12 @@ class StepChecks:
         self._number = number
         self._calls = 0
         self._steps = OptimizerSteps(module)
-        self._alike = 0  # the inputs that were the same on all ranks, the last time
-        self._told_of_inputs = self._told_of_groups = False
-        self._evaluated = -1  # calls, when an evaluation compared the weights
+        self._equal_inputs = 0  # checksum, where all ranks had the same inputs in the last call
+        self._warned_of_inputs = self._warned_of_groups = False
+        self._evaluated = -1  # number of calls when an evaluation last compared the weights
 
-    # ---- what this rank says ----
-
-    def tell(self, ranks: Ranks, module: nn.Module, what: str, split: Split | None) -> _Facts:
-        """Of this call; `split` is None if it has failed."""
+    def facts_of(self, ranks: Ranks, module: nn.Module, what: str, split: Split | None) -> _Facts:
+        """Facts of a call on this rank; `split` is None if cutting the arguments has failed."""
         self._calls += 1
         params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         trained = [(n, None if is_lazy(p) else p.shape) for n, p in params]
@@ -87,18 +89,19 @@ class StepChecks:
         dims = [] if split is None else split.dims
         tensors = [(v, d) for v, d in zip(flat, dims, strict=True) if isinstance(v, Tensor)]
         shapes = [(v.dim(), without_dim(v.shape, d), v.dtype, v.requires_grad) for v, d in tensors]
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         from_loader = ranks.batches.has_new_batches
-        compares = self._calls <= _FIRST and module.training and not from_loader
+        compares = self._calls <= _COMPARED_CALLS and module.training and not from_loader
         due = is_due(self._calls)
         return {
             "model": self._number,
-            "base": next_base(),  # (its place is _BASE)
+            "base": next_base(),  # its column is _BASE
             "call": self._calls,
-            "what": _WHAT.index(what),
+            "what": _METHODS.index(what),
             "mode": 2 * module.training + torch.is_grad_enabled(),
             "parts": zlib.crc32(bytes(part.training for part in module.modules())),
-            "autocast": zlib.crc32(repr(_autocast()).encode()),
-            "plain": zlib.crc32(repr(_plain(flat, dims)).encode()),
+            "autocast": zlib.crc32(repr(autocast).encode()),
+            "plain": zlib.crc32(repr(_plain_arguments(flat, dims)).encode()),
             "trained": zlib.crc32(repr(trained).encode()),
             "rows": 0 if split is None else split.rows,
             "form": zlib.crc32(repr(shapes).encode()),
@@ -113,30 +116,29 @@ class StepChecks:
         }
 
     @staticmethod
-    def flat(facts: _Facts) -> list[int]:
-        """As integers, as many for all calls."""
+    def as_integers(facts: _Facts) -> list[int]:
+        """The facts as integers, of the same number for all calls."""
         return [n for fact in facts.values() for n in (fact if isinstance(fact, list) else [fact])]
-
-    # ---- what all of them have said ----
 
     def compare(
         self, ranks: Ranks, module: nn.Module, mine: _Facts, split: Split, table: Tensor
-    ) -> Agreed:
-        """On all ranks, with the same table: a row for each.
+    ) -> StepAgreement:
+        """Compares all ranks' facts: `table` has a row of `as_integers` for each.
 
         Raises:
-            ValueError: they are about to do what has no meaning together.
+            ValueError: the ranks' calls do not belong together.
         """
         lists = table.tolist()
         self._compare_loaders(ranks, split)
-        if mine["inputs"] == 0 and all(row == lists[0] for row in lists):  # mostly
-            self._alike = 0
-            return Agreed(lists[0][_BASE], [split.rows] * len(lists))
+        if mine["inputs"] == 0 and all(row == lists[0] for row in lists):  # the usual case
+            self._equal_inputs = 0
+            return StepAgreement(lists[0][_BASE], [split.rows] * len(lists))
         names = [name for name, fact in mine.items() if not isinstance(fact, list)]
         column = {name: [row[i] for row in lists] for i, name in enumerate(names)}
+        differ = {name for name, values in column.items() if len({*values}) > 1}
         self._compare_calls(column)
-        if len({*column["trained"]}) > 1:
-            _refuse_trained(ranks, module)
+        if "trained" in differ:
+            refuse_trained(ranks, module)
         has_rows = [r for r, rows in enumerate(column["rows"]) if rows]
         if len({column["form"][r] for r in has_rows}) > 1:
             shapes = [f"{v.dtype} {tuple(v.shape)}" for v in split.flat if isinstance(v, Tensor)]
@@ -144,10 +146,8 @@ class StepChecks:
                 "the ranks have inputs of different types or shapes (beside the rows): rank "
                 f"{ranks.rank} has {', '.join(shapes)}"
             )
-        if wrong := BatchLog.compare([row[len(names) :] for row in lists]):
-            ranks.batches.forget()
-            raise ValueError(wrong)
-        if len({*column["steps"]}) > 1:
+        refuse_batches(ranks, [row[len(names) :] for row in lists])
+        if "steps" in differ:
             raise ValueError(
                 "the ranks' optimizers have made different numbers of steps of this model's "
                 f"parameters, between calls: {by_rank(column['steps'])}; a step that is left out "
@@ -155,37 +155,31 @@ class StepChecks:
                 "the rank's own rows, use the whole batch's: model.gather(), or what "
                 "forward_backward returns)"
             )
-        if len({*column["settings"]}) > 1:
-            _refuse_settings(ranks, self._steps.optimizers)
-        if len({*column["values"]}) > 1:
-            _refuse_values(ranks, comparable_parameters(module))
+        if "settings" in differ:
+            refuse_settings(ranks, self._steps.optimizers)
+        if "values" in differ:
+            refuse_values(ranks, comparable_parameters(module))
         self._compare_inputs(ranks, [column["inputs"][r] for r in has_rows])
-        if len({*column["state"]}) > 1 and not ranks.has_warned_of_rng and not any(column["alone"]):
+        if "state" in differ and not ranks.has_warned_of_rng and not any(column["alone"]):
             ranks.has_warned_of_rng = True
-            _warn_of_states()
-        return Agreed(column["base"][0], column["rows"])
+            warn_of_generators()
+        return StepAgreement(column["base"][0], column["rows"])
 
     def compare_evaluation(self, ranks: Ranks, module: nn.Module) -> None:
-        """Weights and batches, when the ranks put together what each has evaluated.
-
-        Raises:
-            ValueError: they are not the same.
-        """
+        """Raises a ValueError if weights or batches differ when metrics are summed."""
         due, self._evaluated = self._evaluated != self._calls, self._calls
         values = digest_of(comparable_parameters(module)) if due else 0
         lists = ranks.meet("an evaluation", [values, *ranks.batches.integers()]).tolist()
         if len({row[0] for row in lists}) > 1:
-            _refuse_values(ranks, comparable_parameters(module))
-        if wrong := BatchLog.compare([row[1:] for row in lists]):
-            ranks.batches.forget()
-            raise ValueError(wrong)
+            refuse_values(ranks, comparable_parameters(module))
+        refuse_batches(ranks, [row[1:] for row in lists])
 
     @staticmethod
     def _compare_calls(column: dict[str, list[int]]) -> None:
         modes = [f"training={bool(m & 2)}, grad enabled={bool(m & 1)}" for m in column["mode"]]
         same = (
             ("call different models, in the order in which they were made", column["model"]),
-            ("call the model in different ways", [_WHAT[c] for c in column["what"]]),
+            ("call the model in different ways", [_METHODS[c] for c in column["what"]]),
             ("are in different modes", modes),
             (
                 "are in different modes in parts of the model (train() and eval()): checksums",
@@ -207,7 +201,7 @@ class StepChecks:
                 raise ValueError(f"the ranks {text}: {by_rank(values)}")
 
     def _compare_loaders(self, ranks: Ranks, split: Split) -> None:
-        """Whether the loader has the model's ranks and shards."""
+        """Checks that the loader cuts batches for the model's ranks and shards."""
         latest = ranks.take_latest_loader()
         if latest is None:
             return
@@ -218,8 +212,8 @@ class StepChecks:
                 f"the loader hands out rows for {shards} shards, and the model has {split.shards}: "
                 f"give wrap() the model's spheres, ts.wrap(loader, model.spheres{fewer})"
             )
-        if theirs is not ranks and not self._told_of_groups:
-            self._told_of_groups = True
+        if theirs is not ranks and not self._warned_of_groups:
+            self._warned_of_groups = True
             warnings.warn(
                 "the last batch came from a loader that shares its batches with another process "
                 f"group (of {theirs.world}) than the model's (of {ranks.world}): give both the "
@@ -228,10 +222,10 @@ class StepChecks:
                 stacklevel=users_level(),
             )
 
-    def _compare_inputs(self, ranks: Ranks, digests_: Sequence[int]) -> None:
-        """Whether all ranks were given the same rows: then each trains on all of a batch."""
-        if len(digests_) < 2 or len({*digests_}) > 1 or digests_[0] == 0:
-            self._alike = 0
+    def _compare_inputs(self, ranks: Ranks, digests: Sequence[int]) -> None:
+        """Checks that each rank has its own rows of a batch, and not all of it."""
+        if len(digests) < 2 or len({*digests}) > 1 or digests[0] == 0:
+            self._equal_inputs = 0
             return
         text = (
             "all ranks have called the model with the same rows, where each should have its part "
@@ -240,50 +234,38 @@ class StepChecks:
             "the rows itself (noise), all ranks draw the same: draw them for the whole batch, and "
             "take this rank's part"
         )
-        before, self._alike = self._alike, digests_[0]
-        # (Where there is a loader that shares its batches, it may be noise.)
-        if before and before != digests_[0] and not ranks.batches.has_batches:
+        before, self._equal_inputs = self._equal_inputs, digests[0]
+        # With a loader that shares its batches, these inputs may be noise that the loop draws.
+        if before and before != digests[0] and not ranks.batches.has_batches:
             raise ValueError(f"{text} (and so they have in another call before)")
-        if not self._told_of_inputs:
-            self._told_of_inputs = True
+        if not self._warned_of_inputs:
+            self._warned_of_inputs = True
             warnings.warn(text, UserWarning, stacklevel=users_level())
 
 
-class HandChecks:
-    """Of a loop that computes gradients itself: the same, as far as there is no model to know.
-
-    Args:
-        optimizer: whose parameters it trains.
-    """
+class GradientSumChecks:
+    """The checks of a loop that computes gradients itself and trains the optimizer's parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._sums = 0
 
     def meet(self, ranks: Ranks) -> None:
-        """Before a sum over all ranks.
-
-        Raises:
-            ValueError: their batches, parameters or hyperparameters are not the same.
-        """
+        """Raises a ValueError if batches, parameters or hyperparameters differ before a sum."""
         self._sums += 1
         due = is_due(self._sums)
         settings = digest_of(hyperparameters([self._optimizer])) if due else 0
         values = digest_of(self._values()) if due else 0
         mine = [self._sums, settings, values, *ranks.batches.integers()]
         lists = ranks.meet("the start of a sum", mine).tolist()
-        if all(row == lists[0] for row in lists):
-            return
-        sums, settings_, values_ = ([row[i] for row in lists] for i in range(3))
+        sums, all_settings, all_values = ([row[i] for row in lists] for i in range(3))
         if len({*sums}) > 1:
             raise ValueError(f"the ranks have made different numbers of sums: {by_rank(sums)}")
-        if wrong := BatchLog.compare([row[3:] for row in lists]):
-            ranks.batches.forget()
-            raise ValueError(wrong)
-        if len({*settings_}) > 1:
-            _refuse_settings(ranks, [self._optimizer])
-        if len({*values_}) > 1:
-            _refuse_values(ranks, self._values())
+        refuse_batches(ranks, [row[3:] for row in lists])
+        if len({*all_settings}) > 1:
+            refuse_settings(ranks, [self._optimizer])
+        if len({*all_values}) > 1:
+            refuse_values(ranks, self._values())
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         groups = self._optimizer.param_groups
@@ -292,93 +274,23 @@ class HandChecks:
                 yield f"parameter {i} of shape {tuple(parameter.shape)}", parameter
 
 
-def _autocast() -> tuple[Any, ...]:
-    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-
-def _plain(flat: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
-    """Arguments that every shard gets as they are: numbers, texts and switches."""
+def _plain_arguments(flat: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+    """Numbers and strings, which every shard gets as they are."""
     whole = (v for v, d in zip(flat, dims, strict=True) if d is None)
     return [v for v in whole if isinstance(v, (bool, int, float, complex, str, bytes))]
 
 
-def by_rank(values: Sequence[Any]) -> str:
-    """For errors."""
-    return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-
-
 def _digest_of_rows(tensors: Sequence[tuple[Tensor, int | None]]) -> int:
-    """Of the inputs that are cut; 0 where all rows are alike, so that it says nothing."""
-    crc, differ = 0, False
+    """A checksum of the inputs that are cut; 0 if all rows are equal, which shows nothing."""
+    crc, rows_differ = 0, False
     for value, dim in tensors:
         if dim is None or value.dim() == 0 or type(value) is not Tensor:
             continue
         if value.layout is not torch.strided or value.is_quantized:
             continue
         rows = value.detach().movedim(dim, 0)
-        differ = differ or (len(rows) > 1 and bool((rows != rows[:1]).any()))
+        rows_differ = rows_differ or (len(rows) > 1 and bool((rows != rows[:1]).any()))
         raw = rows.resolve_conj().resolve_neg().contiguous().reshape(-1)
-        raw = raw[: _MOST // raw.itemsize].cpu().view(torch.uint8)
+        raw = raw[: _MAX_BYTES // raw.itemsize].cpu().view(torch.uint8)
         crc = zlib.crc32(raw.numpy().data, crc)
-    return (crc or 1) if differ else 0
-
-
-def _refuse_trained(ranks: Ranks, module: nn.Module) -> NoReturn:
-    mine = [
-        f"{name} {'of no shape yet' if is_lazy(p) else tuple(p.shape)}"
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    ]
-    everybody = ranks.objects(mine, "the comparison of what is trained")
-    for other, theirs in enumerate(everybody):
-        for one, two in itertools.zip_longest(everybody[0], theirs):
-            if one != two:
-                only = {*everybody[0]} ^ {*theirs}
-                name = next((n for n in (one, two) if n in only), one or two)
-                has, lacks = (0, other) if name in everybody[0] else (other, 0)
-                raise ValueError(
-                    "the ranks have other parameters that require a gradient: "
-                    f"{name} does on rank {has}, and does not on rank {lacks}; freeze the same on "
-                    "all of them"
-                )
-    raise ValueError("the ranks have other parameters that require a gradient")
-
-
-def _refuse_settings(ranks: Ranks, optimizers: Iterable[Optimizer]) -> None:
-    everybody = ranks.objects(dict(hyperparameters(optimizers)), "the comparison of settings")
-    # (An optimizer that shards its states has others inside of it, not the same on all ranks.)
-    common = set.intersection(*map(set, everybody))
-    found = first_difference([{n: v for n, v in e.items() if n in common} for e in everybody])
-    if found is None:
-        return
-    name, values = found
-    raise ValueError(
-        f"the ranks' optimizers differ: {name} is {by_rank(values)}; a schedule has to go by what "
-        "all ranks have alike (the whole batch's loss: model.gather(), or what forward_backward "
-        "returns), not by a loss of the rank's own rows"
-    )
-
-
-def _refuse_values(ranks: Ranks, named: Iterable[tuple[str, Tensor]]) -> NoReturn:
-    everybody = ranks.objects(digests(named), "the comparison of weights")
-    name, values = first_difference(everybody) or ("something", [])
-    kinds = {value: [r for r, v in enumerate(values) if v == value] for value in values}
-    shown = " and ".join(f"ranks {where}" for where in kinds.values())
-    raise ValueError(
-        f"the ranks' models have drifted apart: {name!r} is not the same on {shown}. Something "
-        "that is a rank's own has changed it: a learning rate, a schedule by the loss of the "
-        "rank's rows, a weight that was set on some ranks only. Make a SphereParallel of the "
-        "module anew on all ranks to go on with rank 0's values"
-    )
-
-
-def _warn_of_states() -> None:
-    warnings.warn(
-        "torch's default generator is not at the same place on all ranks: something draws "
-        "from it on each, such as a dataset that is loaded with num_workers=0. The shards' "
-        "own numbers are those of rank 0; but if what is drawn goes into the training, the result "
-        "depends on the number of ranks. "
-        "Draw from a generator seeded by torch_spheres.sample_seed() in a dataset",
-        UserWarning,
-        stacklevel=users_level(),
-    )
+    return (crc or 1) if rows_differ else 0

@@ -1,9 +1,9 @@
-"""Batch norm with the statistics of the whole batch, over all shards and ranks.
+"""`convert_sync_batchnorm`: batch norm with the statistics of all shards and ranks.
 
-Torch's `SyncBatchNorm` is for GPUs and for whole processes. This one is for the shards of
-`SphereParallel`, on CPUs: a shard's count, mean and squared deviations are put together in float64
-in the fixed tree, so that the bits depend neither on who ran the shards nor on how many ranks there
-are, and so are the two sums that its backward needs.
+Torch's `SyncBatchNorm` is for GPUs and whole processes; this one is for the shards of
+`SphereParallel` on CPUs. The shards' counts, means and squared deviations are combined in float64
+in the fixed tree (shard_sums.py), and so are the two sums of the backward. So the bits depend
+neither on the threads nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "sees_all_rows", "waits_fo
 _HALF = (torch.bfloat16, torch.float16)
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-_OWN = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # (the first is that of all three)
+_OWN = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # all BatchNorms have the first
 
 if TYPE_CHECKING:
     _Base = nn.BatchNorm1d
@@ -34,36 +34,36 @@ else:
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Replaces a model's batch norms by such as see the whole batch inside `SphereParallel`.
+    """Replaces a model's batch norms by layers that see the whole batch in `SphereParallel`.
 
     ::
 
         model = ts.SphereParallel(ts.convert_sync_batchnorm(model))
 
     As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but for CPUs, and for shards as well as
-    ranks: in training mode, in the shards of a `SphereParallel` (or of `parallelize_`), mean and
-    variance are those of the batch of all shards of all ranks, as plain torch has them for the
-    whole batch, up to rounding, forward and backward; with the same bits for any `concurrency` and
-    any number of ranks. Anywhere else, and in evaluation mode, it is torch's own batch norm.
+    ranks. In training mode, in the shards of a `SphereParallel` or of `parallelize_`, mean and
+    variance are those of all shards of all ranks, as plain torch computes them for the whole batch,
+    up to rounding, forward and backward, with the same bits for any `concurrency` and number of
+    ranks. Elsewhere, and in evaluation mode, the layer is torch's own batch norm.
 
     A shard waits in such a layer for all others, on a leaf of its own. So the activations, and in
     backward the gradients, of all shards are alive at a time, with `forward_backward` too; a work
-    item that occupies a leaf holds the model up until it ends; and every rank needs rows. All
+    item that occupies a leaf delays the model until it ends; and every rank needs rows. All
     shards have to pass the same layers in the same order, or there is a RuntimeError. Models on
     accelerators, or with compiled parts, are refused in training mode.
 
     Args:
         module: with `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` or torch's `SyncBatchNorm` layers,
-            whose parameters, buffers, hooks and other attributes the new ones take over. It is
-            changed in place.
+            which are replaced in place. The new layers share their parameters, buffers, hooks and
+            other attributes. float64 inputs are computed in float64, other types in float32.
 
     Returns:
         The module; a new one if it is a batch norm itself.
 
     Raises:
-        TypeError: `module` is no module, or has a batch norm with a forward of its own, or one that
-            is parametrized.
-        ValueError: a lazy batch norm has not got its shapes yet.
+        TypeError: `module` is no module, or has a batch norm with its own forward, or one that is
+            parametrized.
+        ValueError: a lazy batch norm has no shapes yet.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -94,9 +94,9 @@ def _check(name: str, part: nn.Module) -> None:
 def _converted(part: nn.Module) -> nn.Module:
     if isinstance(part, SyncBatchNorm):
         return part
-    kind = next(made for kind, made in _MADE_OF.items() if isinstance(part, kind))
+    kind = next(made for kind, made in _CONVERTED.items() if isinstance(part, kind))
     made = kind.__new__(kind)
-    vars(made).update(vars(part))  # (hooks in the same dicts, where their handles remove them)
+    vars(made).update(vars(part))  # in the same hook dicts, so that handles can remove hooks
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         vars(made)[name] = vars(part)[name].copy()
     vars(made).pop("process_group", None)
@@ -104,14 +104,13 @@ def _converted(part: nn.Module) -> nn.Module:
 
 
 class SyncBatchNorm(_Base):
-    """What makes a batch norm see the whole batch; see `convert_sync_batchnorm`.
+    """Base of the converted layers, see `convert_sync_batchnorm`.
 
-    Shape: that of the layer that was converted; the output is of the same shape and dtype. float64
-    is computed in float64, other types in float32.
+    Input and output have the shape and dtype of the original layer's.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """As torch's, but for the statistics of the whole batch in a shard that trains."""
+        """Batch norm; in a shard that trains, with the statistics of the whole batch."""
         return self._forward_in_training(input) if self.training else super().forward(input)
 
     @_compat.disable_compiler
@@ -156,26 +155,26 @@ class SyncBatchNorm(_Base):
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
-    """Of a `BatchNorm1d`."""
+    """A converted `BatchNorm1d`."""
 
 
 class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
-    """Of a `BatchNorm2d`."""
+    """A converted `BatchNorm2d`."""
 
 
 class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
-    """Of a `BatchNorm3d`."""
+    """A converted `BatchNorm3d`."""
 
 
 class SyncBatchNormNd(SyncBatchNorm, nn.BatchNorm1d):
-    """Of torch's `SyncBatchNorm`, which takes inputs of any number of dimensions, from two on."""
+    """A converted `torch.nn.SyncBatchNorm`, which takes inputs of two dimensions or more."""
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
-_MADE_OF: dict[type[nn.Module], type[SyncBatchNorm]] = {
+_CONVERTED: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
@@ -184,14 +183,14 @@ _MADE_OF: dict[type[nn.Module], type[SyncBatchNorm]] = {
 
 
 def waits_for_others(module: nn.Module) -> bool:
-    """Whether a module's shards need each other's statistics while they run."""
+    """Whether a module's shards wait for each other's statistics."""
     return any(isinstance(part, SyncBatchNorm) and part.training for part in module.modules())
 
 
 def sees_all_rows(module: nn.Module) -> bool:
-    """Whether two shards' rows, on the bare module, say nothing about a call in training mode.
+    """Whether a comparison with the bare module shows nothing about a call in training mode.
 
-    A converted batch norm without running statistics has those of the rows in evaluation mode too.
+    A converted batch norm without running statistics uses its rows' in evaluation mode too.
     """
     return any(
         isinstance(part, SyncBatchNorm) and part.training and part.running_mean is None
@@ -200,7 +199,7 @@ def sees_all_rows(module: nn.Module) -> bool:
 
 
 def _of_shard(x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Values for each channel, their mean, and the sum of squared deviations from it."""
+    """Number of values per channel, their mean, and the sum of squared deviations from it."""
     count = x.numel() // x.shape[1] if x.numel() else 0
     if count == 0:
         zeros = torch.zeros(x.shape[1], dtype=torch.float64)
@@ -214,7 +213,7 @@ def _of_shard(x: Tensor) -> tuple[int, Tensor, Tensor]:
 def _statistics(
     shards: Mapping[int, tuple[int, Tensor, Tensor]], total: Total
 ) -> tuple[float, Tensor, Tensor]:
-    """Of the whole batch: values for each channel, mean and variance."""
+    """The whole batch's number of values per channel, mean and variance."""
     sums = total({
         k: torch.cat([torch.tensor([n], dtype=torch.float64), mean * n])
         for k, (n, mean, _) in shards.items()
@@ -227,10 +226,6 @@ def _statistics(
         )
     squares = total({k: m2 + (own - mean) ** 2 * n for k, (n, own, m2) in shards.items()})
     return count, mean, squares / count
-
-
-def _sums(shards: Mapping[int, Tensor], total: Total) -> Tensor:
-    return total(shards)
 
 
 class _Normalise(torch.autograd.Function):
@@ -250,7 +245,7 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         ctx.count, ctx.eps, ctx.where = count, eps, where
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
-        if not x.numel():  # rows that the shard has selected, and which torch's kernels fail for
+        if not x.numel():  # torch's kernels fail for a shard that has selected no rows
             return torch.empty_like(x)
         if x.dtype in _HALF:  # torch's kernel takes all three in one type
             weight = None if weight is None else weight.to(mean.dtype)
@@ -277,7 +272,8 @@ class _Normalise(torch.autograd.Function):
                 )
             leaf, layer = ctx.where
             own = torch.cat([products, plain]).double()
-            means = (sums.reduce(leaf, layer, "backward", own, _sums) / ctx.count).to(mean.dtype)
+            both = sums.reduce(leaf, layer, "backward", own, lambda values, total: total(values))
+            means = (both / ctx.count).to(mean.dtype)
             grad_x = _grad_of_input(grad, x, mean, invstd, scale * invstd, *means.chunk(2))
         return (
             grad_x,
@@ -290,7 +286,7 @@ class _Normalise(torch.autograd.Function):
 def _sums_of_shard(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Of the gradient times the normalised input, and of the gradient."""
+    """Sums of the gradient times the normalised input, and of the gradient."""
     if not x.numel():
         return torch.zeros_like(mean), torch.zeros_like(mean)
     _, products, plain = torch.ops.aten.native_batch_norm_backward(
