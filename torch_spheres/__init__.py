@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch_spheres.training.metrics import gather_metrics
     from torch_spheres.training.module import SphereParallel
     from torch_spheres.training.parallelize import parallelize_
+    from torch_spheres.training.shard_timing import ShardTimes
     from torch_spheres.training.sync_batch_norm import convert_sync_batchnorm
 
 # Names are imported at their first use (PEP 562), so that a program imports only what it uses.
@@ -65,6 +66,7 @@ _MODULES = {
     ".training.metrics": "gather_metrics",
     ".training.module": "SphereParallel",
     ".training.parallelize": "parallelize_",
+    ".training.shard_timing": "ShardTimes",
     ".training.sync_batch_norm": "convert_sync_batchnorm",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -78,6 +80,7 @@ __all__ = [
     "LoaderStats",
     "NativeFunction",
     "RankError",
+    "ShardTimes",
     "Slice",
     "SphereBatchSampler",
     "SphereLoader",

@@ -99,13 +99,13 @@ def test_broken_files_are_named_with_what_was_found(tmp_path, name, content, mes
 
 
 def test_it_learns():
-    done = run("--epochs", 1)
+    done = run("--epochs", 3)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no bar where it cannot be redrawn
+    assert "epoch" not in done.stderr  # no bar where it cannot be redrawn
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(r"test accuracy: 0\.\d\d\d\d", last)
     assert float(last.split()[-1]) >= 0.9
-    assert len(re.findall(r"^epoch \d+: loss \S+, accuracy \S+$", done.stdout, re.MULTILINE)) == 1
+    assert len(re.findall(r"^epoch \d+: loss \S+, accuracy \S+$", done.stdout, re.MULTILINE)) == 3
     assert "busiest" in done.stdout and "level 1" in done.stdout
 
 
@@ -131,7 +131,8 @@ def test_same_weights_every_time_and_at_every_concurrency(small, levels):
 
 def test_a_trace_of_the_last_epoch(small, tmp_path):
     path = tmp_path / "run.json"
-    done = run("--data", small, "--batch-size", 50, "--epochs", 2, "--trace", path)
+    arguments = ("--data", small, "--batch-size", 50, "--epochs", 2, "--shards", 12)
+    done = run(*arguments, "--trace", path)
     assert done.returncode == 0, done.stderr
     assert f"{path}: the last epoch's training, 0 events lost" in done.stdout
     data = trace_support.load(path)
@@ -141,9 +142,7 @@ def test_a_trace_of_the_last_epoch(small, tmp_path):
     for shard in range(12):
         # Three batches of 50: those of the first epoch are not there.
         assert names[f"forward {shard}"] == names[f"backward {shard}"] == 3
-    assert digest(done.stdout) == digest(
-        run("--data", small, "--batch-size", 50, "--epochs", 2).stdout
-    )
+    assert digest(done.stdout) == digest(run(*arguments).stdout)
 
 
 def test_a_picture_of_the_run(small, tmp_path):
@@ -155,6 +154,13 @@ def test_a_picture_of_the_run(small, tmp_path):
     # A wedge, a rim and a label for each sphere.
     for gid in ("spheres", "states", *(f"label {sphere}" for sphere in range(13))):
         assert f'<g id="{gid}">' in picture
+
+
+def test_steps_are_compared_with_plain_ones(small):
+    done = run("--data", small, "--batch-size", 48, "--epochs", 1, "--compare", "--shards", 2)
+    assert done.returncode == 0, done.stderr
+    line = r"^a step of 48 rows takes \S+ ms in plain PyTorch and \S+ ms in 2 shards, \d+\.\d\dx of"
+    assert re.search(line, done.stdout, re.MULTILINE)
 
 
 def test_plain_runs_without_spheres(small):
@@ -176,6 +182,9 @@ def test_plain_runs_without_spheres(small):
         (["--trace", "/nowhere/run.json"], "no such folder: /nowhere"),
         (["--plot", "/nowhere/run.png"], "no such folder: /nowhere"),
         (["--plot", "run"], "must end in .png, .svg or .pdf, got 'run'"),
+        (["--shards", "5"], "must divide the 12 leaves, got 5"),
+        (["--levels", "1", "--shards", "2"], "must divide the 1 leaves, got 2"),
+        (["--compare", "--plain"], "--plain has none"),
         (["--plot", "run.png", "--plain"], "no spheres to draw with --plain"),
         (["--trace", "run.json", "--plain"], "nothing to trace with --plain"),
     ],
