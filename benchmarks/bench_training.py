@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from common import Ratio, Report, Row, Section, arguments, best_of, duration, race
-from contestants import DDP, FORWARD_BACKWARD, OURS, PEERS, REPRODUCIBLE, TUNED, Setup
+from contestants import DDP, FEWER, FORWARD_BACKWARD, OURS, PEERS, REPRODUCIBLE, TUNED, Setup
 from crews import Crew, Crews
 from models import ZOO, Task
 
 import torch_spheres as ts
 
 WAYS = (*PEERS, *OURS)
+BEST_SHARDS = "reproducible=True with the best number of shards"
 TOLERANCE = 1e-3  # of losses and gradients, between contestants
 PATIENCE = 150  # warm-up steps, after which a way is measured whether it is ready or not
 
@@ -170,6 +171,8 @@ def summary(outcomes: dict[str, list[Outcome]], workers: int) -> Section:
         ("all rows", every, TUNED, None, 1.15),
         ("all rows", every, TUNED, DDP, 1.3),
         ("all rows", every, REPRODUCIBLE, None, None),
+        ("all rows", every, BEST_SHARDS, None, 0.95),
+        ("large batches", outcomes["large"], BEST_SHARDS, None, 1.0),
         ("all rows", every, FORWARD_BACKWARD, None, None),
         ("large batches", outcomes["large"], REPRODUCIBLE, DDP, 1.0),
         ("large batches", outcomes["large"], FORWARD_BACKWARD, DDP, None),
@@ -199,6 +202,8 @@ def summary(outcomes: dict[str, list[Outcome]], workers: int) -> Section:
 
 def advantage(samples: dict[str, list[float]], way: str, peer: str | None) -> float | None:
     """How many times as long as `way` the peer took, or the fastest peer."""
+    if way == BEST_SHARDS:  # whoever trains can choose, by `suggest_shards`
+        way = best_of(samples, (REPRODUCIBLE, *FEWER))
     if way not in samples:
         return None
     return Ratio.of(samples[peer or best_of(samples, PEERS)], samples[way]).median

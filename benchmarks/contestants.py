@@ -28,8 +28,10 @@ TUNED = "reproducible=False"
 REPRODUCIBLE = "reproducible=True"
 FORWARD_BACKWARD = "forward_backward"
 
+FEWER = {f"reproducible=True, shards={n}": n for n in (4, 2)}
+
 PEERS = (PLAIN, ACCUMULATE, DDP)
-OURS = (TUNED, REPRODUCIBLE, FORWARD_BACKWARD)
+OURS = (TUNED, REPRODUCIBLE, *FEWER, FORWARD_BACKWARD)
 
 SHARDS = 12
 BATCHES = 4  # that are trained on in turn
@@ -119,7 +121,8 @@ def on_spheres(setup: Setup, model: nn.Module) -> nn.Module:
     import torch_spheres as ts
 
     spheres = ts.KissingSpheres(setup.levels, concurrency=setup.workers)
-    return ts.SphereParallel(model, spheres, reproducible=setup.way != TUNED)
+    shards = FEWER.get(setup.way)
+    return ts.SphereParallel(model, spheres, reproducible=setup.way != TUNED, shards=shards)
 
 
 def build(setup: Setup, task: Task) -> tuple[nn.Module, Gradients]:
