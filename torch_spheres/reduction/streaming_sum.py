@@ -84,8 +84,8 @@ class StreamingSum:
     For each shard call `begin`, run the shard that it returns, and call `add`; at the end `finish`.
 
     Args:
-        leaves: 1, 12, 144 or 1728.
-        shards: the leaves that will be added; the others are absent.
+        tree_size: leaves of the tree: 1, 12, 144 or 1728.
+        leaves: those that will be added; the others are absent.
         concurrency: how many shards may run at once.
         parts: with several processes: the complete subtrees whose sums are wanted, instead of the
             total.
@@ -100,8 +100,8 @@ class StreamingSum:
 
     def __init__(
         self,
-        leaves: int,
-        shards: Sequence[int],
+        tree_size: int,
+        leaves: Sequence[int],
         concurrency: int,
         parts: Sequence[Part] | None = None,
         emit: Callable[[int, list[Grads | None]], None] | None = None,
@@ -109,9 +109,9 @@ class StreamingSum:
     ) -> None:
         self._emit, self._spheres = emit, spheres
         self._emitted: set[int] = set()
-        self._depth = depth_of(leaves)
+        self._depth = depth_of(tree_size)
         self.limit = concurrency + 1 + 3 * max(1, self._depth)
-        coming, order = set(shards), tree_order(leaves)
+        coming, order = set(leaves), tree_order(tree_size)
         self._order = [k for k in order if k in coming]
         self._changed = threading.Condition()
         self._next = 0  # rank in `_order` for the next call of begin()
@@ -121,7 +121,7 @@ class StreamingSum:
         self._failed = False
         self._total: Grads | None = None
         self._leaf_nodes: dict[int, tuple[_Node, int]] = {}
-        wanted = [(0, leaves)] if parts is None else parts
+        wanted = [(0, tree_size)] if parts is None else parts
         self._roots = [_Node(None, 0) for _ in wanted]
         nodes: dict[tuple[_Node, int], _Node] = {}
         for root, (first, last) in zip(self._roots, wanted, strict=True):
@@ -151,13 +151,13 @@ class StreamingSum:
     # ---- shards ----
 
     def begin(self) -> int | None:
-        """Waits until there is room for a shard's gradients; returns the shard to run next.
+        """Waits until there is room for a shard's gradients; returns its leaf.
 
         Shards begin strictly in the order of the tree. So only earlier shards are running while a
         shard waits, and these can always be added until few enough sums are left.
 
         Returns:
-            The shard, or None if another shard has failed.
+            The leaf, or None if another shard has failed.
         """
         with self._changed:
             rank = self._next

@@ -40,8 +40,8 @@ __all__ = [
     "RandomSource",
     "ShardRandom",
     "TrialRandom",
-    "next_base",
     "numpy_state",
+    "peek_base",
     "random_states",
     "restore_random_states",
 ]
@@ -218,7 +218,7 @@ class TrialRandom(RandomSource):
         raise RuntimeError(f"{op} was called with a generator of its own")
 
 
-def next_base() -> int:
+def peek_base() -> int:
     """The base seed that a `CallRandom` would draw now; the default generator does not advance."""
     generator = torch.Generator()
     generator.set_state(torch.default_generator.get_state())

@@ -28,8 +28,8 @@ class Split:
     Args:
         arguments: anything nested that has tensors in it; each with its number or name.
         shards: how many pieces to cut at most.
-        ranks: with whom the batch is shared; these are this rank's part of it, and `share` has to
-            be told how many rows there are in all.
+        ranks: with whom the batch is shared; these are this rank's part of it, and `cut_as_rank`
+            has to be told how many rows there are in all.
         options: which arguments are cut, and along which dimension.
         module: whose arguments they are; None: they are what a loss compares outputs with, all of
             which has rows.
@@ -64,7 +64,7 @@ class Split:
         self.bounds = [(a, b) for a, b in shard_bounds(self.rows, pieces) if b > a]
         self.numbers = [*range(len(self.bounds))]  # of the shards that run
 
-    def share(self, rows: list[int]) -> None:
+    def cut_as_rank(self, rows: list[int]) -> None:
         """Cuts anew, as this rank's part of a batch of which each rank has so many rows.
 
         Raises:
@@ -114,7 +114,7 @@ class Split:
         return [leaves[k] for k in self.numbers]
 
     @property
-    def places(self) -> int:
+    def tree_size(self) -> int:
         """Leaves of the tree in which the shards are summed: 1, 12, 144 or 1728."""
         return tree_leaves(self.shards)
 
@@ -133,7 +133,7 @@ class Split:
 
     def by_leaf(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One place for each leaf of the tree, of one value for each shard that runs."""
-        places: list[Tensor | None] = [None] * self.places
+        places: list[Tensor | None] = [None] * self.tree_size
         for leaf, value in zip(self.leaves, values, strict=True):
             places[leaf] = value
         return places

@@ -43,7 +43,7 @@ class Collective(Protocol):
     base: int | None
     """Seed of the shards' random numbers, if the processes have agreed on one."""
 
-    def split(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
+    def begin_call(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
         """The arguments as `cut` cuts them, with each process's part of the rows."""
 
     def totals(
@@ -64,9 +64,9 @@ class Collective(Protocol):
         """The values that the batch's first shard has, for all processes."""
 
     def scalars_total(self, call: ShardedCall, values: Sequence[Tensor]) -> Tensor:
-        """The sum of a scalar output's weighted values, or what stands for it until `share`."""
+        """The sum of a scalar output's values, or what stands for it until `complete_outputs`."""
 
-    def share(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
+    def complete_outputs(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
         """Completes outputs that this process could not make alone."""
 
     def gradient_sum(self, call: ShardedCall) -> StreamingSum:
@@ -83,7 +83,7 @@ class LocalCollective:
 
     base: int | None = None
 
-    def split(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
+    def begin_call(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
         """See `Collective`."""
         return cut()
 
@@ -108,7 +108,7 @@ class LocalCollective:
         assert total is not None
         return total
 
-    def share(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
+    def complete_outputs(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
         """See `Collective`."""
         return outputs
 
@@ -116,7 +116,7 @@ class LocalCollective:
         """See `Collective`."""
         split, executor = call.split, call.executor
         return StreamingSum(
-            split.places, split.leaves, executor.concurrency, spheres=executor.spheres
+            split.tree_size, split.leaves, executor.concurrency, spheres=executor.spheres
         )
 
     def finish_gradients(
@@ -139,7 +139,7 @@ class RankCollective:
 
     # ---- before the forward ----
 
-    def split(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
+    def begin_call(self, call: ShardedCall, cut: Callable[[], Split]) -> Split:
         """See `Collective`."""
         split = None
         with DeferredError() as caught:
@@ -151,7 +151,7 @@ class RankCollective:
         assert split is not None
         agreed = checks.compare(self._ranks, call.module, facts, split, table)
         self.base = agreed.base
-        split.share(agreed.rows)
+        split.cut_as_rank(agreed.rows)
         if any(map(needs_two_rows, call.replicas.parts)):
             refuse_shards_of_one_row(split.total, split.shards)
         split.flat = [
@@ -193,7 +193,7 @@ class RankCollective:
         self._scalars.append(values)
         return values[0].detach()
 
-    def share(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
+    def complete_outputs(self, call: ShardedCall, outputs: list[Any]) -> list[Any]:
         """Scalars become those of all ranks; a rank without rows gets outputs without rows."""
         if self._somebody_has_none:
             outputs = self._from_others(call, outputs)
@@ -255,7 +255,7 @@ class RankCollective:
             deferred=executor.together,
         )
         return StreamingSum(
-            split.places,
+            split.tree_size,
             split.leaves,
             executor.concurrency,
             own_parts,

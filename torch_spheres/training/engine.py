@@ -127,7 +127,7 @@ class Engine:
             result = run()
             trial.forward_done(flatten(result)[0])
             return result
-        advise = self.reproducible and not self._shares and self.module.training
+        advise = self.reproducible and not self._is_collective and self.module.training
         advise = advise and current_source() is None
         if advise and torch.is_grad_enabled() and executor.plan.workers > 0:
             return self._adviser.watch(run, self, args, kwargs)
@@ -151,7 +151,7 @@ class Engine:
 
     def _begin(self) -> None:
         self.refuse_inside()
-        if not self._would_share:
+        if not self._is_for_all_ranks:
             return
         ranks = self._membership.current_ranks(self.shards)
         if ranks is not self.ranks:
@@ -183,7 +183,7 @@ class Engine:
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
         concurrency = spheres.concurrency if on_cpu else 0
-        if self.reproducible or self._shares:
+        if self.reproducible or self._is_collective:
             ways = reproducible_ways
         together = waits_for_others(self.module)
         if together:
@@ -208,7 +208,7 @@ class Engine:
         """What `forward` does with a plan."""
         if executor.plan.shards == 1 and executor.plan.workers == 0:
             return unsplit(*args, **kwargs)
-        if self.ranks is not None and not self._shares:
+        if self.ranks is not None and not self._is_collective:
             tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
             if tensors and tensors[0].shape[self.options.default_dim] == 0:
                 return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks none
@@ -217,7 +217,7 @@ class Engine:
         if torch.is_grad_enabled():
             # (After the forward, which finds what it reaches beside the parameters.)
             tensors = [*call.trainable, *call.inputs_with_grad]
-            outputs = list(_OnSpheres.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
+            outputs = list(_ShardsNode.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
             if call.ranks is not None:
                 rows, total = call.split.rows, call.split.total
                 outputs = [scale_grad(o, rows, total, self._losses) for o in outputs]
@@ -225,14 +225,14 @@ class Engine:
         return unflatten(outputs, call.nesting)
 
     @property
-    def _would_share(self) -> bool:
+    def _is_for_all_ranks(self) -> bool:
         """Whether the call that is made now is one of all ranks, if there are any."""
         return torch.is_grad_enabled() or self.module.training
 
     @property
-    def _shares(self) -> bool:
+    def _is_collective(self) -> bool:
         """Whether the call that is made now is one of all ranks."""
-        return self.ranks is not None and self._would_share
+        return self.ranks is not None and self._is_for_all_ranks
 
     def _call(
         self,
@@ -241,7 +241,7 @@ class Engine:
         kwargs: dict[str, Any],
         what: str = "forward",
     ) -> ShardedCall:
-        ranks, own = self.ranks if self._shares else None, None
+        ranks, own = self.ranks if self._is_collective else None, None
         if self.ranks is not None and ranks is None and self.ranks.has_own_rows:
             # An evaluation of what a loader has divided: in the shards of the whole batch.
             own = self.ranks.divide(self.shards), self.ranks.rank
@@ -290,7 +290,7 @@ class Engine:
         self._membership = Membership("the model", group, self.ranks)
 
 
-class _OnSpheres(torch.autograd.Function):
+class _ShardsNode(torch.autograd.Function):
     """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
 
     Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what

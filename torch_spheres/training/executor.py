@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,12 +24,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ShardExecutor:
-    """Who runs a plan's shards."""
+    """Runs a plan's shards on a pool, or on the calling thread.
+
+    Attributes:
+        together: the shards wait for each other, in layers that need all of them.
+        make_shard_sums: only then: makes what a pass of so many shards waits at.
+    """
 
     spheres: SpherePool
     plan: Plan
-    together: bool = False  # the shards wait for each other, in layers that need all of them
-    sums: Callable[[int], ShardSums] | None = None  # of a pass of so many shards that do
+    together: bool = False
+    make_shard_sums: Callable[[int], ShardSums] | None = None
 
     @property
     def concurrency(self) -> int:
@@ -41,7 +46,7 @@ class ShardExecutor:
         if not self.together:
             return self
         sums = lambda count: ShardSums(self.spheres, module, places, count, ranks)  # noqa: E731
-        return replace(self, sums=sums)
+        return replace(self, make_shard_sums=sums)
 
     def context(self) -> CallerContext:
         """What the calling thread has set, to be set wherever the shards run."""
@@ -55,14 +60,16 @@ class ShardExecutor:
         if self.plan.workers == 0 or count == 0:
             return [fn(k) for k in range(count)]
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.
-        ours = contextvars.copy_context()
-        if self.sums is not None:  # each shard on a leaf of its own
+        variables = contextvars.copy_context()
+        if self.make_shard_sums is not None:
             stop_openmp_threads()
-            return self.sums(count).map(
-                lambda run: self.spheres.map(lambda k: ours.copy().run(run, k), range(count)), fn
-            )
+
+            def run_all(run: Callable[[int], Any]) -> list[Any]:
+                return self.spheres.map(lambda k: variables.copy().run(run, k), range(count))
+
+            return self.make_shard_sums(count).map(run_all, fn)
         if self.plan.workers == 1:
-            alone = self.spheres.map(lambda _: ours.run(lambda: [*map(fn, range(count))]), range(1))
-            return alone[0]
+            one_item = lambda _: variables.run(lambda: [*map(fn, range(count))])  # noqa: E731
+            return self.spheres.map(one_item, range(1))[0]
         stop_openmp_threads()
-        return self.spheres.map(lambda k: ours.copy().run(fn, k), range(count))
+        return self.spheres.map(lambda k: variables.copy().run(fn, k), range(count))

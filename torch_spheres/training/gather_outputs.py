@@ -53,7 +53,7 @@ def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
     comparison = compare_with_bare_module(call, first.outputs, first.nesting)
     found = comparison.rules
     if comparison.means:
-        call.sums = False
+        call.scalars_are_sums = False
     assert call.nesting is not None
     inside = call.nesting.in_objects()
     sizes, dim = call.split.sizes, call.options.default_dim
@@ -64,7 +64,7 @@ def gather(call: ShardedCall, shards: Sequence[Shard]) -> list[Any]:
             rule = found[i]
             if inside[i] and isinstance(values[0], Tensor) and values[0].dim() == 0:
                 rule = ONCE  # a parameter of a distribution is no loss
-            elif rule == SCALAR and not _can_be_summed(values[0], call.sums):
+            elif rule == SCALAR and not _can_be_summed(values[0], call.scalars_are_sums):
                 rule = ONCE
             output, rule = gather_output(i, values, sizes, rule, dim, total)
             outputs.append(output)

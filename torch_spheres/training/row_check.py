@@ -129,7 +129,13 @@ def _form(call: ShardedCall) -> Hashable:
         if len(findings.states) > _MAX_FLAGS:  # one of the flags changes with each call
             findings.states = None
     state = () if findings.states is None else state
-    return call.module.training, call.sums, call.keys, tuple(dict.fromkeys(values)), state
+    return (
+        call.module.training,
+        call.scalars_are_sums,
+        call.keys,
+        tuple(dict.fromkeys(values)),
+        state,
+    )
 
 
 def _compare_scalars_again(call: ShardedCall, known: Comparison) -> None:
@@ -146,7 +152,9 @@ def _compare_scalars_again(call: ShardedCall, known: Comparison) -> None:
     runs, drew = run_trials(call, training=False, spans=ranges.spans)
     if runs and not drew and all(_matches(known, (), run, exact=False) for run in runs):
         values = [*zip(*(run.outputs for run in runs), strict=True)]
-        check_values(call, values, known.rules, ranges.sizes, call.sums and not known.means)
+        check_values(
+            call, values, known.rules, ranges.sizes, call.scalars_are_sums and not known.means
+        )
 
 
 def _compare(
@@ -194,7 +202,7 @@ def _compare_runs(
     means = False
     if has_values:
         means = call.sums_by_argument and ignores_the_count(call, alone[0], rules, ranges.spans[1])
-        check_values(call, values, rules, ranges.sizes, call.sums and not means)
+        check_values(call, values, rules, ranges.sizes, call.scalars_are_sums and not means)
         check_buffers(call, runs)
     return dataclasses.replace(unknown, rules=rules, means=means)
 

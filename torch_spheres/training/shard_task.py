@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from torch_spheres import _compat
 from torch_spheres.runtime.caller_context import CallerContext
-from torch_spheres.runtime.rng import ShardRandom, current_source
+from torch_spheres.runtime.rng import ShardRandom
 from torch_spheres.runtime.trace_hooks import phase_since
 from torch_spheres.training.batch_split import Split, without_dim
-from torch_spheres.training.graph_leaves import ShardGraph
 from torch_spheres.training.module_copy import Buffer
-from torch_spheres.training.pytree import Nesting, flatten, unflatten
+from torch_spheres.training.pytree import Nesting, unflatten
+from torch_spheres.training.reentrant_checkpoint import REFUSED
 from torch_spheres.training.replica import Replica
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Shard:
             found: list[Tensor | None] = []
         elif self.random.reentrant:
             if self.shares_leaves:
-                raise RuntimeError(_CHECKPOINT)
+                raise RuntimeError(REFUSED)
             with self.replica.grads:  # another shard of this replica may run its backward
                 torch.autograd.backward(roots, grads, retain_graph=keep)
                 found = [t.grad for t in wanted]
@@ -186,37 +185,3 @@ def _add_notes(error: Exception, call: ShardedCall, k: int, what: str) -> None:
     begin, end = call.split.bounds[k]
     number = call.split.numbers[k]
     error.add_note(f"in the {what} of shard {number}, rows {begin} to {end - 1} of the batch")
-
-
-_CHECKPOINT = (
-    "the forward has a checkpoint with use_reentrant=True, which runs a backward of its own for "
-    "all that it reaches, and it computes with tensors that are no parameters of registered layers "
-    "(a layer in a list, a function that holds the original of a layer): all shards would write to "
-    "their .grad. Use use_reentrant=False, or register the layer and reach it by way of self"
-)
-_checkpoint: Any = CheckpointFunction.forward
-
-
-def _checkpoint_in_shard(ctx: Any, run: Any, *args: Any) -> Any:
-    """Tells the shard of a checkpoint with ``use_reentrant=True``.
-
-    Such a checkpoint runs a backward of its own inside the backward, which adds to ``.grad`` of all
-    leaves that it reaches. So the shard has to compute its gradients in ``.grad`` too.
-    """
-    shard = current_source()
-    if not isinstance(shard, ShardRandom):
-        return _checkpoint(ctx, run, *args)
-    shard.reentrant = True
-
-    def checked_run(*values: Any) -> Any:
-        outputs = run(*values)
-        if torch.is_grad_enabled():  # it runs again, before its backward
-            own = shard.own_leaves().union(map(id, values))
-            if not own.issuperset(ShardGraph(flatten(outputs)[0]).leaves):
-                raise RuntimeError(_CHECKPOINT)
-        return outputs
-
-    return _checkpoint(ctx, checked_run, *args)
-
-
-CheckpointFunction.forward = staticmethod(_checkpoint_in_shard)  # type: ignore[method-assign]

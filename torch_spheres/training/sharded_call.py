@@ -77,17 +77,17 @@ class ShardedCall:
         self.sums_by_argument = (
             options.scalars != "sum" and kwargs.get("num_items_in_batch") is not None
         )
-        self.sums = self.sums_by_argument or options.scalars == "sum"
+        self.scalars_are_sums = self.sums_by_argument or options.scalars == "sum"
         self._positional = len(args)
         replicas.refresh(module)
         self.keys = (*range(len(args)), *kwargs)
         self.context = executor.context()
         self.collective: Collective = LocalCollective() if ranks is None else RankCollective(ranks)
         arguments = [*zip(self.keys, (*args, *kwargs.values()), strict=True)]
-        self.split = self.collective.split(
+        self.split = self.collective.begin_call(
             self, functools.partial(self._cut, arguments, executor.plan.shards, own_part)
         )
-        self.executor = executor.for_call(module, self.split.places, ranks)
+        self.executor = executor.for_call(module, self.split.tree_size, ranks)
         runs_on = executor.spheres if executor.plan.workers > 0 else None
         self.random = CallRandom(self.collective.base, runs_on)
         self.shards: list[Shard | None] = []
@@ -163,7 +163,7 @@ class ShardedCall:
             self.reached.search(shards)
             outputs = gather(self, shards)
         self.finish_forward(shards, caught)
-        return self.collective.share(self, outputs)
+        return self.collective.complete_outputs(self, outputs)
 
     def _forward_shard(self, k: int) -> Shard:
         replica = self.replicas.borrow(self.module)
@@ -185,19 +185,20 @@ class ShardedCall:
             caught.error = adopt_new_shapes(shards, self.ranks is None)
         mine = [any(s.buffers[i][1] is not None for s in shards) for i in range(len(buffers))]
         has_rows = bool(self.split.bounds)
+        flags = [has_rows and self.scalars_are_sums, has_rows and not self.scalars_are_sums]
+        # Of each entry all processes get the greatest: a flag is set if any of them has set it.
         told = self.collective.agree(
-            "the forward",
-            caught,
-            [*notes, has_rows and self.sums, has_rows and not self.sums, self.random.drew, *mine],
+            "the forward", caught, [*notes, *flags, self.random.drew, *mine]
         )
-        notes, (sums, means, drew, *changed) = told[: len(notes)], told[len(notes) :]
+        sums, means, drew, *changed = told[len(notes) :]
+        notes = told[: len(notes)]
         if sums and means:
             raise ValueError(
                 "the ranks do not agree whether outputs without dimensions are sums or means over "
                 "the rows, which a call with num_items_in_batch= leaves open: say scalars='sum', "
                 "or leave the argument out"
             )
-        self.sums = bool(sums)
+        self.scalars_are_sums = bool(sums)
         if drew:
             self.random.base()  # where other processes' shards drew, and none of these
         merge_buffers(self, shards, {i: buffers[i] for i, c in enumerate(changed) if c})
@@ -208,7 +209,7 @@ class ShardedCall:
 
     def weighted(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The shards' scalars, to be summed."""
-        return [*values] if self.sums else self.split.weighted(values)
+        return [*values] if self.scalars_are_sums else self.split.weighted(values)
 
     # ---- backward ----
 
@@ -263,7 +264,7 @@ class ShardedCall:
         """
         fold = self.collective.gradient_sum(self)
         of_inputs: list[Grads] = [[] for _ in self.split.leaves]
-        place = {leaf: k for k, leaf in enumerate(self.split.leaves)}
+        shard_of = {leaf: k for k, leaf in enumerate(self.split.leaves)}
 
         def item(_: int) -> None:
             leaf = fold.begin()
@@ -271,7 +272,7 @@ class ShardedCall:
                 return
             try:
                 with torch.no_grad():
-                    grads, of_inputs[place[leaf]] = work(place[leaf])
+                    grads, of_inputs[shard_of[leaf]] = work(shard_of[leaf])
                     with phase(self.executor.spheres, "sum", leaf):
                         fold.add(leaf, grads)
             except BaseException:
@@ -286,7 +287,7 @@ class ShardedCall:
 
         sums = self.collective.finish_gradients(self, fold, run)
         with torch.no_grad():
-            for i, leaf in enumerate(self.differentiable):
-                value, dim = self.split.flat[leaf], self.split.dims[leaf]
+            for i, number in enumerate(self.differentiable):
+                value, dim = self.split.flat[number], self.split.dims[number]
                 sums.append(gather_input_grad(self, value, dim, [grads[i] for grads in of_inputs]))
         return sums

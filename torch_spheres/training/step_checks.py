@@ -27,7 +27,7 @@ from torch_spheres.distributed.drift import (
     is_due,
 )
 from torch_spheres.reduction.partition import tree_leaves
-from torch_spheres.runtime.rng import next_base
+from torch_spheres.runtime.rng import peek_base
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.batch_split import without_dim
 from torch_spheres.training.rank_differences import (
@@ -95,7 +95,7 @@ class StepChecks:
         due = is_due(self._calls)
         return {
             "model": self._number,
-            "base": next_base(),  # its column is _BASE
+            "base": peek_base(),  # its column is _BASE
             "call": self._calls,
             "what": _METHODS.index(what),
             "mode": 2 * module.training + torch.is_grad_enabled(),
