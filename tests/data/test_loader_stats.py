@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -144,3 +146,21 @@ def test_the_loop_hears_of_it(spheres, monkeypatch):
         for _ in loader:
             pass
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_threads_that_share_a_loader_get_each_warning_once():
+    class Slow(list):
+        """Takes a moment from the question whether it is empty to the answer."""
+
+        def __len__(self):
+            found = super().__len__()
+            time.sleep(0.05)
+            return found
+
+    meter = Meter(0, lambda _: None)
+    meter._warnings = Slow()
+    meter.add_warning("once")
+    meter.add_warning("once")
+    with ThreadPoolExecutor(4) as executor:
+        found = [*executor.map(lambda _: meter.next_warning(), range(4))]
+    assert sorted(found, key=str) == [None, None, None, "once"]

@@ -228,14 +228,16 @@ class Meter:
 
     def add_warning(self, text: str) -> None:
         """Has `next_warning` return a text, once."""
-        if text not in self._known:
-            self._known.add(text)
-            self._warnings.append(text)
+        with self._lock:
+            if text not in self._known:
+                self._known.add(text)
+                self._warnings.append(text)
 
     def next_warning(self) -> str | None:
         """A warning that was not returned yet: an added one, or that the GIL is the bottleneck."""
-        if self._warnings:
-            return self._warnings.pop()
+        with self._lock:
+            if self._warnings:
+                return self._warnings.pop()
         if self._warned_of_gil or self._sums["elapsed"] < _ENOUGH_SECONDS:
             return None
         now = self.snapshot()
