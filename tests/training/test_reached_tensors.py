@@ -295,11 +295,15 @@ def test_checkpoints_that_run_backward_for_what_shards_share_are_refused(spheres
         return again(layer, x) if how == "inside" else again(s.n, x) + layer(x)
 
     parallel = ts.SphereParallel(W(forward).double(), spheres)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="Use use_reentrant=False, or register the layer"):
         if by_shard:
             parallel.forward_backward(F.mse_loss, X, X)
         else:
             parallel(X).sum().backward()
+    if not by_shard:  # no shard has begun a backward that would have written there
+        assert all(torch.equal(p.grad, torch.ones_like(p)) for p in layer.parameters())
 
 
 def test_hooks_on_tensors_on_attributes_run_once(spheres):

@@ -101,7 +101,8 @@ class ReachedTensors:
                 _refuse_shared_nodes(graphs)
                 self._add_new(shards, graphs)
                 for k, (shard, graph) in enumerate(zip(shards, graphs, strict=True)):
-                    self._set_targets(k, shard, graph)
+                    for first in self._set_targets(k, shard, graph):
+                        shards[first].shares_leaves = True
         self._refuse_on_ranks()
 
     def search_one(self, k: int, shard: Shard, roots: Sequence[Tensor], count: int) -> None:
@@ -119,7 +120,9 @@ class ReachedTensors:
         """No tensor can be added from now on: several shards' gradients are being summed."""
         self._is_open = False
 
-    def _set_targets(self, k: int, shard: Shard, graph: ShardGraph) -> None:
+    def _set_targets(self, k: int, shard: Shard, graph: ShardGraph) -> set[int]:
+        """Sets whose gradients a shard computes; returns the shards with which it shares leaves."""
+        shared = set()
         shard.params = self.targets(shard.replica)
         own = {*shard.replica.leaves, *map(id, shard.inputs)}
         for i, leaf in graph.leaves.items():
@@ -129,6 +132,8 @@ class ReachedTensors:
                     self._reached_by[i] = weakref.ref(leaf), k
                 elif first != k:
                     shard.shares_leaves = True
+                    shared.add(first)
+        return shared
 
     def _new_leaves(
         self, shards: Sequence[Shard], graphs: Sequence[ShardGraph]
