@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from torch_spheres.data.sampler import SphereBatchSampler
     from torch_spheres.data.worker_info import sample_seed
     from torch_spheres.errors import RankError, StoppedError
+    from torch_spheres.observe.histogram import ITEM_TIME_EDGES_NS
     from torch_spheres.observe.plots import plot_loader, plot_timeline
-    from torch_spheres.observe.stats import ITEM_TIME_EDGES_NS, SphereStats, Stats
+    from torch_spheres.observe.sphere_stats import SphereStats
+    from torch_spheres.observe.stats import Stats
     from torch_spheres.observe.tensorboard import StatsLog
     from torch_spheres.observe.trace import Arrow, Counter, Slice, Trace
     from torch_spheres.prepare_training import prepare
@@ -54,7 +56,9 @@ _MODULES = {
     ".data.worker_info": "sample_seed",
     ".errors": "RankError StoppedError",
     ".observe.plots": "plot_loader plot_timeline",
-    ".observe.stats": "ITEM_TIME_EDGES_NS SphereStats Stats",
+    ".observe.histogram": "ITEM_TIME_EDGES_NS",
+    ".observe.sphere_stats": "SphereStats",
+    ".observe.stats": "Stats",
     ".observe.tensorboard": "StatsLog",
     ".observe.trace": "Arrow Counter Slice Trace",
     ".prepare_training": "prepare",

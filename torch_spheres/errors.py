@@ -10,8 +10,12 @@ __all__ = ["DeferredError", "RankError", "StoppedError"]
 class RankError(RuntimeError):
     """Another process of the training has failed, died, or does something else than this one.
 
-    Attributes:
+    Args:
+        message: what has happened.
         ranks: the processes that it is about, by their ranks in the process group.
+
+    Attributes:
+        ranks: as given.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:

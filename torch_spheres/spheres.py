@@ -15,7 +15,8 @@ from torch_spheres.observe.displays import as_html
 from torch_spheres.observe.live import Live
 from torch_spheres.observe.plots import plot_rings
 from torch_spheres.observe.readings import Rates, Reading
-from torch_spheres.observe.stats import Stats, sphere_stats
+from torch_spheres.observe.sphere_stats import sphere_stats
+from torch_spheres.observe.stats import Stats
 from torch_spheres.observe.table import format_stats
 from torch_spheres.observe.tensorboard import ScalarWriter, StatsLog
 from torch_spheres.observe.trace_recorder import Recording
@@ -65,7 +66,11 @@ class KissingSpheres(SpherePool):
         self._origin = next(_origins)
 
     def stats(self) -> Stats:
-        """Returns a snapshot of every sphere's figures; see `Stats` for differences of two."""
+        """Reads every sphere's figures, whether the spheres run or not.
+
+        Returns:
+            A snapshot; see `Stats` for the difference of two.
+        """
         now, cpu = time.monotonic_ns(), time.process_time_ns()
         begin, cpu_before = self._first_start or (now, cpu)
         return Stats(
@@ -94,14 +99,17 @@ class KissingSpheres(SpherePool):
         plain: bool | None = None,
         plain_seconds: float = 10.0,
     ) -> Live:
-        """Shows what the spheres do while a ``with`` block runs; see `Live`.
+        """Shows what the spheres do while a ``with`` block runs.
 
         Args:
-            refresh_per_second: how often the display is drawn.
+            refresh_per_second: how often the display is drawn, in Hz.
             file: a terminal, or a text file for plain lines. None: a notebook's cell, or stderr.
             plain: whether to print plain lines. None: unless there is a terminal or a notebook.
             plain_seconds: seconds from one plain line to the next; the last line is printed at the
                 end, if there was one before.
+
+        Returns:
+            The display, a context manager. Its ``advance(samples)`` counts samples of the loop.
 
         Raises:
             TypeError: a number, `file` or `plain` is something else.
@@ -157,7 +165,7 @@ class KissingSpheres(SpherePool):
     def prometheus_collector(
         self, *, per_sphere: bool | None = None, labels: Mapping[str, str] | None = None
     ) -> SphereCollector:
-        """Returns a collector for a registry of `prometheus_client`, read at each scrape.
+        """Makes a collector for a registry of `prometheus_client`, read at each scrape.
 
         ::
 
@@ -169,7 +177,17 @@ class KissingSpheres(SpherePool):
         The registry keeps the spheres alive until ``registry.unregister(collector)``, and takes one
         such collector: several `KissingSpheres` need a ``CollectorRegistry()`` each.
 
-        Arguments and errors are those of `Stats.to_prometheus`.
+        Args:
+            per_sphere: as of `Stats.to_prometheus`.
+            labels: as of `Stats.to_prometheus`.
+
+        Returns:
+            The collector.
+
+        Raises:
+            ImportError: prometheus_client is missing.
+            TypeError: as `Stats.to_prometheus`.
+            ValueError: a label has no valid name, or one that is used already.
         """
         from torch_spheres.observe.prometheus import SphereCollector
 
@@ -220,6 +238,9 @@ class KissingSpheres(SpherePool):
         Args:
             capacity: events that are kept of each thread, of 32 bytes each; 1 to 2**24. Older ones
                 are overwritten, and `Trace.lost` counts them. An item is one or two events.
+
+        Returns:
+            A `Trace` to enter, once; it can be read when the block has ended.
 
         Raises:
             TypeError: `capacity` is not an integer.

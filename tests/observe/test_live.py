@@ -274,9 +274,7 @@ def test_without_rich_a_terminal_gets_an_error_and_lines_still_work(
     with os.fdopen(slave, "w") as terminal, ts.KissingSpheres(levels=1) as spheres:
         for options in ({"file": terminal}, {"file": io.StringIO(), "plain": False}):
             with (
-                pytest.raises(
-                    ImportError, match=r'pip install "torch_spheres\[live\]".*plain=True'
-                ),
+                pytest.raises(ImportError, match=r'pip install "\.\[live\]".*plain=True'),
                 spheres.live(**options),
             ):
                 pass

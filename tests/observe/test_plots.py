@@ -182,7 +182,7 @@ def test_matplotlib_is_imported_when_it_is_needed_and_pyplot_never(tmp_path):
     lines = done.stdout.splitlines()
     names = [line.split(" draws with")[0] for line in lines]
     assert names == ["plot()", "plot_timeline()", "plot_loader()"]
-    assert all('pip install "torch_spheres[plots]"' in line for line in lines)
+    assert all('pip install ".[plots]"' in line for line in lines)
 
 
 def test_mistakes_are_named(spheres):

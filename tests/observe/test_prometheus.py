@@ -162,5 +162,5 @@ def test_without_the_client_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "torch_spheres.observe.prometheus", raising=False)
     spheres = KissingSpheres(levels=1)
     for call in (spheres.prometheus_collector, spheres.stats().to_prometheus):
-        with pytest.raises(ImportError, match=r'pip install "torch_spheres\[prometheus\]"'):
+        with pytest.raises(ImportError, match=r'pip install "\.\[prometheus\]"'):
             call()

@@ -55,9 +55,16 @@ class SphereLoader(DataLoader[T]):
 
     Args:
         args: of `DataLoader`.
-        spheres: this, `device`, `copy_dataset`, `workers`, `process_group` and `shards` are as of
-            `wrap`.
+        spheres: as of `wrap`.
+        device: as of `wrap`.
+        copy_dataset: as of `wrap`.
+        workers: as of `wrap`.
+        process_group: as of `wrap`.
+        shards: as of `wrap`.
         kwargs: of `DataLoader`.
+
+    Attributes:
+        spheres: the hierarchy whose threads load.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -211,22 +218,33 @@ class SphereLoader(DataLoader[T]):
     # ---- figures ----
 
     def stats(self) -> LoaderStats:
-        """What this loader has done since it was made; print it, or read its ``advice``."""
+        """Reads what this loader has done since it was made.
+
+        Returns:
+            A snapshot; print it, or read its ``advice``.
+        """
         return self._meter.snapshot()
 
     def calls(self) -> tuple[Call, ...]:
-        """The last 10,000 calls of ``next()``, oldest first: what `plot_loader` draws."""
+        """Reads when ``next()`` was called and how long it took: what `plot_loader` draws.
+
+        Returns:
+            The last 10,000 calls, oldest first, with times in seconds.
+        """
         return self._meter.calls()
 
     # ---- positions ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the newest iterator is, or was when the loop broke off; plain values and tensors.
+        """Saves where the newest iterator is, or was when the loop broke off.
 
         That is after the last batch that was handed out; after the end, before the next epoch.
         Batches that were loaded ahead but not handed out will come again. Save the process's own
         random state with it (``torch.get_rng_state()``): a shuffle of an epoch to come is drawn
         from there.
+
+        Returns:
+            Plain values and tensors, for ``torch.load(weights_only=True)``.
 
         Raises:
             RuntimeError: batches come from processes, or out of order; or an iterable dataset's own
@@ -331,6 +349,9 @@ def wrap(
             `sample_seed` does not.
         shards: of the model, if it was given fewer than its spheres have leaves: processes share
             the rows by shards.
+
+    Returns:
+        A new loader, also of the wrapped one's class.
 
     Raises:
         TypeError: the loader is no `DataLoader`, or another argument of the wrong kind.

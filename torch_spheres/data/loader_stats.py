@@ -72,9 +72,14 @@ class LoaderStats:
     """Number of the loader in this process."""
 
     def __sub__(self, before: LoaderStats) -> LoaderStats:
-        """What the loader did after `before`: counts and times are differences.
+        """What the loader did between two moments.
 
-        `queue_depth` is the average between the two; `workers` and `way` are the later figures'.
+        Args:
+            before: the earlier figures of the same loader.
+
+        Returns:
+            Differences of counts and times; `queue_depth` is the average between the two, and
+            `workers` and `way` are the later figures'.
 
         Raises:
             ValueError: the two are of different loaders, or in the wrong order.

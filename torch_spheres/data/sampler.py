@@ -10,39 +10,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, Sampler
 
+from torch_spheres.data.batch_shards import BatchShards, Spheres, is_int
 from torch_spheres.data.sampler_state import SamplerEpoch, draw_source, from_state
 from torch_spheres.distributed.group import find_ranks, this_rank
-from torch_spheres.reduction.partition import (
-    GROUPS,
-    checked_shards,
-    divide,
-    shard_bounds,
-    shard_leaves,
-    tree_leaves,
-    way_out,
-)
+from torch_spheres.reduction.partition import GROUPS, checked_shards
 from torch_spheres.runtime.arguments import as_index
 
 __all__ = ["BatchSlice", "SphereBatchSampler"]
-
-T = TypeVar("T")
-
-
-class _Spheres(Protocol):
-    """What the sampler needs of a KissingSpheres."""
-
-    @property
-    def leaves(self) -> int: ...
-    def map(self, fn: Callable[[list[int]], Any], items: list[list[int]], /) -> list[Any]: ...
-    def distribute_work(self, items: list[list[int]], fn: Callable[[list[int]], Any], /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,7 @@ class BatchSlice:
     rows: list[int]  # positions of the rank's in it, in the order in which they were yielded
 
 
-class SphereBatchSampler(Sampler[list[int]]):
+class SphereBatchSampler(BatchShards, Sampler[list[int]]):
     """``BatchSampler(sampler, batch_size, drop_last)`` that knows the spheres.
 
     One process yields what BatchSampler yields and draws when it draws. Of several ranks, each
@@ -75,6 +57,13 @@ class SphereBatchSampler(Sampler[list[int]]):
         shards: into how many a batch is cut, as of `SphereParallel`. None: one for each leaf.
 
     Attributes:
+        sampler: as given.
+        batch_size: as given.
+        drop_last: as given.
+        spheres: as given.
+        rank: of this process, 0 to ``world_size - 1``.
+        world_size: number of ranks; 1 for a process alone.
+        epoch: the last argument of `set_epoch`; None before.
         latest_slice: of the batch that was yielded last; None with one rank.
 
     Raises:
@@ -89,7 +78,7 @@ class SphereBatchSampler(Sampler[list[int]]):
         sampler: Sampler[int] | Iterable[int],
         batch_size: int,
         drop_last: bool = False,
-        spheres: _Spheres | None = None,
+        spheres: Spheres | None = None,
         *,
         rank: int | None = None,
         world_size: int | None = None,
@@ -97,30 +86,20 @@ class SphereBatchSampler(Sampler[list[int]]):
         shards: int | None = None,
     ) -> None:
         BatchSampler(sampler, batch_size, drop_last)  # for its errors
-        if spheres is not None and not _is_int(getattr(spheres, "leaves", None)):
+        if spheres is not None and not is_int(getattr(spheres, "leaves", None)):
             raise TypeError(f"spheres should be a KissingSpheres or None, but got {spheres!r}")
-        self._shards = checked_shards(shards, GROUPS if spheres is None else spheres.leaves)
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.drop_last = drop_last
+        number = checked_shards(shards, GROUPS if spheres is None else spheres.leaves)
         from_group = rank is None and world_size is None
         if from_group:
             rank, world_size = this_rank(process_group)
-        world_size = 1 if world_size is None else world_size
-        rank = 0 if rank is None and world_size == 1 else rank
-        self.spheres = spheres
+        super().__init__(number, spheres, rank, world_size)
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
         self.epoch: int | None = None  # the last argument of set_epoch
         self._current: SamplerEpoch | None = None  # of the newest iterator, until its end
         self._resumed: SamplerEpoch | None = None  # loaded, for the next iterator
-        self._group_count = min(self._shards, GROUPS)
-        rank = _checked_rank(rank, world_size, self._shards)
-        self.rank, self.world_size = rank, world_size
         self.latest_slice: BatchSlice | None = None
-        self._division = divide(world_size, self._shards)
-        self._own_leaves = self._division.owned(rank)
-        self._group_of = _groups(self._shards)
-        touched = [self._group_of[leaf] for leaf in self._own_leaves]
-        self._group_slice = slice(touched[0], touched[-1] + 1)  # groups that the rank has leaves of
         # The ranks' batch log compares batches by the sampler's number and its epoch's.
         self._ranks = find_ranks(process_group, self._shards) if from_group else None
         self._log_number = 0 if self._ranks is None else next(self._ranks.samplers)
@@ -133,74 +112,6 @@ class SphereBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Batches in a whole epoch; TypeError where the sampler has no length."""
         return len(BatchSampler(self.sampler, self.batch_size, self.drop_last))
-
-    def shards(self, batch: Sequence[int]) -> list[list[int]]:
-        """A *global* batch's rows per shard; the last are ``[]`` with fewer rows than shards."""
-        return [list(batch[a:b]) for a, b in shard_bounds(len(batch), self._shards)]
-
-    def groups(self, batch: Sequence[int]) -> list[list[int]]:
-        """A *global* batch's rows for each symmetry group: at most twelve lists.
-
-        Group *g* is shards *g*, *g* + 12, ...: its list's own ``shard_bounds`` over its leaves.
-        """
-        groups: list[list[int]] = [[] for _ in range(self._group_count)]
-        for group, rows in zip(self._group_of.values(), self.shards(batch), strict=True):
-            groups[group] += rows
-        return groups
-
-    def own_groups(self, batch: Sequence[int]) -> list[list[int]]:
-        """A batch *as this rank yielded it*: a list for each group that it owns leaves of."""
-        groups: list[list[int]] = [[] for _ in range(self._group_count)]
-        for leaf, rows in self.own_shards(batch).items():
-            groups[self._group_of[leaf]] += rows
-        return groups[self._group_slice]
-
-    def own_shards(self, batch: Sequence[int]) -> dict[int, list[int]]:
-        """A batch *as this rank yielded it*: the rows of each shard that the rank owns.
-
-        The keys are leaves, as `GradientHook.add` takes them: the first of each block where there
-        are fewer shards than leaves. With fewer rows than shards some are ``[]``.
-        """
-        if self.world_size == 1:
-            return dict(zip(shard_leaves(self._shards), self.shards(batch), strict=True))
-        rows = iter(batch)
-        sizes = self._division.sizes(self.rank, len(batch))
-        return {k: [*islice(rows, n)] for k, n in zip(self._own_leaves, sizes, strict=True)}
-
-    def map(self, fn: Callable[[list[int]], T], batch: Sequence[int]) -> list[T | None]:
-        """Runs ``fn(rows)`` on the spheres for each of this rank's groups.
-
-        Group *g*'s list is work item *g*, queued on kissing sphere *g*; a sibling may steal it.
-
-        Args:
-            fn: is not called with an empty list.
-            batch: one that this sampler yielded.
-
-        Returns:
-            Results in group order; None for an empty group.
-
-        Raises:
-            RuntimeError: the sampler has no spheres.
-        """
-        spheres, items, work = self._work(batch, fn)
-        results = spheres.map(work, items) if items else []
-        return [*results, *[None] * (self._group_count - len(results))][self._group_slice]
-
-    def distribute(self, batch: Sequence[int], fn: Callable[[list[int]], Any]) -> Any:
-        """`map` without waiting for results: returns the `Work` of ``spheres.distribute_work``."""
-        spheres, items, work = self._work(batch, fn)
-        return spheres.distribute_work(items, work)
-
-    def _work(self, batch: Sequence[int], fn: Callable[[list[int]], Any]) -> tuple[Any, ...]:
-        """Item g is group g's list: lower ranks' are ``[]``, empty ones at the end are cut off."""
-        if self.spheres is None:
-            raise RuntimeError("no spheres to hand work to: give the sampler spheres=...")
-        items = [*[[] for _ in range(self._group_slice.start)], *self.own_groups(batch)]
-        while items and not items[-1]:
-            items.pop()
-        if all(items):
-            return self.spheres, items, fn
-        return self.spheres, items, lambda rows: fn(rows) if rows else None
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterators yield independently, and draw nothing before their first ``next()``."""
@@ -232,9 +143,15 @@ class SphereBatchSampler(Sampler[list[int]]):
             self._current = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Forwarded to ``sampler.set_epoch`` if there is one, and remembered in the state.
+        """Calls ``sampler.set_epoch`` if there is one, and keeps the number for `state_dict`.
 
         After a load in mid-epoch, another epoch than the loaded one gives up what was left of it.
+
+        Args:
+            epoch: number of the epoch to come.
+
+        Raises:
+            TypeError: `epoch` is not an integer.
         """
         epoch = as_index("epoch", epoch)
         resumed, self.epoch = self._resumed, epoch
@@ -246,7 +163,7 @@ class SphereBatchSampler(Sampler[list[int]]):
             self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the newest iterator is: plain values and tensors (for ``weights_only``).
+        """Saves where the newest iterator is.
 
         ``position`` counts *global batches handed out*: a DataLoader with workers prefetches, and
         is ahead of the loop. Between epochs (none begun, or the iterator is at its end) the state
@@ -256,6 +173,9 @@ class SphereBatchSampler(Sampler[list[int]]):
         Draws are captured at the epoch's start and replayed: by the sampler's own ``state_dict``
         (one that resumes in mid-epoch will do), else its ``generator``, else torch's global RNG;
         not Python's, numpy's.
+
+        Returns:
+            Plain values and tensors, for ``torch.load(weights_only=True)``.
         """
         epoch = self._resumed or self._current or self._new_epoch()
         if epoch is self._current and epoch.kind == "sampler":
@@ -292,7 +212,7 @@ class SphereBatchSampler(Sampler[list[int]]):
 
     def _new_epoch(self) -> SamplerEpoch:
         source, number = draw_source(self.sampler), getattr(self.sampler, "epoch", None)
-        if not hasattr(self.sampler, "set_epoch") or not _is_int(number):
+        if not hasattr(self.sampler, "set_epoch") or not is_int(number):
             number = self.epoch  # else the sampler knows better: it was told directly, or counts
         return SamplerEpoch(number, source.kind, source.capture())
 
@@ -326,30 +246,9 @@ def _replayed(
     )
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _as_ints(indices: list[Any]) -> list[int]:
     if {*map(type, indices)} <= {int}:
         return indices
     # (`operator.index` would also take a tensor of one bool, or of one element in a row.)
     plain = [i.tolist() if isinstance(i, torch.Tensor) else i for i in indices]
     return [as_index("an index", i) for i in plain]
-
-
-def _groups(shards: int) -> dict[int, int]:
-    """The group of each shard's leaf; where there are at most twelve, each shard is one."""
-    few = shards <= GROUPS
-    return {leaf: k if few else leaf % GROUPS for k, leaf in enumerate(shard_leaves(shards))}
-
-
-def _checked_rank(rank: int | None, world_size: int, shards: int) -> int:
-    whole = _is_int(world_size) and world_size > 0
-    if not whole or shards % world_size:
-        way = way_out(world_size if whole else 0, shards)
-        what = "leaves" if tree_leaves(shards) == shards else "shards"
-        raise ValueError(f"{world_size=} does not divide the {what} ({shards}): {way}")
-    if not isinstance(rank, int) or not _is_int(rank) or not 0 <= rank < world_size:
-        raise ValueError(f"rank should be from 0 to {world_size - 1}, but got {rank=}")
-    return rank

@@ -110,7 +110,7 @@ def _console(file: TextIO, plain: bool | None) -> Console | None:
         if plain is None and not (isatty and isatty()):
             return None
         raise ImportError(
-            'a live display in a terminal needs rich: pip install "torch_spheres[live]"; '
+            'a live display in a terminal needs rich: pip install ".[live]" in a checkout; '
             "live(plain=True) prints lines without it"
         ) from error
     console = Console(

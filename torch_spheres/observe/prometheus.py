@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "to_prometheus() and prometheus_collector() need prometheus_client: "
-        'pip install "torch_spheres[prometheus]"'
+        'pip install ".[prometheus]" in a checkout of torch_spheres'
     ) from error
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ _STATES = ("processing", "accumulating", "waiting", "idle", "ready")
 
 
 def page(stats: Stats, per_sphere: bool | None, labels: Mapping[str, str] | None) -> str:
-    """Returns the text of `Stats.to_prometheus`."""
+    """Returns the text of `Stats.to_prometheus`, whose errors it raises."""
+    if stats.is_difference:
+        raise ValueError(
+            "to_prometheus() wants a snapshot, spheres.stats(), whose counters only grow; "
+            "Prometheus makes the differences (rate(...))"
+        )
     registry = CollectorRegistry()
     registry.register(SphereCollector(lambda: stats, per_sphere, labels))
     return generate_latest(registry).decode()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch_spheres.observe.stats import SphereStats, Stats
+    from torch_spheres.observe.sphere_stats import SphereStats
+    from torch_spheres.observe.stats import Stats
 
 __all__ = ["counted", "duration", "format_stats"]
 

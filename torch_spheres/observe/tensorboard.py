@@ -45,6 +45,18 @@ class StatsLog:
     """Counts steps, and writes figures every n steps; made by `KissingSpheres.log_to`.
 
     Use it from one thread at a time. As a context manager it is closed at the end of the block.
+
+    Args:
+        spheres: whose figures are written.
+        writer: that gets them, with ``add_scalar(tag, value, global_step)``.
+        every: steps from one writing to the next.
+        optimizer: whose steps are counted. None: see `KissingSpheres.log_to`.
+        tag: how the figures' names begin.
+        first_step: steps done before.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: `every` is less than 1, or `first_step` less than 0.
     """
 
     def __init__(
@@ -111,7 +123,11 @@ class StatsLog:
             self.write()
 
     def write(self) -> None:
-        """Writes the figures since the last time now. Raises the writer's exception."""
+        """Writes the figures since the last time now.
+
+        Raises:
+            Exception: the writer's.
+        """
         now = self._spheres.stats()
         for name, value in _figures(now - self._last).items():
             self._writer.add_scalar(f"{self._tag}/{name}", value, self._steps)
@@ -121,8 +137,10 @@ class StatsLog:
     def close(self) -> None:
         """Writes the figures since the last time, and counts no more steps.
 
-        The writer stays open. May be called more than once. Warns if no step was counted. Raises
-        the writer's exception; the log is closed nevertheless.
+        The writer stays open. May be called more than once. Warns if no step was counted.
+
+        Raises:
+            Exception: the writer's; the log is closed nevertheless.
         """
         self._end(write=True)
 

@@ -24,7 +24,9 @@ class Slice:
     sphere: int
     """Id of the thread's sphere; -1, -2, ... for other threads, see `Trace.threads`."""
     begin_ns: int
+    """When it began, on the clock of ``time.monotonic_ns()``."""
     end_ns: int
+    """When it ended, on the same clock."""
     kind: str
     """``"state"``, ``"item"`` or ``"phase"``."""
     name: str
@@ -64,6 +66,7 @@ class Arrow:
     target: int
     """Id of the sphere it went to; negative for another thread, as in `Slice.sphere`."""
     sent_ns: int
+    """When the source sent it, on the clock of ``time.monotonic_ns()``."""
     received_ns: int
     """When the target read the message; of a steal, as `sent_ns`, when the item began."""
     count: int = 1
@@ -78,7 +81,9 @@ class Counter:
     """``"running spheres"``: spheres that run work or sum gradients. ``"queued items"``: items of
     all spheres that were handed out and have not begun."""
     time_ns: int
+    """When the figure changed, on the clock of ``time.monotonic_ns()``."""
     value: int
+    """The figure from then on: a number of spheres or of items."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -90,9 +95,11 @@ class Trace:
     concurrency: int
     """Leaves that ran at once, at most."""
     begin_ns: int
-    """When recording began. Slices that had begun before begin here."""
+    """When recording began, on the clock of ``time.monotonic_ns()``. Slices
+    that had begun before begin here."""
     end_ns: int
-    """When recording ended. States end here; items that still ran are not in the trace."""
+    """When recording ended, on the same clock. States end here; items that still ran are not
+    in the trace."""
     slices: Sequence[Slice] = field(default_factory=tuple)
     """States, items and phases of all threads, ordered by begin, the outer of two before the
     inner."""

@@ -51,8 +51,18 @@ Part = tuple[int, int]  # of leaves in the tree's order, a half-open range
 
 
 def shard_bounds(rows: int, shards: int) -> list[tuple[int, int]]:
-    """Half-open row ranges of the shards, as ``torch.tensor_split`` cuts: the first
-    ``rows % shards`` have one row more. ValueError for ``rows`` < 0 or ``shards`` < 1.
+    """Cuts rows into shards as ``torch.tensor_split`` does.
+
+    Args:
+        rows: of the batch, at least 0.
+        shards: at least 1.
+
+    Returns:
+        For each shard the half-open range of its rows. The first ``rows % shards`` shards have one
+        row more than the others.
+
+    Raises:
+        ValueError: `rows` or `shards` is less than that.
     """
     if rows < 0 or shards < 1:
         raise ValueError(f"need rows >= 0 and shards >= 1, but got rows={rows}, shards={shards}")

@@ -43,9 +43,12 @@ def tree_sum(
 
     The twelve children *c* of a node are added as
     ``((c0+c1)+(c2+c3)) + ((c4+c5)+(c6+c7)) + ((c8+c9)+(c10+c11))``, and absent ones are left out.
+    float16 and bfloat16 are added in float32, and rounded once at the root.
 
     Args:
-        shards: tensors of one shape, dtype, device and layout; None for absent shards.
+        shards: tensors of one shape, dtype, device and layout, which may be any; None for absent
+            shards. Shard *k* is the leaf whose path is *k* in base 12, least significant digit
+            first.
         out: a dense tensor of that shape, dtype and device that gets the sum; it may be one of the
             shards.
         spheres: a pool that shares the work when the tensors are large. The bits do not depend on

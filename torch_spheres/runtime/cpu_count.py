@@ -11,9 +11,11 @@ __all__ = ["usable_cores"]
 
 
 def usable_cores() -> int:
-    """Returns the number of cores that this process may use, at least 1.
+    """Counts the cores that this process may use: the default of `KissingSpheres.concurrency`.
 
-    That is the size of its CPU affinity mask, or the cgroup's CPU quota (rounded up) if less.
+    Returns:
+        The size of the CPU affinity mask, or the cgroup's CPU quota (rounded up) if that is less;
+        at least 1.
     """
     try:
         cores = len(os.sched_getaffinity(0))

@@ -56,7 +56,14 @@ class SpherePool(SphereThreads):
         return self._core.submit(fn, objects, collect=False)
 
     def map(self, fn: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Returns ``[fn(item) for item in items]``, computed on the leaves.
+        """Computes ``[fn(item) for item in items]`` on the leaves.
+
+        Args:
+            fn: called with each item.
+            items: any objects, read before the first call.
+
+        Returns:
+            The results, in the order of the items.
 
         Raises:
             Exception: that of the first item that failed, with a note of the item and the sphere.
@@ -85,6 +92,8 @@ class SpherePool(SphereThreads):
             timeout: seconds; None waits for ever. Ctrl-C is answered at once either way.
 
         Raises:
+            TypeError: `timeout` is not a number.
+            ValueError: `timeout` is negative.
             Exception: that of the first item that failed; each exception is raised once.
             TimeoutError: there is work left. The work goes on; call `wait` again.
             StoppedError: the spheres were stopped with items that had not begun.
@@ -106,8 +115,8 @@ class SpherePool(SphereThreads):
             timeout: seconds; None waits for ever.
 
         Raises:
-            TypeError: `level` is not an integer.
-            ValueError: there is no such level.
+            TypeError: `level` is not an integer, or `timeout` not a number.
+            ValueError: there is no such level, or `timeout` is negative.
             Exception: that of a work item that fails meanwhile, which opens the barrier.
             StoppedError: the spheres were stopped.
             TimeoutError: not all arrived in time; the spheres go on when all have.
@@ -121,7 +130,19 @@ class SpherePool(SphereThreads):
     def epoch(self, timeout: float | None = None) -> int:
         """Ends an epoch: a barrier over all spheres, reported up the tree to the root.
 
-        Returns the number of epochs ended so far, this one included. Raises what `barrier` does.
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Returns:
+            The number of epochs ended so far, this one included.
+
+        Raises:
+            TypeError: `timeout` is not a number.
+            ValueError: `timeout` is negative.
+            Exception: that of a work item that fails meanwhile.
+            StoppedError: the spheres were stopped.
+            TimeoutError: not all arrived in time; the spheres go on when all have.
+            RuntimeError: called from inside a work item, or in a forked child.
         """
         self._ensure_started("epoch()")
         with self._claim_all_leaves("epoch()", as_timeout(timeout)) as left:
@@ -151,9 +172,12 @@ class SpherePool(SphereThreads):
             sphere: id of the sphere.
             timeout: seconds; None waits for ever, 0 does not wait.
 
+        Returns:
+            The value that `send` was given.
+
         Raises:
-            TypeError: `sphere` is not an integer.
-            ValueError: there is no such sphere.
+            TypeError: `sphere` is not an integer, or `timeout` not a number.
+            ValueError: there is no such sphere, or `timeout` is negative.
             TimeoutError: no value came in time.
             StoppedError: the mailbox was empty and the spheres were stopped.
         """

@@ -11,8 +11,20 @@ Each is 1 (the default) or 0:
   model, for the ranks' comparison of learning rates (distributed/drift.py); from the first use of
   a process group on.
 
-The hooks for fork() and for the spheres' threads have no switch: without them a forked child or a
-stopped thread would hang. They touch nothing but this package's own state.
+What else is changed has no variable; docs/side_effects.md lists all of it. When a part is loaded:
+
+- functions are registered for fork() and with `atexit`, without which a forked child or the end of
+  the program would hang; they change only this package's own state;
+- `torch.utils.checkpoint.CheckpointFunction.forward` is replaced (training/shard_task.py).
+
+When a feature is first used:
+
+- torch's default number of intra-op threads is 1 for a moment as a thread of the package begins
+  (thread_hooks.py);
+- kernels of random operators are registered under the dispatch key `DeferredInit`, and
+  `torch.random.default_generator` is replaced (rng.py);
+- `torch.utils.data.get_worker_info`, and `default_collate` for tensors, get other code
+  (data/worker_info.py).
 """
 
 from __future__ import annotations

@@ -117,6 +117,8 @@ class SphereThreads:
             timeout: seconds to wait for running items; None waits for ever (Ctrl-C is answered).
 
         Raises:
+            TypeError: `timeout` is not a number.
+            ValueError: `timeout` is negative.
             TimeoutError: items were still running. They go on; call `stop` again.
             RuntimeError: called from inside a work item, or in a forked child.
         """

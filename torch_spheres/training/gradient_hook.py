@@ -34,6 +34,9 @@ class GradientHook:
         model_or_spheres: a `SphereParallel` model, or one that `parallelize_` was called on, whose
             ``backward()`` completes ``.grad`` by itself (the hook then only has what `add` brings),
             or a `KissingSpheres` for loops that compute gradients in work functions.
+        process_group: for `KissingSpheres`, with `torch.distributed` initialised: the processes
+            whose gradients are summed, and which step together. None: all; False: this one alone.
+            (A parallel model has its own.)
 
     In such a loop a work function calls ``hook.add(shard, grads)`` and `optimizer.step()` does the
     rest: all shards' gradients are added in the fixed tree (see `tree_sum`) and the sum is added to
@@ -42,11 +45,11 @@ class GradientHook:
 
     With `torch.distributed` initialised, each process adds the shards of its own groups: those
     whose index modulo 12 is one of its ``12 / world_size`` (for other numbers of processes, which
-    need ``levels=3`` or 4: see reduction/partition.py). The sum is over all, which step together.
-    ``process_group``: those that do; False: this one alone. A `SphereParallel` model has its own.
+    need ``levels=3`` or 4: see reduction/partition.py). The sum is over all processes.
 
     Raises:
         TypeError: an argument is of another kind.
+        ValueError: the processes cannot share the leaves evenly.
     """
 
     def __init__(
@@ -117,7 +120,8 @@ class GradientHook:
                 are kept, not copied, until the sum.
 
         Raises:
-            ValueError: no such shard, or a gradient that does not fit its parameter.
+            ValueError: no such shard in this process, a gradient that does not fit its parameter,
+                or a sparse one that several processes would sum.
             RuntimeError: the shard was added already since the last sum.
             TypeError: `grads` holds something else than tensors and None.
         """
@@ -186,6 +190,10 @@ class GradientHook:
 
         ``optimizer.step()`` calls it. Call it yourself to clip or look at gradients before, or
         after each batch when accumulating over several.
+
+        Raises:
+            ValueError: the processes have other batches, parameters or hyperparameters.
+            RankError: another process does not come, or has failed.
         """
         spheres = self._spheres
         if self._by_hand:

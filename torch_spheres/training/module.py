@@ -37,9 +37,10 @@ class SphereParallel(Delegating):
         reproducible: True: shards are a fixed part of the batch, run with one intra-op thread each,
             and are summed in the fixed tree, so for one build of torch the bits of outputs,
             gradients, buffers and weights do not depend on ``spheres.concurrency``, on which thread
-            ran what, nor on the number of processes. False: a few ways to run the batch are
-            measured during the first 12 to 45 steps, among them the bare module as it is, and the
-            fastest is kept; see `plan`. (With several processes it is as True.)
+            ran what, nor on the number of processes. (A UserWarning says once if the bare module
+            turns out to be faster.) False: a few ways to run the batch are measured during the
+            first 12 to 45 steps, among them the bare module, and the fastest is kept; see `plan`.
+            (With several processes it is as True.)
         process_group: with `torch.distributed` initialised, the processes that share each batch:
             None: all of them. False: none, this process is alone with its batch (inside
             `DistributedDataParallel`, for one).
@@ -104,10 +105,7 @@ class SphereParallel(Delegating):
     writes to parameters, or in place to what the shards share, is refused with a RuntimeError,
     however it writes (see `torch_spheres.training.forward_effects` for when that is noticed).
 
-    On an accelerator the shards run one after another, in the calling thread; the sum is made on
-    the device.
-
-    With ``reproducible=True`` a UserWarning says once if the bare module turns out to be faster.
+    On an accelerator the shards run one after another in the calling thread; the device sums.
 
     Raises:
         TypeError: `module` is not an `nn.Module` or already a parallel one, or `spheres` not a
@@ -170,7 +168,15 @@ class SphereParallel(Delegating):
         return self._engine.plan_costs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the shards; see the class for what is split and how outputs are put together."""
+        """Runs a batch in shards.
+
+        Args:
+            args: of the module; see the class for what is split.
+            kwargs: of the module.
+
+        Returns:
+            What the module returns for the batch; see the class for how it is put together.
+        """
         return vars(self)[PARALLEL_FORWARD](*args, **kwargs)
 
     def forward_backward(
@@ -231,7 +237,7 @@ class SphereParallel(Delegating):
         return suggest_shards(self._engine, args, kwargs, as_index("repeats", repeats, 1))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All ranks' rows of a tensor, in the batch's order; in one process, the tensor itself.
+        """Gathers all ranks' rows of a tensor.
 
         For a loss over the whole batch, which every rank computes, with its gradient for this
         rank's rows: bit for bit that of one process ::
@@ -241,6 +247,9 @@ class SphereParallel(Delegating):
         Args:
             rows: outputs of this model, or what came from them row by row, or anything else that
                 has this rank's rows, such as targets: in the first dimension, or in `batch_dim`.
+
+        Returns:
+            The batch's rows in order, of the same dtype; in one process, `rows` itself.
 
         Raises:
             ValueError: the ranks do not have their groups' rows of one batch.
@@ -252,10 +261,10 @@ class SphereParallel(Delegating):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """For gradient accumulation, as in DistributedDataParallel; changes nothing here.
+        """Context for gradient accumulation, as in DistributedDataParallel; changes nothing here.
 
-        ``backward()`` always adds the whole batch's gradient to ``.grad``, over all processes,
-        inside this context and outside: their sum would have other bits if it came later.
+        ``backward()`` always adds the whole batch's gradient to ``.grad``, over all processes:
+        their sum would have other bits if it came later.
         """
         yield
 

@@ -52,6 +52,9 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     shards have to pass the same layers in the same order, or there is a RuntimeError. Models on
     accelerators, or with compiled parts, are refused in training mode.
 
+    Source: Ioffe and Szegedy, "Batch normalization", 2015. The variance is the sum of the squares
+    within the shards and between their means, divided by the number of values.
+
     Args:
         module: with `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` or torch's `SyncBatchNorm` layers,
             which are replaced in place. The new layers share their parameters, buffers, hooks and

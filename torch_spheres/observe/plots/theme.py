@@ -62,7 +62,7 @@ def picture(what: str, ax: object, theme: str, size: tuple[float, float]) -> Ite
     except ImportError as error:
         raise ImportError(
             f"{what} draws with matplotlib, which cannot be imported ({error}): "
-            'pip install "torch_spheres[plots]"'
+            'pip install ".[plots]" in a checkout of torch_spheres'
         ) from error
     if ax is not None and not (isinstance(ax, Axes) and ax.name == "rectilinear"):
         raise TypeError(
