@@ -86,9 +86,8 @@ def test_importing_a_package_imports_nothing_above_it(module, without):
         loaded = [name for name in {without.split()} if name in sys.modules]
         assert not loaded, loaded
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100
-    )
+    command = [sys.executable, "-P", "-c", textwrap.dedent(code)]  # (-P: the installed package)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 

@@ -87,8 +87,8 @@ class Engine:
     def sync(self) -> None:
         """Gives all ranks rank 0's values, and finds out whether they have the same model."""
         if self.ranks is not None:
-            settings = {"shards": self.shards, "reproducible": self.reproducible}
-            sync_module(self.module, self.ranks, settings)
+            same = {"levels": self.spheres.levels, "shards": self.shards}
+            sync_module(self.module, self.ranks, same | {"reproducible": self.reproducible})
 
     def _take(self, spheres: KissingSpheres) -> None:
         self.spheres = spheres

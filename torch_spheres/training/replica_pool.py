@@ -27,6 +27,7 @@ class ReplicaPool:
     Attributes:
         user_module: returns the object that the user calls, where that is not the module.
         calls_forward: whether shards call ``forward()``, since hooks have run for the whole batch.
+        checks_closely: whether some calls are; not those that are only measured.
         layouts: of gradients, in the messages to other processes.
         checks: of what must be the same on all ranks.
         written: large buffers that a forward writes to: id of the module, name.
@@ -46,6 +47,7 @@ class ReplicaPool:
         self._unregistered_leaves: list[weakref.ref[Tensor]] = []
         self.user_module: Callable[[], nn.Module | None] = lambda: None
         self.calls_forward = False
+        self.checks_closely = True
         self.layouts: dict[str, Any] = {}
         self.checks: StepChecks | None = None
         self.written: set[tuple[int, str]] = set()
@@ -80,7 +82,8 @@ class ReplicaPool:
         """The number of a call among those of its kind, and whether it is checked closely."""
         with self._lock:
             number = self._calls.get(kind, 0) + 1
-        return number, number <= _CLOSE_CALLS or number & (number - 1) == 0
+        is_due = number <= _CLOSE_CALLS or number & (number - 1) == 0
+        return number, is_due and self.checks_closely
 
     def count(self, kind: Hashable) -> None:
         """Counts a call of the kind that has raised nothing."""

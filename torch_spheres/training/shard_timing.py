@@ -114,6 +114,7 @@ def time_shards(
             shards=shards,
         )
         trial.pool.reported = engine.pool.reported  # what was said once is not said again
+        trial.pool.checks_closely = False
         most = min(engine.spheres.concurrency, shards)
         for workers in {most} if together else {1, most}:
             executor = ShardExecutor(engine.spheres, Plan(shards, workers), together)
