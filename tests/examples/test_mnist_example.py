@@ -37,7 +37,9 @@ def write_mnist(folder, compress=False, train=20, test=10):
 
 
 def run(*arguments):
-    return fork_server.run(TRAINER, *arguments, warn=(("error",),))
+    # Whether plain torch would be faster depends on the machine; test_advice.py looks for it.
+    slow = "ignore", "the shards of this model are so small"
+    return fork_server.run(TRAINER, *arguments, warn=(("error",), slow))
 
 
 def digest(output):
