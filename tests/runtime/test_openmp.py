@@ -10,6 +10,7 @@ import torch
 
 import torch_spheres as ts
 from torch_spheres.runtime import openmp
+from torch_spheres.training.autotune import Plan
 
 
 def threads():
@@ -48,7 +49,12 @@ def test_a_step_on_several_spheres_rests_first(monkeypatch):
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()
-    assert len(rests) == 2
+        assert len(rests) == 2
+        ways = [Plan(12, 2, keeps_openmp=True)]
+        monkeypatch.setattr("torch_spheres.training.engine.reproducible_ways", lambda *_: ways)
+        model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
+        model(torch.randn(24, 3)).sum().backward()
+        assert len(rests) == 2 and model.plan == "12 shards on 2 spheres, OpenMP threads kept"
 
 
 def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():

@@ -3,6 +3,10 @@
 An OpenMP thread that has finished its part of a kernel spins for some milliseconds in case another
 kernel follows. Meanwhile a sphere that was woken for a shard waits for the core: a step that takes
 10 ms on two cores took 14. `training.executor` calls `stop_openmp_threads` before it runs shards.
+
+The caller's next parallel kernel makes new threads, in 0.1 ms. But some schedulers put the new
+thread on the caller's own core, where it waits while the caller spins for it: 8 ms, seen on Linux
+6.18 in a virtual machine. So for short steps `training.autotune` measures both.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Plan:
     shards: int  # 1 without workers: the bare module gets the whole batch
     workers: int  # spheres at once, each with one intra-op thread; 0: the calling thread, with all
     limit: float = float("inf")  # seconds: not worth a try if another way took longer
+    keeps_openmp: bool = False  # the caller's OpenMP threads are not ended, see runtime/openmp.py
 
     @property
     def name(self) -> str:
@@ -43,7 +44,8 @@ class Plan:
         if self.workers == 0:
             what = "whole batch" if self.shards == 1 else f"{shards} in turn"
             return f"{what}, intra-op threads"
-        return f"{shards} on {self.workers} sphere{'s' if self.workers > 1 else ''}"
+        kept = ", OpenMP threads kept" if self.keeps_openmp else ""
+        return f"{shards} on {self.workers} sphere{'s' if self.workers > 1 else ''}{kept}"
 
 
 # Where twelve shards take longer than this there is enough to do for more than one sphere: what
@@ -60,6 +62,7 @@ def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
         return [Plan(leaves, 0)]
     plans = [Plan(leaves, min(concurrency, leaves))]
     if plans[0].workers > 1:
+        plans.append(replace(plans[0], limit=_TINY, keeps_openmp=True))
         plans.append(Plan(leaves, 1, _TINY))
     return plans
 

@@ -71,5 +71,6 @@ class ShardExecutor:
         if self.plan.workers == 1:
             one_item = lambda _: variables.run(lambda: [*map(fn, range(count))])  # noqa: E731
             return self.spheres.map(one_item, range(1))[0]
-        stop_openmp_threads()
+        if not self.plan.keeps_openmp:
+            stop_openmp_threads()
         return self.spheres.map(lambda k: variables.copy().run(fn, k), range(count))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.training.autotune import Plan
+from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import rows_to_tune_by
 from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.pytree import flatten
@@ -116,11 +116,10 @@ def time_shards(
         trial.pool.reported = engine.pool.reported  # what was said once is not said again
         trial.pool.checks_closely = False
         most = min(engine.spheres.concurrency, shards)
-        for workers in {most} if together else {1, most}:
-            executor = ShardExecutor(engine.spheres, Plan(shards, workers), together)
-            ways[shards, workers] = functools.partial(
-                trial.run_in_shards, executor, bare, args, kwargs
-            )
+        plans = reproducible_ways(shards, most)
+        for i, plan in enumerate(plans[:1] if together else plans):
+            executor = ShardExecutor(engine.spheres, plan, together)
+            ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, args, kwargs)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):
