@@ -281,10 +281,11 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 
 def _shards_of(thing: Any) -> int | None:
     """Into how many shards a parallel model cuts a batch; None for anything else."""
-    for owner in (thing, getattr(thing, "forward", None)):  # (that of `parallelize_` has it there)
-        shards = getattr(owner, "shards", None) if isinstance(thing, nn.Module) else None
-        if isinstance(shards, int):
-            return shards
+    owners: list[Any] = [thing, getattr(thing, "forward", None)]  # (`parallelize_` has it there)
+    for owner in owners:
+        ours = getattr(type(owner), "shards", None)  # and not an attribute of the user's
+        if isinstance(ours, property) and ours.fget.__module__.startswith("torch_spheres."):
+            return int(owner.shards)
     return None
 
 

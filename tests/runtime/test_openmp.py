@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import fork_server
+import pytest
 import torch
 
 import torch_spheres as ts
@@ -41,20 +42,19 @@ def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
         torch.set_num_threads(before)
 
 
-def test_a_step_on_several_spheres_rests_first(monkeypatch):
-    rests = []
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_plan_says_whether_they_are_ended_before_the_shards_run(monkeypatch, kept):
+    ends = []
     monkeypatch.setattr(
-        "torch_spheres.training.executor.stop_openmp_threads", lambda: rests.append(1)
+        "torch_spheres.training.executor.stop_openmp_threads", lambda: ends.append(1)
     )
+    plan = Plan(12, 2, keeps_openmp=kept)
+    monkeypatch.setattr("torch_spheres.training.engine.reproducible_ways", lambda *_: [plan])
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()
-        assert len(rests) == 2
-        ways = [Plan(12, 2, keeps_openmp=True)]
-        monkeypatch.setattr("torch_spheres.training.engine.reproducible_ways", lambda *_: ways)
-        model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
-        model(torch.randn(24, 3)).sum().backward()
-        assert len(rests) == 2 and model.plan == "12 shards on 2 spheres, OpenMP threads kept"
+        assert len(ends) == (0 if kept else 2)  # before the forward, and before the backward
+        assert model.plan == plan.name
 
 
 def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():

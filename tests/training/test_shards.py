@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import random
 import time
 from pathlib import Path
 
 import fork_server
+import numpy as np
 import pytest
 import ranks_shards
 import reference
@@ -277,7 +279,12 @@ class Sleepy(nn.Module):
 
     def forward(self, x):
         time.sleep(0.02)
+        random.random(), np.random.rand()
         return self.drop(self.norm(x))
+
+
+def generators():
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
 
 def test_a_number_is_suggested_and_nothing_is_changed() -> None:
@@ -287,13 +294,13 @@ def test_a_number_is_suggested_and_nothing_is_changed() -> None:
         module.register_forward_hook(lambda *_: heard.append(1))
         model = ts.SphereParallel(module, spheres)
         x = torch.randn(24, 3, requires_grad=True)
-        before = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+        before = copy.deepcopy(module.state_dict()), generators()
         found = model.suggest_shards(x, repeats=2)
         assert model.shards == 12 and not heard and x.grad is None
         assert all(p.grad is None for p in module.parameters())
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[0][name])
-        assert torch.equal(torch.get_rng_state(), before[1])
+        assert generators() == before[1]
     # Two spheres sleep at once: two shards as long as the whole, twelve six times as long.
     assert sorted(found.ratios) == DIVISORS and found.ratios[12] > 2 * found.ratios[2]
     assert found.best in (1, 2) and found.rows == 24
@@ -310,6 +317,15 @@ def test_a_suggestion_needs_a_number_of_repeats() -> None:
         model = ts.SphereParallel(nn.Linear(3, 1), spheres)
         with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
             model.suggest_shards(torch.randn(24, 3), repeats=0)
+
+
+def test_shards_without_rows_are_no_suggestion_nor_are_modules_without_shapes() -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(nn.Linear(3, 1), spheres)
+        assert sorted(model.suggest_shards(torch.randn(5, 3), repeats=1).ratios) == [1, 2, 3, 4]
+        lazy = ts.SphereParallel(nn.LazyLinear(1), spheres)
+        with pytest.raises(RuntimeError, match="run a batch through the model first"):
+            lazy.suggest_shards(torch.randn(24, 3))
 
 
 # ---- checkpoints ----
@@ -330,3 +346,13 @@ def test_a_checkpoint_knows_the_number(tmp_path, make) -> None:
         assert told[0].filename == __file__
         assert torch.equal(other.weight, model.weight)
         ts.load_checkpoint(tmp_path / "c", model=nn.Linear(3, 1))  # the bare module has none
+
+
+def test_an_attribute_of_the_users_is_not_the_number() -> None:
+    module = nn.Linear(3, 1)
+    module.shards = 7
+    assert ts.checkpoint_state(model=module)["shards"] == {}
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        assert ts.checkpoint_state(model=ts.SphereParallel(module, spheres))["shards"] == {
+            "model": 12
+        }

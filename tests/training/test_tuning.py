@@ -22,8 +22,8 @@ def names(ways, leaves=12, concurrency=2):
 
 def test_ways_worth_trying():
     assert names(reproducible_ways) == [
-        "12 shards on 2 spheres",
         "12 shards on 2 spheres, OpenMP threads kept",
+        "12 shards on 2 spheres",
         "12 shards on 1 sphere",
     ]
     assert names(reproducible_ways, 12, 1) == ["12 shards on 1 sphere"]
@@ -41,8 +41,8 @@ def test_ways_worth_trying():
     assert names(lean_ways, 12, 0) == names(reproducible_ways, 12, 0)
     assert names(lean_ways, 144, 2) == [
         "144 shards in turn, intra-op threads",
-        "144 shards on 2 spheres",
         "144 shards on 2 spheres, OpenMP threads kept",
+        "144 shards on 2 spheres",
         "144 shards on 1 sphere",
     ]
 
@@ -56,12 +56,12 @@ def tune(tuner, cost_of, limit=100):
     return steps
 
 
-@pytest.mark.parametrize("best", names(all_ways)[:4])
+@pytest.mark.parametrize("best", names(all_ways)[:5])
 def test_the_fastest_is_chosen(best):
     tuner = Tuner(all_ways(12, 2))
     steps = tune(tuner, lambda name, _: 1.0 if name == best else 1.5)
     assert (
-        tuner.chosen.name == best and len(steps) == 12
+        tuner.chosen.name == best and len(steps) == 15
     )  # one block each; one sphere alone takes ages
     assert tuner.costs[best] == 1.0
 
@@ -74,13 +74,13 @@ def test_close_ones_are_measured_longer_and_slow_first_steps_do_not_count():
     def cost(name, step):
         first, previous[0] = previous[0] != name, name
         noise = 0.3 if step % 5 == 0 else 0.0  # another program, now and then
-        return {plans[0]: 1.05, plans[1]: 1.0, plans[2]: 2.0, plans[3]: 9.0}[name] * (
-            1.8 if first else 1.0 + noise
-        )
+        return {plans[0]: 1.05, plans[1]: 1.0, plans[2]: 2.0, plans[3]: 9.0, plans[4]: 9.0}[
+            name
+        ] * (1.8 if first else 1.0 + noise)
 
     steps = tune(tuner, cost)
     assert tuner.chosen.name == plans[1]
-    assert len(steps) == 4 * 3 + 2 * (3 + 3)  # two of four come to the final
+    assert len(steps) == 5 * 3 + 2 * (3 + 3)  # two of five come to the final
     assert steps[-6:] == [plans[0]] * 3 + [plans[1]] * 3
 
 
@@ -147,13 +147,15 @@ def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits(mon
     with monkeypatch.context() as patch:  # tiny on any machine
         patch.setattr(autotune, "_TINY", float("inf"))
         weight, plan, costs = train(3)
-    assert plan in costs and set(costs) == {*names(reproducible_ways, 12, 3)}
+    kept, ended, one = names(reproducible_ways, 12, 3)
+    assert plan in costs and set(costs) == {kept, one}
     alone, plan, _ = train(1)
     assert torch.equal(weight, alone) and plan == "12 shards on 1 sphere"
 
     tuner = Tuner(reproducible_ways(12, 3))
-    assert tune(tuner, lambda *_: 0.06) == ["12 shards on 3 spheres"] * 3
-    assert tuner.chosen.name == "12 shards on 3 spheres"
+    assert {*tune(tuner, lambda *_: 0.06)} == {kept, ended}
+    tuner = Tuner(reproducible_ways(12, 3))
+    assert {*tune(tuner, lambda *_: 0.04)} == {kept, one}
 
 
 def test_keeping_memory_can_be_declined(monkeypatch):

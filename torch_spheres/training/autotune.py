@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Plan:
     shards: int  # 1 without workers: the bare module gets the whole batch
     workers: int  # spheres at once, each with one intra-op thread; 0: the calling thread, with all
     limit: float = float("inf")  # seconds: not worth a try if another way took longer
+    least: float = 0.0  # seconds: nor if another way took less
     keeps_openmp: bool = False  # the caller's OpenMP threads are not ended, see runtime/openmp.py
 
     @property
@@ -60,11 +61,15 @@ def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
     """
     if concurrency == 0:
         return [Plan(leaves, 0)]
-    plans = [Plan(leaves, min(concurrency, leaves))]
-    if plans[0].workers > 1:
-        plans.append(replace(plans[0], limit=_TINY, keeps_openmp=True))
-        plans.append(Plan(leaves, 1, _TINY))
-    return plans
+    workers = min(concurrency, leaves)
+    if workers == 1:
+        return [Plan(leaves, 1)]
+    # To end OpenMP threads gains some milliseconds at most, and may cost more than a tiny step.
+    return [
+        Plan(leaves, workers, keeps_openmp=True),
+        Plan(leaves, workers, least=_TINY),
+        Plan(leaves, 1, _TINY),
+    ]
 
 
 def waiting_ways(leaves: int, concurrency: int) -> list[Plan]:
@@ -142,7 +147,7 @@ class Tuner:
             self._step = 0
             self._queue.pop(0)
             fastest = min(r.seconds for r in self._records if r.costs)
-            self._queue = [r for r in self._queue if fastest < r.plan.limit]
+            self._queue = [r for r in self._queue if r.plan.least <= fastest < r.plan.limit]
             if not self._queue:
                 self._end_round()
 

@@ -215,12 +215,9 @@ class SphereParallel(Delegating):
     def suggest_shards(self, *args: Any, repeats: int = 5, **kwargs: Any) -> ShardTimes:
         """Measures a forward and backward of a batch in each number of shards, and in plain torch.
 
-        ::
-
-            print(model.suggest_shards(x))
-
-        It changes nothing: neither this model's `shards`, of which its bits depend, nor weights,
-        ``.grad``, buffers or random numbers; no hook is called. Call it with nothing else running.
+        As in ``print(model.suggest_shards(x))``. It changes nothing: neither this model's `shards`,
+        of which its bits depend, nor weights, ``.grad``, buffers or random numbers; no hook is
+        called. Call it with nothing else running.
 
         Args:
             args: of the model, as for a call: a batch as it comes in training.
@@ -233,6 +230,7 @@ class SphereParallel(Delegating):
         Raises:
             TypeError: `repeats` is not an integer.
             ValueError: it is less than 1.
+            RuntimeError: the module is lazy and has no shapes yet; or a shard calls this.
         """
         return suggest_shards(self._engine, args, kwargs, as_index("repeats", repeats, 1))
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.reduction.partition import possible_world_sizes
+from torch_spheres.runtime.rng import random_states, restore_random_states
 from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import rows_to_tune_by
 from torch_spheres.training.executor import ShardExecutor
+from torch_spheres.training.lazy_modules import is_lazy
 from torch_spheres.training.pytree import flatten
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.sync_batch_norm import waits_for_others
@@ -68,13 +70,17 @@ def suggest_shards(
 ) -> ShardTimes:
     """See `SphereParallel.suggest_shards`."""
     engine.refuse_inside()
-    # With several processes, only numbers that they can share.
-    world = 1 if engine.ranks is None else engine.ranks.world
-    numbers = [n for n in possible_world_sizes(engine.spheres.leaves) if n % world == 0]
+    if any(map(is_lazy, engine.module.modules())):
+        raise RuntimeError("a lazy module has no shapes yet: run a batch through the model first")
     tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+    rows = rows_to_tune_by(tensors, engine.options)
+    # With several processes, only numbers that they can share; and a row for each shard.
+    world = 1 if engine.ranks is None else engine.ranks.world
+    possible = possible_world_sizes(engine.spheres.leaves)
+    numbers = [n for n in possible if n % world == 0 and n <= max(rows, world)]
     found = time_shards(engine, args, kwargs, numbers, repeats=repeats, backward=True)
     ratios = {n: seconds / found[0] for n, seconds in found.items() if n > 0}
-    return ShardTimes(rows_to_tune_by(tensors, engine.options), ratios)
+    return ShardTimes(rows, ratios)
 
 
 def time_shards(
@@ -116,16 +122,20 @@ def time_shards(
         trial.pool.reported = engine.pool.reported  # what was said once is not said again
         trial.pool.checks_closely = False
         most = min(engine.spheres.concurrency, shards)
-        plans = reproducible_ways(shards, most)
+        # Ending OpenMP threads could slow down what is measured next.
+        plans = [plan for plan in reproducible_ways(shards, most) if not plan.least]
         for i, plan in enumerate(plans[:1] if together else plans):
             executor = ShardExecutor(engine.spheres, plan, together)
             ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, args, kwargs)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
-    with torch.random.fork_rng(devices=[]):
+    states = random_states()
+    try:
         for _ in range(1 + repeats):
             for way, run in ways.items():
                 seconds[way].append(_seconds(run, weights if backward else None))
+    finally:
+        restore_random_states(states)
     medians = {way: statistics.median(each[1:]) for way, each in seconds.items()}
     return {n: min(s for (shards, _), s in medians.items() if shards == n) for n, _ in ways}
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from torch_spheres import _compat
 from torch_spheres.reduction.partition import possible_world_sizes
+from torch_spheres.runtime.rng import random_states, restore_random_states
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.shard_timing import bare_copy, time_shards
 from torch_spheres.training.sync_batch_norm import waits_for_others
@@ -97,9 +98,13 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
     """
     bare = bare_copy(module)
     seconds: list[float] = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        while len(seconds) < 3 and sum(seconds) <= patience:
-            begin = time.perf_counter()
-            bare(*args, **kwargs)
-            seconds.append(time.perf_counter() - begin)
+    states = random_states()
+    try:
+        with torch.no_grad():
+            while len(seconds) < 3 and sum(seconds) <= patience:
+                begin = time.perf_counter()
+                bare(*args, **kwargs)
+                seconds.append(time.perf_counter() - begin)
+    finally:
+        restore_random_states(states)
     return min(seconds)
