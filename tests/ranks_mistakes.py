@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,6 +47,22 @@ class Fails(nn.Module):
         raise ZeroDivisionError("in a hook")
 
 
+class Frozen(Mapping):
+    """A mapping of which no copy with other values can be made."""
+
+    def __init__(self, values):
+        self.values_ = values
+
+    def __getitem__(self, key):
+        return self.values_[key]
+
+    def __iter__(self):
+        return iter(self.values_)
+
+    def __len__(self):
+        return len(self.values_)
+
+
 def part(rows=48, columns=4):
     """This rank's rows."""
     mine = next(iter(ts.SphereBatchSampler(range(rows), rows)))
@@ -55,7 +72,7 @@ def part(rows=48, columns=4):
 def expect_everywhere(model, run, match, own=None):
     """A mistake of all is a ValueError; one of rank 1 is its own there, and told elsewhere."""
     kind = ValueError if own is None else own if dist.get_rank() == 1 else ts.RankError
-    with pytest.raises(kind, match=match if kind is not own else ""):
+    with pytest.raises(kind, match=match if kind is not own else None):
         run()
     model.zero_grad()
     model(part()).sum().backward()
@@ -129,6 +146,18 @@ def mistakes(spheres):
     )
     expect_everywhere(
         model, lambda: train([1] if second else None), "found no tensor with rows", ValueError
+    )
+    frozen = Frozen({"x": part()})
+    expect_everywhere(
+        model, lambda: train(frozen if second else None), "gives no copy of it", TypeError
+    )
+    expect_everywhere(
+        model,
+        lambda: model.forward_backward(
+            F.mse_loss, (frozen if second else part(),), part(columns=3)
+        ),
+        "gives no copy of it",
+        TypeError,
     )
 
     # Gradients that the ranks have no place for, and buffers that they could not agree on.

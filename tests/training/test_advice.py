@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import torch_spheres as ts
+from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.slow_warning import Adviser
 
 
@@ -126,14 +127,16 @@ def test_two_threads_at_once_do_not_keep_it_measuring(monkeypatch):
     adviser, both = Adviser(), threading.Barrier(2)
     monkeypatch.setattr(adviser, "_compare", lambda *_: None)
     for _ in range(adviser._SAMPLES - 1):
-        adviser.watch(lambda: None, nn.Identity(), (), {})
+        adviser.watch(lambda: None, nn.Identity(), CallArguments((), {}))
     threads = [
-        threading.Thread(target=adviser.watch, args=(both.wait, nn.Identity(), (), {}))
+        threading.Thread(
+            target=adviser.watch, args=(both.wait, nn.Identity(), CallArguments((), {}))
+        )
         for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    adviser.watch(lambda: None, nn.Identity(), (), {})
+    adviser.watch(lambda: None, nn.Identity(), CallArguments((), {}))
     assert len(adviser._seconds) == adviser._SAMPLES + 1

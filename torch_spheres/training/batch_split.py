@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.reduction.partition import Division, shard_bounds, shard_leaves, tree_leaves
-from torch_spheres.training.pytree import unflatten
+from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.row_dims import RowDims
 from torch_spheres.training.split_options import SplitOptions, argument_name
 
@@ -26,7 +26,7 @@ class Split:
     """Arguments cut by rows, as `torch.tensor_split` cuts.
 
     Args:
-        arguments: anything nested that has tensors in it; each with its number or name.
+        arguments: of a call, or the targets of a loss.
         shards: how many pieces to cut at most.
         ranks: with whom the batch is shared; these are this rank's part of it, and `cut_as_rank`
             has to be told how many rows there are in all.
@@ -42,7 +42,7 @@ class Split:
 
     def __init__(
         self,
-        arguments: Sequence[tuple[int | str, Any]],
+        arguments: CallArguments,
         shards: int,
         ranks: Ranks | None = None,
         options: SplitOptions | None = None,
@@ -51,13 +51,12 @@ class Split:
     ) -> None:
         self.shards = shards
         self._ranks, self._module = ranks, module
+        arguments.caught.raise_if_any()
         options = SplitOptions() if options is None else options
         found = RowDims(arguments, options, module, may_be_empty=ranks is not None)
-        self.rows, self.flat, self.dims, self._spans = (
-            found.rows, found.flat, found.dims, found.spans
-        )  # fmt: skip
-        self._values = [value for _, value in arguments]
-        inside = itertools.chain(*(nesting.in_objects() for _, _, nesting in self._spans))
+        self.arguments, self.rows, self.dims = found.arguments, found.rows, found.dims
+        self.flat = [*found.arguments.leaves()]
+        inside = itertools.chain(*(a.nesting.in_objects() for a in found.arguments.each))
         self._in_objects = [i for i, is_in in enumerate(inside) if is_in]
         self.total = self.rows  # of all ranks
         pieces = max(1, min(shards, self.rows // least))
@@ -158,28 +157,17 @@ class Split:
                 values[i] = values[i].clone()  # an object's method may write to it (a cache's does)
         return values
 
-    def build(self, leaves: list[Any]) -> list[Any]:
-        """The arguments with other leaves."""
-        begin, values = 0, []
-        for _, end, nesting in self._spans:
-            values.append(unflatten(leaves[begin:end], nesting))
-            begin = end
-        return values
-
     @property
     def flags(self) -> tuple[Any, ...]:
         """Numbers and texts that are arguments, which may say what the module returns."""
-        return tuple(v for v in self._values if isinstance(v, (bool, int, float, str, enum.Enum)))
+        values = (argument.value for argument in self.arguments.each)
+        return tuple(v for v in values if isinstance(v, (bool, int, float, str, enum.Enum)))
 
     def described(self) -> str:
         """For errors in a shard: how each argument was cut."""
-        begin, texts = 0, []
-        for key, end, _ in self._spans:
-            kinds: dict[str, int] = {}
-            for value, dim in zip(self.flat[begin:end], self.dims[begin:end], strict=True):
-                text = _cut_text(value, dim)
-                kinds[text] = kinds.get(text, 0) + 1
-            begin = end
+        dims, texts = iter(self.dims), []
+        for key, _, leaves, _ in self.arguments.each:
+            kinds = Counter(_cut_text(leaf, next(dims)) for leaf in leaves)
             several = [f"{n} x {text}" if n > 1 else text for text, n in kinds.items() if text]
             if several:
                 texts.append(f"{argument_name(self._module, key)}: {'; '.join(several[:4])}")
@@ -189,9 +177,9 @@ class Split:
         )
 
 
-def rows_to_tune_by(tensors: Sequence[Tensor], options: SplitOptions) -> int:
+def rows_to_tune_by(arguments: CallArguments, options: SplitOptions) -> int:
     """About how many rows a batch has: ways to run it are measured per row. Raises nothing."""
-    for value in tensors:
+    for value in arguments.tensors():
         if not value.is_nested and value.dim() > 0:
             return max(1, value.shape[min(options.default_dim, value.dim() - 1)])
     return 1

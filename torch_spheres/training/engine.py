@@ -32,6 +32,7 @@ from torch_spheres.training.autotune import (
     waiting_ways,
 )
 from torch_spheres.training.batch_split import rows_to_tune_by
+from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.lazy_modules import initialise, is_lazy
 from torch_spheres.training.parallel_forward import PARALLEL_FORWARD
@@ -121,8 +122,11 @@ class Engine:
         """
         refuse_tracing()
         self._begin()
-        executor, trial = self._choose("forward", all_ways, args, kwargs)
-        run = functools.partial(self.run_in_shards, executor, unsplit, args, kwargs)
+        arguments = CallArguments(args, kwargs)
+        if not self._is_collective:
+            arguments.caught.raise_if_any()
+        executor, trial = self._choose("forward", all_ways, arguments)
+        run = functools.partial(self.run_in_shards, executor, unsplit, arguments)
         if trial is not None:
             result = run()
             trial.forward_done(flatten(result)[0])
@@ -130,7 +134,7 @@ class Engine:
         advise = self.reproducible and not self._is_collective and self.module.training
         advise = advise and current_source() is None
         if advise and torch.is_grad_enabled() and executor.plan.workers > 0:
-            return self._adviser.watch(run, self, args, kwargs)
+            return self._adviser.watch(run, self, arguments)
         return run()
 
     def forward_backward(
@@ -142,8 +146,9 @@ class Engine:
             args, kwargs = (), dict(inputs)
         self._begin()
         # Whole batches are no choice here: they would take the memory that this call saves.
-        executor, trial = self._choose("forward_backward", lean_ways, args, kwargs)
-        call = self._call(executor, args, kwargs, "forward_backward")
+        arguments = CallArguments(args, kwargs)
+        executor, trial = self._choose("forward_backward", lean_ways, arguments)
+        call = self._call(executor, arguments, "forward_backward")
         loss = call.forward_backward(loss_fn, targets)
         if trial is not None:
             trial.done()
@@ -173,12 +178,10 @@ class Engine:
         self,
         what: str,
         ways: Callable[[int, int], list[Plan]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: CallArguments,
     ) -> tuple[ShardExecutor, Trial | None]:
-        spheres = self.spheres
-        tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        rows = rows_to_tune_by(tensors, self.options)
+        spheres, tensors = self.spheres, arguments.tensors()
+        rows = rows_to_tune_by(arguments, self.options)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
         on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
@@ -202,17 +205,17 @@ class Engine:
         self,
         executor: ShardExecutor,
         unsplit: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: CallArguments,
     ) -> Any:
         """What `forward` does with a plan."""
         if executor.plan.shards == 1 and executor.plan.workers == 0:
-            return unsplit(*args, **kwargs)
+            return unsplit(*arguments.args, **arguments.kwargs)
         if self.ranks is not None and not self._is_collective:
-            tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim()]
-            if tensors and tensors[0].shape[self.options.default_dim] == 0:
-                return unsplit(*args, **kwargs)  # an evaluation's last batch may leave ranks none
-        call = self._call(executor, args, kwargs)
+            first = next((v for v in arguments.tensors() if v.dim()), None)
+            if first is not None and first.shape[self.options.default_dim] == 0:
+                # An evaluation's last batch may leave ranks without rows.
+                return unsplit(*arguments.args, **arguments.kwargs)
+        call = self._call(executor, arguments)
         outputs = call.run_forward()
         if torch.is_grad_enabled():
             # (After the forward, which finds what it reaches beside the parameters.)
@@ -237,8 +240,7 @@ class Engine:
     def _call(
         self,
         executor: ShardExecutor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: CallArguments,
         what: str = "forward",
     ) -> ShardedCall:
         ranks, own = self.ranks if self._is_collective else None, None
@@ -248,7 +250,7 @@ class Engine:
         if ranks is not None and self.pool.checks is None:  # of a copy
             self.pool.checks = StepChecks(self.module, self.number)
         make = functools.partial(
-            ShardedCall, self.module, self.pool, executor, args, kwargs, ranks, what,
+            ShardedCall, self.module, self.pool, executor, arguments, ranks, what,
             options=self.options, own_part=own,
         )  # fmt: skip
         call = make()

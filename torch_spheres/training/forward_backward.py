@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
+from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.forward_shard import forward_shard
 from torch_spheres.training.row_check import compare_with_bare_module
 from torch_spheres.training.row_check_values import check_loss
@@ -69,9 +70,8 @@ class LossAndGradients:
 
     def _cut_targets(self) -> None:
         split = self._call.split
-        targets = Split(
-            [("targets", self._targets)], split.shards, self._call.ranks, self._call.options
-        )
+        named = CallArguments((), {"targets": self._targets})
+        targets = Split(named, split.shards, self._call.ranks, self._call.options)
         if targets.rows != split.rows:
             raise ValueError(
                 f"forward_backward() got inputs of {split.rows} rows and targets of {targets.rows}"
@@ -88,8 +88,8 @@ class LossAndGradients:
                 shard = forward_shard(call, k, replica)
                 with in_shard(call, k, "loss", shard):
                     output = shard.rebuild()
-                    (target,) = targets.build(targets.parts(k))
-                    loss, self._counts[k] = _checked(self._loss_fn(output, target), k)
+                    _, rows = targets.arguments.build(targets.parts(k))
+                    loss, self._counts[k] = _checked(self._loss_fn(output, rows["targets"]), k)
                     if self._counts[k] is None:
                         loss = loss * call.split.weights[k]
             call.reached.search_one(k, shard, [loss], len(self._losses))

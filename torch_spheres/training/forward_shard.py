@@ -34,8 +34,8 @@ def forward_shard(call: ShardedCall, k: int, replica: Replica) -> Shard:
             for i in call.differentiable if grad() else ():
                 values[i] = values[i].detach().requires_grad_()
                 shard.inputs.append(values[i])
-            args, kwargs = call.arguments(values)
-            before = contents(call.keys, (*args, *kwargs.values()))
+            args, kwargs = call.split.arguments.build(values)
+            before = contents(call.split.arguments.keys, (*args, *kwargs.values()))
             tensors = call.split.outside_objects(values)  # without caches, which forwards write to
             versions = [version_of(v) for v in tensors]
             sums = [checksum(v) for v in tensors] if call.closely else []

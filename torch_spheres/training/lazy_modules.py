@@ -33,7 +33,7 @@ def initialise(call: ShardedCall) -> None:
         if not call.split.bounds:
             raise ValueError("the first batch of a lazy module needs rows on every rank")
         module.eval()
-        args, kwargs = call.arguments(call.split.parts(0))
+        args, kwargs = call.split.arguments.build(call.split.parts(0))
         try:
             with torch.no_grad():
                 module(*args, **kwargs)

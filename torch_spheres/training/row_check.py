@@ -132,7 +132,7 @@ def _form(call: ShardedCall) -> Hashable:
     return (
         call.module.training,
         call.scalars_are_sums,
-        call.keys,
+        (*call.split.arguments.keys,),
         tuple(dict.fromkeys(values)),
         state,
     )

@@ -184,8 +184,8 @@ def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], target_spl
     try:
         with torch.no_grad():
             for run, span in zip(runs, ranges.spans, strict=True):
-                (target,) = target_split.build(target_split.cut(*span))
-                losses.append(loss_fn(unflatten(run.outputs, run.nesting), target))
+                _, rows = target_split.arguments.build(target_split.cut(*span))
+                losses.append(loss_fn(unflatten(run.outputs, run.nesting), rows["targets"]))
     except Exception:  # noqa: BLE001
         return  # an error in the shards' losses is raised there
     finally:

@@ -6,7 +6,8 @@ Used by `Split`, for the arguments of a call and for the targets of `forward_bac
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _compat
 from torch_spheres.runtime.object_graph import is_sequence, row_sequences, tensor_inside
-from torch_spheres.training.pytree import Nesting, flatten
+from torch_spheres.training.call_arguments import Argument, CallArguments
 from torch_spheres.training.split_options import SplitOptions, argument_name
 
 __all__ = ["RowDims"]
@@ -28,15 +29,14 @@ class RowDims:
     """The flat leaves of arguments, with the dimension along which each is cut.
 
     Args:
-        arguments: anything nested that has tensors in it; each with its number or name.
+        arguments: of the call.
         options: of the user.
         module: whose arguments they are; None for the targets of a loss, all of which have rows.
         may_be_empty: whether the batch may have 0 rows, as a rank's part may.
 
     Attributes:
-        flat: the leaves of all arguments.
-        dims: for each leaf, the dimension along which it is cut; None if it is not.
-        spans: for each argument its key, the end of its leaves in `flat`, and their structure.
+        arguments: those given, in which sequences with an element for each row are leaves.
+        dims: for each of their leaves, the dimension along which it is cut; None if it is not.
         rows: number of rows.
 
     Raises:
@@ -46,24 +46,21 @@ class RowDims:
 
     def __init__(
         self,
-        arguments: Sequence[tuple[int | str, Any]],
+        arguments: CallArguments,
         options: SplitOptions,
         module: nn.Module | None,
         *,
         may_be_empty: bool,
     ) -> None:
         self.options, self._module, self._may_be_empty = options, module, may_be_empty
-        self._arguments = arguments
+        self.arguments = arguments
         self._rows: int | None = None
         self._counted_by: int | str = 0  # key of the argument that `_rows` is from
-        self.flat: list[Any] = []
-        self.dims: list[int | None] = []
-        self.spans: list[tuple[int | str, int, Nesting]] = []
-        for key, value in arguments:
-            self._add(key, value)
+        dims = [self._dims_of(argument) for argument in arguments.each]
         self.rows = self._counted()
-        if not all(isinstance(v, Tensor) for v in self.flat):
-            self._cut_sequences()
+        if not all(isinstance(leaf, Tensor) for leaf in arguments.leaves()):
+            self._cut_sequences(dims)
+        self.dims = [*itertools.chain(*dims)]
 
     def _name(self, key: int | str) -> str:
         return argument_name(self._module, key)
@@ -76,14 +73,15 @@ class RowDims:
             return self.options.dim_of(self._name(key))
         return self.options.default_dim, False
 
-    def _add(self, key: int | str, value: Any) -> None:
-        leaves, nesting = flatten(value)
-        dim, is_explicit = self._rule(key)
-        for i, leaf in enumerate(leaves):
-            cut = None if dim is None else self._dim_of(key, i, leaf, dim, is_explicit)
-            self.dims.append(cut)
-        self.flat += leaves
-        self.spans.append((key, len(self.flat), nesting))
+    def _dims_of(self, argument: Argument) -> list[int | None]:
+        """For each leaf of an argument, the dimension along which it is cut."""
+        dim, is_explicit = self._rule(argument.key)
+        if dim is None:
+            return [None] * len(argument.leaves)
+        return [
+            self._dim_of(argument.key, i, leaf, dim, is_explicit)
+            for i, leaf in enumerate(argument.leaves)
+        ]
 
     def _dim_of(
         self, key: int | str, i: int, value: Any, dim: int, is_explicit: bool
@@ -133,7 +131,7 @@ class RowDims:
 
     def _path_of(self, key: int | str, i: int) -> str:
         """The path of a leaf in its argument, for errors; empty if it is the argument."""
-        (value,) = (v for k, v in self._arguments if k == key)
+        (value,) = (a.value for a in self.arguments.each if a.key == key)
         paths = _compat.pytree.tree_flatten_with_path(value)[0]
         return _compat.pytree.keystr(paths[i][0]) if i < len(paths) else ""
 
@@ -171,28 +169,23 @@ class RowDims:
             raise ValueError("SphereParallel got a batch of 0 rows")
         return self._rows
 
-    def _cut_sequences(self) -> None:
+    def _cut_sequences(self, dims: list[list[int | None]]) -> None:
         """Cuts sequences with an element per row; refuses objects that hold tensors with rows."""
-        flat, dims, spans = self.flat, self.dims, self.spans
-        self.flat, self.dims, self.spans = [], [], []
-        begin = 0
-        for (key, value), (_, end, nesting) in zip(self._arguments, spans, strict=True):
+        has_rows: dict[int | str, Callable[[Any], bool]] = {}
+        for key, value, leaves, _ in self.arguments.each:
             dim, is_explicit = self._rule(key)
-            leaves, cuts = flat[begin:end], dims[begin:end]
-            begin = end
             if dim is not None and not isinstance(value, _SIMPLE):
                 self._refuse_objects(key, leaves, dim)
                 if self._has_row_sequence(key, value, dim, is_explicit):
-                    leaves, nesting = flatten(
-                        value, functools.partial(self._has_element_per_row, dim=dim)
-                    )
-                    cuts = [
-                        dim if self._has_element_per_row(v, dim) else
-                        self._dim_of(key, i, v, dim, is_explicit) for i, v in enumerate(leaves)
-                    ]  # fmt: skip
-            self.flat += leaves
-            self.dims += cuts
-            self.spans.append((key, len(self.flat), nesting))
+                    has_rows[key] = functools.partial(self._has_element_per_row, dim=dim)
+        if not has_rows:
+            return
+        self.arguments = self.arguments.flattened_by(has_rows)
+        for n, argument in enumerate(self.arguments.each):
+            if argument.key in has_rows:
+                dim, _ = self._rule(argument.key)
+                cuts, is_cut = self._dims_of(argument), map(has_rows[argument.key], argument.leaves)
+                dims[n] = [dim if cut else d for cut, d in zip(is_cut, cuts, strict=True)]
 
     def _has_element_per_row(self, value: Any, dim: int) -> bool:
         return (

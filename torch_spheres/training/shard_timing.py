@@ -16,6 +16,7 @@ from torch_spheres.reduction.partition import possible_world_sizes
 from torch_spheres.runtime.rng import random_states, restore_random_states
 from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import rows_to_tune_by
+from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.lazy_modules import is_lazy
 from torch_spheres.training.pytree import flatten
@@ -72,21 +73,20 @@ def suggest_shards(
     engine.refuse_inside()
     if any(map(is_lazy, engine.module.modules())):
         raise RuntimeError("a lazy module has no shapes yet: run a batch through the model first")
-    tensors = [v for v in flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-    rows = rows_to_tune_by(tensors, engine.options)
+    arguments = CallArguments(args, kwargs)
+    rows = rows_to_tune_by(arguments, engine.options)
     # With several processes, only numbers that they can share; and a row for each shard.
     world = 1 if engine.ranks is None else engine.ranks.world
     possible = possible_world_sizes(engine.spheres.leaves)
     numbers = [n for n in possible if n % world == 0 and n <= max(rows, world)]
-    found = time_shards(engine, args, kwargs, numbers, repeats=repeats, backward=True)
+    found = time_shards(engine, arguments, numbers, repeats=repeats, backward=True)
     ratios = {n: seconds / found[0] for n, seconds in found.items() if n > 0}
     return ShardTimes(rows, ratios)
 
 
 def time_shards(
     engine: Engine,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    arguments: CallArguments,
     candidates: Sequence[int],
     *,
     repeats: int,
@@ -99,8 +99,7 @@ def time_shards(
 
     Args:
         engine: whose module and spheres are used, by this process alone.
-        args: the module's positional arguments.
-        kwargs: its keyword arguments.
+        arguments: of the module.
         candidates: numbers of shards.
         repeats: measurements of each way, after one that does not count.
         backward: whether a backward, with a gradient of ones, is part of what is measured.
@@ -108,7 +107,7 @@ def time_shards(
     bare = bare_copy(engine.module)
     together = waits_for_others(engine.module)
     ways: dict[tuple[int, int], Callable[[], Any]] = {
-        (0, 0): functools.partial(bare, *args, **kwargs)
+        (0, 0): functools.partial(bare, *arguments.args, **arguments.kwargs)
     }
     for shards in candidates:
         trial = type(engine)(
@@ -126,7 +125,7 @@ def time_shards(
         plans = [plan for plan in reproducible_ways(shards, most) if not plan.least]
         for i, plan in enumerate(plans[:1] if together else plans):
             executor = ShardExecutor(engine.spheres, plan, together)
-            ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, args, kwargs)
+            ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, arguments)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
     states = random_states()

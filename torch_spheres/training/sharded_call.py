@@ -24,6 +24,7 @@ from torch_spheres.training.buffers import (
     merge_buffers,
     needs_two_rows,
 )
+from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.collective import Collective, LocalCollective, RankCollective
 from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.forward_backward import LossAndGradients
@@ -48,8 +49,7 @@ class ShardedCall:
         module: what the shards run.
         replicas: of the module, and what is known about it from earlier calls.
         executor: who runs the shards.
-        args: the module's positional arguments.
-        kwargs: its keyword arguments.
+        arguments: of the module.
         ranks: who shares the batch; None: this process has all of it.
         what: ``"forward"`` or ``"forward_backward"``.
         options: which arguments are cut, and how outputs without dimensions are put together.
@@ -62,8 +62,7 @@ class ShardedCall:
         module: nn.Module,
         replicas: ReplicaPool,
         executor: ShardExecutor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: CallArguments,
         ranks: Ranks | None = None,
         what: str = "forward",
         *,
@@ -75,15 +74,12 @@ class ShardedCall:
         # (Hugging Face's models divide their loss by it: of the whole batch, in each shard.)
         # A model may ignore the argument, which the comparison with the bare module shows.
         self.sums_by_argument = (
-            options.scalars != "sum" and kwargs.get("num_items_in_batch") is not None
+            options.scalars != "sum" and arguments.kwargs.get("num_items_in_batch") is not None
         )
         self.scalars_are_sums = self.sums_by_argument or options.scalars == "sum"
-        self._positional = len(args)
         replicas.refresh(module)
-        self.keys = (*range(len(args)), *kwargs)
         self.context = executor.context()
         self.collective: Collective = LocalCollective() if ranks is None else RankCollective(ranks)
-        arguments = [*zip(self.keys, (*args, *kwargs.values()), strict=True)]
         self.split = self.collective.begin_call(
             self, functools.partial(self._cut, arguments, executor.plan.shards, own_part)
         )
@@ -110,7 +106,7 @@ class ShardedCall:
 
     def _cut(
         self,
-        arguments: Sequence[tuple[int | str, Any]],
+        arguments: CallArguments,
         shards: int,
         own_part: tuple[Division, int] | None,
     ) -> Split:
@@ -120,12 +116,6 @@ class ShardedCall:
         if own_part is not None:
             split.take_own(*own_part)
         return split
-
-    def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The module's arguments, with other leaves."""
-        values = self.split.build(leaves)
-        first, rest = values[: self._positional], values[self._positional :]
-        return tuple(first), dict(zip(self.keys[self._positional :], rest, strict=True))
 
     @property
     def trainable(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ from torch_spheres.training.shard_timing import bare_copy, time_shards
 from torch_spheres.training.sync_batch_norm import waits_for_others
 
 if TYPE_CHECKING:
+    from torch_spheres.training.call_arguments import CallArguments
     from torch_spheres.training.engine import Engine
 
 __all__ = ["Adviser"]
@@ -39,7 +40,7 @@ class Adviser:
     def __init__(self) -> None:
         self._seconds: list[float] = []
 
-    def watch(self, run: Callable[[], Any], engine: Engine, args: Any, kwargs: Any) -> Any:
+    def watch(self, run: Callable[[], Any], engine: Engine, arguments: CallArguments) -> Any:
         """Runs a forward on the spheres; after a few of them comes the comparison."""
         if len(self._seconds) >= self._SAMPLES:  # (several threads may have come at once)
             return run()
@@ -47,16 +48,16 @@ class Adviser:
         result = run()
         self._seconds.append(time.perf_counter() - begin)
         if len(self._seconds) == self._SAMPLES:
-            self._compare(engine, args, kwargs)
+            self._compare(engine, arguments)
         return result
 
-    def _compare(self, engine: Engine, args: Any, kwargs: Any) -> None:
+    def _compare(self, engine: Engine, arguments: CallArguments) -> None:
         module = engine.module
         if any(map(_compat.is_compiled, module.modules())):
             return  # it would be compiled for the whole batch, which can take minutes
         ours = min(self._seconds)
         try:
-            whole = _seconds_of_whole_batch(module, args, kwargs, 1.5 * ours)
+            whole = _seconds_of_whole_batch(module, arguments, 1.5 * ours)
         except Exception:  # noqa: BLE001
             return  # a batch that only works in shards (memory, for one) is no case for advice
         if whole * self._MARGIN > ours:
@@ -69,20 +70,20 @@ class Adviser:
         warnings.warn(
             f"the shards of this model are so small that plain PyTorch would be faster: a forward "
             f"takes {ours * 1e3:.1f} ms in {engine.shards} shards and {whole * 1e3:.1f} ms as a "
-            f"whole, {ours / whole:.1f}x of it{self._fewer(engine, args, kwargs, ours)}. Larger "
+            f"whole, {ours / whole:.1f}x of it{self._fewer(engine, arguments, ours)}. Larger "
             f"batches make shards worth it; {other_way}; ignore this if it is the same bits that "
             "you are here for",
             UserWarning,
             stacklevel=users_level(),
         )
 
-    def _fewer(self, engine: Engine, args: Any, kwargs: Any, ours: float) -> str:
+    def _fewer(self, engine: Engine, arguments: CallArguments, ours: float) -> str:
         """What fewer shards would take, if that is less."""
         fewer = [n for n in possible_world_sizes(engine.shards) if 1 < n < engine.shards]
         if not fewer or ours > self._LONG:
             return ""
         try:
-            found = time_shards(engine, args, kwargs, fewer, repeats=2, backward=False)
+            found = time_shards(engine, arguments, fewer, repeats=2, backward=False)
         except Exception:  # noqa: BLE001
             return ""  # (as above)
         best = min(fewer, key=lambda n: found[n])
@@ -91,7 +92,7 @@ class Adviser:
         return f"; shards={best} would take {found[best] / found[0]:.1f}x (see suggest_shards)"
 
 
-def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience: float) -> float:
+def _seconds_of_whole_batch(module: nn.Module, arguments: CallArguments, patience: float) -> float:
     """The fastest of a few forward passes that leave no trace: no hooks, buffers, random numbers.
 
     The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
@@ -103,7 +104,7 @@ def _seconds_of_whole_batch(module: nn.Module, args: Any, kwargs: Any, patience:
         with torch.no_grad():
             while len(seconds) < 3 and sum(seconds) <= patience:
                 begin = time.perf_counter()
-                bare(*args, **kwargs)
+                bare(*arguments.args, **arguments.kwargs)
                 seconds.append(time.perf_counter() - begin)
     finally:
         restore_random_states(states)

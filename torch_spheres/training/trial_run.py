@@ -130,7 +130,7 @@ def _run(
         module = module.forward
     values = call.split.cut(*span)
     own = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
-    args, kwargs = call.arguments(own)
+    args, kwargs = call.split.arguments.build(own)
     kwargs.update((name, make(kwargs[name])) for name, make in change.items())
     buffers = replica.begin_shard()
     with torch.set_grad_enabled(grad), draws.active():
