@@ -18,8 +18,8 @@ from torch import Tensor
 
 from torch_spheres import _compat
 from torch_spheres.distributed.batch_log import BatchLog
+from torch_spheres.distributed.checked_gather import CheckedGather, gather_objects
 from torch_spheres.distributed.failures import RollCall, leave_last_words
-from torch_spheres.distributed.handshake import CheckedGather, gather_objects
 from torch_spheres.distributed.transport import ProcessGroup, Transport
 from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.partition import Division, divide, tree_leaves, way_out

@@ -1,7 +1,7 @@
 """`Transport`: asynchronous collectives between the ranks of a process group, and waiting for them.
 
-`group.Ranks` is one; the handshake and the tree all-reduce send by it. No wait is for ever: it ends
-after the group's timeout, and Ctrl-C is answered.
+`group.Ranks` is one; `CheckedGather` and the tree all-reduce send by it. No wait is for ever: it
+ends after the group's timeout, and Ctrl-C is answered.
 """
 
 from __future__ import annotations

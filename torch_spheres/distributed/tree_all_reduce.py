@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_spheres.distributed.checked_gather import CheckedGather
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.distributed.handshake import CheckedGather
 from torch_spheres.errors import DeferredError, RankError
 from torch_spheres.reduction.partition import Division
 from torch_spheres.reduction.tree_sum import tree_sums

@@ -15,7 +15,7 @@ What else is changed has no variable; docs/side_effects.md lists all of it. When
 
 - functions are registered for fork() and with `atexit`, without which a forked child or the end of
   the program would hang; they change only this package's own state;
-- `torch.utils.checkpoint.CheckpointFunction.forward` is replaced (training/shard_task.py).
+- `torch.utils.checkpoint.CheckpointFunction.forward` is replaced (training/shard.py).
 
 When a feature is first used:
 

@@ -175,7 +175,7 @@ class ShardRandom(RandomSource):
     Attributes:
         number_of: returns a module's number in the shard's replica; None: it is no part of that.
         reentrant: whether the shard has met a reentrant activation checkpoint, see
-            training/shard_task.py.
+            training/shard.py.
         own_leaves: returns the ids of the leaf tensors that such a checkpoint may reach.
     """
 

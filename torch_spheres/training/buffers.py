@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.replica_pool import ReplicaPool
-from torch_spheres.training.shard_task import Shard
+from torch_spheres.training.shard import Shard
 from torch_spheres.training.sync_batch_norm import SyncBatchNorm
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Marks of a tensor or an object that show whether it has changed in place.
 
-Used by forward_shard.py, forward_effects.py and shared_writes.py.
+Used by shard.py, forward_effects.py and shared_writes.py.
 """
 
 from __future__ import annotations

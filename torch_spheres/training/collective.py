@@ -24,7 +24,7 @@ from torch_spheres.reduction.streaming_sum import Grads, StreamingSum, rounded
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.trace_hooks import phase
 from torch_spheres.training.buffers import needs_two_rows
-from torch_spheres.training.merge_outputs import FIRST, ONCE, ROWS, SCALAR, MergeRule, same
+from torch_spheres.training.merge_rules import FIRST, ONCE, ROWS, SCALAR, MergeRule, same
 from torch_spheres.training.rank_differences import by_rank
 from torch_spheres.training.refusals import refuse_ranks_without_rows, refuse_shards_of_one_row
 

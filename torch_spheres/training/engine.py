@@ -217,13 +217,9 @@ class Engine:
                 return unsplit(*arguments.args, **arguments.kwargs)
         call = self._call(executor, arguments)
         outputs = call.run_forward()
-        if torch.is_grad_enabled():
-            # (After the forward, which finds what it reaches beside the parameters.)
-            tensors = [*call.trainable, *call.inputs_with_grad]
-            outputs = list(_ShardsNode.apply(call, outputs, *tensors))  # type: ignore[no-untyped-call]
-            if call.ranks is not None:
-                rows, total = call.split.rows, call.split.total
-                outputs = [scale_grad(o, rows, total, self._losses) for o in outputs]
+        if torch.is_grad_enabled() and call.ranks is not None:
+            rows, total = call.split.rows, call.split.total
+            outputs = [scale_grad(o, rows, total, self._losses) for o in outputs]
         assert call.nesting is not None
         return unflatten(outputs, call.nesting)
 
@@ -290,36 +286,6 @@ class Engine:
         group = None if state["shares"] else False
         self.ranks = find_ranks(group, self.shards)
         self._membership = Membership("the model", group, self.ranks)
-
-
-class _ShardsNode(torch.autograd.Function):
-    """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
-
-    Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what
-    ``torch.autograd.grad`` asks for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: ShardedCall, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        fixed = [
-            o
-            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
-            if isinstance(o, Tensor) and not differs
-        ]
-        ctx.mark_non_differentiable(*fixed)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "backward(create_graph=True) through SphereParallel: gradients of gradients would "
-                "need the shards' graphs a second time; compute such a loss on the bare "
-                "model.module, or after model.forward.remove() where parallelize_ was called"
-            )
-        return (None, None, *ctx.call.run_backward(grads))
 
 
 # ---- arguments ----

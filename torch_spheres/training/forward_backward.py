@@ -12,10 +12,9 @@ from torch_spheres.errors import DeferredError
 from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.call_arguments import CallArguments
-from torch_spheres.training.forward_shard import forward_shard
 from torch_spheres.training.row_check import compare_with_bare_module
 from torch_spheres.training.row_check_values import check_loss
-from torch_spheres.training.shard_task import Shard, in_shard
+from torch_spheres.training.shard import Shard, forward_shard, in_shard
 
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall

@@ -22,7 +22,7 @@ from torch_spheres.training.change_detection import FUNCTIONS, PLAIN, content_of
 from torch_spheres.training.module_scan import SKIPPED_ATTRIBUTES
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.replica_pool import ReplicaPool
-from torch_spheres.training.shard_task import Shard
+from torch_spheres.training.shard import Shard
 from torch_spheres.training.shared_writes import SharedWrites
 from torch_spheres.training.split_options import argument_name
 

@@ -1,6 +1,6 @@
 """`ShardGraph`: the leaves and nodes of a shard's autograd graph.
 
-Used by reached_tensors.py, and by shard_task.py for reentrant checkpoints.
+Used by reached_tensors.py, and by shard.py for reentrant checkpoints.
 """
 
 from __future__ import annotations

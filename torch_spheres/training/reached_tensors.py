@@ -20,7 +20,7 @@ from torch_spheres.reduction.streaming_sum import Grads
 from torch_spheres.training.graph_leaves import ShardGraph
 from torch_spheres.training.replica import Replica
 from torch_spheres.training.replica_pool import ReplicaPool
-from torch_spheres.training.shard_task import Shard
+from torch_spheres.training.shard import Shard
 
 __all__ = ["ReachedTensors"]
 

@@ -7,7 +7,7 @@ output that changes with the rows is the one along which shards are concatenated
 by more than rounding show that the model is not row-wise (row_check_values.py).
 
 The comparison runs in evaluation mode; once it runs in training mode too, unless there is batch
-norm. Outputs that cannot be compared are merged by their shapes (merge_outputs.py).
+norm. Outputs that cannot be compared are merged by their shapes (merge_rules.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_spheres import _compat
 from torch_spheres.runtime.object_graph import is_sequence, tensor_inside
-from torch_spheres.training.merge_outputs import (
+from torch_spheres.training.merge_rules import (
     ONCE,
     ROWS,
     SCALAR,
@@ -253,7 +253,7 @@ def _merge_rule(three: RangeValues, rows: tuple[int, int, int]) -> MergeRule:
     """How an output is merged, by its shapes for all rows and for each range."""
     whole, *alone = three
     if any(isinstance(v, PackedSequence) for v in three):
-        return None  # gather_output raises the error
+        return None  # merge_output raises the error
     if not all(map(is_array, three)):
         if any(map(is_array, three)):
             return None
@@ -271,19 +271,19 @@ def _merge_rule(three: RangeValues, rows: tuple[int, int, int]) -> MergeRule:
     lengths = [v.shape[dim] for v in three]
     if all(n * rows[0] == lengths[0] * r for n, r in zip(lengths, rows, strict=True)):
         return dim
-    # A selection of rows has any number of them: gather_output refuses it by its shapes.
+    # A selection of rows has any number of them: merge_output refuses it by its shapes.
     return None if lengths[0] == lengths[1] + lengths[2] else Refused(_BY_PAIRS)
 
 
 def _rule_of_other_values(three: RangeValues, rows: tuple[int, int, int]) -> MergeRule:
     whole, *_ = three
     if isinstance(whole, Iterator) or tensor_inside(whole) is not None:
-        return None  # gather_output raises the error
+        return None  # merge_output raises the error
     if is_sequence(whole) and all(map(is_sequence, three)):
         if len({len(v) for v in three}) > 1:
             fits = all(len(v) == r for v, r in zip(three, rows, strict=True))
             return ROWS if fits else Refused(_NO_TENSOR)
         return ONCE if same(whole, three[1]) and same(whole, three[2]) else Refused(_NO_TENSOR)
     if isinstance(whole, float) and all(isinstance(v, float) for v in three):
-        return None  # gather_output compares the shards' own
+        return None  # merge_output compares the shards' own
     return None if same(whole, three[1]) and same(whole, three[2]) else Refused(_NO_TENSOR)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_spheres import _compat
 from torch_spheres.runtime.rng import random_states, restore_random_states
 from torch_spheres.runtime.stack_level import users_level
-from torch_spheres.training.merge_outputs import ROWS, SCALAR, MergeRule, same
+from torch_spheres.training.merge_rules import ROWS, SCALAR, MergeRule, same
 from torch_spheres.training.pytree import unflatten
 from torch_spheres.training.rounding import differs, rounding_of
 from torch_spheres.training.trial_run import STRIDE, RowRanges, Run, equal_states, run_trials

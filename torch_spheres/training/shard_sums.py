@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres import _core
+from torch_spheres.distributed.checked_gather import CheckedGather
 from torch_spheres.distributed.group import Ranks
-from torch_spheres.distributed.handshake import CheckedGather
 from torch_spheres.errors import DeferredError, StoppedError
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.caller_context import default_context

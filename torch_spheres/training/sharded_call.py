@@ -29,14 +29,13 @@ from torch_spheres.training.collective import Collective, LocalCollective, RankC
 from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.forward_backward import LossAndGradients
 from torch_spheres.training.forward_effects import ForwardEffects
-from torch_spheres.training.forward_shard import forward_shard
-from torch_spheres.training.gather_outputs import cut_grad, gather, gather_input_grad
-from torch_spheres.training.merge_outputs import MergeRule
+from torch_spheres.training.merge_outputs import cut_grad, merge_input_grad, merge_outputs
+from torch_spheres.training.merge_rules import MergeRule
 from torch_spheres.training.pytree import Nesting
 from torch_spheres.training.reached_tensors import ReachedTensors
 from torch_spheres.training.refusals import refuse_compiled, refuse_forward_ad
 from torch_spheres.training.replica_pool import ReplicaPool
-from torch_spheres.training.shard_task import Shard, compiled_variant, in_shard
+from torch_spheres.training.shard import Shard, compiled_variant, forward_shard, in_shard
 from torch_spheres.training.split_options import SplitOptions
 
 __all__ = ["ShardedCall"]
@@ -136,7 +135,10 @@ class ShardedCall:
     # ---- forward ----
 
     def run_forward(self) -> list[Any]:
-        """All shards' forward on the spheres; the outputs put together, as flat leaves."""
+        """All shards' forward on the spheres; the outputs put together, as flat leaves.
+
+        With gradients they have one node in the caller's graph.
+        """
         shards: list[Shard] = []
         outputs: list[Any] = []
         with DeferredError() as caught:
@@ -151,9 +153,14 @@ class ShardedCall:
             self.shards = list(shards)
             self.effects.check(shards)
             self.reached.search(shards)
-            outputs = gather(self, shards)
+            outputs = merge_outputs(self, shards)
         self.finish_forward(shards, caught)
-        return self.collective.complete_outputs(self, outputs)
+        outputs = self.collective.complete_outputs(self, outputs)
+        if torch.is_grad_enabled():
+            # After the forward, which finds what it reaches beside the parameters.
+            tensors = [*self.trainable, *self.inputs_with_grad]
+            outputs = [*_ShardsNode.apply(self, outputs, *tensors)]  # type: ignore[no-untyped-call]
+        return outputs
 
     def _forward_shard(self, k: int) -> Shard:
         replica = self.replicas.borrow(self.module)
@@ -279,5 +286,35 @@ class ShardedCall:
         with torch.no_grad():
             for i, number in enumerate(self.differentiable):
                 value, dim = self.split.flat[number], self.split.dims[number]
-                sums.append(gather_input_grad(self, value, dim, [grads[i] for grads in of_inputs]))
+                sums.append(merge_input_grad(self, value, dim, [grads[i] for grads in of_inputs]))
         return sums
+
+
+class _ShardsNode(torch.autograd.Function):
+    """Puts the shards into the caller's graph as one node, with the parameters as its inputs.
+
+    Autograd itself then adds the sums to ``.grad``, runs the parameters' hooks, and knows what
+    ``torch.autograd.grad`` asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: ShardedCall, outputs: list[Any], *_: Tensor) -> tuple[Any, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        fixed = [
+            o
+            for o, differs in zip(outputs, call.differentiable_outputs, strict=True)
+            if isinstance(o, Tensor) and not differs
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) through SphereParallel: gradients of gradients would "
+                "need the shards' graphs a second time; compute such a loss on the bare "
+                "model.module, or after model.forward.remove() where parallelize_ was called"
+            )
+        return (None, None, *ctx.call.run_backward(grads))

@@ -1,4 +1,4 @@
-"""The handshake over a transport of threads: long payloads, errors, and ranks that diverge."""
+"""`CheckedGather` over a transport of threads: long payloads, errors, and ranks that diverge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from torch_spheres.distributed.handshake import CheckedGather, gather_objects
+from torch_spheres.distributed.checked_gather import CheckedGather, gather_objects
 from torch_spheres.distributed.transport import Transport
 from torch_spheres.errors import DeferredError, RankError
 
