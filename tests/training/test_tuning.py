@@ -13,7 +13,13 @@ from torch.nn import functional as F
 import torch_spheres as ts
 from torch_spheres.runtime.malloc import keep_freed_memory
 from torch_spheres.training import autotune
-from torch_spheres.training.autotune import Tuner, all_ways, lean_ways, reproducible_ways
+from torch_spheres.training.autotune import (
+    Tuner,
+    all_ways,
+    lean_ways,
+    reproducible_ways,
+    waiting_ways,
+)
 
 
 def names(ways, leaves=12, concurrency=2):
@@ -31,6 +37,7 @@ def test_ways_worth_trying():
     assert names(all_ways) == [
         "whole batch, intra-op threads",
         "12 shards in turn, intra-op threads",
+        "2 shards on 2 spheres, OpenMP threads kept",
         "2 shards on 2 spheres",
         *names(reproducible_ways),
     ]
@@ -39,6 +46,8 @@ def test_ways_worth_trying():
     assert names(reproducible_ways, 12, 0) == ["12 shards in turn, intra-op threads"]
     assert names(all_ways, 12, 0) == names(all_ways)[:2]
     assert names(lean_ways, 12, 0) == names(reproducible_ways, 12, 0)
+    assert names(waiting_ways) == names(reproducible_ways)[:2]
+    assert names(waiting_ways, 12, 1) == ["12 shards on 1 sphere"]
     assert names(lean_ways, 144, 2) == [
         "144 shards in turn, intra-op threads",
         "144 shards on 2 spheres, OpenMP threads kept",
@@ -56,13 +65,12 @@ def tune(tuner, cost_of, limit=100):
     return steps
 
 
-@pytest.mark.parametrize("best", names(all_ways)[:5])
+@pytest.mark.parametrize("best", names(all_ways)[:6])
 def test_the_fastest_is_chosen(best):
     tuner = Tuner(all_ways(12, 2))
     steps = tune(tuner, lambda name, _: 1.0 if name == best else 1.5)
-    assert (
-        tuner.chosen.name == best and len(steps) == 15
-    )  # one block each; one sphere alone takes ages
+    assert tuner.chosen.name == best
+    assert len(steps) == 6 * 3  # one block each; one sphere alone takes ages
     assert tuner.costs[best] == 1.0
 
 
@@ -74,13 +82,18 @@ def test_close_ones_are_measured_longer_and_slow_first_steps_do_not_count():
     def cost(name, step):
         first, previous[0] = previous[0] != name, name
         noise = 0.3 if step % 5 == 0 else 0.0  # another program, now and then
-        return {plans[0]: 1.05, plans[1]: 1.0, plans[2]: 2.0, plans[3]: 9.0, plans[4]: 9.0}[
-            name
-        ] * (1.8 if first else 1.0 + noise)
+        return {
+            plans[0]: 1.05,
+            plans[1]: 1.0,
+            plans[2]: 2.0,
+            plans[3]: 9.0,
+            plans[4]: 9.0,
+            plans[5]: 9.0,
+        }[name] * (1.8 if first else 1.0 + noise)
 
     steps = tune(tuner, cost)
     assert tuner.chosen.name == plans[1]
-    assert len(steps) == 5 * 3 + 2 * (3 + 3)  # two of five come to the final
+    assert len(steps) == 6 * 3 + 2 * (3 + 3)  # two of six come to the final
     assert steps[-6:] == [plans[0]] * 3 + [plans[1]] * 3
 
 

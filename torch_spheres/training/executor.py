@@ -61,8 +61,9 @@ class ShardExecutor:
             return [fn(k) for k in range(count)]
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.
         variables = contextvars.copy_context()
-        if self.make_shard_sums is not None:
+        if self.plan.workers > 1 and not self.plan.keeps_openmp:
             stop_openmp_threads()
+        if self.make_shard_sums is not None:
 
             def run_all(run: Callable[[int], Any]) -> list[Any]:
                 return self.spheres.map(lambda k: variables.copy().run(run, k), range(count))
@@ -71,6 +72,4 @@ class ShardExecutor:
         if self.plan.workers == 1:
             one_item = lambda _: variables.run(lambda: [*map(fn, range(count))])  # noqa: E731
             return self.spheres.map(one_item, range(1))[0]
-        if not self.plan.keeps_openmp:
-            stop_openmp_threads()
         return self.spheres.map(lambda k: variables.copy().run(fn, k), range(count))
