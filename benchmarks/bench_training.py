@@ -1,7 +1,7 @@
 """Training steps on the spheres against plain torch, gradient accumulation and DDP.
 
 python benchmarks/bench_training.py [--quick] [--json PATH] [--concurrency N] [--models NAME ...]
-                                    [--workers-sweep 1,2,4,...] [--chart PATH]
+                                    [--workers-sweep 1,2,4,...] [--compile] [--chart PATH]
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ from functools import partial
 from pathlib import Path
 
 from common import Ratio, Report, Row, Section, arguments, best_of, duration, race
-from contestants import DDP, FEWER, FORWARD_BACKWARD, OURS, PEERS, REPRODUCIBLE, TUNED, Setup
+from contestants import (
+    DDP,
+    EAGER,
+    FEWER,
+    FORWARD_BACKWARD,
+    OURS,
+    PEERS,
+    PLAIN,
+    REPRODUCIBLE,
+    TUNED,
+    Setup,
+)
 from crews import Crew, Crews
 from models import ZOO, Task
 
 import torch_spheres as ts
 
-WAYS = (*PEERS, *OURS)
+COMPILED_WAYS = (EAGER, PLAIN, TUNED, REPRODUCIBLE, FORWARD_BACKWARD)  # most compile for minutes
 BEST_SHARDS = "reproducible=True with the best number of shards"
+WAYS = (*(way for way in PEERS if way != EAGER), *OURS)
 TOLERANCE = 1e-3  # of losses and gradients, between contestants
 PATIENCE = 150  # warm-up steps, after which a way is measured whether it is ready or not
 
@@ -40,6 +52,7 @@ class Sizes:
     """How many models are trained on large batches; None means all."""
 
 
+SIZES = ("small", "large")
 FULL = Sizes((3, 7), 35.0, 0.25, None)
 QUICK = Sizes((2, 2), 0.0, 0.0, 2)
 
@@ -56,7 +69,7 @@ class Outcome:
 
     def of(self, workers: int) -> dict[str, list[float]]:
         """Each way's seconds of a step in each round; without the ways that are missing."""
-        keys = {way: key(way, workers) for way in WAYS}
+        keys = {way: key(way, workers) for way in (*PEERS, *OURS)}
         return {way: self.seconds[k] for way, k in keys.items() if k in self.seconds}
 
 
@@ -68,18 +81,31 @@ def counted(workers: int) -> str:
     return "1 worker" if workers == 1 else f"{workers} workers"
 
 
+def joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
 # ---- one model at one batch size ----
 
 
-def measure(task: Task, rows: int, workers: Sequence[int], sizes: Sizes) -> Outcome:
+def measure(
+    task: Task, rows: int, workers: Sequence[int], sizes: Sizes, compiled: bool = False
+) -> Outcome:
     outcome = Outcome(task, rows)
-    with Crews([Setup(way, task.name, rows, n) for n in workers for way in WAYS]) as crews:
+    setups = [
+        Setup(way, task.name, rows, n, compiled=compiled)
+        for n in workers
+        for way in (COMPILED_WAYS if compiled else WAYS)
+    ]
+    with Crews(setups) as crews:
         outcome.missing = {key(s.way, s.workers): why for s, why in crews.missing.items()}
-        verify(crews.there)
+        wrong = verify(crews.there)
+        assert compiled or not wrong, f"{wrong}: nothing is worth timing"
         named = {key(crew.setup.way, crew.setup.workers): crew for crew in crews.there}
         once = []  # seconds of a step, roughly
         for name, crew in named.items():
-            seconds, outcome.notes[name] = warm_up(crew)
+            seconds, note = warm_up(crew)
+            outcome.notes[name] = joined(note, wrong.get(name, ""))
             once.append(seconds)
         steps = max(1, math.ceil(sizes.sample_seconds / statistics.median(once)))
         least, most = sizes.rounds
@@ -89,15 +115,21 @@ def measure(task: Task, rows: int, workers: Sequence[int], sizes: Sizes) -> Outc
     return outcome
 
 
-def verify(crews: Sequence[Crew]) -> None:
-    """Raises AssertionError unless all compute the same loss and gradient, up to rounding."""
-    found = {crew.setup: crew.ask("check") for crew in crews}
-    expected = next(iter(found.values()))
-    for setup, values in found.items():
-        for a, b, what in zip(values, expected, ("loss", "gradient's norm"), strict=True):
-            assert math.isclose(a, b, rel_tol=TOLERANCE), (
-                f"{setup}: {what} {a}, where {crews[0].setup.way} has {b}: nothing is worth timing"
-            )
+def verify(crews: Sequence[Crew]) -> dict[str, str]:
+    """What does not compute the first one's loss and gradient, up to rounding.
+
+    (torch.compile has been seen to give a whole batch, cut into no shards, another gradient.)
+    """
+    wrong: dict[str, str] = {}
+    first, *others = crews
+    expected = first.ask("check")
+    for crew in others:
+        found = crew.ask("check")
+        for a, b, what in zip(found, expected, ("loss", "gradient's norm"), strict=True):
+            if not math.isclose(a, b, rel_tol=TOLERANCE):
+                name = key(crew.setup.way, crew.setup.workers)
+                wrong[name] = f"{what} is {a:.4g}, where {first.setup.way} has {b:.4g}"
+    return wrong
 
 
 def warm_up(crew: Crew) -> tuple[float, str]:
@@ -125,24 +157,28 @@ def table(outcomes: Sequence[Outcome], size: str, workers: int) -> Section:
     for outcome in outcomes:
         name = f"{outcome.task.name}, {outcome.rows} rows"
         samples = outcome.of(workers)
-        peers = {way: samples[way] for way in PEERS}
+        notes = {way: outcome.notes.get(key(way, workers), "") for way in samples}
+        peers = {way: samples[way] for way in PEERS if way in samples}
         best = best_of(peers, PEERS)
         section.samples |= {f"{name}: {way}": times for way, times in samples.items()}
-        for way in PEERS:
+        for way in peers:
             section.add(
                 Row(
-                    f"{name}: {way}", median(peers[way]), note="fastest peer" if way == best else ""
+                    f"{name}: {way}",
+                    median(peers[way]),
+                    note=joined("fastest peer" if way == best else "", notes.get(way, "")),
                 )
             )
         for way in OURS:
             if way not in samples:
-                why = outcome.missing[key(way, workers)]
-                section.add(Row(f"{name}: {way}", "not available", note=why))
+                if why := outcome.missing.get(key(way, workers)):
+                    section.add(Row(f"{name}: {way}", "not available", note=why))
                 continue
             ratio = Ratio.of(peers[best], samples[way])
-            against_ddp = Ratio.of(peers[DDP], samples[way]).median
+            against_ddp = "not measured"
+            if DDP in peers:
+                against_ddp = f"{Ratio.of(peers[DDP], samples[way]).median:.2f}"
             target = 0.97 if way == TUNED else None
-            note = outcome.notes[key(way, workers)]
             section.add(
                 Row(
                     f"{name}: {way}",
@@ -150,7 +186,7 @@ def table(outcomes: Sequence[Outcome], size: str, workers: int) -> Section:
                     ratio,
                     "" if target is None else f">= {target:g}",
                     None if target is None else ratio.median >= target,
-                    f"DDP / ours {against_ddp:.2f}" + (note and f"; {note}"),
+                    joined(f"DDP / ours {against_ddp}", notes[way]),
                 )
             )
     return section
@@ -204,7 +240,7 @@ def advantage(samples: dict[str, list[float]], way: str, peer: str | None) -> fl
     """How many times as long as `way` the peer took, or the fastest peer."""
     if way == BEST_SHARDS:  # whoever trains can choose, by `suggest_shards`
         way = best_of(samples, (REPRODUCIBLE, *FEWER))
-    if way not in samples:
+    if way not in samples or (peer is not None and peer not in samples):
         return None
     return Ratio.of(samples[peer or best_of(samples, PEERS)], samples[way]).median
 
@@ -245,6 +281,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: [int(part) for part in text.split(",")],
         help="measure with so many workers each; takes a multiple of the time and of the memory",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile all models, and measure plain torch and the main ways; takes an hour",
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="of the batches")
     parser.add_argument("--chart", type=Path, help="draw a picture; needs matplotlib")
 
 
@@ -276,6 +318,7 @@ def main() -> None:
         "concurrency": options.concurrency,
         "quick": options.quick,
         "models": [task.name for task in tasks],
+        "compile": options.compile,
         **vars(sizes),
     }
     report = Report("bench_training", settings)
@@ -283,12 +326,14 @@ def main() -> None:
     settings["workers"] = workers
     outcomes: dict[str, list[Outcome]] = {"small": [], "large": []}
     for size, group in outcomes.items():
+        if size not in options.sizes:
+            continue
         for task in tasks if size == "small" else tasks[: sizes.large_models]:
             rows = getattr(task, size)
             if options.quick:  # tiny, but something for everyone
                 rows = {"small": 1, "large": 2}[size] * -(-24 // workers[-1]) * workers[-1]
             start = time.monotonic()
-            group.append(measure(task, rows, workers, sizes))
+            group.append(measure(task, rows, workers, sizes, options.compile))
             rounds = len(next(iter(group[-1].seconds.values())))
             took = time.monotonic() - start
             report.console.print(f"{task.name}, {rows} rows: {rounds} rounds, {took:.0f} s in all")

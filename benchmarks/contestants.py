@@ -22,6 +22,7 @@ from models import TASKS, Task
 from torch import Tensor, nn
 
 PLAIN = "plain"
+EAGER = "plain, not compiled"  # only where the others are
 ACCUMULATE = "accumulate"
 DDP = "DDP"
 TUNED = "reproducible=False"
@@ -30,7 +31,7 @@ FORWARD_BACKWARD = "forward_backward"
 
 FEWER = {f"reproducible=True, shards={n}": n for n in (4, 2)}
 
-PEERS = (PLAIN, ACCUMULATE, DDP)
+PEERS = (PLAIN, EAGER, ACCUMULATE, DDP)
 OURS = (TUNED, REPRODUCIBLE, *FEWER, FORWARD_BACKWARD)
 
 SHARDS = 12
@@ -51,6 +52,8 @@ class Setup:
     """Intra-op threads, processes or spheres that run at once, as the way has it."""
     optimizer: str = "SGD"
     levels: int = 2
+    compiled: bool = False
+    """Whether the model is compiled by `torch.compile`, but for `EAGER`."""
     rank: int = 0
     meeting: str = ""
     """A file through which DDP's processes find each other."""
@@ -126,8 +129,10 @@ def on_spheres(setup: Setup, model: nn.Module) -> nn.Module:
 
 
 def build(setup: Setup, task: Task) -> tuple[nn.Module, Gradients]:
-    model = task.seeded()
-    if setup.way == PLAIN:
+    model: nn.Module = task.seeded()
+    if setup.compiled and setup.way != EAGER:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if setup.way in (PLAIN, EAGER):
         return model, whole(model, task)
     if setup.way == ACCUMULATE:
         return model, accumulated(model, task)
