@@ -180,6 +180,34 @@ def fork_join(
     return section
 
 
+def sleeps(spheres: KissingSpheres, sizes: Sizes) -> Section:
+    """How often a thread goes to sleep in a fork-join; Linux counts them for each thread."""
+    section = Section(f"fork-join of 12 empty native items, {spheres.concurrency} threads: sleeps")
+    noop, items, forks = nothing(), range(12), 10 * sizes.forks
+
+    def counts() -> dict[str, int]:
+        found = {}
+        for status in Path("/proc/self/task").glob("*/status"):
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+            who = "the caller" if fields["Pid"] == fields["Tgid"] else fields["Name"]
+            found[who] = int(fields["voluntary_ctxt_switches"])
+        return {k: n for k, n in found.items() if k == "the caller" or k.startswith("sphere")}
+
+    for pause_us in (0, 1000):
+        before = counts()
+        for _ in range(forks):
+            if pause_us:
+                time.sleep(pause_us / 1e6)
+            spheres.distribute_work(items, noop).wait()
+        slept = {k: (n - before.get(k, 0)) / forks for k, n in counts().items()}
+        slept["the caller"] -= bool(pause_us)  # its own rest
+        rest = f"after {pause_us / 1000:g} ms of rest" if pause_us else "one after the other"
+        each = ", ".join(f"{name} {n:.2f}" for name, n in slept.items() if n >= 0.005)
+        section.add(Row(rest, f"{sum(slept.values()):.2f}", note=each))
+        section.samples[rest] = [slept]
+    return section
+
+
 def life(sizes: Sizes) -> Section:
     section = Section("start and stop together, and what the spheres cost when idle")
 
@@ -345,6 +373,8 @@ def main() -> None:
         report.add(native_items(spheres, peer, sizes))
         report.add(fork_join(spheres, peer, sizes, pause_us=0))
         report.add(fork_join(spheres, peer, sizes, pause_us=1000))
+        if Path("/proc/self/task").exists():
+            report.add(sleeps(spheres, sizes))
         report.add(training_step(spheres, sizes))
     report.add(life(sizes))
     report.add(stealing(sizes))
