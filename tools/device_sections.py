@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("MNIST CNN", "Transformer", "ResNet-18", "GPT-2, 4 layers")
+MODELS = {"MNIST CNN": "large", "Transformer": "small", "ResNet-18": "small",
+          "GPT-2, 4 layers": "small"}  # by model: which of its batches  # fmt: skip
+WANTED = (
+    "MNIST CNN",
+    "GPT-2, 4 layers",
+)  # for these there are targets on as many workers as shards
 A_COUNT = 20  # seconds that one number of workers may take
 BITS = ("mlp with dropout", "cnn with batch norm", "transformer with dropout")
 
@@ -234,12 +239,12 @@ def check_training(until: float) -> Result:
         if now > end:
             yield name, "not measured: no time was left", None
             continue
-        task = TASKS[name]
-        setups = [Setup(way, name, task.small, n) for n in counts for way in (*peers, *ours)]
+        rows: int = getattr(TASKS[name], MODELS[name])
+        setups = [Setup(way, name, rows, n) for n in counts for way in (*peers, *ours)]
         one: dict[str, float] = {}
         with Crews(setups) as crews:
             for n in counts:
-                title = f"{name}, {task.small} rows, {n} worker{'s' * (n > 1)}"
+                title = f"{name}, {rows} rows, {n} worker{'s' * (n > 1)}"
                 title += " (12 of ours: there are 12 shards)" * (n > SHARDS)
                 if time.monotonic() > end:
                     yield title, "not measured: no time was left", None
@@ -254,6 +259,8 @@ def check_training(until: float) -> Result:
                     if way in ours:
                         plain, ddp = (median[peer] / value for peer in peers)
                         text += f"; plain / ours {plain:.2f}, DDP / ours {ddp:.2f}"
+                    if (n, way) == (SHARDS, REPRODUCIBLE) and name in WANTED:
+                        text += " (8 times one worker and 1.5 times plain torch are wanted)"
                     yield f"{title}: {way}", text, None
 
 
