@@ -49,9 +49,14 @@ def test_wherever_a_tensor_begins_in_memory():
     assert of(torch.zeros(0)) == of(torch.zeros(0))
 
 
-def test_first_values_are_not_only_summed():
-    table = torch.randn(20, 8)
+@pytest.mark.parametrize("rows", [20, 5000])
+def test_values_that_have_changed_places_show(rows):
+    table = torch.randn(rows, 8)
     assert of(table.flip(0)) != of(table)
+    for here, there in ((0, 1), (0, rows - 1), (rows // 2, rows // 2 + 1), (rows - 2, rows - 1)):
+        swapped = table.clone()
+        swapped[[here, there]] = table[[there, here]]
+        assert of(swapped) != of(table)
 
 
 def test_what_is_compared():

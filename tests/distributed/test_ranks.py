@@ -236,3 +236,28 @@ dist.destroy_process_group()
 def test_lazy_modules_learn_their_shapes_on_any_number_of_ranks():
     seen = {printed(r.stdout) for world in (1, 3) for r in fork_server.run_ranks(world, LAZY)}
     assert len(seen) == 1 and "0x" in seen.pop()
+
+
+GROUPS = """
+import gc, weakref, torch, torch.distributed as dist, torch_spheres as ts
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+gone = []
+for _ in range(3):
+    group = dist.new_group([0, 1])
+    gone.append(weakref.ref(group))
+    with ts.KissingSpheres(concurrency=1) as spheres:
+        model = ts.SphereParallel(torch.nn.Linear(2, 2), spheres, process_group=group)
+        model(torch.ones(6, 2)).sum().backward()
+    dist.destroy_process_group(group)
+    del model, group
+    gc.collect()
+print([ref() is None for ref in gone])
+dist.destroy_process_group()
+"""
+
+
+def test_groups_that_were_destroyed_are_let_go():
+    """All but the last, which the next one's first use lets go."""
+    for rank in fork_server.run_ranks(2, GROUPS):
+        assert printed(rank.stdout) == "[True, True, False]\n"

@@ -60,7 +60,7 @@ def test_a_plan_says_whether_they_are_ended_before_the_shards_run(monkeypatch, k
 def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():
     """From Python 3.12 on nobody can start a thread then; what else goes wrong is an error."""
     done = fork_server.run("""
-import threading
+import threading, torch
 from torch_spheres.runtime import thread_hooks
 
 def refuse(self):
@@ -70,9 +70,11 @@ threading.Thread.start = refuse
 text = "can't create new thread at interpreter shutdown"
 thread_hooks._enter("sphere 0")
 text = "can't start new thread"
+torch.set_num_threads(3)
 try:
     thread_hooks._enter("sphere 0")
 except RuntimeError as error:
     print(error)
+print(torch.get_num_threads())
 """)
-    assert (done.stdout, done.stderr) == ("can't start new thread\n", "")
+    assert (done.stdout, done.stderr) == ("can't start new thread\n3\n", "")

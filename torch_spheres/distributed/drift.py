@@ -29,6 +29,7 @@ __all__ = [
 
 _OFTEN = 64  # calls between two comparisons, once there were so many
 _SMALL = 1 << 14  # bytes of a tensor that go into a checksum of their order
+_COLUMNS = 2048  # items of a row of which the rest of a tensor is taken to be made
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size
 _SETTINGS = (bool, int, float, str, tuple, type(None))  # types of compared hyperparameters
 _PLAIN = (Tensor, nn.Parameter)  # subclasses may be shards, or compute their values
@@ -51,15 +52,24 @@ def comparable_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of a tensor's bits: of a large one's beginning, and of the sum of all, which is faster."""
+    """Of a tensor's bits: of a large one's beginning, and of sums of all, which is faster.
+
+    All rows and all columns of `_COLUMNS` items are summed, so that values that have changed
+    places count too.
+    """
     value = tensor.detach().resolve_conj().resolve_neg().contiguous()
     flat = (torch.view_as_real(value) if value.is_complex() else value).reshape(-1)
     crc = zlib.crc32(flat[: _SMALL // flat.itemsize].view(torch.uint8).cpu().numpy().data)
     if flat.nbytes <= _SMALL:
         return crc
     # Summed as integers of the item's size, which have its alignment.
-    total = int(flat.view(_INTEGERS[flat.itemsize]).sum(dtype=torch.int64))
-    return zlib.crc32(str(total).encode(), crc)
+    items = flat.view(_INTEGERS[flat.itemsize])
+    table, rest = items.split([len(items) // _COLUMNS * _COLUMNS, len(items) % _COLUMNS])
+    table = table.view(-1, _COLUMNS)
+    sums = [table.sum(dim, dtype=torch.int64).cpu() for dim in (0, 1)]
+    for part in (*sums, rest.cpu()):
+        crc = zlib.crc32(part.numpy().data, crc)
+    return crc
 
 
 @torch.no_grad()

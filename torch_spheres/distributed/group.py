@@ -82,6 +82,9 @@ def find_ranks(process_group: ProcessGroup | bool | None, shards: int = 0) -> Ra
     group = dist.group.WORLD if process_group is None else process_group
     known = _by_group.get(group)
     if known is None:
+        for other, ranks in [*_by_group.items()]:
+            if not ranks.exists():  # it holds its group, which would never go
+                del _by_group[other]
         known = _by_group[group] = Ranks(process_group)
     return known
 

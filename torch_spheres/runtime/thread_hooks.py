@@ -46,12 +46,13 @@ def take_one_intra_op_thread() -> None:
     with _lock:
         default = torch.get_num_threads()
         torch.set_num_threads(1)
-        restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
         try:
+            restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
             restorer.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if "shutdown" in str(error):
                 return  # Python 3.12 and later: no thread will come that would read the default
+            torch.set_num_threads(default)  # this thread's too, which will run nothing
             raise
         restorer.join()
 
