@@ -165,16 +165,17 @@ class ModuleCopy:
             if value is None:
                 buffers[name] = None
                 continue
+            given = value.detach()
             own = is_own is None or is_own(self.source, name, value)
             if own:
                 # Each shard has a new tensor, since a graph may have saved the last shard's.
                 mine = copies.get(id(value))
                 if mine is None:
-                    mine = copies[id(value)] = value.detach().clone()
+                    mine = copies[id(value)] = given.clone()
             else:
-                mine = value.detach() if value.requires_grad else value
+                mine = given if value.requires_grad else value
             buffers[name] = mine
-            taken.append(Buffer(self.source, self.copied, name, value.detach(), mine, own))
+            taken.append(Buffer(self.source, self.copied, name, given, mine, own))
 
     def compile(self) -> None:
         """Compiles the copy as the source is compiled."""
