@@ -18,7 +18,6 @@
 
 namespace torch_spheres {
 
-/// Atomic: tests put another in its place, which gives other threads a chance at every access.
 template <template <typename> class Atomic>
 class BasicPermits {
  public:
