@@ -39,8 +39,7 @@ class Route {
     return route;
   }
 
-  std::int32_t leaves() const { return leaves_; }
-  /// Of a batch of so many items: the others have nothing.
+  /// How many leaves a batch of so many items has any for.
   std::int32_t count(std::int64_t items) const {
     return static_cast<std::int32_t>(std::min<std::int64_t>(items, leaves_));
   }

@@ -111,9 +111,9 @@ class BasicStateClock {
 
  private:
   std::uint64_t at_least_as_before(std::size_t state, std::uint64_t ns) const {
-    std::uint64_t before = told_[state].load(std::memory_order_relaxed);
+    std::uint64_t before = reported_[state].load(std::memory_order_relaxed);
     while (before < ns) {
-      if (told_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
+      if (reported_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
     }
     return before;
   }
@@ -125,8 +125,8 @@ class BasicStateClock {
   }
   Atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
   std::array<Atomic<std::uint64_t>, kStates> ns_{};
-  Atomic<std::uint32_t> changes_{0};                           // odd during a transition
-  mutable std::array<Atomic<std::uint64_t>, kStates> told_{};  // the most that was read
+  Atomic<std::uint32_t> changes_{0};                               // odd during a transition
+  mutable std::array<Atomic<std::uint64_t>, kStates> reported_{};  // the most that was read
 };
 using StateClock = BasicStateClock<std::atomic>;
 

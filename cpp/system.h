@@ -54,7 +54,7 @@ class System {
   bool running() const { return running_.load(std::memory_order_acquire); }
   /// Takes no more work, cancels items that have not begun, opens barriers, sends the spheres home.
   void request_stop();
-  bool stop_requested() const { return stopping(); }
+  bool stopping() const { return stopping_.load(std::memory_order_acquire); }
   /// True once every thread has ended and is joined.
   bool join_for(Milliseconds timeout);
   /// True in a child process of the one that made it, where another thread may have held any lock
@@ -132,7 +132,6 @@ class System {
   void dispatch();
   void grant(std::int32_t leaf);
   void wake_level(int level);
-  bool stopping() const { return stopping_.load(std::memory_order_acquire); }
 
   // Meetings: whose number is in the barrier, and whose level and ticket were stored before it.
   std::uint32_t open_meeting(int level);

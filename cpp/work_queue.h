@@ -228,7 +228,7 @@ class WorkRing {
   /// Whether there are any.
   bool may_have_work() const { return open_.load() != 0; }
   bool may_have_work_beside(const Slot& slot) const {
-    return (open_.load() & ~(std::uint64_t{1} << slot.batch->slot_)) != 0;
+    return (open_.load() & ~bit_of(*slot.batch)) != 0;
   }
   bool may_have_work(std::uint64_t end) const {
     bool any = false;
@@ -237,7 +237,7 @@ class WorkRing {
   }
   /// For a visitor that has found nothing left to take; true if nobody else had.
   bool close(const Slot& slot) {
-    const std::uint64_t bit = std::uint64_t{1} << slot.batch->slot_;
+    const std::uint64_t bit = bit_of(*slot.batch);
     return (open_.load() & bit) != 0 && (open_.fetch_and(~bit) & bit) != 0;
   }
   /// Where a batch was put; it may be done, and the next one stand there.
@@ -265,7 +265,7 @@ class WorkRing {
     slot.ticket.store(ticket, std::memory_order_relaxed);
     // The bit first: a late visitor of the slot's last batch may enter, and even complete this one,
     // as soon as pending is not zero, and completing takes the bit away.
-    const std::uint64_t bit = std::uint64_t{1} << last_;
+    const std::uint64_t bit = bit_of(*batch);
     taken_.fetch_or(bit, std::memory_order_acq_rel);
     slot.pending.store(n, std::memory_order_release);
     tail_.store(ticket + 1);
@@ -291,7 +291,7 @@ class WorkRing {
   std::shared_ptr<Batch> leave(Slot& slot, std::int64_t finished, bool* was_open = nullptr) {
     if (slot.pending.fetch_sub(finished + 1, std::memory_order_acq_rel) != finished + 1) return {};
     std::shared_ptr<Batch> batch = std::move(slot.batch);
-    const std::uint64_t bit = std::uint64_t{1} << batch->slot_;
+    const std::uint64_t bit = bit_of(*batch);
     const std::uint64_t open = open_.fetch_and(~bit);
     if (was_open != nullptr) *was_open = (open & bit) != 0;
     taken_.fetch_and(~bit, std::memory_order_acq_rel);
@@ -349,6 +349,8 @@ class WorkRing {
   }
 
  private:
+  /// Of its slot, in taken_ and open_.
+  static std::uint64_t bit_of(const Batch& batch) { return std::uint64_t{1} << batch.slot_; }
   /// In no order: calls see(index of a slot, ticket) for those whose tickets are below `end`.
   template <typename See>
   void each_open(std::uint64_t end, See see) const {

@@ -225,7 +225,8 @@ class NativeFunction:
     Args:
         address: of the function, as ctypes (``ctypes.cast(f, ctypes.c_void_p).value``) or Numba
             (``cfunc.address``) have it.
-        context: passed on with each item; the address of what the function reads and writes.
+        context: passed on with each item; the address of what the function reads and writes,
+            or 0.
         owner: any object; kept alive as long as this one and its work, for what the two addresses
             point to.
 

@@ -19,7 +19,7 @@ void pause(PySystem& self) {
     const py::gil_scoped_release release;
     self.core().pause();
   }
-  if (self.core().stop_requested()) throw StoppedError("the spheres were stopped");
+  if (self.core().stopping()) throw StoppedError("the spheres were stopped");
 }
 
 void call_back(PySystem& self, SphereId leaf) {

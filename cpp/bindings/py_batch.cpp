@@ -31,7 +31,7 @@ void PyBatch::wait(Seconds timeout) const {
           ", from inside a work item, might wait for itself; wait on the thread that submitted the "
           "work");
     }
-    const CountedThread waiting(heard_->waiters);
+    const CountedThread waiting(shared_->waiters);
     if (!wait_until_done(timeout)) {
       throw Timeout("the work was not finished after", *timeout, "; it goes on, wait() again");
     }
@@ -58,7 +58,7 @@ bool PyBatch::wait_until_done(Seconds timeout) const {
 }
 
 void PyBatch::check() const {
-  if (batch_->failed() || batch_->cancelled() > 0) heard_->raised.store(true);
+  if (batch_->failed() || batch_->cancelled() > 0) shared_->raised.store(true);
   if (batch_->failed()) {
     if (work_) work_->raise();
     std::rethrow_exception(batch_->error());

@@ -79,10 +79,10 @@ class PyBatch {
   const std::shared_ptr<Batch>& core() const { return batch_; }
   bool done() const { return batch_->done(); }
   /// Whether what went wrong has reached somebody, through this handle or another.
-  bool was_raised() const { return heard_->raised.load(); }
+  bool was_raised() const { return shared_->raised.load(); }
   /// Whether it will: somebody waits for this batch.
   bool is_awaited() const { return waiters() > 0; }
-  int waiters() const { return heard_->waiters.load(); }
+  int waiters() const { return shared_->waiters.load(); }
   /// The first failed item's exception, or None.  GIL held.
   py::object error() const;
   /// False: it was not done in time.  Works along if its items are native and short.
@@ -100,7 +100,7 @@ class PyBatch {
 
  private:
   /// Shared by the copies of a handle; flags that carry no data.
-  struct Heard {
+  struct Shared {
     std::atomic<int> waiters{0};
     std::atomic<bool> raised{false};
   };
@@ -112,7 +112,7 @@ class PyBatch {
   std::shared_ptr<Batch> batch_;
   std::shared_ptr<PythonWork> work_;
   std::shared_ptr<const Pace> pace_;
-  std::shared_ptr<Heard> heard_ = std::make_shared<Heard>();
+  std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
 };
 
 }  // namespace torch_spheres::bindings

@@ -274,7 +274,7 @@ std::uint32_t PySystem::open_meeting(const char* what, Seconds timeout, int leve
   const bool opened = wait_interruptibly(timeout, [&](Milliseconds) {
     meeting = level == kAllLevels ? system_->try_open_epoch() : system_->try_open_barrier(level);
     if (meeting == 0) std::this_thread::sleep_for(Milliseconds(1));
-    return meeting != 0 || !system_->running() || system_->stop_requested();
+    return meeting != 0 || !system_->running() || system_->stopping();
   });
   if (!opened) {
     throw Timeout(std::string(what) + ": another barrier was still held after", *timeout);
@@ -295,7 +295,7 @@ void PySystem::meet(const char* what, Seconds timeout, int level) {
     throw Timeout(std::string(what) + ": not all spheres had arrived after", *timeout);
   }
   if (outcome == Meeting::kReleased) return;
-  if (system_->stop_requested() || !system_->running()) {
+  if (system_->stopping() || !system_->running()) {
     throw StoppedError(std::string(what) + ": the spheres were stopped before all had arrived");
   }
   std::optional<PyBatch> failed;
@@ -340,7 +340,7 @@ py::object PySystem::receive(SphereId sphere, Seconds timeout) {
     const bool got = wait_interruptibly(timeout, [&](Milliseconds time) {
       system_->wait_for_mail(sphere, time);
       letter = system_->try_receive(sphere);
-      return letter != nullptr || system_->stop_requested();
+      return letter != nullptr || system_->stopping();
     });
     if (!got) {
       throw Timeout("receive(): no message for sphere " + std::to_string(sphere) + " within",
