@@ -20,7 +20,6 @@ namespace torch_spheres {
 
 enum class Meeting : std::uint8_t { kPending, kReleased, kAborted };
 
-/// Atomic: tests put another in its place, which gives other threads a chance at every access.
 template <template <typename> class Atomic>
 class BasicBarrier {
  public:

@@ -24,6 +24,50 @@
 
 namespace torch_spheres {
 
+/// The leaves that somebody takes from, one after the other, each of them once: itself, its
+/// siblings, its cousins, and so on to the farthest.
+class Route {
+ public:
+  /// Beginning with `leaf`, as a leaf does.  Odd ones go down the row of siblings and even ones up,
+  /// so that two thieves who started side by side do not follow each other.
+  Route(std::int32_t leaf, std::int32_t leaves)
+      : leaf_(leaf), leaves_(leaves), up_(leaf / step() % 2 == 0) {}
+  /// From the last leaf down, as helpers do: those that are woken begin with the first.
+  static Route from_the_last(std::int32_t leaves) {
+    Route route(leaves - 1, leaves);
+    route.up_ = false;
+    return route;
+  }
+
+  /// How many leaves a batch of so many items has any for.
+  std::int32_t count(std::int64_t items) const {
+    return static_cast<std::int32_t>(std::min<std::int64_t>(items, leaves_));
+  }
+  /// The i-th of `count` leaves.
+  std::int32_t at(std::int32_t i, std::int32_t count) const {
+    if (count < leaves_ || leaves_ == 1) {
+      const std::int32_t first = std::min(leaf_, count - 1);
+      return (up_ ? first + i : first + count - i) % count;
+    }
+    // Siblings differ in the last digit of their paths, which is the first of a leaf's number.
+    std::int32_t other = 0;
+    std::int32_t far = i;
+    for (std::int32_t unit = step(); unit >= 1; unit /= kKissing, far /= kKissing) {
+      const std::int32_t away = far % kKissing;
+      const std::int32_t mine = leaf_ / unit % kKissing;
+      other += (up_ ? mine + away : mine + kKissing - away) % kKissing * unit;
+    }
+    return other;
+  }
+
+ private:
+  std::int32_t step() const { return std::max(1, leaves_ / kKissing); }
+
+  std::int32_t leaf_;
+  std::int32_t leaves_;
+  bool up_;
+};
+
 /// A sphere's hand in one batch that it visits.   Owner: all of it.
 class Claimer {
  public:

@@ -249,22 +249,6 @@ SUM_TARGET void sum_node(const Node& node) {
   }
 }
 
-SUM_TARGET static double read(const float* data, std::size_t n) {
-  // Four places at once, as one stream does not keep the memory busy on every machine.
-  constexpr std::size_t kLanes = SUM_BYTES / sizeof(float);
-  constexpr std::size_t kPlaces = 4;
-  const std::size_t part = n / kPlaces / kLanes * kLanes;
-  F32 sums[kPlaces] = {};
-  for (std::size_t i = 0; i < part; i += kLanes) {
-    for (std::size_t p = 0; p < kPlaces; ++p) sums[p] += load(Wide{}, data + p * part + i);
-  }
-  const F32 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;
-  for (std::size_t lane = 0; lane < kLanes; ++lane) total += static_cast<double>(sum[lane]);
-  for (std::size_t i = part * kPlaces; i < n; ++i) total += static_cast<double>(data[i]);
-  return total;
-}
-
 inline constexpr Kernels kKernels = {
     // In the order of DType.
     .leaves_to_out = {sum_node<Store::plain, float, float, float>,
@@ -287,7 +271,6 @@ inline constexpr Kernels kKernels = {
                      sum_node<Store::plain, double, double, double>,
                      sum_node<Store::plain, float, float, float>,
                      sum_node<Store::plain, float, float, float>},
-    .read = read,
 };
 
 #undef SUM_INLINE

@@ -49,7 +49,6 @@ struct Kernels {
   Kernel leaves_to_sums[4];
   Kernel sums_to_out[4];
   Kernel sums_to_sums[4];
-  double (*read)(const float*, std::size_t);
 };
 
 /// What an absent child reads.  x + -0.0 is x for every x, -0.0 included (+0.0 would turn -0.0 into
@@ -121,17 +120,8 @@ bool available(Isa isa) {
 /// Relaxed: it selects among constants, and every choice gives the same bits.
 std::atomic<int> g_isa{-1};  // -1: not chosen yet
 
-Isa current_isa() {
-  int isa = g_isa.load(std::memory_order_relaxed);
-  if (isa < 0) {
-    isa = static_cast<int>(best_isa());
-    g_isa.store(isa, std::memory_order_relaxed);
-  }
-  return static_cast<Isa>(isa);
-}
-
 const Kernels& kernels() {
-  switch (current_isa()) {
+  switch (active_isa()) {
 #if defined(__x86_64__)
     case Isa::avx2:
       return avx2::kKernels;
@@ -142,8 +132,6 @@ const Kernels& kernels() {
       return baseline::kKernels;
   }
 }
-
-std::size_t count_shards(int depth) { return static_cast<std::size_t>(Topology::count(depth)); }
 
 /// Bytes of one child's sums that an inner node holds at a time: 48 KiB of stack for all levels
 /// together.  A run shorter than a page costs bandwidth, as the CPU's prefetcher starts afresh with
@@ -241,7 +229,7 @@ bool is_streamed(const SumSegment& segment) {
 /// The only present shard, or null when there are more or none; `any` tells those apart.
 const void* only_shard(const SumSegment& segment, int depth, bool& any) {
   const void* found = nullptr;
-  for (std::size_t k = 0; k < count_shards(depth); ++k) {
+  for (std::size_t k = 0; k < static_cast<std::size_t>(Topology::count(depth)); ++k) {
     if (segment.shards[k] == nullptr) continue;
     any = true;
     if (found != nullptr) return nullptr;
@@ -253,14 +241,8 @@ const void* only_shard(const SumSegment& segment, int depth, bool& any) {
 }  // namespace
 
 std::size_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return 4;
-    case DType::float64:
-      return 8;
-    default:
-      return 2;
-  }
+  constexpr std::size_t sizes[] = {4, 8, 2, 2};
+  return sizes[static_cast<std::size_t>(dtype)];
 }
 
 void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::size_t end) {
@@ -293,32 +275,26 @@ void sum_range(const SumSegment& segment, int depth, std::size_t begin, std::siz
 }
 
 const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    default:
-      return "baseline";
-  }
+  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<std::size_t>(isa)];
 }
 
 std::vector<Isa> available_isas() {
-  std::vector<Isa> isas;
-  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-    if (available(isa)) isas.push_back(isa);
-  }
+  std::vector<Isa> isas = {Isa::baseline, Isa::avx2, Isa::avx512};
+  std::erase_if(isas, [](Isa isa) { return !available(isa); });
   return isas;
 }
 
-Isa best_isa() {
-  for (const Isa isa : {Isa::avx512, Isa::avx2}) {
-    if (available(isa)) return isa;
-  }
-  return Isa::baseline;
-}
+Isa best_isa() { return available_isas().back(); }
 
-Isa active_isa() { return current_isa(); }
+Isa active_isa() {
+  int isa = g_isa.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = static_cast<int>(best_isa());
+    g_isa.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
 
 void set_isa(Isa isa) {
   if (!available(isa)) {
@@ -331,7 +307,5 @@ void set_isa(Isa isa) {
   }
   g_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
 }
-
-double read_range(const float* data, std::size_t n) { return kernels().read(data, n); }
 
 }  // namespace torch_spheres

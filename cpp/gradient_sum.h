@@ -68,8 +68,4 @@ Isa active_isa();
 /// For tests: throws std::invalid_argument if this machine lacks the ISA.  The default is the best.
 void set_isa(Isa isa);
 
-/// Reads n floats and does nothing with them: the ceiling that a sum's bandwidth is compared with.
-/// Returns their sum in no particular order.
-double read_range(const float* data, std::size_t n);
-
 }  // namespace torch_spheres

@@ -13,37 +13,29 @@
 // Owner: all of it; not on a sphere's own thread.
 #pragma once
 
-#include <chrono>
-
 #include "system.h"
 
 namespace torch_spheres {
 
 class Helper {
  public:
-  explicit Helper(System& system) : system_(system), helps_(system.try_begin_help()) {}
+  explicit Helper(System& system) : system_(system), helps_(try_begin()) {}
   ~Helper() { end(); }
   Helper(const Helper&) = delete;
   Helper& operator=(const Helper&) = delete;
 
+  /// False if all permits were out, another thread helps, the root stands at a barrier or the
+  /// system is not running; and once no item is left to take.
   bool helps() const { return helps_; }
 
   /// Works for and waits for a batch that this thread submitted; true once it is done.  Takes
   /// longer than `timeout` by at most the items taken last.
-  bool wait_for(Batch& batch, Milliseconds timeout) {
-    const auto until = std::chrono::steady_clock::now() + timeout;
-    if (helps_) {
-      if (!system_.help(batch, timeout)) return batch.done();
-      end();  // all items are taken: the permit is for others
-    }
-    return system_.wait(batch, until);
-  }
+  bool wait_for(Batch& batch, Milliseconds timeout);
 
  private:
-  void end() {
-    if (helps_) system_.end_help();
-    helps_ = false;
-  }
+  bool try_begin();
+  bool run_items(const Batch& batch, Milliseconds time);
+  void end();
 
   System& system_;
   bool helps_;

@@ -32,6 +32,21 @@ inline constexpr std::uint64_t kSpinNs = 20'000;
 /// and has run something short.  With less, each sleeps just before the other is done, every time.
 inline constexpr std::uint64_t kWaiterSpinNs = 40'000;
 
+/// Counts a thread while it lives: those that spin, or wait, or are at something.
+class CountedThread {
+ public:
+  explicit CountedThread(std::atomic<int>& count) : count_(count), before_(count.fetch_add(1)) {}
+  ~CountedThread() { count_.fetch_sub(1); }
+  CountedThread(const CountedThread&) = delete;
+  CountedThread& operator=(const CountedThread&) = delete;
+  /// How many were counted already.
+  int before() const { return before_; }
+
+ private:
+  std::atomic<int>& count_;
+  const int before_;
+};
+
 /// Whether spinning has paid lately.  It does not where the one that is waited for needs this very
 /// core, or comes much later; then it is tried only now and then.   Any thread: everything.
 class Luck {
@@ -66,7 +81,6 @@ bool spin_until(Luck& luck, std::uint64_t ns, Condition condition) {
   return paid;
 }
 
-/// Atomic: tests put another in its place, which gives other threads a chance at every access.
 template <template <typename> class Atomic>
 class BasicParker {
  public:

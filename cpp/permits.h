@@ -18,7 +18,6 @@
 
 namespace torch_spheres {
 
-/// Atomic: tests put another in its place, which gives other threads a chance at every access.
 template <template <typename> class Atomic>
 class BasicPermits {
  public:
@@ -39,7 +38,6 @@ class BasicPermits {
  private:
   alignas(64) Atomic<std::int32_t> free_;
 };
-using Permits = BasicPermits<std::atomic>;
 
 /// A set of leaves, of which the lowest comes first: the same few threads stay warm when there are
 /// fewer permits than leaves.
@@ -83,7 +81,6 @@ class BasicLeafSet {
   const std::int32_t words_;
   const std::unique_ptr<Word[]> bits_;
 };
-using LeafSet = BasicLeafSet<std::atomic>;
 
 /// Whom to wake.  A batch was published, a permit released, a leaf became idle, or the one that
 /// looked found something or nothing: whoever did that asks next().  It gives one idle leaf a turn,

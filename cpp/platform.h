@@ -3,6 +3,9 @@
 //     sleeper:  while (word.load() == seen) wait_on(word, seen);       or wait_on(word, seen,
 //     until) waker:    word.store(other);  wake_one(word);                    or wake_all(word)
 //
+// In these headers an Atomic is std::atomic, or in tests one whose every access gives other threads
+// a chance (tests/cpp/shaky_atomic.h).
+//
 // Any thread: everything.  A wait ends when somebody wakes the word, when it does not hold `seen`
 // any more, when its time is over, or for no reason: callers loop.
 //
@@ -60,7 +63,6 @@ inline Place& place_of(const void* word) {
   static Place places[64];
   return places[reinterpret_cast<std::uintptr_t>(word) / 64 % 64];
 }
-/// Atomic: as in all of these, std::atomic or what tests put in its place.
 template <typename Atomic>
 void wait_on(const Atomic& word, std::uint32_t seen, Deadline until = kForever) {
   Place& place = place_of(&word);

@@ -1,17 +1,13 @@
 // Gathers rows that lie anywhere in memory into batches: what a loader of tensors does.
 //
-//     GatherJob job;
-//     job.add({numbers, rows, table, row_bytes, row_bytes, out});  // live until the job has run
-//     job.run_here();                                              // or GatherWork(job) on spheres
-//
-// Pieces are runs of rows of one column, large enough that a claim costs nothing beside them.
+//     GatherWork work;
+//     work.add({numbers, rows, table, row_bytes, row_bytes, out});  // live until it is done
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "piece_work.h"
 
@@ -20,88 +16,60 @@ namespace torch_spheres {
 /// One output: its row i comes from `stride * numbers[i]` bytes behind `table`.  (With no table and
 /// a stride of 1 the numbers are addresses: rows of several tables.)
 struct GatherColumn {
+  static constexpr State kState = State::kProcessing;
+  static constexpr TraceLabel kLabel = TraceLabel::kGather;
+  static constexpr bool kShareItems = false;
+  static constexpr std::size_t kItemBytes = 64 << 10;
+  static constexpr std::size_t kLeastElements = 1;
+  static constexpr std::size_t kLeastElementBytes = 64;  // a row is a cache line at least
+
   const std::int64_t* numbers;
   std::size_t rows;
   std::uintptr_t table;
   std::size_t stride, row_bytes;
   char* out;
-  const char* source(std::size_t row) const {
-    return reinterpret_cast<const char*>(table + stride * static_cast<std::size_t>(numbers[row]));
-  }
-};
 
-class GatherJob {
- public:
-  static constexpr State kState = State::kProcessing;
-  static constexpr TraceLabel kLabel = TraceLabel::kGather;
-
-  void add(const GatherColumn& column) {
-    const std::size_t index = columns_.size();
-    columns_.push_back(column);
-    bytes_ += column.rows * column.row_bytes;
-    const std::size_t rows =
-        std::max<std::size_t>(1, kPieceBytes / std::max<std::size_t>(column.row_bytes, kRowCost));
-    for (std::size_t begin = 0; begin < column.rows; begin += rows) {
-      pieces_.push_back({index, begin, std::min(column.rows, begin + rows)});
-    }
-  }
-
-  std::size_t bytes() const { return bytes_; }
-  std::int64_t items() const { return static_cast<std::int64_t>(pieces_.size()); }
-
-  void run_item(std::int64_t item) const {
-    const Piece& piece = pieces_[static_cast<std::size_t>(item)];
-    const GatherColumn& column = columns_[piece.column];
+  std::size_t size() const { return rows; }
+  std::size_t element_bytes() const { return row_bytes; }
+  void run(std::size_t begin, std::size_t end) const {
     // A row of a few bytes is one load and one store; memcpy of a size known only here is a call.
-    switch (column.row_bytes) {
+    switch (row_bytes) {
       case 0:
         return;
       case 1:
-        return copy<1>(column, piece);
+        return copy<1>(begin, end);
       case 2:
-        return copy<2>(column, piece);
+        return copy<2>(begin, end);
       case 4:
-        return copy<4>(column, piece);
+        return copy<4>(begin, end);
       case 8:
-        return copy<8>(column, piece);
+        return copy<8>(begin, end);
       default:
-        for (std::size_t i = piece.begin; i < piece.end; ++i) {
+        for (std::size_t i = begin; i < end; ++i) {
           // Rows of a shuffled batch are nowhere near each other: ask for them ahead of time.
-          if (i + kAhead < piece.end) prefetch(column.source(i + kAhead), column.row_bytes);
-          std::memcpy(column.out + i * column.row_bytes, column.source(i), column.row_bytes);
+          if (i + kAhead < end) prefetch(source(i + kAhead));
+          std::memcpy(out + i * row_bytes, source(i), row_bytes);
         }
     }
   }
-  void run_here() const {
-    for (std::int64_t item = 0; item < items(); ++item) run_item(item);
-  }
 
  private:
-  struct Piece {
-    std::size_t column, begin, end;
-  };
-  static constexpr std::size_t kPieceBytes = 64 << 10;
-  static constexpr std::size_t kRowCost = 64;  // a row is a cache line at least
-  static constexpr std::size_t kAhead = 2;     // rows
+  static constexpr std::size_t kAhead = 2;  // rows
 
-  static void prefetch(const char* row, std::size_t bytes) {
+  const char* source(std::size_t row) const {
+    return reinterpret_cast<const char*>(table + stride * static_cast<std::size_t>(numbers[row]));
+  }
+  void prefetch(const char* row) const {
     constexpr std::size_t kLine = 64, kLines = 64;  // a page; the hardware goes on from there
-    for (std::size_t i = 0; i < std::min(bytes, kLine * kLines); i += kLine) {
+    for (std::size_t i = 0; i < std::min(row_bytes, kLine * kLines); i += kLine) {
       __builtin_prefetch(row + i);
     }
   }
   template <std::size_t kBytes>
-  static void copy(const GatherColumn& column, const Piece& piece) {
-    for (std::size_t i = piece.begin; i < piece.end; ++i) {
-      std::memcpy(column.out + i * kBytes, column.source(i), kBytes);
-    }
+  void copy(std::size_t begin, std::size_t end) const {
+    for (std::size_t i = begin; i < end; ++i) std::memcpy(out + i * kBytes, source(i), kBytes);
   }
-
-  std::vector<GatherColumn> columns_;
-  std::vector<Piece> pieces_;
-  std::size_t bytes_ = 0;
 };
-
-using GatherWork = PieceWork<GatherJob>;
+using GatherWork = PieceWork<GatherColumn>;
 
 }  // namespace torch_spheres

@@ -1,8 +1,5 @@
 #include "sphere.h"
 
-#include <string>
-
-#include "claimer.h"
 #include "system.h"
 
 namespace torch_spheres {
@@ -46,7 +43,7 @@ void Sphere::wake_children() {
 void Sphere::rest() {
   if (is_leaf && !standing_ && !in_idle_) {
     in_idle_ = true;
-    if (const System::Spinning place(system_); place.allowed()) {
+    if (const CountedThread spinner(system_.spinners_); spinner.before() < system_.most_spinners_) {
       system_.turns_.awake.add(offset);
       system_.dispatch();
       if (parker.spin(system_.leaves_luck_)) return parker.park();  // which takes the token
@@ -100,7 +97,7 @@ void Sphere::arrive_if_ready() {
   if (standing_) return;
   // Whoever takes the last of the work from before wakes all leaves.
   if (is_leaf && (system_.ring_.may_have_work(system_.called_at_.load()) || !leave_idle())) return;
-  // end_help() wakes it.
+  // The end of the help wakes it.
   if (id == 0 && system_.root_taken_.exchange(true)) return;
   standing_ = true;
   if (system_.barrier_.arrive(meeting_)) system_.release_meeting(meeting_);

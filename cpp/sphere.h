@@ -5,7 +5,6 @@
 // Everything that others may want to know or change is atomic; the rest stands under "owner only".
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -76,8 +75,6 @@ class alignas(64) Sphere final : private Claimer::Looker {
   SharedCounter messages_sent;
   SharedCounter messages_received;
   Recorder recorder;  // of its own thread
-  /// When gradients of its shard were ready, for a trace; 0: they are not, or were taken.
-  std::atomic<std::uint64_t> gradient_at{0};
   /// The kernel's number of its thread, 0 before the first.
   std::atomic<std::int64_t> native_id{0};
   std::thread thread;

@@ -36,20 +36,10 @@ inline const char* state_name(State state) {
   return names[static_cast<int>(state)];
 }
 
-/// The one table of transitions.  READY is the hub: a sphere is awake between any two jobs.
+/// The one rule of transitions: READY is the hub, as a sphere is awake between any two jobs. (After
+/// TERMINATING, start() makes a new thread for the same sphere.)
 inline bool transition_allowed(State from, State to) {
-  constexpr auto bit = [](State s) { return 1u << static_cast<int>(s); };
-  constexpr unsigned hub = bit(State::kReady);
-  constexpr std::array<unsigned, kStates> to_states = {
-      /* READY        */ bit(State::kProcessing) | bit(State::kIdle) | bit(State::kWaiting) |
-          bit(State::kAccumulating) | bit(State::kTerminating),
-      /* PROCESSING   */ hub,
-      /* IDLE         */ hub,
-      /* WAITING      */ hub,
-      /* ACCUMULATING */ hub,
-      /* TERMINATING  */ hub,  // start() of a new thread for the same sphere
-  };
-  return (to_states[static_cast<std::size_t>(from)] & bit(to)) != 0;
+  return (from == State::kReady) != (to == State::kReady);
 }
 
 /// What ended with a transition of a StateClock; end 0: nothing did.
@@ -60,7 +50,6 @@ struct EndedState {
 };
 
 /// A sphere's state and the time spent in each.   Owner: transition.   Any thread: the rest.
-/// Atomic: tests put another in its place, which gives other threads a chance at every access.
 template <template <typename> class Atomic>
 class BasicStateClock {
  public:
@@ -122,9 +111,9 @@ class BasicStateClock {
 
  private:
   std::uint64_t at_least_as_before(std::size_t state, std::uint64_t ns) const {
-    std::uint64_t before = told_[state].load(std::memory_order_relaxed);
+    std::uint64_t before = reported_[state].load(std::memory_order_relaxed);
     while (before < ns) {
-      if (told_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
+      if (reported_[state].compare_exchange_weak(before, ns, std::memory_order_relaxed)) return ns;
     }
     return before;
   }
@@ -136,8 +125,8 @@ class BasicStateClock {
   }
   Atomic<std::uint64_t> packed_{static_cast<std::uint64_t>(State::kTerminating)};
   std::array<Atomic<std::uint64_t>, kStates> ns_{};
-  Atomic<std::uint32_t> changes_{0};                           // odd during a transition
-  mutable std::array<Atomic<std::uint64_t>, kStates> told_{};  // the most that was read
+  Atomic<std::uint32_t> changes_{0};                               // odd during a transition
+  mutable std::array<Atomic<std::uint64_t>, kStates> reported_{};  // the most that was read
 };
 using StateClock = BasicStateClock<std::atomic>;
 
@@ -149,6 +138,15 @@ class SharedCounter {
 
  private:
   std::atomic<std::uint64_t> value_{0};
+};
+
+/// A leaf's counters that claims touch.
+struct WorkCounters {
+  OwnerCounter items_run;
+  OwnerCounter items_stolen;
+  ItemTimes item_times;                              // but for pieces of gradient sums
+  std::array<OwnerCounter, kKissing> stolen_from{};  // items_stolen by the owner's group
+  alignas(64) SharedCounter items_given;
 };
 
 /// One sphere's figures at one moment.

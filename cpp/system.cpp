@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
-#include <utility>
 
 #include "claimer.h"
 
@@ -227,79 +226,9 @@ void System::leave(Slot& slot, std::int64_t finished) {
   news_.tell();
 }
 
-// ---- a hand from the thread that waits ----
-
-bool System::try_begin_help() {
-  if (topology_.levels() == 1) return false;  // the root is the leaf that does it
-  threads_.fetch_add(1);
-  // In this order: between join_for() and the end of the next start() one of the two says no.  Not
-  // when the root must get to a meeting: one helper after the other could keep it from there for
-  // ever.
-  if (!stopping() && running() && !calls(0) && turns_.permits.try_acquire()) {
-    if (!root_taken_.exchange(true)) return true;
-    turns_.permits.release();
-    dispatch();
-  }
-  thread_leaves();
-  return false;
-}
-
-bool System::help(const Batch& batch, Milliseconds time) {
-  Slot& slot = ring_.slot_of(batch);
-  if (!WorkRing::enter(slot)) return true;
-  if (slot.batch.get() != &batch) {  // it was done, and the next one stands there
-    leave(slot, 0);
-    return true;
-  }
-  const auto until = now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
-  Claimer claimer(ring_, slot, 0, Route::from_the_last(topology_.leaves()), leaf_counters_.data(),
-                  sphere(0).counters, until);
-  claimer.record_with(recorder_here());
-  run_work(slot, claimer);
-  const bool more = claimer.had_work();
-  close_if_empty(claimer);
-  leave(slot, claimer.finished());
-  return !more;
-}
-
-void System::end_help() {
-  root_taken_.store(false);
-  // seq_cst, like arrive_if_ready(): either the root finds itself not taken or its call is seen.
-  if (calls(0)) sphere(0).parker.wake();
-  turns_.permits.release();
-  dispatch();
-  thread_leaves();
-}
-
 // ---- statistics ----
 
-std::int64_t System::was_queued(SphereId id) const {
-  if (topology_.is_leaf(id)) return ring_.was_queued(Topology::offset(id));
-  std::int64_t queued = 0;
-  for (int group = 0; group < kKissing; ++group) queued += was_queued(Topology::child(id, group));
-  return queued;
-}
-
 SphereStats System::stats(SphereId id) const {
-  SphereStats stats = stats_but_queued(id);
-  stats.queued = static_cast<std::uint64_t>(was_queued(id));
-  return stats;
-}
-
-std::vector<SphereStats> System::stats() const {
-  std::vector<SphereStats> all;
-  all.reserve(spheres_.size());
-  for (const auto& sphere : spheres_) all.push_back(stats_but_queued(sphere->id));
-  // Each queue is looked at once, and an inner sphere has just what its children have.
-  for (SphereId id = topology_.total() - 1; id >= 0; --id) {
-    SphereStats& stats = all[static_cast<std::size_t>(id)];
-    if (topology_.is_leaf(id)) stats.queued = static_cast<std::uint64_t>(was_queued(id));
-    if (id > 0) all[static_cast<std::size_t>(Topology::parent(id))].queued += stats.queued;
-  }
-  return all;
-}
-
-SphereStats System::stats_but_queued(SphereId id) const {
   const Sphere& s = sphere(id);
   SphereStats stats;
   stats.id = id;
@@ -316,9 +245,21 @@ SphereStats System::stats_but_queued(SphereId id) const {
   stats.messages_received = s.messages_received.get();
   if (s.is_leaf) {
     stats.queue_high_water = high_water_[static_cast<std::size_t>(s.offset)].get();
+    stats.queued = static_cast<std::uint64_t>(ring_.was_queued(s.offset));
   }
   stats.state_ns = s.clock.times();
   return stats;
+}
+
+std::vector<SphereStats> System::stats() const {
+  std::vector<SphereStats> all;
+  all.reserve(spheres_.size());
+  for (const auto& sphere : spheres_) all.push_back(stats(sphere->id));
+  for (SphereId id = topology_.total() - 1; id > 0; --id) {
+    all[static_cast<std::size_t>(Topology::parent(id))].queued +=
+        all[static_cast<std::size_t>(id)].queued;
+  }
+  return all;
 }
 
 SubtreeTotals System::subtree_totals(SphereId top) const {
@@ -335,14 +276,52 @@ SubtreeTotals System::subtree_totals(SphereId top) const {
       totals.items_stolen += s.counters.items_stolen.get();
       totals.busy_ns += spent[static_cast<std::size_t>(State::kProcessing)] +
                         spent[static_cast<std::size_t>(State::kAccumulating)];
-      if (topology_.is_leaf(id)) {
-        totals.queued += static_cast<std::uint64_t>(ring_.was_queued(Topology::offset(id)));
+      if (s.is_leaf) {
+        totals.queued += static_cast<std::uint64_t>(ring_.was_queued(s.offset));
       }
     }
     first = Topology::child(first, 0);
     last = Topology::child(last, kKissing - 1);
   } while (top != 0 && topology_.contains(first));
   return totals;
+}
+
+// ---- traces: what is recorded beside what the spheres record themselves ----
+
+bool System::begin_trace(std::size_t capacity) {
+  const std::lock_guard lock(submit_mutex_);  // what is counted below is not submitted meanwhile
+  return tracer_.begin(spheres_, capacity, [this] {
+    std::int64_t queued = 0;
+    for (std::int32_t leaf = 0; leaf < topology_.leaves(); ++leaf) queued += ring_.was_queued(leaf);
+    return queued;
+  });
+}
+
+Recorder* System::recorder_here() {
+  if (!tracing()) return nullptr;
+  if (on_own_thread()) return &sphere(current()->id).recorder;
+  return tracer_.recorder_here();
+}
+
+void System::trace_queued(std::int64_t more) {
+  Recorder* recorder = more != 0 ? recorder_here() : nullptr;
+  if (recorder == nullptr) return;
+  const std::uint64_t now = now_ns();
+  recorder->record({now, now, more, 1, 0, TraceKind::kQueued, 0});
+}
+
+void System::trace_phase(TraceLabel phase, std::int64_t shard, std::uint64_t begin) {
+  Recorder* recorder = recorder_here();
+  if (recorder == nullptr) return;
+  recorder->record(
+      {begin, now_ns(), shard, 1, 0, TraceKind::kPhase, static_cast<std::uint8_t>(phase)});
+}
+
+void System::trace_gradient(SphereId source, std::uint64_t sent) {
+  if (Recorder* recorder = recorder_here()) {
+    recorder->record(
+        {sent, now_ns(), -1, 1, static_cast<std::int16_t>(source), TraceKind::kGradient, 0});
+  }
 }
 
 }  // namespace torch_spheres

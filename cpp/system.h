@@ -43,8 +43,6 @@ class System {
   /// concurrency >= 1: leaves that run at once.  Throws std::invalid_argument.
   System(int levels, int concurrency);
   ~System();  // stops and joins
-  System(const System&) = delete;
-  System& operator=(const System&) = delete;
 
   const Topology& topology() const { return topology_; }
   int concurrency() const { return concurrency_; }
@@ -56,7 +54,7 @@ class System {
   bool running() const { return running_.load(std::memory_order_acquire); }
   /// Takes no more work, cancels items that have not begun, opens barriers, sends the spheres home.
   void request_stop();
-  bool stop_requested() const { return stopping(); }
+  bool stopping() const { return stopping_.load(std::memory_order_acquire); }
   /// True once every thread has ended and is joined.
   bool join_for(Milliseconds timeout);
   /// True in a child process of the one that made it, where another thread may have held any lock
@@ -90,16 +88,6 @@ class System {
   /// Any thread.  A call that comes before the pause has that return at once.
   void call_back(SphereId leaf);
 
-  // ---- a hand from the thread that waits (use Helper) ----
-  /// Makes the calling thread one of the `concurrency` that run work; what it runs counts for the
-  /// root.  False if all permits are out, another thread helps, the root stands at a barrier or the
-  /// system is not running.
-  bool try_begin_help();
-  /// Runs items of a batch that this thread submitted.  True: none is left to take; false: the time
-  /// is over.
-  bool help(const Batch& batch, Milliseconds time);
-  void end_help();
-
   // ---- meetings ----
   /// Calls the spheres of a level together (after the work they have); 0 when another meeting is
   /// still going on, or the system is stopping.
@@ -117,6 +105,7 @@ class System {
   void wait_for_mail(SphereId sphere, Milliseconds timeout);
 
   // ---- statistics ----
+  /// Of one sphere; what waits in the queues below an inner one is not counted.
   SphereStats stats(SphereId id) const;
   /// Of `top` and all spheres below it; the root's is of the root alone.
   SubtreeTotals subtree_totals(SphereId top) const;
@@ -124,10 +113,6 @@ class System {
   std::vector<SphereStats> stats() const;
 
   // ---- traces ----
-  /// Gradients of a leaf's shard are there; gradients_taken() records for the calling thread from
-  /// where it takes them.
-  void gradient_ready(std::int32_t leaf);
-  void gradients_taken();
   bool tracing() const { return tracer_.on(); }
   /// Has all threads record what they do, the last `capacity` events of each.  False: they do.
   bool begin_trace(std::size_t capacity);
@@ -138,30 +123,15 @@ class System {
   void trace_gradient(SphereId source, std::uint64_t sent);
 
  private:
+  friend class Helper;
   friend class Sphere;
   static constexpr int kAllLevels = -1;  // of an epoch
-
-  /// A place among those who may spin at once, while it lives.
-  class Spinning {
-   public:
-    explicit Spinning(System& system)
-        : spinners_(system.spinners_), allowed_(spinners_.fetch_add(1) < system.most_spinners_) {}
-    ~Spinning() { spinners_.fetch_sub(1); }
-    Spinning(const Spinning&) = delete;
-    Spinning& operator=(const Spinning&) = delete;
-    bool allowed() const { return allowed_; }
-
-   private:
-    std::atomic<int>& spinners_;
-    const bool allowed_;
-  };
 
   Sphere& sphere(SphereId id) { return *spheres_[static_cast<std::size_t>(id)]; }
   const Sphere& sphere(SphereId id) const { return *spheres_[static_cast<std::size_t>(id)]; }
   void dispatch();
   void grant(std::int32_t leaf);
   void wake_level(int level);
-  bool stopping() const { return stopping_.load(std::memory_order_acquire); }
 
   // Meetings: whose number is in the barrier, and whose level and ticket were stored before it.
   std::uint32_t open_meeting(int level);
@@ -183,8 +153,6 @@ class System {
   void tell_called_leaves();
   void leave(Slot& slot, std::int64_t finished);
   void raise_high_water(std::int64_t items);
-  std::int64_t was_queued(SphereId id) const;
-  SphereStats stats_but_queued(SphereId id) const;
   void run_sphere(Sphere& sphere);
   void thread_leaves();
   Recorder* recorder_here();

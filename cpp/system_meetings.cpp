@@ -61,12 +61,8 @@ Meeting System::wait_meeting_for(std::uint32_t meeting, Milliseconds timeout) {
 // ---- messages between users ----
 
 Sent System::try_send(SphereId source, SphereId target, std::unique_ptr<Letter>& letter) {
-  for (const SphereId id : {source, target}) {
-    if (!topology_.contains(id)) {
-      throw std::invalid_argument("there is no sphere " + std::to_string(id) + "; ids are 0 to " +
-                                  std::to_string(topology_.total() - 1));
-    }
-  }
+  topology_.require(source);
+  topology_.require(target);
   if (!Topology::has_edge(source, target)) {
     throw std::invalid_argument("spheres " + std::to_string(source) + " (" +
                                 Topology::path_string(source) + ") and " + std::to_string(target) +

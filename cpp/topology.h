@@ -52,6 +52,12 @@ class Topology {
   static SphereId first(int level) { return (count(level) - 1) / (kKissing - 1); }
 
   bool contains(std::int64_t id) const { return id >= 0 && id < total(); }
+  /// Throws std::invalid_argument unless there is such a sphere.
+  void require(std::int64_t id) const {
+    if (contains(id)) return;
+    throw std::invalid_argument("there is no sphere " + std::to_string(id) + "; ids are 0 to " +
+                                std::to_string(total() - 1));
+  }
   bool is_leaf(SphereId id) const { return id >= first(leaf_level()); }
   static int level(SphereId id) {
     int level = 0;

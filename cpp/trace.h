@@ -130,7 +130,6 @@ class TraceRing {
 };
 
 /// A thread's place for the ring that it records in, while there is one.
-/// Atomic: tests put another in its place, which gives other threads a chance at every access.
 template <template <typename> class Atomic>
 class BasicRecorder {
  public:

@@ -23,7 +23,8 @@ std::vector<TraceEvent> up_to(std::uint64_t end, std::vector<TraceEvent> events)
 
 }  // namespace
 
-bool Tracer::begin(Spheres& spheres, std::size_t capacity) {
+bool Tracer::begin(Spheres& spheres, std::size_t capacity,
+                   const std::function<std::int64_t()>& count_queued) {
   const std::lock_guard lock(mutex_);
   if (on()) return false;
   capacity_ = capacity;
@@ -45,13 +46,9 @@ bool Tracer::begin(Spheres& spheres, std::size_t capacity) {
   }
   number_.store(last_number.fetch_add(1) + 1, std::memory_order_relaxed);
   on_.store(true, std::memory_order_release);  // with recorder_here(): number_ comes with it
-  return true;
-}
-
-void Tracer::begin_with(std::int64_t queued) {
-  const std::lock_guard lock(mutex_);
-  record_.queued = queued;
+  record_.queued = count_queued();
   record_.begin = now_ns();
+  return true;
 }
 
 TraceRecord Tracer::end(Spheres& spheres) {

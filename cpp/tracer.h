@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -23,10 +24,10 @@ class Tracer {
 
   bool on() const { return on_.load(std::memory_order_relaxed); }
 
-  /// False if a trace is being recorded already.  Otherwise begin_with() comes next.
-  bool begin(Spheres& spheres, std::size_t capacity);
-  /// The trace begins now, with so many items in the queues.
-  void begin_with(std::int64_t queued);
+  /// False if a trace is being recorded already.  Otherwise it begins with as many items in the
+  /// queues as count_queued() says when all threads record.
+  bool begin(Spheres& spheres, std::size_t capacity,
+             const std::function<std::int64_t()>& count_queued);
   TraceRecord end(Spheres& spheres);
 
   /// For a thread that is no sphere's; null if nothing is being recorded.

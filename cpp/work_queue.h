@@ -1,7 +1,7 @@
 // Distributed batches of work items, and how leaves take from them.
 //
 // A batch of n items is never split into queue nodes.  Leaf j of L owns the items j, j+L, j+2L, ...
-// of every batch: a *slice*, of which a cursor (cursor.h) says what is left.  A leaf's queue is its
+// of every batch: a *slice*, of which a cursor says what is left.  A leaf's queue is its
 // slices of the batches in flight, oldest first; owner and thief both take with one fetch_add, so
 // nothing is pushed or popped per item and there is no ABA.
 //
@@ -40,7 +40,6 @@
 #include <exception>
 #include <memory>
 
-#include "cursor.h"
 #include "park.h"
 #include "stats.h"
 #include "topology.h"
@@ -127,6 +126,52 @@ class Batch {
   std::atomic<std::uint32_t> state_{0};
 };
 
+/// What is left of one leaf's slice of a batch.   Submitter, alone: fill.   Any thread: the rest.
+///
+/// Invariant: low half next, high half end; `next` only grows within a batch, and fetch_add hands
+/// each value to one thread, so no item is taken twice; end is part of the same word, so what is
+/// taken is never judged by another batch's end.
+/// Ordering: taking is relaxed, since it only has to hand each position to one thread; what the
+/// batch holds was seen on entering its slot, and what the items did is published on leaving it.
+template <template <typename> class Atomic>
+class alignas(64) BasicCursor {
+ public:
+  struct Taken {
+    std::int64_t first = 0;
+    std::int64_t count = 0;
+  };
+
+  void fill(std::int64_t count) { word_.store(static_cast<std::uint64_t>(count) << 32); }
+  std::int64_t was_left() const { return std::max<std::int64_t>(0, left(word_.load())); }
+
+  /// Takes a quarter of what is left, at least one and at most so many.
+  Taken take(std::int64_t at_most) {
+    // Looking first keeps exhausted cursors unwritten, and the overshoot of `next` within one
+    // max_chunk per sphere, far from the half word's end.
+    const std::int64_t seen = left(word_.load(std::memory_order_relaxed));
+    if (seen <= 0) return {};
+    const std::int64_t want = std::clamp<std::int64_t>(seen / 4, 1, at_most);
+    const std::uint64_t old =
+        word_.fetch_add(static_cast<std::uint64_t>(want), std::memory_order_relaxed);
+    return {next(old), std::clamp<std::int64_t>(left(old), 0, want)};
+  }
+  /// Nobody takes anything any more; returns how much will never be taken.
+  std::int64_t cancel() {
+    const auto last = static_cast<std::uint64_t>(end(word_.load()));
+    return std::max<std::int64_t>(0, left(word_.exchange((last << 32) | last)));
+  }
+
+ private:
+  static std::int64_t end(std::uint64_t word) { return static_cast<std::int64_t>(word >> 32); }
+  static std::int64_t next(std::uint64_t word) {
+    return static_cast<std::int64_t>(word & 0xffffffffu);
+  }
+  static std::int64_t left(std::uint64_t word) { return end(word) - next(word); }
+
+  Atomic<std::uint64_t> word_{0};
+};
+using Cursor = BasicCursor<std::atomic>;
+
 /// One place in the ring.
 struct Slot {
   alignas(64) std::atomic<std::int64_t> pending{0};
@@ -140,60 +185,6 @@ struct Slot {
   std::int64_t was_left(std::int32_t leaf) const {
     return cursors[static_cast<std::size_t>(leaf)].was_left();
   }
-};
-
-/// The leaves that somebody takes from, one after the other, each of them once: itself, its
-/// siblings, its cousins, and so on to the farthest.
-class Route {
- public:
-  /// Beginning with `leaf`, as a leaf does.  Odd ones go down the row of siblings and even ones up,
-  /// so that two thieves who started side by side do not follow each other.
-  Route(std::int32_t leaf, std::int32_t leaves)
-      : leaf_(leaf), leaves_(leaves), up_(leaf / step() % 2 == 0) {}
-  /// From the last leaf down, as helpers do: those that are woken begin with the first.
-  static Route from_the_last(std::int32_t leaves) {
-    Route route(leaves - 1, leaves);
-    route.up_ = false;
-    return route;
-  }
-
-  std::int32_t leaves() const { return leaves_; }
-  /// Of a batch of so many items: the others have nothing.
-  std::int32_t count(std::int64_t items) const {
-    return static_cast<std::int32_t>(std::min<std::int64_t>(items, leaves_));
-  }
-  /// The i-th of `count` leaves.
-  std::int32_t at(std::int32_t i, std::int32_t count) const {
-    if (count < leaves_ || leaves_ == 1) {
-      const std::int32_t first = std::min(leaf_, count - 1);
-      return (up_ ? first + i : first + count - i) % count;
-    }
-    // Siblings differ in the last digit of their paths, which is the first of a leaf's number.
-    std::int32_t other = 0;
-    std::int32_t far = i;
-    for (std::int32_t unit = step(); unit >= 1; unit /= kKissing, far /= kKissing) {
-      const std::int32_t away = far % kKissing;
-      const std::int32_t mine = leaf_ / unit % kKissing;
-      other += (up_ ? mine + away : mine + kKissing - away) % kKissing * unit;
-    }
-    return other;
-  }
-
- private:
-  std::int32_t step() const { return std::max(1, leaves_ / kKissing); }
-
-  std::int32_t leaf_;
-  std::int32_t leaves_;
-  bool up_;
-};
-
-/// A leaf's counters that claims touch.
-struct WorkCounters {
-  OwnerCounter items_run;
-  OwnerCounter items_stolen;
-  ItemTimes item_times;                              // but for pieces of gradient sums
-  std::array<OwnerCounter, kKissing> stolen_from{};  // items_stolen by the owner's group
-  alignas(64) SharedCounter items_given;
 };
 
 /// The batches in flight.   Any thread: all but publish, which wants one caller at a time.
@@ -237,7 +228,7 @@ class WorkRing {
   /// Whether there are any.
   bool may_have_work() const { return open_.load() != 0; }
   bool may_have_work_beside(const Slot& slot) const {
-    return (open_.load() & ~(std::uint64_t{1} << slot.batch->slot_)) != 0;
+    return (open_.load() & ~bit_of(*slot.batch)) != 0;
   }
   bool may_have_work(std::uint64_t end) const {
     bool any = false;
@@ -246,7 +237,7 @@ class WorkRing {
   }
   /// For a visitor that has found nothing left to take; true if nobody else had.
   bool close(const Slot& slot) {
-    const std::uint64_t bit = std::uint64_t{1} << slot.batch->slot_;
+    const std::uint64_t bit = bit_of(*slot.batch);
     return (open_.load() & bit) != 0 && (open_.fetch_and(~bit) & bit) != 0;
   }
   /// Where a batch was put; it may be done, and the next one stand there.
@@ -274,7 +265,7 @@ class WorkRing {
     slot.ticket.store(ticket, std::memory_order_relaxed);
     // The bit first: a late visitor of the slot's last batch may enter, and even complete this one,
     // as soon as pending is not zero, and completing takes the bit away.
-    const std::uint64_t bit = std::uint64_t{1} << last_;
+    const std::uint64_t bit = bit_of(*batch);
     taken_.fetch_or(bit, std::memory_order_acq_rel);
     slot.pending.store(n, std::memory_order_release);
     tail_.store(ticket + 1);
@@ -300,7 +291,7 @@ class WorkRing {
   std::shared_ptr<Batch> leave(Slot& slot, std::int64_t finished, bool* was_open = nullptr) {
     if (slot.pending.fetch_sub(finished + 1, std::memory_order_acq_rel) != finished + 1) return {};
     std::shared_ptr<Batch> batch = std::move(slot.batch);
-    const std::uint64_t bit = std::uint64_t{1} << batch->slot_;
+    const std::uint64_t bit = bit_of(*batch);
     const std::uint64_t open = open_.fetch_and(~bit);
     if (was_open != nullptr) *was_open = (open & bit) != 0;
     taken_.fetch_and(~bit, std::memory_order_acq_rel);
@@ -358,6 +349,8 @@ class WorkRing {
   }
 
  private:
+  /// Of its slot, in taken_ and open_.
+  static std::uint64_t bit_of(const Batch& batch) { return std::uint64_t{1} << batch.slot_; }
   /// In no order: calls see(index of a slot, ticket) for those whose tickets are below `end`.
   template <typename See>
   void each_open(std::uint64_t end, See see) const {

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from torch_spheres import _core
 from torch_spheres._compiled import compile_as, is_compiled, is_tracing, static_shapes, uncompiled
 
 __all__ = ["LOOKED_UP", "PrivateApi", "missing", "require"]
@@ -198,7 +197,6 @@ dlpack_exchange: Any = _look_up(
     "torch.Tensor.__dlpack_c_exchange_api__",
     without="C++ asks tensors for their memory by Python calls, half a microsecond for each",
 )
-_core.read_tensors_by(dlpack_exchange)
 
 # ---- the loader ----
 

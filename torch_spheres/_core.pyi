@@ -27,8 +27,6 @@ __all__: list[str] = [
     "item_time_edges",
     "join_dropped",
     "keep_freed_memory",
-    "native_thread_id",
-    "read_range",
     "read_tensors_by",
     "row_numbers",
     "set_thread_hooks",
@@ -36,52 +34,92 @@ __all__: list[str] = [
 
 class Topology:
     """
-    The arithmetic of sphere ids; no threads.
+    The shape of the hierarchy: arithmetic on the numbers of spheres, without threads.
+
+    Spheres are numbered from 0, level by level: 0 is the root, 1 to 12 are its children, and level
+    *l* has 12^*l* spheres. The leaves, which are the last level, run the work: item *k* belongs to
+    the leaf whose path from the root is *k* in base 12, least significant digit first.
+
+    Args:
+        levels: 1 to 4, the root's included.
+
+    Attributes:
+        levels: as given.
+        total: spheres of all levels: 1, 13, 157 or 1885.
+        leaves: spheres of the last level: 1, 12, 144 or 1728.
+
+    Raises:
+        ValueError: another number of levels. The methods raise it for a sphere, a level, a group
+            or an item that there is not.
     """
     @staticmethod
     def child(
         sphere: typing.SupportsInt | typing.SupportsIndex,
         group: typing.SupportsInt | typing.SupportsIndex,
-    ) -> int: ...
+    ) -> int:
+        """
+        A sphere's child of a group, 0 to 11, as if the sphere were no leaf.
+        """
     @staticmethod
     def count(level: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        Spheres of a level: 1, 12, 144, 1728.
+        How many spheres a level has: 1, 12, 144 or 1728 for level 0, 1, 2 or 3.
         """
     @staticmethod
     def first(level: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        Id of the first sphere of a level.
+        The first sphere of a level, which is also how many there are above it.
         """
     @staticmethod
     def group(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        0 to 11; -1 for the root.
+        A sphere's symmetry group, its index among the siblings: 0 to 11; -1 for the root.
         """
     @staticmethod
     def has_edge(
         a: typing.SupportsInt | typing.SupportsIndex, b: typing.SupportsInt | typing.SupportsIndex
-    ) -> bool: ...
+    ) -> bool:
+        """
+        Whether two spheres touch: parent and child, or siblings. Messages go along edges.
+        """
     @staticmethod
-    def level(sphere: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def level(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        The level that a sphere is on: 0 for the root, up to 3.
+        """
     @staticmethod
     def offset(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        The smallest work item of the sphere's subtree.
+        The smallest work item of a sphere's subtree, whose items are that one and all that differ from it by a multiple of 12^level.
         """
     @staticmethod
     def parent(sphere: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        -1 for the root.
+        A sphere's parent; -1 for the root.
         """
     @staticmethod
-    def path(sphere: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    def path(sphere: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+        """
+        The groups on the way from the root to a sphere, as ``[1, 7]``; none for the root.
+        """
     @staticmethod
-    def path_string(sphere: typing.SupportsInt | typing.SupportsIndex) -> str: ...
+    def path_string(sphere: typing.SupportsInt | typing.SupportsIndex) -> str:
+        """
+        The path as text: ``"1.7"``, or ``"root"``.
+        """
     def __init__(self, levels: typing.SupportsInt | typing.SupportsIndex) -> None: ...
-    def contains(self, sphere: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
-    def is_leaf(self, sphere: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
-    def leaf_of_item(self, item: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def contains(self, sphere: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Whether there is such a sphere; any integer may be asked for.
+        """
+    def is_leaf(self, sphere: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Whether a sphere is on the last level.
+        """
+    def leaf_of_item(self, item: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        The leaf that owns a work item, numbered from 0 in its batch; others may steal it.
+        """
     @property
     def leaves(self) -> int: ...
     @property
@@ -91,7 +129,15 @@ class Topology:
 
 class State(enum.Enum):
     """
-    What a sphere's thread is doing.
+    What a sphere's thread is doing; at any moment it is in one of these states.
+
+    Attributes:
+        READY: awake between any two of the other states, looking for what to do.
+        PROCESSING: running work items.
+        IDLE: asleep, with nothing to do.
+        WAITING: asleep at a barrier, or in a work item that waits for those of other spheres.
+        ACCUMULATING: summing gradients.
+        TERMINATING: ended by `KissingSpheres.stop`, or not started yet.
     """
 
     ACCUMULATING = ...
@@ -174,7 +220,21 @@ class TraceRecord:
 
 class NativeFunction:
     """
-    A C function `void f(void *context, int64_t item)` by its address, as from ctypes or Numba. Spheres call it without the GIL.
+    A C function ``void f(void *context, int64_t item)``, which spheres call without the GIL.
+
+    Args:
+        address: of the function, as ctypes (``ctypes.cast(f, ctypes.c_void_p).value``) or Numba
+            (``cfunc.address``) have it.
+        context: passed on with each item; the address of what the function reads and writes,
+            or 0.
+        owner: any object; kept alive as long as this one and its work, for what the two addresses
+            point to.
+
+    Attributes:
+        address: as given.
+
+    Raises:
+        ValueError: `address` is 0.
     """
     def __init__(
         self,
@@ -187,28 +247,51 @@ class NativeFunction:
 
 class Work:
     """
-    What distribute_work() returns: one batch under way.
+    A batch of work items under way: what `KissingSpheres.distribute_work` returns.
+
+    Attributes:
+        items: how many the batch has.
+        cancelled: how many of them will never run, because of an error or of
+            `KissingSpheres.stop`; final once the batch is done.
+        results: a list with what each item returned if the batch was made by
+            `KissingSpheres.map`, else None.
     """
     def done(self) -> bool:
         """
         Whether all items have been run, or will never be.
+
+        Returns:
+            True once that is so, also if an item failed; does not wait.
         """
     def wait(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> None:
         """
-        Waits until the batch is finished. Raises what its first failed item raised, TimeoutError after `timeout` seconds (the work goes on), or StoppedError if items were not run because the spheres were stopped.
+        Waits until the batch is done; Ctrl-C is answered meanwhile.
+
+        Args:
+            timeout: seconds, at least 0; None waits for ever.
+
+        Raises:
+            ValueError: `timeout` is negative.
+            Exception: that of the first item that failed, the very object, with a note of the item and
+                the sphere.
+            TimeoutError: the batch was not done in time. It goes on; call `wait` again.
+            StoppedError: items were not run, as the spheres were stopped before.
+            RuntimeError: called from inside a work item of the same spheres, or in a forked child.
         """
     @property
-    def cancelled(self) -> int:
-        """
-        Items that will never run, because of an error or of stop().
-        """
+    def cancelled(self) -> int: ...
     @property
     def items(self) -> int: ...
     @property
     def results(self) -> typing.Any: ...
 
 class StoppedError(RuntimeError):
-    pass
+    """
+    The spheres do not run, or were stopped before they had done what the call waited for.
+
+    Work items that had begun were finished, the others were not run. `KissingSpheres.start`
+    starts the spheres again.
+    """
 
 class System:
     """
@@ -227,7 +310,7 @@ class System:
         self,
         level: typing.SupportsInt | typing.SupportsIndex,
         timeout: typing.SupportsFloat | typing.SupportsIndex | None = None,
-    ) -> bool: ...
+    ) -> None: ...
     def begin_trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def call_back(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
@@ -237,14 +320,6 @@ class System:
     def end_trace(self) -> TraceRecord: ...
     def epoch(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None) -> int: ...
     def forked(self) -> bool: ...
-    def gradient_ready(self, leaf: typing.SupportsInt | typing.SupportsIndex) -> None:
-        """
-        For a trace: a shard's gradients are there.
-        """
-    def gradients_complete(self) -> None:
-        """
-        For a trace: the calling thread takes the gradients of all shards.
-        """
     def on_own_thread(self) -> bool: ...
     def pause(self) -> None:
         """
@@ -373,19 +448,6 @@ def join_dropped() -> None:
 def keep_freed_memory(lean: bool) -> bool:
     """
     Has the C library reuse freed memory instead of returning it; see runtime/malloc.py.
-    """
-
-def native_thread_id() -> int:
-    """
-    As profilers know the calling thread.
-    """
-
-def read_range(
-    data: typing.SupportsInt | typing.SupportsIndex,
-    numel: typing.SupportsInt | typing.SupportsIndex,
-) -> float:
-    """
-    Reads float32 memory: the benchmark's bandwidth ceiling.
     """
 
 def read_tensors_by(exchange: typing.Any) -> None:

@@ -41,7 +41,16 @@ Ints item_time_edges() {
 }  // namespace
 
 void bind_stats(py::module_& module) {
-  py::native_enum<State>(module, "State", "enum.Enum", "What a sphere's thread is doing.")
+  py::native_enum<State>(module, "State", "enum.Enum", R"(
+      What a sphere's thread is doing; at any moment it is in one of these states.
+
+      Attributes:
+          READY: awake between any two of the other states, looking for what to do.
+          PROCESSING: running work items.
+          IDLE: asleep, with nothing to do.
+          WAITING: asleep at a barrier, or in a work item that waits for those of other spheres.
+          ACCUMULATING: summing gradients.
+          TERMINATING: ended by `KissingSpheres.stop`, or not started yet.)")
       .value("READY", State::kReady)
       .value("PROCESSING", State::kProcessing)
       .value("IDLE", State::kIdle)

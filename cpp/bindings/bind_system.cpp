@@ -3,12 +3,66 @@
 
 #include "allocator.h"
 #include "bindings.h"
-#include "dropped.h"
 #include "py_system.h"
 
 namespace torch_spheres::bindings {
 
 namespace {
+
+void cancel(PySystem& self, const PyBatch& batch) {
+  const GilRelease release;
+  self.core().cancel(batch.core());
+}
+
+void pause(PySystem& self) {
+  {
+    const py::gil_scoped_release release;
+    self.core().pause();
+  }
+  if (self.core().stopping()) throw StoppedError("the spheres were stopped");
+}
+
+void call_back(PySystem& self, SphereId leaf) {
+  const Topology& topology = self.core().topology();
+  if (!topology.contains(leaf) || !topology.is_leaf(leaf)) {
+    throw std::invalid_argument("there is no leaf " + std::to_string(leaf));
+  }
+  self.core().call_back(leaf);
+}
+
+void begin_trace(PySystem& self, std::size_t capacity) {
+  bool begun = false;
+  {
+    const GilRelease release;
+    begun = self.core().begin_trace(capacity);
+  }
+  if (!begun) {
+    throw std::runtime_error(
+        "trace(): a trace of these spheres is being recorded already, and there is one at a time; "
+        "leave that 'with' block first");
+  }
+}
+
+TraceRecord end_trace(PySystem& self) {
+  const GilRelease release;
+  return self.core().end_trace();
+}
+
+// Without letting go of the GIL: these only write to the thread's own ring.
+
+void trace_phase(PySystem& self, int label, std::int64_t shard, std::uint64_t begin) {
+  if (label < 0 || label >= kTraceLabels) {
+    throw std::invalid_argument("there is no trace label " + std::to_string(label));
+  }
+  if (!self.core().forked()) {
+    self.core().trace_phase(static_cast<TraceLabel>(label), shard, begin);
+  }
+}
+
+void trace_gradient(PySystem& self, SphereId source, std::uint64_t sent) {
+  self.core().topology().require(source);
+  if (!self.core().forked()) self.core().trace_gradient(source, sent);
+}
 
 py::tuple subtrees(const PySystem& self) {
   const System& core = self.core();
@@ -27,7 +81,11 @@ py::tuple subtrees(const PySystem& self) {
 }  // namespace
 
 void bind_system(py::module_& module) {
-  py::register_exception<StoppedError>(module, "StoppedError", PyExc_RuntimeError);
+  py::register_exception<StoppedError>(module, "StoppedError", PyExc_RuntimeError).doc() = R"(
+      The spheres do not run, or were stopped before they had done what the call waited for.
+
+      Work items that had begun were finished, the others were not run. `KissingSpheres.start`
+      starts the spheres again.)";
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -68,11 +126,11 @@ void bind_system(py::module_& module) {
       .def("on_own_thread", [](const PySystem& self) { return self.core().on_own_thread(); })
       .def("submit", &PySystem::submit, py::arg("fn"), py::arg("items"), py::arg("collect"))
       .def("submit_native", &PySystem::submit_native, py::arg("fn"), py::arg("items"))
-      .def("cancel", &PySystem::cancel, py::arg("work"))
+      .def("cancel", &cancel, py::arg("work"))
       .def(
-          "pause", &PySystem::pause,
+          "pause", &pause,
           "In a work item: sleeps, without a turn to compute, until call_back(), or for no reason.")
-      .def("call_back", &PySystem::call_back, py::arg("leaf"),
+      .def("call_back", &call_back, py::arg("leaf"),
            "Ends the pause of the item that a leaf is at, or the one to come.")
       .def("wait", &PySystem::wait, py::arg("timeout") = py::none())
       .def(
@@ -85,22 +143,13 @@ void bind_system(py::module_& module) {
       .def("epoch", &PySystem::epoch, py::arg("timeout") = py::none())
       .def("send", &PySystem::send, py::arg("source"), py::arg("target"), py::arg("value"))
       .def("receive", &PySystem::receive, py::arg("sphere"), py::arg("timeout") = py::none())
-      .def(
-          "gradient_ready",
-          [](PySystem& self, std::int32_t leaf) {
-            if (self.running()) self.core().gradient_ready(leaf);
-          },
-          py::arg("leaf"), "For a trace: a shard's gradients are there.")
-      .def(
-          "gradients_complete", [](PySystem& self) { self.core().gradients_taken(); },
-          "For a trace: the calling thread takes the gradients of all shards.")
       .def_property_readonly("starts", &PySystem::starts)
-      .def("begin_trace", &PySystem::begin_trace, py::arg("capacity"))
-      .def("end_trace", &PySystem::end_trace)
+      .def("begin_trace", &begin_trace, py::arg("capacity"))
+      .def("end_trace", &end_trace)
       .def_property_readonly("tracing", [](const PySystem& self) { return self.core().tracing(); })
-      .def("trace_phase", &PySystem::trace_phase, py::arg("label"), py::arg("shard"),
-           py::arg("begin"), "Records what the calling thread did since `begin`, in nanoseconds.")
-      .def("trace_gradient", &PySystem::trace_gradient, py::arg("source"), py::arg("sent"),
+      .def("trace_phase", &trace_phase, py::arg("label"), py::arg("shard"), py::arg("begin"),
+           "Records what the calling thread did since `begin`, in nanoseconds.")
+      .def("trace_gradient", &trace_gradient, py::arg("source"), py::arg("sent"),
            "Records that the calling thread takes gradients that a sphere had ready then.")
       .def(
           "subtrees", &subtrees,

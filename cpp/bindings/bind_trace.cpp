@@ -1,8 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
-
 #include "bindings.h"
 #include "trace.h"
 
@@ -16,7 +14,6 @@ void bind_trace(py::module_& module) {
     labels.append(trace_label_name(static_cast<TraceLabel>(i)));
   }
   module.attr("TRACE_LABELS") = py::tuple(labels);
-  module.def("native_thread_id", &native_thread_id, "As profilers know the calling thread.");
 
   py::class_<TraceTrack>(module, "TraceTrack",
                          "What one thread recorded; see observe/trace_recorder.py.")

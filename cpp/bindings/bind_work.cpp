@@ -28,10 +28,22 @@ py::custom_type_setup collected() {
 }  // namespace
 
 void bind_work(py::module_& module) {
-  py::class_<NativeFunction>(
-      module, "NativeFunction",
-      "A C function `void f(void *context, int64_t item)` by its address, as from ctypes or Numba. "
-      "Spheres call it without the GIL.")
+  py::class_<NativeFunction>(module, "NativeFunction", R"(
+      A C function ``void f(void *context, int64_t item)``, which spheres call without the GIL.
+
+      Args:
+          address: of the function, as ctypes (``ctypes.cast(f, ctypes.c_void_p).value``) or Numba
+              (``cfunc.address``) have it.
+          context: passed on with each item; the address of what the function reads and writes,
+              or 0.
+          owner: any object; kept alive as long as this one and its work, for what the two addresses
+              point to.
+
+      Attributes:
+          address: as given.
+
+      Raises:
+          ValueError: `address` is 0.)")
       .def(py::init([](std::uintptr_t address, std::uintptr_t context, py::object owner) {
              if (address == 0) throw std::invalid_argument("address must not be 0");
              return NativeFunction{reinterpret_cast<NativeFunction::Pointer>(address),
@@ -43,17 +55,36 @@ void bind_work(py::module_& module) {
         return reinterpret_cast<std::uintptr_t>(self.pointer);
       });
 
-  py::class_<PyBatch>(module, "Work", collected(),
-                      "What distribute_work() returns: one batch under way.")
-      .def("done", &PyBatch::done, "Whether all items have been run, or will never be.")
-      .def("wait", &PyBatch::wait, py::arg("timeout") = py::none(),
-           "Waits until the batch is finished. Raises what its first failed item raised, "
-           "TimeoutError after `timeout` seconds (the work goes on), or StoppedError if items were "
-           "not run because the spheres were stopped.")
+  py::class_<PyBatch>(module, "Work", collected(), R"(
+      A batch of work items under way: what `KissingSpheres.distribute_work` returns.
+
+      Attributes:
+          items: how many the batch has.
+          cancelled: how many of them will never run, because of an error or of
+              `KissingSpheres.stop`; final once the batch is done.
+          results: a list with what each item returned if the batch was made by
+              `KissingSpheres.map`, else None.)")
+      .def("done", &PyBatch::done, R"(
+      Whether all items have been run, or will never be.
+
+      Returns:
+          True once that is so, also if an item failed; does not wait.)")
+      .def("wait", &PyBatch::wait, py::arg("timeout") = py::none(), R"(
+      Waits until the batch is done; Ctrl-C is answered meanwhile.
+
+      Args:
+          timeout: seconds, at least 0; None waits for ever.
+
+      Raises:
+          ValueError: `timeout` is negative.
+          Exception: that of the first item that failed, the very object, with a note of the item and
+              the sphere.
+          TimeoutError: the batch was not done in time. It goes on; call `wait` again.
+          StoppedError: items were not run, as the spheres were stopped before.
+          RuntimeError: called from inside a work item of the same spheres, or in a forked child.)")
       .def_property_readonly("items", [](const PyBatch& self) { return self.core()->items(); })
-      .def_property_readonly(
-          "cancelled", [](const PyBatch& self) { return self.core()->cancelled(); },
-          "Items that will never run, because of an error or of stop().")
+      .def_property_readonly("cancelled",
+                             [](const PyBatch& self) { return self.core()->cancelled(); })
       .def_property_readonly("results", &PyBatch::results);
 }
 

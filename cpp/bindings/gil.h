@@ -14,7 +14,6 @@
 #include <pybind11/pybind11.h>
 
 #include <exception>
-#include <string>
 
 namespace torch_spheres::bindings {
 

@@ -4,12 +4,19 @@
 
 namespace torch_spheres::bindings {
 
+namespace {
+
 std::string in_seconds(double seconds) {
   std::string text = std::to_string(seconds);
   text.erase(text.find_last_not_of('0') + 1);
   if (text.back() == '.') text.pop_back();
   return text + " s";
 }
+
+}  // namespace
+
+Timeout::Timeout(const std::string& what, double seconds, const std::string& way_out)
+    : std::runtime_error(what + " " + in_seconds(seconds) + way_out) {}
 
 void PyBatch::wait(Seconds timeout) const {
   if (timeout && !(*timeout >= 0)) {
@@ -24,10 +31,9 @@ void PyBatch::wait(Seconds timeout) const {
           ", from inside a work item, might wait for itself; wait on the thread that submitted the "
           "work");
     }
-    const Waiting waiting(heard_->waiters);
+    const CountedThread waiting(shared_->waiters);
     if (!wait_until_done(timeout)) {
-      throw Timeout("the work was not finished after " + in_seconds(*timeout) +
-                    "; it goes on, wait() again");
+      throw Timeout("the work was not finished after", *timeout, "; it goes on, wait() again");
     }
     check();
     return;
@@ -52,7 +58,7 @@ bool PyBatch::wait_until_done(Seconds timeout) const {
 }
 
 void PyBatch::check() const {
-  if (batch_->failed() || batch_->cancelled() > 0) heard_->raised.store(true);
+  if (batch_->failed() || batch_->cancelled() > 0) shared_->raised.store(true);
   if (batch_->failed()) {
     if (work_) work_->raise();
     std::rethrow_exception(batch_->error());

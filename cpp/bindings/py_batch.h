@@ -25,7 +25,7 @@ struct StoppedError : std::runtime_error {
 };
 /// Python: TimeoutError.
 struct Timeout : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  Timeout(const std::string& what, double seconds, const std::string& way_out = "");
 };
 
 using Seconds = std::optional<double>;
@@ -47,14 +47,8 @@ template <typename Slice>
 bool wait_interruptibly(Seconds timeout, Slice slice) {
   const auto start = Clock::now();
   for (;;) {
-    Milliseconds time = kSlice;
-    if (timeout) {
-      const std::chrono::duration<double> left =
-          std::chrono::duration<double>(*timeout) - (Clock::now() - start);
-      if (left <= kSlice) {
-        time = std::max(Milliseconds(0), std::chrono::ceil<Milliseconds>(left));
-      }
-    }
+    const std::chrono::duration<double> left(time_left(timeout, start).value_or(1));
+    const Milliseconds time = left > kSlice ? kSlice : std::chrono::ceil<Milliseconds>(left);
     bool done = false;
     {
       const GilRelease release;
@@ -63,23 +57,9 @@ bool wait_interruptibly(Seconds timeout, Slice slice) {
     if (done) return true;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     // A slice may return early, because what woke it was meant for somebody else.
-    if (timeout && Clock::now() - start >= std::chrono::duration<double>(*timeout)) {
-      return false;
-    }
+    if (time_left(timeout, start) == 0.0) return false;
   }
 }
-
-/// Counts a thread as waiting while it lives.
-class Waiting {
- public:
-  explicit Waiting(std::atomic<int>& waiters) : waiters_(waiters) { waiters_.fetch_add(1); }
-  ~Waiting() { waiters_.fetch_sub(1); }
-  Waiting(const Waiting&) = delete;
-  Waiting& operator=(const Waiting&) = delete;
-
- private:
-  std::atomic<int>& waiters_;
-};
 
 /// What the child of a fork() is told.
 inline constexpr const char* kForked =
@@ -87,8 +67,6 @@ inline constexpr const char* kForked =
     "only; "
     "make a new KissingSpheres in the child, or start the process with the 'spawn' or 'forkserver' "
     "method";
-
-std::string in_seconds(double seconds);
 
 /// The handle of one submission.
 class PyBatch {
@@ -101,10 +79,10 @@ class PyBatch {
   const std::shared_ptr<Batch>& core() const { return batch_; }
   bool done() const { return batch_->done(); }
   /// Whether what went wrong has reached somebody, through this handle or another.
-  bool was_raised() const { return heard_->raised.load(); }
+  bool was_raised() const { return shared_->raised.load(); }
   /// Whether it will: somebody waits for this batch.
   bool is_awaited() const { return waiters() > 0; }
-  int waiters() const { return heard_->waiters.load(); }
+  int waiters() const { return shared_->waiters.load(); }
   /// The first failed item's exception, or None.  GIL held.
   py::object error() const;
   /// False: it was not done in time.  Works along if its items are native and short.
@@ -122,7 +100,7 @@ class PyBatch {
 
  private:
   /// Shared by the copies of a handle; flags that carry no data.
-  struct Heard {
+  struct Shared {
     std::atomic<int> waiters{0};
     std::atomic<bool> raised{false};
   };
@@ -134,7 +112,7 @@ class PyBatch {
   std::shared_ptr<Batch> batch_;
   std::shared_ptr<PythonWork> work_;
   std::shared_ptr<const Pace> pace_;
-  std::shared_ptr<Heard> heard_ = std::make_shared<Heard>();
+  std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
 };
 
 }  // namespace torch_spheres::bindings

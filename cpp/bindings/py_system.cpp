@@ -2,11 +2,8 @@
 
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <utility>
 #include <vector>
-
-#include "dropped.h"
 
 namespace torch_spheres::bindings {
 
@@ -34,7 +31,37 @@ void raise_later(py::error_already_set& error) {
   }
 }
 
+// Systems that nobody has any more, but whose threads could not be joined.  A stack without a lock,
+// which a thread of the parent could hold at a fork().
+struct Dropped {
+  std::shared_ptr<System> system;
+  Dropped* next;
+};
+std::atomic<Dropped*> all_dropped{nullptr};
+
+void keep_dropped(std::shared_ptr<System> system) {
+  auto* node = new Dropped{std::move(system), all_dropped.load(std::memory_order_relaxed)};
+  // Releases the node to the exchange (acquire) in join_dropped_for().
+  while (!all_dropped.compare_exchange_weak(node->next, node, std::memory_order_release,
+                                            std::memory_order_relaxed)) {
+  }
+}
+
 }  // namespace
+
+bool join_dropped_for(Milliseconds time) {
+  bool none_left = true;
+  for (Dropped* next = all_dropped.exchange(nullptr, std::memory_order_acquire); next != nullptr;) {
+    std::unique_ptr<Dropped> node(std::exchange(next, next->next));
+    if (node->system->forked()) {
+      (void)node.release();  // its threads are in the parent: nothing to join, nothing to free
+    } else if (!node->system->join_for(time)) {
+      keep_dropped(std::move(node->system));
+      none_left = false;
+    }
+  }
+  return none_left;
+}
 
 PySystem::PySystem(int levels, int concurrency, std::uint64_t starts) : starts_(starts) {
   const GilRelease release;
@@ -61,39 +88,6 @@ PySystem::~PySystem() {
     }
   }
   keep_dropped(std::move(system_));
-}
-
-void PySystem::begin_trace(std::size_t capacity) {
-  bool begun = false;
-  {
-    const GilRelease release;
-    begun = system_->begin_trace(capacity);
-  }
-  if (!begun) {
-    throw std::runtime_error(
-        "trace(): a trace of these spheres is being recorded already, and there is one at a time; "
-        "leave that 'with' block first");
-  }
-}
-
-TraceRecord PySystem::end_trace() {
-  const GilRelease release;
-  return system_->end_trace();
-}
-
-void PySystem::trace_phase(int label, std::int64_t shard, std::uint64_t begin) {
-  if (label < 0 || label >= kTraceLabels) {
-    throw std::invalid_argument("there is no trace label " + std::to_string(label));
-  }
-  // Without letting go of the GIL: it only writes to this thread's own ring.
-  if (!system_->forked()) system_->trace_phase(static_cast<TraceLabel>(label), shard, begin);
-}
-
-void PySystem::trace_gradient(SphereId source, std::uint64_t sent) {
-  if (!system_->topology().contains(source)) {
-    throw std::invalid_argument("there is no sphere " + std::to_string(source));
-  }
-  if (!system_->forked()) system_->trace_gradient(source, sent);
 }
 
 void PySystem::require_running(const char* what) const {
@@ -148,7 +142,7 @@ PySystem::Lost PySystem::stop(Seconds timeout) {
     return lock.owns_lock() && (starts_ != run || system_->join_for(time));
   });
   if (!stopped) {
-    throw Timeout("stop(): work items were still running after " + in_seconds(*timeout) +
+    throw Timeout("stop(): work items were still running after", *timeout,
                   "; no new ones begin, call stop() again");
   }
   std::deque<PyBatch> ended;
@@ -220,26 +214,6 @@ PyBatch PySystem::submit_native(const NativeFunction& function, py::object items
   return batch;
 }
 
-void PySystem::cancel(const PyBatch& batch) {
-  const GilRelease release;
-  system_->cancel(batch.core());
-}
-
-void PySystem::pause() {
-  {
-    const py::gil_scoped_release release;
-    system_->pause();
-  }
-  if (system_->stop_requested()) throw StoppedError("the spheres were stopped");
-}
-
-void PySystem::call_back(SphereId leaf) {
-  if (!system_->topology().contains(leaf) || !system_->topology().is_leaf(leaf)) {
-    throw std::invalid_argument("there is no leaf " + std::to_string(leaf));
-  }
-  system_->call_back(leaf);
-}
-
 void PySystem::remember(PyBatch batch) {
   // Bounded: what is in flight, plus the first batch that failed and has not been waited for.
   bool error_kept = false;
@@ -275,7 +249,7 @@ void PySystem::forget(const std::shared_ptr<Batch>& batch) {
 void PySystem::wait(Seconds timeout) {
   if (system_->forked()) require_running("wait()");
   require_outside("wait()");
-  const Waiting waiting(waiters_);
+  const CountedThread waiting(waiters_);
   const auto start = Clock::now();
   for (;;) {
     std::optional<PyBatch> next;
@@ -286,8 +260,7 @@ void PySystem::wait(Seconds timeout) {
     }
     const auto& core = next->core();
     if (!next->wait_until_done(time_left(timeout, start))) {
-      throw Timeout("wait(): work was not finished after " + in_seconds(*timeout) +
-                    "; it goes on, wait() again");
+      throw Timeout("wait(): work was not finished after", *timeout, "; it goes on, wait() again");
     }
     forget(core);
     if (!next->was_raised()) next->check();  // its handle's wait() may have raised it already
@@ -301,11 +274,10 @@ std::uint32_t PySystem::open_meeting(const char* what, Seconds timeout, int leve
   const bool opened = wait_interruptibly(timeout, [&](Milliseconds) {
     meeting = level == kAllLevels ? system_->try_open_epoch() : system_->try_open_barrier(level);
     if (meeting == 0) std::this_thread::sleep_for(Milliseconds(1));
-    return meeting != 0 || !system_->running() || system_->stop_requested();
+    return meeting != 0 || !system_->running() || system_->stopping();
   });
   if (!opened) {
-    throw Timeout(std::string(what) + ": another barrier was still held after " +
-                  in_seconds(*timeout));
+    throw Timeout(std::string(what) + ": another barrier was still held after", *timeout);
   }
   if (meeting == 0) throw StoppedError(std::string(what) + ": the spheres were stopped");
   return meeting;
@@ -320,11 +292,10 @@ void PySystem::meet(const char* what, Seconds timeout, int level) {
     return outcome != Meeting::kPending;
   });
   if (outcome == Meeting::kPending) {
-    throw Timeout(std::string(what) + ": not all spheres had arrived after " +
-                  in_seconds(*timeout));
+    throw Timeout(std::string(what) + ": not all spheres had arrived after", *timeout);
   }
   if (outcome == Meeting::kReleased) return;
-  if (system_->stop_requested() || !system_->running()) {
+  if (system_->stopping() || !system_->running()) {
     throw StoppedError(std::string(what) + ": the spheres were stopped before all had arrived");
   }
   std::optional<PyBatch> failed;
@@ -343,10 +314,7 @@ void PySystem::meet(const char* what, Seconds timeout, int level) {
                            ": given up because a work item failed; its own wait raises the error");
 }
 
-bool PySystem::barrier(int level, Seconds timeout) {
-  meet("barrier()", timeout, level);
-  return true;
-}
+void PySystem::barrier(int level, Seconds timeout) { meet("barrier()", timeout, level); }
 
 std::uint64_t PySystem::epoch(Seconds timeout) {
   meet("epoch()", timeout, kAllLevels);
@@ -365,21 +333,18 @@ void PySystem::send(SphereId source, SphereId target, py::object value) {
 }
 
 py::object PySystem::receive(SphereId sphere, Seconds timeout) {
-  if (!system_->topology().contains(sphere)) {
-    throw std::invalid_argument("there is no sphere " + std::to_string(sphere) + "; ids are 0 to " +
-                                std::to_string(system_->topology().total() - 1));
-  }
+  system_->topology().require(sphere);
   if (system_->forked()) require_running("receive()");
   std::unique_ptr<Letter> letter = system_->try_receive(sphere);
   if (!letter) {
     const bool got = wait_interruptibly(timeout, [&](Milliseconds time) {
       system_->wait_for_mail(sphere, time);
       letter = system_->try_receive(sphere);
-      return letter != nullptr || system_->stop_requested();
+      return letter != nullptr || system_->stopping();
     });
     if (!got) {
-      throw Timeout("receive(): no message for sphere " + std::to_string(sphere) + " within " +
-                    in_seconds(*timeout));
+      throw Timeout("receive(): no message for sphere " + std::to_string(sphere) + " within",
+                    *timeout);
     }
     if (!letter) throw StoppedError("receive(): the spheres were stopped");
   }

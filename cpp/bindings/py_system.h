@@ -7,8 +7,6 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <string>
 
 #include "py_batch.h"
 #include "system.h"
@@ -42,22 +40,12 @@ class PySystem {
   /// Hands out any core work; waits for room.
   std::shared_ptr<Batch> submit_core(const std::shared_ptr<Work>& work, std::int64_t items,
                                      const char* what);
-  void cancel(const PyBatch& batch);
-  /// Raises StoppedError if the spheres are being stopped.
-  void pause();
-  void call_back(SphereId leaf);
   void wait(Seconds timeout);
   int waiters() const { return waiters_.load(); }
-  bool barrier(int level, Seconds timeout);
+  void barrier(int level, Seconds timeout);
   std::uint64_t epoch(Seconds timeout);
   void send(SphereId source, SphereId target, py::object value);
   py::object receive(SphereId sphere, Seconds timeout);
-
-  /// Raises if a trace is being recorded already.
-  void begin_trace(std::size_t capacity);
-  TraceRecord end_trace();
-  void trace_phase(int label, std::int64_t shard, std::uint64_t begin);
-  void trace_gradient(SphereId source, std::uint64_t sent);
   /// How often start() was called.
   std::uint64_t starts() const { return starts_; }
 
@@ -82,5 +70,9 @@ class PySystem {
   std::atomic<int> waiters_{0};      // calls of wait(), which wait for all that is outstanding
   std::deque<PyBatch> outstanding_;  // not waited for yet; finished ones without error are dropped
 };
+
+/// Frees the dropped systems whose threads have ended; waits so long for each.  True: none is left.
+/// Any thread, with the GIL or without.
+bool join_dropped_for(Milliseconds time);
 
 }  // namespace torch_spheres::bindings

@@ -1,6 +1,5 @@
 #include "python_work.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -55,13 +54,9 @@ void PythonWork::run(Claimer& claimer) {
   if (!claimer.had_work()) return;
 #endif
   SphereGil gil;
-  inside_.fetch_add(1, std::memory_order_relaxed);
+  const CountedThread here(inside_);
   // Nothing is taken before: others may have done it all by now, and nobody has to wait for that.
   Chunk chunk;
-  const struct Leave {
-    std::atomic<int>& inside;
-    ~Leave() { inside.fetch_sub(1, std::memory_order_relaxed); }
-  } leave{inside_};
   if (claimer.next(chunk)) call_or_stay([&] { run_items(claimer, chunk, gil); });
 }
 

@@ -58,25 +58,14 @@ const ExchangeApi* exchange_in(const py::object& capsule) {
 }
 
 bool known_type(const DlTensor& tensor, DType& dtype) {
-  if (tensor.type_lanes != 1) return false;
-  if (tensor.type_code == kBrainFloat && tensor.type_bits == 16) {
-    dtype = DType::bfloat16;
-    return true;
+  for (const DType known : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+    const auto code = known == DType::bfloat16 ? kBrainFloat : kFloat;
+    if (tensor.type_code == code && tensor.type_bits == 8 * element_size(known)) {
+      dtype = known;
+      return tensor.type_lanes == 1;
+    }
   }
-  if (tensor.type_code != kFloat) return false;
-  switch (tensor.type_bits) {
-    case 16:
-      dtype = DType::float16;
-      return true;
-    case 32:
-      dtype = DType::float32;
-      return true;
-    case 64:
-      dtype = DType::float64;
-      return true;
-    default:
-      return false;
-  }
+  return false;
 }
 
 bool contiguous(const DlTensor& tensor, std::size_t& numel) {
@@ -107,12 +96,6 @@ bool view_by_exchange(py::handle tensor, TensorView& view) {
   return true;
 }
 
-py::object got(py::handle tensor, const py::str& name) {
-  const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name.ptr()));
-  if (!value) throw py::error_already_set();
-  return value;
-}
-
 py::object called(py::handle tensor, const py::str& method) {
   const auto value =
       py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr()));
@@ -121,18 +104,18 @@ py::object called(py::handle tensor, const py::str& method) {
 }
 
 bool view_by_methods(py::handle tensor, TensorView& view) {
-  const py::object dtype = got(tensor, torch->dtype);
+  const py::object dtype = tensor.attr(torch->dtype);
   const auto* known = std::find_if(torch->dtypes.begin(), torch->dtypes.end(),
                                    [&](const auto& pair) { return pair.first.is(dtype); });
-  if (known == torch->dtypes.end() || !got(tensor, torch->layout).is(torch->strided) ||
-      got(tensor, torch->is_cpu).ptr() != Py_True ||
+  if (known == torch->dtypes.end() || tensor.attr(torch->layout).ptr() != torch->strided.ptr() ||
+      tensor.attr(torch->is_cpu).ptr() != Py_True ||
       called(tensor, torch->is_contiguous).ptr() != Py_True) {
     return false;
   }
   view.dtype = known->second;
   view.shape.clear();
   view.numel = 1;
-  for (const py::handle size : py::tuple(got(tensor, torch->shape))) {
+  for (const py::handle size : py::tuple(tensor.attr(torch->shape))) {
     view.shape.push_back(size.cast<std::int64_t>());
     view.numel *= static_cast<std::size_t>(view.shape.back());
   }
@@ -146,10 +129,6 @@ bool view_by_methods(py::handle tensor, TensorView& view) {
 }
 
 }  // namespace
-
-bool TensorView::same_form(const TensorView& other) const {
-  return dtype == other.dtype && shape == other.shape;
-}
 
 void read_tensors_by(const py::object& exchange) {
   const auto module = py::module_::import("torch");

@@ -27,7 +27,9 @@ struct TensorView {
   std::vector<std::int64_t> shape;
 
   std::size_t bytes() const { return numel * element_size(dtype); }
-  bool same_form(const TensorView& other) const;
+  bool same_form(const TensorView& other) const {
+    return dtype == other.dtype && shape == other.shape;
+  }
 };
 
 /// Before any tensor is viewed.  `exchange`: torch's capsule, or None.

@@ -10,11 +10,11 @@
 
 #include "barrier.h"
 #include "check.h"
-#include "cursor.h"
 #include "park.h"
 #include "permits.h"
 #include "shaky_atomic.h"
 #include "start_line.h"
+#include "work_queue.h"
 
 using namespace torch_spheres;
 using torch_spheres::testing::rounds;

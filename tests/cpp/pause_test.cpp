@@ -28,7 +28,7 @@ class Meetings {
       if (other != leaf) system_.call_back(other);
     }
     while (turns_.load() == turn) {
-      if (system_.stop_requested()) return false;
+      if (system_.stopping()) return false;
       --computing;
       system_.pause();
       const int now = ++computing;

@@ -42,10 +42,10 @@ TEST(rows_of_any_size_are_gathered) {
     for (std::size_t count : {0u, 1u, 2u, 5u, 1000u}) {
       if (bytes * count > 1u << 20) continue;
       Rows rows(count, bytes);
-      GatherJob job;
-      job.add(rows.column());
-      CHECK_EQ(job.bytes(), bytes * count);
-      job.run_here();
+      GatherWork work;
+      work.add(rows.column());
+      CHECK_EQ(work.bytes(), bytes * count);
+      work.run_here();
       CHECK(rows.gathered());
     }
   }
@@ -53,9 +53,9 @@ TEST(rows_of_any_size_are_gathered) {
 
 TEST(rows_without_bytes_are_nothing) {
   Rows rows(3, 1);
-  GatherJob job;
-  job.add({rows.addresses.data(), 3, 0, 1, 0, rows.out.data()});
-  job.run_here();
+  GatherWork work;
+  work.add({rows.addresses.data(), 3, 0, 1, 0, rows.out.data()});
+  work.run_here();
   for (char byte : rows.out) CHECK_EQ(byte, 0);
 }
 
@@ -65,9 +65,9 @@ TEST(spheres_gather_several_columns_at_once) {
     system.start();
     for (int repeat = 0; repeat < rounds(4); ++repeat) {
       Rows wide(300, 3000), narrow(3000, 8), odd(500, 17);
-      GatherJob job;
-      for (Rows* rows : {&wide, &narrow, &odd}) job.add(rows->column());
-      const auto batch = submit(system, std::make_shared<GatherWork>(job), job.items());
+      const auto work = std::make_shared<GatherWork>();
+      for (Rows* rows : {&wide, &narrow, &odd}) work->add(rows->column());
+      const auto batch = submit(system, work, work->items());
       Helper helper(system);
       CHECK(helper.wait_for(*batch, kPatience));
       CHECK(wide.gathered() && narrow.gathered() && odd.gathered());
@@ -81,19 +81,18 @@ TEST(a_batch_that_is_given_up_leaves_its_memory_alone) {
     system.start();
     for (int repeat = 0; repeat < rounds(6); ++repeat) {
       const auto rows = std::make_unique<Rows>(700, 1000);
-      GatherJob job;
-      job.add(rows->column());
-      const auto work = std::make_shared<GatherWork>(job);
-      const auto batch = submit(system, work, job.items());
+      const auto work = std::make_shared<GatherWork>();
+      work->add(rows->column());
+      const auto batch = submit(system, work, work->items());
       if (repeat % 2 == 1) {  // somewhere in the middle
         while (work->was_done() == 0) std::this_thread::yield();
       }
       system.cancel(batch);
       CHECK(batch->wait_for(kPatience));
-      CHECK_EQ(work->was_done() + batch->cancelled(), job.items());
+      CHECK_EQ(work->was_done() + batch->cancelled(), work->items());
       // Nobody writes any more: the sanitizers would see it.
       std::fill(rows->out.begin(), rows->out.end(), 0);
-      job.run_here();
+      work->run_here();
       CHECK(rows->gathered());
     }
   }

@@ -16,7 +16,7 @@ bool meet_until_stopped(System& system) {
     const std::uint32_t meeting =
         level < 0 ? system.try_open_epoch() : system.try_open_barrier(level);
     if (meeting == 0) {
-      if (system.stop_requested()) return true;
+      if (system.stopping()) return true;
       std::this_thread::yield();
     } else if (system.wait_meeting_for(meeting, kPatience) == Meeting::kPending) {
       return false;
@@ -183,7 +183,7 @@ TEST(barrier_against_stop) {
       for (;;) {
         const std::uint32_t meeting = system.try_open_barrier(1);
         if (meeting == 0) {
-          if (system.stop_requested()) break;
+          if (system.stopping()) break;
           continue;
         }
         if (system.wait_meeting_for(meeting, kPatience) == Meeting::kPending) return;  // a hang

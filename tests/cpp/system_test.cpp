@@ -187,7 +187,7 @@ TEST(an_error_of_an_item_that_stop_finds_running_is_not_lost) {
     std::atomic<bool> begun{false};
     auto work = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
       begun = true;
-      while (!system.stop_requested()) std::this_thread::yield();
+      while (!system.stopping()) std::this_thread::yield();
       // What had not begun is cancelled by now, or will be before anybody else is told.
       std::this_thread::sleep_for(Milliseconds(20));
       throw std::runtime_error("late");

@@ -59,8 +59,7 @@ TEST(tracks_know_threads_that_begin_late_and_states_that_are_not_recorded) {
   for (int i = 0; i < 3; ++i) spheres.push_back(std::make_unique<Sphere>(system, 0));
   spheres[1]->native_id.store(11);
   Tracer tracer;
-  CHECK(tracer.begin(spheres, 10));
-  tracer.begin_with(0);
+  CHECK(tracer.begin(spheres, 10, [] { return 0; }));
   for (int i = 0; i < 3; ++i) spheres[i]->native_id.store(20 + i);
   // As by a thread that is interrupted before it can record that.
   spheres[2]->clock.transition(State::kReady);
@@ -79,8 +78,7 @@ TEST(what_ends_after_the_trace_is_not_in_it_and_states_are_cut) {
   Tracer::Spheres spheres;
   for (int i = 0; i < 2; ++i) spheres.push_back(std::make_unique<Sphere>(system, 0));
   Tracer tracer;
-  CHECK(tracer.begin(spheres, 10));
-  tracer.begin_with(0);
+  CHECK(tracer.begin(spheres, 10, [] { return 0; }));
   const std::uint64_t now = now_ns(), later = now + 3'600'000'000'000;
   spheres[0]->recorder.record({now, now, 1, 1, 0, TraceKind::kItem, 0});
   spheres[0]->recorder.record({now, later, 2, 1, 0, TraceKind::kItem, 0});
@@ -246,9 +244,9 @@ TEST(wakes_and_gradients_are_recorded_by_who_is_woken_and_who_takes_them) {
     while (running.load() < 4) std::this_thread::yield();
   });
   finish(submit(system, work, 4));
-  for (std::int32_t leaf = 0; leaf < 144; ++leaf) system.gradient_ready(leaf);
-  system.gradients_taken();
-  system.gradients_taken();  // finds none
+  for (std::int32_t leaf = 0; leaf < 144; ++leaf) {
+    system.trace_gradient(system.topology().leaf_of_item(leaf), now_ns());
+  }
   stop(system);
   const TraceRecord record = system.end_trace();
   std::int64_t gradients = 0;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -253,3 +255,14 @@ def test_bits_on_cuda(dtype):
     total = ts.tree_sum([None if t is None else t.cuda() for t in shards])
     assert total.is_cuda
     assert_same_bits(total.cpu(), tree(shards))
+
+
+def test_cpp_adds_the_tensors_of_a_program_that_uses_nothing_else():
+    program = """
+import torch
+import torch_spheres as ts
+from torch_spheres.reduction import tree_sum
+tree_sum._add_unusual = None
+assert ts.tree_sum([torch.ones(3)] * 12).tolist() == [12, 12, 12]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

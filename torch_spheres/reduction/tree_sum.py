@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torch_spheres import _core
+from torch_spheres import _compat, _core
 
 if TYPE_CHECKING:
     from torch_spheres.runtime.pool import SpherePool
@@ -31,6 +31,8 @@ _KISSING = _core.KISSING
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 _form = attrgetter("shape", "dtype", "device", "layout")
+
+_core.read_tensors_by(_compat.dlpack_exchange)  # C++ takes no tensor before
 
 
 def tree_sum(

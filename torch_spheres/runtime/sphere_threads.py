@@ -198,14 +198,6 @@ class SphereThreads:
         """Ends the pause of the item that a leaf runs, or that item's next pause."""
         self._core.call_back(leaf)
 
-    def _report_gradient(self, leaf: int) -> None:
-        """For a trace: the gradients of a leaf's shard are there."""
-        self._core.gradient_ready(leaf)
-
-    def _complete_gradients(self) -> None:
-        """For a trace: the calling thread takes the gradients of all shards."""
-        self._core.gradients_complete()
-
     def _read_subtrees(self) -> tuple[int, list[tuple[Any, ...]]]:
         """Nanoseconds since `start`; figures of the root, then of each kissing sphere's subtree.
 

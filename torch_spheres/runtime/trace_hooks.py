@@ -77,6 +77,8 @@ def gradients_taken(spheres: SphereThreads, makers: Iterable[tuple[int, int]]) -
 
     `makers` has `here_and_now` of each thread when its gradients were ready.
     """
+    if spheres._recorder is None:
+        return
     here = _core.current_sphere()
     for sphere, made in makers:
         if sphere not in (-1, here):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from torch_spheres.distributed.tree_all_reduce import total_over_ranks
 from torch_spheres.reduction.tree_sum import tree_sums
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.runtime.pool import SpherePool
-from torch_spheres.runtime.trace_hooks import phase
+from torch_spheres.runtime.trace_hooks import gradients_taken, phase
 from torch_spheres.training.engine import engine_of
 from torch_spheres.training.step_checks import GradientSumChecks
 
@@ -88,6 +89,7 @@ class GradientHook:
         self._checks = GradientSumChecks(optimizer)
         self._lock = threading.Lock()
         self._added: dict[int, list[Tensor | None]] = {}
+        self._made: list[tuple[int, int]] = []  # for a trace: leaf and time of each that was added
         # The optimizer keeps the function, and so the hook, even if nobody else does.
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -143,7 +145,8 @@ class GradientHook:
                     "several batches call reduce() after each, which adds to .grad"
                 )
             self._added[shard] = fitted
-        self._spheres._report_gradient(shard)
+            leaf = self._spheres.topology.leaf_of_item(shard)
+            self._made.append((leaf, time.monotonic_ns()))
 
     def _fit(
         self, grads: Sequence[Tensor | None] | Mapping[Tensor, Tensor | None]
@@ -202,6 +205,7 @@ class GradientHook:
             if not self._added and (self._ranks is None or not self._by_hand):
                 return
             added, self._added = self._added, {}
+            made, self._made = self._made, []
         parameters = self.parameters
         absent: list[Tensor | None] = [None] * len(parameters)
         shards = [added.get(leaf, absent) for leaf in range(spheres.leaves)]
@@ -209,7 +213,7 @@ class GradientHook:
         if self._ranks is not None and self._by_hand:
             self._checks.meet(self._ranks)
         with phase(spheres, "sum"):
-            spheres._complete_gradients()
+            gradients_taken(spheres, made)
             if self._ranks is None:
                 sums = tree_sums(columns, spheres=spheres)
             else:
