@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from itertools import chain
@@ -269,3 +270,14 @@ def test_a_rank_on_real_spheres() -> None:
         batches = SphereBatchSampler(range(26), 26, spheres=spheres, rank=1, world_size=3)
         (batch,) = batches
         assert batches.map(sum, batch) == [10 + 11, 12 + 13, 14 + 15, 16 + 17]
+
+
+def test_a_ranks_batch_knows_the_whole_one_whoever_else_iterates() -> None:
+    batches = ts.SphereBatchSampler(range(48), 24, rank=1, world_size=2)
+    first, other = iter(batches), iter(batches)
+    batch = next(first)
+    assert [*other][-1].whole == [*range(24, 48)]
+    assert batch.whole == [*range(24)] and batch == [batch.whole[row] for row in batch.rows]
+    again = pickle.loads(pickle.dumps(batch))
+    assert (again, again.whole, again.rows) == (batch, batch.whole, batch.rows)
+    assert type(next(iter(ts.SphereBatchSampler(range(48), 24)))) is list

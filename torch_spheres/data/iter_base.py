@@ -29,7 +29,7 @@ from torch_spheres.data.resume import (
     LoaderState,
     required_options,
 )
-from torch_spheres.data.sampler import SphereBatchSampler
+from torch_spheres.data.sampler import RankBatch
 from torch_spheres.data.sampler_state import extend_digest
 from torch_spheres.data.tensor_gather import can_gather
 from torch_spheres.data.worker_info import install
@@ -147,8 +147,7 @@ class SphereIterator(_compat.BaseIterator):  # type: ignore[misc]  # its type is
         index = super()._next_index()
         if self._iterable:
             return index
-        sampler = self._index_sampler
-        cut = sampler.latest_slice if isinstance(sampler, SphereBatchSampler) else None
+        cut = index if isinstance(index, RankBatch) else None
         # The digest is of whole batches, so that a state fits any number of ranks.
         self._index_digest = extend_digest(self._index_digest, index if cut is None else cut.whole)
         if self._rank_slice is not None:

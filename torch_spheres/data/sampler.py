@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -24,15 +23,20 @@ from torch_spheres.distributed.group import find_ranks, this_rank
 from torch_spheres.reduction.partition import GROUPS, checked_shards
 from torch_spheres.runtime.arguments import as_index
 
-__all__ = ["BatchSlice", "SphereBatchSampler"]
+__all__ = ["RankBatch", "SphereBatchSampler"]
 
 
-@dataclass(frozen=True)
-class BatchSlice:
-    """A rank's rows of a global batch."""
+class RankBatch(list[int]):
+    """A rank's indices of a global batch, as the sampler yields them.
 
-    whole: list[int]  # the global batch's indices
-    rows: list[int]  # positions of the rank's in it, in the order in which they were yielded
+    Attributes:
+        whole: the global batch's indices.
+        rows: positions in it of the rank's.
+    """
+
+    def __init__(self, whole: list[int], rows: list[int]) -> None:
+        super().__init__(whole[row] for row in rows)
+        self.whole, self.rows = whole, rows
 
 
 class SphereBatchSampler(BatchShards, Sampler[list[int]]):
@@ -64,7 +68,6 @@ class SphereBatchSampler(BatchShards, Sampler[list[int]]):
         rank: of this process, 0 to ``world_size - 1``.
         world_size: number of ranks; 1 for a process alone.
         epoch: the last argument of `set_epoch`; None before.
-        latest_slice: of the batch that was yielded last; None with one rank.
 
     Raises:
         TypeError: `spheres` is something else. While iterating: an index is a bool, a float or
@@ -99,7 +102,6 @@ class SphereBatchSampler(BatchShards, Sampler[list[int]]):
         self.epoch: int | None = None  # the last argument of set_epoch
         self._current: SamplerEpoch | None = None  # of the newest iterator, until its end
         self._resumed: SamplerEpoch | None = None  # loaded, for the next iterator
-        self.latest_slice: BatchSlice | None = None
         # The ranks' batch log compares batches by the sampler's number and its epoch's.
         self._ranks = find_ranks(process_group, self._shards) if from_group else None
         self._log_number = 0 if self._ranks is None else next(self._ranks.samplers)
@@ -136,8 +138,7 @@ class SphereBatchSampler(BatchShards, Sampler[list[int]]):
                 ranks.batches.add_batch(log, epoch.position, epoch.digest)
             if self.world_size > 1:
                 ranges = self._division.ranges(self.rank, len(batch))
-                self.latest_slice = BatchSlice(batch, [*chain.from_iterable(ranges)])
-                batch = [batch[row] for row in self.latest_slice.rows]
+                batch = RankBatch(batch, [*chain.from_iterable(ranges)])
             yield batch
         if self._current is epoch:
             self._current = None
