@@ -39,7 +39,7 @@ class Route {
     return route;
   }
 
-  /// How many leaves a batch of so many items has any for.
+  /// How many leaves own items of a batch of so many.
   std::int32_t count(std::int64_t items) const {
     return static_cast<std::int32_t>(std::min<std::int64_t>(items, leaves_));
   }

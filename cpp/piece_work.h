@@ -31,21 +31,22 @@ class PieceWork final : public Work {
  public:
   /// Before the work is handed out.
   void add(Part part) {
-    bytes_ += part.size() * part.element_bytes();
+    const std::size_t size = part.size();
     const std::size_t element = std::max(part.element_bytes(), Part::kLeastElementBytes);
-    for (std::size_t begin = 0; begin < part.size();) {
+    bytes_ += size * part.element_bytes();
+    parts_.push_back(std::move(part));  // first, so that no piece is without its part
+    for (std::size_t begin = 0; begin < size;) {
       if (!Part::kShareItems || items_.empty() || filled_ >= Part::kItemBytes) {
         items_.push_back(pieces_.size());
         filled_ = 0;
       }
       const std::size_t room =
           std::max(Part::kLeastElements, (Part::kItemBytes - filled_) / element);
-      const std::size_t end = std::min(part.size(), begin + room);
-      pieces_.push_back({parts_.size(), begin, end});
+      const std::size_t end = std::min(size, begin + room);
+      pieces_.push_back({parts_.size() - 1, begin, end});
       filled_ += (end - begin) * element;
       begin = end;
     }
-    parts_.push_back(std::move(part));
   }
 
   /// Of all parts.

@@ -280,13 +280,18 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 
 
 def _shards_of(thing: Any) -> int | None:
-    """Into how many shards a parallel model cuts a batch; None for anything else."""
+    """Into how many shards a parallel model cuts a batch, or one inside it; None: there is none.
+
+    A model may be inside another one: torch.compile and Lightning's Fabric wrap it.
+    """
     owners: list[Any] = [thing, getattr(thing, "forward", None)]  # (`parallelize_` has it there)
     for owner in owners:
         ours = getattr(type(owner), "shards", None)  # and not an attribute of the user's
-        if isinstance(ours, property) and ours.fget.__module__.startswith("torch_spheres."):
+        getter = ours.fget if isinstance(ours, property) else None
+        if (getattr(getter, "__module__", None) or "").startswith("torch_spheres."):
             return int(owner.shards)
-    return None
+    parts = thing.children() if isinstance(thing, nn.Module) else ()
+    return next((found for part in parts if (found := _shards_of(part)) is not None), None)
 
 
 def _misfit(thing: Any, saved: Any) -> str:

@@ -319,10 +319,35 @@ def test_a_suggestion_needs_a_number_of_repeats() -> None:
             model.suggest_shards(torch.randn(24, 3), repeats=0)
 
 
-def test_shards_without_rows_are_no_suggestion_nor_are_modules_without_shapes() -> None:
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * mask.mean()
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "inputs", "rows", "numbers"),
+    [
+        (Masked(), {"whole": ["mask"]}, (torch.ones(1, 7), torch.randn(48, 4)), 48, DIVISORS),
+        (Masked(), {"batch_dim": {"x": 1}, "whole": ["mask"]},
+         (torch.ones(2), torch.randn(3, 48, 4)), 48, DIVISORS),
+        (nn.Linear(3, 1), {}, (torch.randn(5, 3),), 5, [1, 2, 3, 4]),
+        (nn.BatchNorm1d(3), {}, (torch.randn(6, 3),), 6, [1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_that_the_batch_has_rows_for(
+    module, options, inputs, rows, numbers
+) -> None:
     with ts.KissingSpheres(concurrency=2) as spheres:
-        model = ts.SphereParallel(nn.Linear(3, 1), spheres)
-        assert sorted(model.suggest_shards(torch.randn(5, 3), repeats=1).ratios) == [1, 2, 3, 4]
+        found = ts.SphereParallel(module, spheres, **options).suggest_shards(*inputs, repeats=1)
+    assert (found.rows, sorted(found.ratios)) == (rows, numbers)
+
+
+def test_modules_without_shapes_have_no_suggestion() -> None:
+    with ts.KissingSpheres(concurrency=2) as spheres:
         lazy = ts.SphereParallel(nn.LazyLinear(1), spheres)
         with pytest.raises(RuntimeError, match="run a batch through the model first"):
             lazy.suggest_shards(torch.randn(24, 3))
@@ -346,12 +371,19 @@ def test_a_checkpoint_knows_the_number(tmp_path, make) -> None:
         assert told[0].filename == __file__
         assert torch.equal(other.weight, model.weight)
         ts.load_checkpoint(tmp_path / "c", model=nn.Linear(3, 1))  # the bare module has none
+        for outer in (torch.compile(other, backend="eager"), nn.Sequential(nn.Identity(), other)):
+            assert ts.checkpoint_state(model=outer)["shards"] == {"model": 12}
 
 
 def test_an_attribute_of_the_users_is_not_the_number() -> None:
     module = nn.Linear(3, 1)
     module.shards = 7
     assert ts.checkpoint_state(model=module)["shards"] == {}
+
+    class Write(nn.Linear):
+        shards = property(None, lambda *_: None)
+
+    assert ts.checkpoint_state(model=Write(3, 1))["shards"] == {}
     with ts.KissingSpheres(concurrency=2) as spheres:
         assert ts.checkpoint_state(model=ts.SphereParallel(module, spheres))["shards"] == {
             "model": 12

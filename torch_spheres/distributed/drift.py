@@ -29,7 +29,7 @@ __all__ = [
 
 _OFTEN = 64  # calls between two comparisons, once there were so many
 _SMALL = 1 << 14  # bytes of a tensor that go into a checksum of their order
-_COLUMNS = 2048  # items of a row of which the rest of a tensor is taken to be made
+_COLUMNS = 2048  # of the table that a tensor on an accelerator is taken for
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size
 _SETTINGS = (bool, int, float, str, tuple, type(None))  # types of compared hyperparameters
 _PLAIN = (Tensor, nn.Parameter)  # subclasses may be shards, or compute their values
@@ -52,13 +52,19 @@ def comparable_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of a tensor's bits: of a large one's beginning, and of sums of all, which is faster.
+    """Of a tensor's bits; of a large one on an accelerator, of its beginning and of sums of all.
 
-    All rows and all columns of `_COLUMNS` items are summed, so that values that have changed
-    places count too.
+    The items are taken as a table, of which all rows and all columns are summed, so that values
+    that have changed places count too.
     """
     value = tensor.detach().resolve_conj().resolve_neg().contiguous()
     flat = (torch.view_as_real(value) if value.is_complex() else value).reshape(-1)
+    if flat.is_cpu:
+        return zlib.crc32(flat.view(torch.uint8).numpy().data)
+    return _checksum_by_sums(flat)
+
+
+def _checksum_by_sums(flat: Tensor) -> int:
     crc = zlib.crc32(flat[: _SMALL // flat.itemsize].view(torch.uint8).cpu().numpy().data)
     if flat.nbytes <= _SMALL:
         return crc

@@ -7,6 +7,7 @@ reduction/partition.py.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -80,12 +81,13 @@ def find_ranks(process_group: ProcessGroup | bool | None, shards: int = 0) -> Ra
             f"{way_out(world, shards)}, or choose so many by process_group="
         )
     group = dist.group.WORLD if process_group is None else process_group
-    known = _by_group.get(group)
-    if known is None:
-        for other, ranks in [*_by_group.items()]:
-            if not ranks.exists():  # it holds its group, which would never go
-                del _by_group[other]
-        known = _by_group[group] = Ranks(process_group)
+    with _finding:  # two threads' models have to find the same one
+        known = _by_group.get(group)
+        if known is None:
+            for other, ranks in list(_by_group.items()):
+                if not ranks.exists():  # it holds its group, which would never go
+                    del _by_group[other]
+            known = _by_group[group] = Ranks(process_group)
     return known
 
 
@@ -212,6 +214,7 @@ class Ranks(Transport):
 
 _latest: weakref.ref[Ranks] | None = None  # the loader's that handed out the last batch
 _made: Counter[str] = Counter()  # how many there were of each group's name
+_finding = threading.Lock()
 _by_group: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 
 

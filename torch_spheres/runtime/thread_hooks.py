@@ -52,7 +52,7 @@ def take_one_intra_op_thread() -> None:
         except (RuntimeError, MemoryError) as error:
             if "shutdown" in str(error):
                 return  # Python 3.12 and later: no thread will come that would read the default
-            torch.set_num_threads(default)  # this thread's too, which will run nothing
+            torch.set_num_threads(default)  # of this thread as well: it will not run any kernel
             raise
         restorer.join()
 

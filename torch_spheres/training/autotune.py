@@ -4,9 +4,9 @@ With ``reproducible=True`` they differ in nothing but who runs the shards, so th
 in no bit; with ``reproducible=False`` the bare module on the whole batch is one of them.
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
-which the first does not count: it finds the caches and the memory of the way before. All ways have
-a block; those close to the best then have two more. So it takes 9 to 63 steps, in which the
-training goes on as ever.
+which the first does not count: it finds the caches and the memory of the way before. All ways that
+are worth a try have a block; those close to the best then have two more. So it takes 6 to 54 steps,
+in which the training goes on as ever.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Plan:
     shards: int  # 1 without workers: the bare module gets the whole batch
     workers: int  # spheres at once, each with one intra-op thread; 0: the calling thread, with all
     limit: float = float("inf")  # seconds: not worth a try if another way took longer
-    least: float = 0.0  # seconds: nor if another way took less
+    least: float = 0.0  # seconds: not worth a try if another way took less
     keeps_openmp: bool = False  # the caller's OpenMP threads are not ended, see runtime/openmp.py
 
     @property

@@ -123,8 +123,6 @@ class Engine:
         refuse_tracing()
         self._begin()
         arguments = CallArguments(args, kwargs)
-        if not self._is_collective:
-            arguments.caught.raise_if_any()
         executor, trial = self._choose("forward", all_ways, arguments)
         run = functools.partial(self.run_in_shards, executor, unsplit, arguments)
         if trial is not None:
@@ -180,6 +178,8 @@ class Engine:
         ways: Callable[[int, int], list[Plan]],
         arguments: CallArguments,
     ) -> tuple[ShardExecutor, Trial | None]:
+        if not self._is_collective:
+            arguments.caught.raise_if_any()
         spheres, tensors = self.spheres, arguments.tensors()
         rows = rows_to_tune_by(arguments, self.options)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the

@@ -235,6 +235,7 @@ class GradientHook:
             handle.remove()
         with self._lock:
             self._added.clear()
+            self._made.clear()
 
 
 def trains(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:

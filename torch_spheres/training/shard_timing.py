@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch_spheres.reduction.partition import possible_world_sizes
 from torch_spheres.runtime.rng import random_states, restore_random_states
 from torch_spheres.training.autotune import reproducible_ways
-from torch_spheres.training.batch_split import rows_to_tune_by
+from torch_spheres.training.batch_split import Split
+from torch_spheres.training.buffers import needs_two_rows
 from torch_spheres.training.call_arguments import CallArguments
 from torch_spheres.training.executor import ShardExecutor
 from torch_spheres.training.lazy_modules import is_lazy
@@ -74,11 +75,13 @@ def suggest_shards(
     if any(map(is_lazy, engine.module.modules())):
         raise RuntimeError("a lazy module has no shapes yet: run a batch through the model first")
     arguments = CallArguments(args, kwargs)
-    rows = rows_to_tune_by(arguments, engine.options)
-    # With several processes, only numbers that they can share; and a row for each shard.
+    least = 2 if any(map(needs_two_rows, engine.module.modules())) else 1
+    cut = functools.partial(Split, options=engine.options, module=engine.module, least=least)
+    rows = cut(arguments, 1).rows
+    # With several processes, only numbers that they can share; and rows for each shard.
     world = 1 if engine.ranks is None else engine.ranks.world
-    possible = possible_world_sizes(engine.spheres.leaves)
-    numbers = [n for n in possible if n % world == 0 and n <= max(rows, world)]
+    possible = [n for n in possible_world_sizes(engine.spheres.leaves) if n % world == 0]
+    numbers = [n for n in possible if n == world or len(cut(arguments, n).bounds) == n]
     found = time_shards(engine, arguments, numbers, repeats=repeats, backward=True)
     ratios = {n: seconds / found[0] for n, seconds in found.items() if n > 0}
     return ShardTimes(rows, ratios)
@@ -129,10 +132,12 @@ def time_shards(
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
     states = random_states()
+    devices = {p.device.index for p in bare.parameters() if p.is_cuda}
     try:
-        for _ in range(1 + repeats):
-            for way, run in ways.items():
-                seconds[way].append(_seconds(run, weights if backward else None))
+        with torch.random.fork_rng([*devices]):
+            for _ in range(1 + repeats):
+                for way, run in ways.items():
+                    seconds[way].append(_seconds(run, weights if backward else None))
     finally:
         restore_random_states(states)
     medians = {way: statistics.median(each[1:]) for way, each in seconds.items()}
