@@ -265,4 +265,4 @@ from torch_spheres.reduction import tree_sum
 tree_sum._add_unusual = None
 assert ts.tree_sum([torch.ones(3)] * 12).tolist() == [12, 12, 12]
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
