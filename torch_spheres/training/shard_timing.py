@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
 from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import rows_to_tune_by
 from torch_spheres.training.executor import ShardExecutor
@@ -129,13 +130,14 @@ def time_shards(
             ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, args, kwargs)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
-    states = random_states()
+    states, draws = random_states(), TrialRandom()
     try:
-        for _ in range(1 + repeats):
+        for k in range(1 + repeats):
             for way, run in ways.items():
-                seconds[way].append(_seconds(run, weights if backward else None))
+                with contextlib.nullcontext() if k else draws.active():
+                    seconds[way].append(_seconds(run, weights if backward else None))
     finally:
-        restore_random_states(states)
+        undo_draws(states, of_torch=draws.drew)
     medians = {way: statistics.median(each[1:]) for way, each in seconds.items()}
     return {n: min(s for (shards, _), s in medians.items() if shards == n) for n, _ in ways}
 
