@@ -115,13 +115,9 @@ void PySystem::start() {
   const GilRelease release;
   const std::lock_guard lock(life_mutex_);
   if (system_->running()) return;
+  system_->start();
+  // Not before they run: who finds that they were never started calls this too, and waits above.
   starts_.fetch_add(1);
-  try {
-    system_->start();
-  } catch (...) {
-    starts_.fetch_sub(1);
-    throw;
-  }
 }
 
 PySystem::Lost PySystem::stop(Seconds timeout) {

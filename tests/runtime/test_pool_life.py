@@ -389,3 +389,17 @@ def test_an_error_caught_beside_its_handle_is_collected() -> None:
         spheres.distribute_work([0], int).wait()  # takes finished batches off the list
         gc.collect()
         assert [ref() for ref in alive] == [None, None]
+
+
+def test_the_first_use_waits_for_a_start_that_is_under_way() -> None:
+    for _ in range(8):  # with many spheres, so that it takes long
+        spheres = KissingSpheres(levels=4)
+
+        def use(spheres: KissingSpheres = spheres) -> list[int]:
+            while not spheres._starts:
+                pass
+            return spheres.map(abs, [-1])
+
+        join = in_thread(use)
+        with spheres:
+            assert join() == [1]

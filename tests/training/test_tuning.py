@@ -189,10 +189,10 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
 def look(_):
     before = resident()
-    block = torch.ones(48 << 18)  # 48 MiB
+    block = torch.ones(96 << 18)  # 96 MiB, more than the 64 MiB by which the heap grows
     held = resident() - before
     del block
-    return held > 44, resident() - before > 44
+    return held > 90, resident() - before > 90
 with ts.KissingSpheres({levels}, concurrency=1) as spheres:
     print(*(look(0) if {where == "here"} else spheres.map(look, [0])[0]))
 """

@@ -25,7 +25,7 @@ import functools
 import random
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +44,7 @@ __all__ = [
     "peek_base",
     "random_states",
     "restore_random_states",
+    "undo_draws",
 ]
 
 _KEYS = _compat.DispatchKeySet(_compat.draw_key)
@@ -198,7 +199,10 @@ class ShardRandom(RandomSource):
 
 
 class TrialRandom(RandomSource):
-    """The random numbers of a forward pass whose result is thrown away.
+    """The random numbers of a pass whose result is thrown away.
+
+    torch's come from a generator of the trial's own. The process's is never put back, since other
+    threads may draw from it meanwhile.
 
     Attributes:
         drew: whether there were any.
@@ -216,6 +220,16 @@ class TrialRandom(RandomSource):
         """Raises a RuntimeError, which ends the trial: the user's generator must not advance."""
         del given
         raise RuntimeError(f"{op} was called with a generator of its own")
+
+    @contextlib.contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """Context in which this source is active; puts Python's and numpy's generators back."""
+        before = random_states()
+        try:
+            with self.active():
+                yield
+        finally:
+            self.drew |= undo_draws(before, of_torch=False)
 
 
 def peek_base() -> int:
@@ -255,11 +269,27 @@ def numpy_state(generator: Any) -> Any:
 
 
 def restore_random_states(states: Mapping[str, Any], rng: Any = _PROCESS_GENERATORS) -> None:
-    """Sets the generators' states to what `random_states` returned."""
-    version, words, gauss = states["python"]
-    rng.random_generator.setstate((version, tuple(words), gauss))
-    rng.numpy_generator.set_state(states["numpy"])
-    rng.torch_generator.set_state(states["torch"])
+    """Sets the generators' states to what `random_states` returned, or to some of it."""
+    if "python" in states:
+        version, words, gauss = states["python"]
+        rng.random_generator.setstate((version, tuple(words), gauss))
+    if "numpy" in states:
+        rng.numpy_generator.set_state(states["numpy"])
+    if "torch" in states:
+        rng.torch_generator.set_state(states["torch"])
+
+
+def undo_draws(before: Mapping[str, Any], *, of_torch: bool) -> bool:
+    """Puts those of the process's generators back that have moved; returns whether one had.
+
+    Other threads then draw the same numbers again: `of_torch` is for who has drawn from it.
+    """
+    now = random_states()
+    moved = [name for name in ("python", "numpy") if now[name] != before[name]]
+    if of_torch and not torch.equal(now["torch"], before["torch"]):
+        moved.append("torch")
+    restore_random_states({name: before[name] for name in moved})
+    return bool(moved)
 
 
 def current_source() -> RandomSource | None:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _compat
-from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.rng import TrialRandom
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.merge_rules import ROWS, SCALAR, MergeRule, same
 from torch_spheres.training.pytree import unflatten
 from torch_spheres.training.rounding import differs, rounding_of
-from torch_spheres.training.trial_run import STRIDE, RowRanges, Run, equal_states, run_trials
+from torch_spheres.training.trial_run import STRIDE, RowRanges, Run, run_trials
 
 if TYPE_CHECKING:
     from torch_spheres.training.batch_split import Split
@@ -179,19 +179,15 @@ def check_loss(call: ShardedCall, loss_fn: Callable[[Any, Any], Any], target_spl
     runs, drew = run_trials(call, training=False, spans=ranges.spans)
     if not runs or drew:
         return
-    losses = []
-    before = random_states()
+    losses, draws = [], TrialRandom()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), draws.leaving_no_trace():
             for run, span in zip(runs, ranges.spans, strict=True):
                 _, rows = target_split.arguments.build(target_split.cut(*span))
                 losses.append(loss_fn(unflatten(run.outputs, run.nesting), rows["targets"]))
     except Exception:  # noqa: BLE001
         return  # an error in the shards' losses is raised there
-    finally:
-        drew = not equal_states(before, random_states())
-        restore_random_states(before)
-    text = None if drew else _loss_differs(call, losses, ranges.sizes)
+    text = None if draws.drew else _loss_differs(call, losses, ranges.sizes)
     if text is not None:
         findings.warned_of_loss = True
         warnings.warn(text, UserWarning, users_level())

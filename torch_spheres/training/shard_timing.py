@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
 from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.buffers import needs_two_rows
@@ -131,15 +132,19 @@ def time_shards(
             ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, arguments)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
-    states = random_states()
-    devices = {p.device.index for p in bare.parameters() if p.is_cuda}
+    states, draws = random_states(), TrialRandom()
+    devices = {p.device for p in bare.parameters() if p.is_cuda}
+    on_cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
     try:
-        with torch.random.fork_rng([*devices]):
-            for _ in range(1 + repeats):
-                for way, run in ways.items():
+        for k in range(1 + repeats):
+            for way, run in ways.items():
+                # (The first round shows whether torch's generator has to be put back.)
+                with contextlib.nullcontext() if k else draws.active():
                     seconds[way].append(_seconds(run, weights if backward else None))
     finally:
-        restore_random_states(states)
+        undo_draws(states, of_torch=draws.drew)
+        for device, state in on_cuda.items():
+            torch.cuda.set_rng_state(state, device)
     medians = {way: statistics.median(each[1:]) for way, each in seconds.items()}
     return {n: min(s for (shards, _), s in medians.items() if shards == n) for n, _ in ways}
 

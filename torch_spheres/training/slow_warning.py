@@ -8,6 +8,7 @@ faster, so is the forward in fewer shards.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 
 from torch_spheres import _compat
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.shard_timing import bare_copy, time_shards
 from torch_spheres.training.sync_batch_norm import waits_for_others
@@ -99,13 +100,14 @@ def _seconds_of_whole_batch(module: nn.Module, arguments: CallArguments, patienc
     """
     bare = bare_copy(module)
     seconds: list[float] = []
-    states = random_states()
+    states, draws = random_states(), TrialRandom()
     try:
         with torch.no_grad():
             while len(seconds) < 3 and sum(seconds) <= patience:
                 begin = time.perf_counter()
-                bare(*arguments.args, **arguments.kwargs)
+                with contextlib.nullcontext() if seconds else draws.active():
+                    bare(*arguments.args, **arguments.kwargs)
                 seconds.append(time.perf_counter() - begin)
     finally:
-        restore_random_states(states)
+        undo_draws(states, of_torch=draws.drew)
     return min(seconds)

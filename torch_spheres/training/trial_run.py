@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _compat
-from torch_spheres.runtime.rng import TrialRandom, random_states, restore_random_states
+from torch_spheres.runtime.rng import TrialRandom
 from torch_spheres.training.module_copy import Buffer
 from torch_spheres.training.pytree import Nesting, flatten_output
 from torch_spheres.training.replica import Replica
@@ -23,7 +23,7 @@ from torch_spheres.training.sync_batch_norm import sees_all_rows
 if TYPE_CHECKING:
     from torch_spheres.training.sharded_call import ShardedCall
 
-__all__ = ["STRIDE", "RowRanges", "Run", "equal_states", "run_trials"]
+__all__ = ["STRIDE", "RowRanges", "Run", "run_trials"]
 
 STRIDE = 5  # shards between the two that are compared in one call and those of the next
 
@@ -90,27 +90,21 @@ def run_trials(
         change: functions of some keyword arguments, whose results take their place.
     """
     runs: list[Run] = []
-    draws, before = TrialRandom(), random_states()
-    try:
+    draws = TrialRandom()
+    with draws.leaving_no_trace():
         # A forward may need autograd (forces are gradients of an energy), or its hooks.
         for grad, hooks in ((False, False), (True, False), (False, True), (True, True)):
             if runs or (grad and not torch.is_grad_enabled()):
                 continue
             try:
-                runs = [
-                    _run(call, draws, training, grad, hooks, span, change or {}) for span in spans
-                ]
+                runs = [_run(call, training, grad, hooks, span, change or {}) for span in spans]
             except Exception:  # noqa: BLE001
                 continue  # an error in the shards is raised there; others belong to this mode only
-    finally:
-        drew = draws.drew or not equal_states(before, random_states())
-        restore_random_states(before)
-    return runs, drew
+    return runs, draws.drew
 
 
 def _run(
     call: ShardedCall,
-    draws: TrialRandom,
     training: bool,
     grad: bool,
     hooks: bool,
@@ -133,7 +127,7 @@ def _run(
     args, kwargs = call.split.arguments.build(own)
     kwargs.update((name, make(kwargs[name])) for name, make in change.items())
     buffers = replica.begin_shard()
-    with torch.set_grad_enabled(grad), draws.active():
+    with torch.set_grad_enabled(grad):
         outputs, nesting = flatten_output(module(*args, **kwargs))
     if grad:
         outputs = [v.detach() if isinstance(v, Tensor) else v for v in outputs]
@@ -147,10 +141,3 @@ def _changes(buffers: Sequence[Buffer]) -> dict[tuple[str, str], tuple[Tensor, T
         if value is not None and value.shape == buffer.given.shape:
             found[type(buffer.source).__name__, buffer.name] = value, buffer.given
     return found
-
-
-def equal_states(before: Any, after: Any) -> bool:
-    """Whether two results of `random_states` are equal."""
-    return torch.equal(before["torch"], after["torch"]) and all(
-        before[name] == after[name] for name in ("python", "numpy")
-    )
