@@ -16,14 +16,18 @@ constexpr std::uint64_t kShortWaitNs = 10'000;
 
 /// repr(object) in at most 100 characters; never fails.
 py::object shown(const py::object& object) {
-  try {
-    py::object text = py::repr(object);
-    if (py::len(text) > 100) text = py::object(text[py::slice(0, 97, 1)]) + py::str("...");
-    return text;
-  } catch (const py::error_already_set&) {
+  // What calls Python code has no Python object beside it: before 3.14 a thread that comes too late
+  // is unwound, and letting go of one would need the interpreter.
+  PyObject* text = call_or_stay([&] { return PyObject_Repr(object.ptr()); });
+  if (text == nullptr) {
+    PyErr_Clear();
     return py::str(std::string("<") + Py_TYPE(object.ptr())->tp_name +
                    " object whose repr() failed>");
   }
+  auto whole = py::reinterpret_steal<py::object>(text);
+  if (PyUnicode_GetLength(text) <= 100) return whole;
+  const auto begin = py::reinterpret_steal<py::object>(PyUnicode_Substring(text, 0, 97));
+  return py::reinterpret_steal<py::object>(PyUnicode_FromFormat("%U...", begin.ptr()));
 }
 
 }  // namespace
@@ -107,22 +111,26 @@ void PythonWork::record_error(std::int64_t item, SphereId sphere) {
     if (is_first) error_ = error;
     first = error_;
   }
-  if (is_first || !first.is(error)) call_or_stay([&] { add_note(first, error, item, sphere); });
+  if (is_first || !first.is(error)) add_note(first, error, item, sphere);
 }
 
 void PythonWork::add_note(const py::object& first, const py::object& error, std::int64_t item,
                           SphereId sphere) const {
-  try {
-    py::object note = py::str("raised by work item " + std::to_string(item) + " (") +
-                      shown(items_[py::int_(item)]) +
-                      py::str(") on sphere " + Topology::path_string(sphere) + " (id " +
-                              std::to_string(sphere) + ")");
-    // One exception is raised, the first; the others are not to vanish.
-    if (!first.is(error)) note = py::str("also: ") + shown(error) + py::str(" ") + note;
-    first.attr("add_note")(note);
-  } catch (const py::error_already_set&) {
-    // An exception class with an add_note of its own: the error is worth more than the note.
-  }
+  const py::object argument = shown(py::reinterpret_borrow<py::object>(
+      PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(item))));
+  // One exception is raised, the first; the others are not to vanish.
+  const bool also = !first.is(error);
+  const py::object other = also ? shown(error) : py::object(py::str());
+  const std::string path = Topology::path_string(sphere);
+  const auto note = py::reinterpret_steal<py::object>(PyUnicode_FromFormat(
+      "%s%U%sraised by work item %lld (%U) on sphere %s (id %d)", also ? "also: " : "", other.ptr(),
+      also ? " " : "", static_cast<long long>(item), argument.ptr(), path.c_str(),
+      static_cast<int>(sphere)));
+  PyObject* added =
+      call_or_stay([&] { return PyObject_CallMethod(first.ptr(), "add_note", "O", note.ptr()); });
+  // An exception class may have an add_note of its own: the error is worth more than the note.
+  if (added == nullptr) PyErr_Clear();
+  Py_XDECREF(added);
 }
 
 int PythonWork::traverse(visitproc visit, void* arg) const {
