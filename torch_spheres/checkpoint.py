@@ -280,12 +280,8 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 
 
 def _shards_of(thing: Any) -> int | None:
-    """Into how many shards a parallel model cuts a batch, or one inside it; None: there is none.
-
-    A model may be inside another one: torch.compile and Lightning's Fabric wrap it.
-    """
-    owners: list[Any] = [thing, getattr(thing, "forward", None)]  # (`parallelize_` has it there)
-    for owner in owners:
+    """Into how many shards a parallel model, or one that is inside (a wrapper), cuts a batch."""
+    for owner in (thing, getattr(thing, "forward", None)):  # (`parallelize_` has it there)
         ours = getattr(type(owner), "shards", None)  # and not an attribute of the user's
         getter = ours.fget if isinstance(ours, property) else None
         if (getattr(getter, "__module__", None) or "").startswith("torch_spheres."):
