@@ -161,14 +161,43 @@ def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits(mon
         patch.setattr(autotune, "_TINY", float("inf"))
         weight, plan, costs = train(3)
     kept, ended, one = names(reproducible_ways, 12, 3)
-    assert plan in costs and set(costs) == {kept, one}
+    assert plan in costs and set(costs) == {kept, ended, one}
     alone, plan, _ = train(1)
     assert torch.equal(weight, alone) and plan == "12 shards on 1 sphere"
 
     tuner = Tuner(reproducible_ways(12, 3))
     assert {*tune(tuner, lambda *_: 0.06)} == {kept, ended}
     tuner = Tuner(reproducible_ways(12, 3))
-    assert {*tune(tuner, lambda *_: 0.04)} == {kept, one}
+    assert {*tune(tuner, lambda *_: 0.04)} == {kept, ended, one}
+
+
+def test_a_way_that_becomes_slow_is_measured_anew():
+    tuner = Tuner(reproducible_ways(12, 3))
+    kept, ended, _ = names(reproducible_ways, 12, 3)
+    tune(tuner, lambda name, _: 0.5 if name == ended else 0.8)
+    assert tuner.chosen.name == ended
+
+    def go_on(calls, seconds):
+        """Calls with the chosen way, until it is None; returns how many."""
+        for call in range(calls):
+            if tuner.chosen is None:
+                return call
+            if (trial := tuner.trial(1)) is not None:
+                tuner.record(trial.plan, seconds(call), 1)
+        return calls
+
+    assert go_on(400, lambda call: 5.0 if call % 12 == 3 else 0.6) == 400  # one now and then
+    assert go_on(400, lambda _: 1.2) == 12  # three of those that are timed, one in four
+    tune(tuner, lambda name, _: 0.8 if name == kept else 1.2)
+    assert tuner.chosen.name == kept and tuner.costs[kept] == 0.8
+    assert go_on(400, lambda _: 1.2) == 200  # not again at once
+
+
+def test_one_way_alone_and_an_accelerators_are_not_watched():
+    for plans in (reproducible_ways(12, 1), all_ways(12, 0)):
+        tuner = Tuner(plans)
+        tune(tuner, lambda *_: 1.0)
+        assert not any(tuner.trial(1) for _ in range(100))
 
 
 def test_keeping_memory_can_be_declined(monkeypatch):

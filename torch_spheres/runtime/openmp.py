@@ -7,7 +7,7 @@ kernel follows. Meanwhile a sphere that was woken for a shard waits for the core
 The caller's next parallel kernel makes new threads, in 0.1 ms. But some schedulers put the new
 thread on the caller's own core, where it waits while the caller spins for it: 8 ms, seen on Linux
 6.18 in a virtual machine. Such placement begins after any number of good steps. So
-`training.autotune` has them ended before long steps only, if that gains time.
+`training.autotune` measures both, and measures anew when a step takes much longer than it did.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ in no bit; with ``reproducible=False`` the bare module on the whole batch is one
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
 which the first does not count: it finds the caches and the memory of the way before. All ways that
-are worth a try have a block; those close to the best then have two more. So it takes 6 to 54 steps,
-in which the training goes on as ever.
+are worth a try have a block; those close to the best then have two more. So it takes 6 to 63 steps,
+in which the training goes on as ever. Later some calls are timed as well: a way that has become
+much slower than it was is measured anew, beside the others (see runtime/openmp.py for a cause).
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class Plan:
     shards: int  # 1 without workers: the bare module gets the whole batch
     workers: int  # spheres at once, each with one intra-op thread; 0: the calling thread, with all
     limit: float = float("inf")  # seconds: not worth a try if another way took longer
-    least: float = 0.0  # seconds: not worth a try if another way took less
     keeps_openmp: bool = False  # the caller's OpenMP threads are not ended, see runtime/openmp.py
 
     @property
@@ -74,8 +74,7 @@ def waiting_ways(leaves: int, concurrency: int) -> list[Plan]:
 def _with_and_without_openmp(shards: int, workers: int) -> list[Plan]:
     if workers == 1:
         return [Plan(shards, 1)]
-    # To end OpenMP threads gains some milliseconds at most, and may cost more than a tiny step.
-    return [Plan(shards, workers, keeps_openmp=True), Plan(shards, workers, least=_TINY)]
+    return [Plan(shards, workers, keeps_openmp=True), Plan(shards, workers)]
 
 
 def all_ways(leaves: int, concurrency: int) -> list[Plan]:
@@ -113,6 +112,10 @@ class Tuner:
     _STEPS = 3  # of a block; the first of them does not count
     _ROUNDS = 3
     _FINAL = 1.2  # in later rounds are those that took at most so much of the fastest's time
+    _TIMED = 4  # one of so many calls is timed after the choice
+    _SLOWER = 1.4  # times what the chosen way took: it has become slow
+    _PATIENCE = 3  # timed calls in a row that have to be so slow
+    _CALLS = 100  # between a choice and the next one; doubled with each
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._lock = threading.Lock()
@@ -121,6 +124,11 @@ class Tuner:
         self._step = 0
         self._round = 1
         self.chosen: Plan | None = plans[0] if len(plans) == 1 else None
+        # On an accelerator timing would have the caller wait for the device.
+        self._watches = len(plans) > 1 and any(plan.workers for plan in plans)
+        self._pause = self._CALLS
+        self._calls = self._slow = 0  # calls since the choice; of those timed, the last slow ones
+        self._chosen_cost = 0.0
 
     @property
     def costs(self) -> dict[str, float]:
@@ -129,14 +137,22 @@ class Tuner:
             return {r.plan.name: r.cost for r in self._records if r.costs}
 
     def trial(self, rows: int) -> Trial | None:
-        """The next measurement; None when the choice has been made."""
+        """The next measurement; None for most calls once the choice has been made."""
         with self._lock:
-            return None if self.chosen is not None else Trial(self, self._queue[0].plan, rows)
+            if self.chosen is None:
+                return Trial(self, self._queue[0].plan, rows)
+            self._calls += 1
+            is_timed = self._watches and self._calls % self._TIMED == 0
+            return Trial(self, self.chosen, rows) if is_timed else None
 
     def record(self, plan: Plan, seconds: float, rows: int) -> None:
         """A measurement's result."""
         with self._lock:
-            if self.chosen is not None or self._queue[0].plan is not plan:
+            if self.chosen is not None:
+                if plan is self.chosen:
+                    self._watch(seconds / rows)
+                return
+            if self._queue[0].plan is not plan:
                 return  # of calls that overlap, the first counts
             current = self._queue[0]
             current.seconds = seconds
@@ -148,7 +164,7 @@ class Tuner:
             self._step = 0
             self._queue.pop(0)
             fastest = min(r.seconds for r in self._records if r.costs)
-            self._queue = [r for r in self._queue if r.plan.least <= fastest < r.plan.limit]
+            self._queue = [r for r in self._queue if fastest < r.plan.limit]
             if not self._queue:
                 self._end_round()
 
@@ -157,8 +173,19 @@ class Tuner:
         best = min(tried, key=lambda r: r.cost)
         self._queue = [r for r in tried if r.cost <= self._FINAL * best.cost]
         if len(self._queue) == 1 or self._round == self._ROUNDS:
-            self.chosen = best.plan
+            self.chosen, self._chosen_cost = best.plan, best.cost
+            self._calls = self._slow = 0
         self._round += 1
+
+    def _watch(self, cost: float) -> None:
+        """Has all ways measured anew if the chosen one has become slow."""
+        self._slow = self._slow + 1 if cost > self._SLOWER * self._chosen_cost else 0
+        if self._slow < self._PATIENCE or self._calls < self._pause:
+            return
+        self._pause *= 2
+        self._records = [_Record(record.plan) for record in self._records]
+        self._queue, self._step, self._round = [*self._records], 0, 1
+        self.chosen = None
 
 
 def _now() -> float:
