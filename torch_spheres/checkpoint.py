@@ -262,9 +262,8 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
         raise ValueError(f"not what checkpoint_state() or save_checkpoint() made: {what}")
     _need_states(objects)
     if objects.keys() != state["objects"].keys():
-        there = ", ".join(state["objects"])
-        given = ", ".join(objects) or "nothing: give the objects by those names"
-        raise ValueError(f"the checkpoint is of {there}, but was given {given}")
+        there, given = (", ".join(names) for names in (state["objects"], objects))
+        raise ValueError(f"the checkpoint is of {there}, but was given {given or 'nothing'}")
     for name, thing in objects.items():
         if misfit := _misfit(thing, _unpacked(state, name)):
             raise ValueError(f"the checkpoint's {name} is of another one: {misfit}")
@@ -280,8 +279,9 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 
 
 def _shards_of(thing: Any) -> int | None:
-    """Into how many shards a parallel model, or one that is inside (a wrapper), cuts a batch."""
-    for owner in (thing, getattr(thing, "forward", None)):  # (`parallelize_` has it there)
+    """Into how many shards a parallel model, also one in a wrapper, cuts a batch."""
+    owners: list[Any] = [thing, getattr(thing, "forward", None)]  # (`parallelize_` has it there)
+    for owner in owners:
         ours = getattr(type(owner), "shards", None)  # and not an attribute of the user's
         getter = ours.fget if isinstance(ours, property) else None
         if (getattr(getter, "__module__", None) or "").startswith("torch_spheres."):
