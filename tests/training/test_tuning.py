@@ -97,7 +97,8 @@ def test_close_ones_are_measured_longer_and_slow_first_steps_do_not_count():
     assert steps[-6:] == [plans[0]] * 3 + [plans[1]] * 3
 
 
-def test_training_goes_on_while_ways_are_tried():
+def test_training_goes_on_while_ways_are_tried(monkeypatch):
+    monkeypatch.setattr(Tuner, "_CALLS", 1000)  # no way is measured anew, on any machine
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)).double()
     with ts.KissingSpheres(concurrency=2) as spheres:
@@ -191,7 +192,7 @@ def test_a_way_that_becomes_slow_is_measured_anew():
     assert go_on(400, lambda _: 1.2) in range(9, 13)  # three that are timed, one in four
     tune(tuner, lambda name, _: 0.8 if name == kept else 1.2)
     assert tuner.chosen.name == kept and tuner.costs[kept] == 0.8
-    assert go_on(400, lambda _: 1.2) in range(197, 201)  # not again at once
+    assert go_on(400, lambda _: 1.2) in range(37, 41)  # not again at once
 
 
 def test_one_way_alone_and_an_accelerators_are_not_watched():

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["stop_openmp_threads"]
+__all__ = ["start_openmp_threads", "stop_openmp_threads"]
 
 _OMP_PAUSE_SOFT = 1  # of OpenMP 5.0
+_PARALLEL = 1 << 17  # elements for which torch uses all threads
 
 
 @functools.cache
@@ -36,6 +37,11 @@ def _pause_function() -> Callable[[int], int] | None:
             continue  # not loaded, or older than OpenMP 5.0
         return function
     return None
+
+
+def start_openmp_threads() -> None:
+    """Has the calling thread make its OpenMP threads again, as its next parallel kernel would."""
+    torch.empty(_PARALLEL).fill_(0)
 
 
 def stop_openmp_threads() -> None:

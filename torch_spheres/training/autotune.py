@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _compat
+from torch_spheres.runtime.openmp import start_openmp_threads
 
 __all__ = [
     "Plan", "Trial", "Tuner", "Tuners", "all_ways", "lean_ways", "reproducible_ways",
@@ -115,7 +116,7 @@ class Tuner:
     _TIMED = 4  # one of so many calls is timed after the choice
     _SLOWER = 1.4  # times what the chosen way took: it has become slow
     _PATIENCE = 3  # timed calls in a row that have to be so slow
-    _CALLS = 100  # between a choice and the next one; doubled with each
+    _CALLS = 20  # between a choice and the next one; doubled with each
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._lock = threading.Lock()
@@ -205,7 +206,7 @@ class Trial:
 
     def forward_done(self, outputs: Sequence[object]) -> None:
         """The measurement ends here if nothing is differentiable, else with the backward."""
-        self._forward = _now() - self._since
+        self._forward = self._elapsed()
         tracked = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
         if not tracked:
             self._tuner.record(self.plan, self._forward, self._rows)
@@ -225,8 +226,16 @@ class Trial:
 
     def done(self) -> None:
         """The end of the backward, or of all."""
-        elapsed = self._forward + _now() - self._since
-        self._tuner.record(self.plan, elapsed, self._rows)
+        self._tuner.record(self.plan, self._forward + self._elapsed(), self._rows)
+
+    def _elapsed(self) -> float:
+        """Seconds since the forward, or the backward, began.
+
+        OpenMP threads that were ended are made again, which the loss or the optimizer pays for.
+        """
+        if self.plan.workers > 1 and not self.plan.keeps_openmp:
+            start_openmp_threads()
+        return _now() - self._since
 
 
 class Tuners:

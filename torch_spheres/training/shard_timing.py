@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.reduction.partition import possible_world_sizes
+from torch_spheres.runtime.openmp import start_openmp_threads
 from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
 from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import Split
@@ -149,7 +150,7 @@ def time_shards(
 
 
 def _seconds(run: Callable[[], Any], weights: Sequence[Tensor] | None) -> float:
-    torch.ones(1 << 18).add_(1)  # makes the OpenMP threads that the last way may have ended
+    start_openmp_threads()  # which the last way may have ended
     begin = time.perf_counter()
     with torch.set_grad_enabled(weights is not None):
         outputs = flatten(run())[0]
