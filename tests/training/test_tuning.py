@@ -97,8 +97,14 @@ def test_close_ones_are_measured_longer_and_slow_first_steps_do_not_count():
     assert steps[-6:] == [plans[0]] * 3 + [plans[1]] * 3
 
 
-def test_training_goes_on_while_ways_are_tried(monkeypatch):
-    monkeypatch.setattr(Tuner, "_CALLS", 1000)  # no way is measured anew, on any machine
+@pytest.fixture
+def _measured_once(monkeypatch):
+    """No way is measured anew, however the machine's other programs slow it down."""
+    monkeypatch.setattr(Tuner, "_CALLS", 1000)
+
+
+@pytest.mark.usefixtures("_measured_once")
+def test_training_goes_on_while_ways_are_tried():
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)).double()
     with ts.KissingSpheres(concurrency=2) as spheres:
@@ -129,6 +135,7 @@ def test_training_goes_on_while_ways_are_tried(monkeypatch):
         assert not other.reproducible and other.plan is None
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_forward_backward_is_tuned_among_ways_that_save_memory():
     torch.manual_seed(0)
     bare = nn.Linear(5, 3).double()
@@ -144,6 +151,7 @@ def test_forward_backward_is_tuned_among_ways_that_save_memory():
         assert model.plan in names(lean_ways)
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_one_sphere_alone_is_tried_for_tiny_steps_only_and_has_the_same_bits(monkeypatch):
     def train(concurrency):
         torch.manual_seed(0)
