@@ -262,8 +262,9 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
         raise ValueError(f"not what checkpoint_state() or save_checkpoint() made: {what}")
     _need_states(objects)
     if objects.keys() != state["objects"].keys():
-        there, given = (", ".join(names) for names in (state["objects"], objects))
-        raise ValueError(f"the checkpoint is of {there}, but was given {given or 'nothing'}")
+        given = ", ".join(objects) or "nothing: give the objects by those names"
+        of = ", ".join(state["objects"])
+        raise ValueError(f"the checkpoint is of {of}, but was given {given}")
     for name, thing in objects.items():
         if misfit := _misfit(thing, _unpacked(state, name)):
             raise ValueError(f"the checkpoint's {name} is of another one: {misfit}")
@@ -280,14 +281,13 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
 
 def _shards_of(thing: Any) -> int | None:
     """Into how many shards a parallel model, also one in a wrapper, cuts a batch."""
-    owners: list[Any] = [thing, getattr(thing, "forward", None)]  # (`parallelize_` has it there)
-    for owner in owners:
+    for owner in (thing, getattr(thing, "forward", None)):  # (`parallelize_` has it there)
         ours = getattr(type(owner), "shards", None)  # and not an attribute of the user's
-        getter = ours.fget if isinstance(ours, property) else None
+        getter: Any = ours.fget if isinstance(ours, property) else None
         if (getattr(getter, "__module__", None) or "").startswith("torch_spheres."):
-            return int(owner.shards)
-    parts = thing.children() if isinstance(thing, nn.Module) else ()
-    return next((found for part in parts if (found := _shards_of(part)) is not None), None)
+            return int(getter(owner))
+    inside = map(_shards_of, thing.children() if isinstance(thing, nn.Module) else ())
+    return next((found for found in inside if found is not None), None)
 
 
 def _misfit(thing: Any, saved: Any) -> str:

@@ -8,9 +8,12 @@ from pathlib import Path
 import fork_server
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_spheres as ts
 from torch_spheres.runtime import openmp
+from torch_spheres.runtime.openmp import start_openmp_threads
+from torch_spheres.training import autotune
 from torch_spheres.training.autotune import Plan
 
 
@@ -55,6 +58,32 @@ def test_a_plan_says_whether_they_are_ended_before_the_shards_run(monkeypatch, k
         model(torch.randn(24, 3)).sum().backward()
         assert len(ends) == (0 if kept else 2)  # before the forward, and before the backward
         assert model.plan == plan.name
+
+
+@pytest.mark.parametrize(
+    ("plan", "starts"), [(Plan(12, 2), 2), (Plan(12, 2, keeps_openmp=True), 0)]
+)
+def test_what_is_measured_has_the_price_of_new_threads(monkeypatch, plan, starts):
+    made = []
+    monkeypatch.setattr(autotune, "start_openmp_threads", lambda: made.append(1))
+    output = torch.ones(3, requires_grad=True) * 2
+    autotune.Trial(autotune.Tuner([plan, plan]), plan, 3).forward_done([output])
+    output.sum().backward()
+    assert len(made) == starts  # after the forward, and after the backward
+
+
+def test_making_threads_again_shows_to_no_mode_of_the_users():
+    class Heard(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            heard.append(func)
+            return func(*args, **(kwargs or {}))
+
+    heard = []
+    with Heard():
+        start_openmp_threads()
+    with torch.device("meta"):
+        start_openmp_threads()
+    assert not heard
 
 
 def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():

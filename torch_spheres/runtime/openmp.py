@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from torch_spheres import _compat
+
 __all__ = ["start_openmp_threads", "stop_openmp_threads"]
 
 _OMP_PAUSE_SOFT = 1  # of OpenMP 5.0
@@ -40,8 +42,12 @@ def _pause_function() -> Callable[[int], int] | None:
 
 
 def start_openmp_threads() -> None:
-    """Has the calling thread make its OpenMP threads again, as its next parallel kernel would."""
-    torch.empty(_PARALLEL).fill_(0)
+    """Has the calling thread make its OpenMP threads again, as its next parallel kernel would.
+
+    Where a mode looks at the thread's operators it is left to that kernel.
+    """
+    if not _compat.dispatch_modes() and not _compat.function_modes():
+        torch.empty(_PARALLEL, device="cpu").fill_(0)
 
 
 def stop_openmp_threads() -> None:
