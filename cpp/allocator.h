@@ -16,9 +16,7 @@
 // place of glibc's (tcmalloc, jemalloc), which have settings of their own, it changes nothing.
 #pragma once
 
-#include <algorithm>
 #include <cstdlib>  // says which C library it is
-#include <thread>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -30,19 +28,17 @@ namespace torch_spheres {
 inline bool keep_freed_memory([[maybe_unused]] bool lean) {
 #if defined(__GLIBC__)
   // No block has a mapping of its own, or only large ones; memory at the end of the heap is never
-  // given back; heaps grow by a whole thread's heap at a time; and there are as many as cores. With
-  // one for all, sixteen threads wait for each other: on two cores two heaps are up to twice as
-  // fast, and no larger.  Lean there is only one: with one for each thread, each of 144 spheres
-  // would keep what it once needed (9 GiB instead of 3 in benchmarks/bench_memory.py).
-  constexpr int kThreadHeap = 64 << 20;
+  // given back; and there is one heap, which grows by 64 MiB at a time.  A thread's own heap has no
+  // room for a block of more than that: it would be mapped and given back after all, with every
+  // call (a CNN whose shards have such activations took 1.7 times as long), and each of 144 spheres
+  // would keep what it once needed.  That threads wait for each other costs steps of many tiny
+  // tensors up to a tenth.
   constexpr int kLarge = 1 << 20;
-  const auto cores = static_cast<int>(std::thread::hardware_concurrency());  // 0: unknown
-  const int heaps = lean ? 1 : std::max(1, cores);
   const bool mapped =
       lean ? mallopt(M_MMAP_MAX, 65536) == 1 && mallopt(M_MMAP_THRESHOLD, kLarge) == 1
            : mallopt(M_MMAP_MAX, 0) == 1;
-  return mapped && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, kThreadHeap) == 1 &&
-         mallopt(M_ARENA_MAX, heaps) == 1;
+  return mapped && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, 64 << 20) == 1 &&
+         mallopt(M_ARENA_MAX, 1) == 1;
 #else
   return false;
 #endif

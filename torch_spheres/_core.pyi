@@ -9,6 +9,7 @@ import typing
 
 __all__: list[str] = [
     "Gather",
+    "HeldTeam",
     "KISSING",
     "MAX_LEVELS",
     "NativeFunction",
@@ -423,6 +424,23 @@ class Gather:
     def done(self) -> bool:
         """
         Whether it was started, and the spheres have copied all rows.
+        """
+
+class HeldTeam:
+    """
+    Inside its block the calling thread's OpenMP threads sleep.
+    """
+    def __enter__(self) -> None: ...
+    def __exit__(self, type: typing.Any, value: typing.Any, traceback: typing.Any) -> None: ...
+    def __init__(
+        self,
+        start: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+        team_size: typing.SupportsInt | typing.SupportsIndex,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Addresses of GOMP_parallel_start, GOMP_parallel_end and omp_get_num_threads, and how many threads the team has, the calling one among them.
         """
 
 def active_isa() -> str:

@@ -12,5 +12,6 @@ void bind_work(pybind11::module_& module);
 void bind_system(pybind11::module_& module);
 void bind_gradients(pybind11::module_& module);
 void bind_gather(pybind11::module_& module);
+void bind_openmp(pybind11::module_& module);
 
 }  // namespace torch_spheres::bindings

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_system(module);
   bind_gradients(module);
   bind_gather(module);
+  bind_openmp(module);
 }

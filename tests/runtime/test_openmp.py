@@ -2,88 +2,161 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
+import contextlib
+import os
+import signal
+import threading
 
 import fork_server
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_spheres as ts
 from torch_spheres.runtime import openmp
-from torch_spheres.runtime.openmp import start_openmp_threads
-from torch_spheres.training import autotune
+from torch_spheres.runtime.openmp import openmp_threads_asleep
 from torch_spheres.training.autotune import Plan
 
+
+@pytest.fixture
+def _four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def product(x):
+    return torch.nn.functional.linear(x, x)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="with one core no thread spins")
+def test_the_callers_openmp_threads_sleep_and_work_on_afterwards():
+    """In a process of its own: with other teams about, an OpenMP thread does not spin for long."""
+    done = fork_server.run("""
+import contextlib, time, torch
+from pathlib import Path
+from torch_spheres.runtime.openmp import openmp_threads_asleep
 
 def threads():
     return {path.name for path in Path("/proc/self/task").iterdir()}
 
+def on_core(helper):  # nanoseconds
+    return int(Path(f"/proc/self/task/{helper}/schedstat").read_text().split()[0])
 
-def test_rest_ends_the_openmp_threads_and_the_next_kernel_makes_new_ones():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
+def used_in(block):
+    used = 0
+    for _ in range(30):
+        torch.nn.functional.linear(x, x)
+        with block():
+            before = on_core(helper)
+            time.sleep(0.02)
+            used += on_core(helper) - before
+    return used
+
+torch.set_num_threads(2)
+x = torch.randn(512, 512)
+known = threads()
+expected = torch.nn.functional.linear(x, x)
+(helper,) = threads() - known
+print(used_in(contextlib.nullcontext) > 4 * used_in(openmp_threads_asleep))
+print(torch.equal(torch.nn.functional.linear(x, x), expected))
+print(threads() == known | {helper}, torch.get_num_threads())
+""")
+    assert (done.stdout.split(), done.stderr) == (["True", "True", "True", "2"], "")
+
+
+@pytest.mark.usefixtures("_four_threads")
+def test_an_error_in_the_block_lets_them_go():
+    x = torch.randn(512, 512)
+    expected = product(x)
+    with pytest.raises(KeyError, match="mine"), openmp_threads_asleep():
+        raise KeyError("mine")
+    with openmp_threads_asleep(), openmp_threads_asleep():
+        pass  # a region within a region has one thread
+    assert torch.equal(product(x), expected)
+
+
+@pytest.mark.usefixtures("_four_threads")
+def test_ctrl_c_at_any_moment_lets_them_go():
+    def alarm(*_):
+        raise KeyboardInterrupt
+
+    x = torch.randn(512, 512)
+    expected, interrupts, blocks = product(x), 0, 0
+    before = signal.signal(signal.SIGALRM, alarm)
     try:
-        assert openmp._pause_function() is not None, (
-            "torch 2.13 comes with an OpenMP that can pause"
-        )
-        x, w = torch.randn(512, 512), torch.randn(512, 512)
-        idle = threads()
-        product = torch.nn.functional.linear(x, w)
-        helpers = threads() - idle
-        assert helpers
-        openmp.stop_openmp_threads()
-        deadline = time.monotonic() + 10
-        while helpers & threads() and time.monotonic() < deadline:
-            time.sleep(0.01)  # a joined thread leaves the list a moment later
-        assert not helpers & threads()
-        openmp.stop_openmp_threads()  # nothing to end is no error
-        assert torch.equal(torch.nn.functional.linear(x, w), product)
-        assert threads() - idle - helpers and torch.get_num_threads() == 4
+        while interrupts < 100:
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + 1e-6 * (blocks % 200))
+                    blocks += 1
+                    for _ in range(1000):
+                        with openmp_threads_asleep():
+                            pass
+                except KeyboardInterrupt:
+                    interrupts += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert torch.equal(product(x), expected)
+    assert torch.get_num_threads() == 4
+
+
+def test_each_calling_thread_has_its_own():
+    x = torch.randn(512, 512)
+    results = []
+
+    def call():
+        for _ in range(50):
+            with openmp_threads_asleep():
+                pass
+            results.append(product(x).sum().item())
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 200 and len(set(results)) == 1
+
+
+def test_nothing_is_held_with_one_thread_or_without_openmp(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert isinstance(openmp_threads_asleep(), contextlib.nullcontext)
+        torch.set_num_threads(2)
+        assert not isinstance(openmp_threads_asleep(), contextlib.nullcontext)
+        for name, value in [
+            ("_FUNCTIONS", ("GOMP_no_such_function",)),
+            ("torch.__config__.parallel_info", lambda: "ATen parallel backend: native thread pool"),
+        ]:
+            with monkeypatch.context() as patch:
+                openmp._addresses.cache_clear()
+                patch.setattr(name if "." in name else f"{openmp.__name__}.{name}", value)
+                assert isinstance(openmp_threads_asleep(), contextlib.nullcontext)
+            openmp._addresses.cache_clear()
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_plan_says_whether_they_are_ended_before_the_shards_run(monkeypatch, kept):
-    ends = []
-    monkeypatch.setattr(
-        "torch_spheres.training.executor.stop_openmp_threads", lambda: ends.append(1)
-    )
-    plan = Plan(12, 2, keeps_openmp=kept)
+@pytest.mark.parametrize(("workers", "blocks"), [(1, 0), (2, 2)])
+def test_shards_on_several_spheres_have_their_cores(monkeypatch, workers, blocks):
+    begun = []
+
+    @contextlib.contextmanager
+    def asleep():
+        begun.append(1)
+        yield
+
+    monkeypatch.setattr("torch_spheres.training.executor.openmp_threads_asleep", asleep)
+    plan = Plan(12, workers)
     monkeypatch.setattr("torch_spheres.training.engine.reproducible_ways", lambda *_: [plan])
     with ts.KissingSpheres(concurrency=2) as spheres:
         model = ts.SphereParallel(torch.nn.Linear(3, 3), spheres)
         model(torch.randn(24, 3)).sum().backward()
-        assert len(ends) == (0 if kept else 2)  # before the forward, and before the backward
+        assert len(begun) == blocks  # of the forward, and of the backward
         assert model.plan == plan.name
-
-
-@pytest.mark.parametrize(
-    ("plan", "starts"), [(Plan(12, 2), 2), (Plan(12, 2, keeps_openmp=True), 0)]
-)
-def test_what_is_measured_has_the_price_of_new_threads(monkeypatch, plan, starts):
-    made = []
-    monkeypatch.setattr(autotune, "start_openmp_threads", lambda: made.append(1))
-    output = torch.ones(3, requires_grad=True) * 2
-    autotune.Trial(autotune.Tuner([plan, plan]), plan, 3).forward_done([output])
-    output.sum().backward()
-    assert len(made) == starts  # after the forward, and after the backward
-
-
-def test_making_threads_again_shows_to_no_mode_of_the_users():
-    class Heard(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            heard.append(func)
-            return func(*args, **(kwargs or {}))
-
-    heard = []
-    with Heard():
-        start_openmp_threads()
-    with torch.device("meta"):
-        start_openmp_threads()
-    assert not heard
 
 
 def test_a_sphere_whose_first_python_comes_as_the_interpreter_ends():

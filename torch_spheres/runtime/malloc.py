@@ -3,11 +3,12 @@
 glibc gives large tensors back to the system as soon as they are freed, and the next step gets the
 pages anew, cleared one by one; for activations of many megabytes that can take as long as the
 arithmetic. Starting spheres, `wrap` and `SphereParallel` call `keep_freed_memory`, after which
-glibc keeps freed memory, as torch's caching allocator does on CUDA, in at most as many heaps as
-there are cores. The process then stays as large as it ever was.
+glibc keeps freed memory, as torch's caching allocator does on CUDA, in one heap for all threads
+(one of a thread's own could not hold blocks of more than 64 MiB). The process then stays as large
+as it ever was.
 
-Pools of three or more levels are for saving memory. With those there is one heap, and blocks of a
-megabyte and more are given back: otherwise the heap would grow to several times the memory in use.
+Pools of three or more levels are for saving memory. With those, blocks of a megabyte and more are
+given back: otherwise the heap would grow to several times the memory in use.
 
 ``TORCH_SPHERES_KEEP_MEMORY=0`` in the environment leaves glibc alone; other allocators (tcmalloc,
 jemalloc) are not affected.

@@ -5,9 +5,8 @@ in no bit; with ``reproducible=False`` the bare module on the whole batch is one
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
 which the first does not count: it finds the caches and the memory of the way before. All ways that
-are worth a try have a block; those close to the best then have two more. So it takes 6 to 63 steps,
-in which the training goes on as ever. Later some calls are timed as well: a way that has become
-much slower than it was is measured anew, beside the others (see runtime/openmp.py for a cause).
+are worth a try have a block; those close to the best then have two more. So it takes 6 to 45 steps
+in which the training goes on as ever. Calls that are checked closely take longer and do not count.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from torch_spheres import _compat
-from torch_spheres.runtime.openmp import start_openmp_threads
 
 __all__ = [
     "Plan", "Trial", "Tuner", "Tuners", "all_ways", "lean_ways", "reproducible_ways",
@@ -37,7 +35,6 @@ class Plan:
     shards: int  # 1 without workers: the bare module gets the whole batch
     workers: int  # spheres at once, each with one intra-op thread; 0: the calling thread, with all
     limit: float = float("inf")  # seconds: not worth a try if another way took longer
-    keeps_openmp: bool = False  # the caller's OpenMP threads are not ended, see runtime/openmp.py
 
     @property
     def name(self) -> str:
@@ -46,8 +43,7 @@ class Plan:
         if self.workers == 0:
             what = "whole batch" if self.shards == 1 else f"{shards} in turn"
             return f"{what}, intra-op threads"
-        kept = ", OpenMP threads kept" if self.keeps_openmp else ""
-        return f"{shards} on {self.workers} sphere{'s' if self.workers > 1 else ''}{kept}"
+        return f"{shards} on {self.workers} sphere{'s' if self.workers > 1 else ''}"
 
 
 # Where twelve shards take longer than this there is enough to do for more than one sphere: what
@@ -63,19 +59,13 @@ def reproducible_ways(leaves: int, concurrency: int) -> list[Plan]:
     if concurrency == 0:
         return [Plan(leaves, 0)]
     workers = min(concurrency, leaves)
-    ways = _with_and_without_openmp(leaves, workers)
+    ways = [Plan(leaves, workers)]
     return ways if workers == 1 else [*ways, Plan(leaves, 1, _TINY)]
 
 
 def waiting_ways(leaves: int, concurrency: int) -> list[Plan]:
-    """Ways in which shards can wait for each other: each on a leaf of its own."""
-    return _with_and_without_openmp(leaves, min(concurrency, leaves))
-
-
-def _with_and_without_openmp(shards: int, workers: int) -> list[Plan]:
-    if workers == 1:
-        return [Plan(shards, 1)]
-    return [Plan(shards, workers, keeps_openmp=True), Plan(shards, workers)]
+    """The way in which shards can wait for each other: each on a leaf of its own."""
+    return [Plan(leaves, min(concurrency, leaves))]
 
 
 def all_ways(leaves: int, concurrency: int) -> list[Plan]:
@@ -84,7 +74,7 @@ def all_ways(leaves: int, concurrency: int) -> list[Plan]:
     if concurrency == 0:
         return plans
     if 1 < concurrency < leaves:
-        plans += _with_and_without_openmp(concurrency, concurrency)
+        plans.append(Plan(concurrency, concurrency))
     return [*plans, *(plan for plan in reproducible_ways(leaves, concurrency) if leaves > 1)]
 
 
@@ -113,10 +103,7 @@ class Tuner:
     _STEPS = 3  # of a block; the first of them does not count
     _ROUNDS = 3
     _FINAL = 1.2  # in later rounds are those that took at most so much of the fastest's time
-    _TIMED = 4  # one of so many calls is timed after the choice
-    _SLOWER = 1.4  # times what the chosen way took: it has become slow
-    _PATIENCE = 3  # timed calls in a row that have to be so slow
-    _CALLS = 20  # between a choice and the next one; doubled with each
+    _CLOSE = 8  # calls at most that do not count because they were checked closely
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._lock = threading.Lock()
@@ -125,11 +112,7 @@ class Tuner:
         self._step = 0
         self._round = 1
         self.chosen: Plan | None = plans[0] if len(plans) == 1 else None
-        # On an accelerator timing would have the caller wait for the device.
-        self._watches = len(plans) > 1 and any(plan.workers for plan in plans)
-        self._pause = self._CALLS
-        self._calls = self._slow = 0  # calls since the choice; of those timed, the last slow ones
-        self._chosen_cost = 0.0
+        self._close = 0
 
     @property
     def costs(self) -> dict[str, float]:
@@ -138,22 +121,20 @@ class Tuner:
             return {r.plan.name: r.cost for r in self._records if r.costs}
 
     def trial(self, rows: int) -> Trial | None:
-        """The next measurement; None for most calls once the choice has been made."""
+        """The next measurement; None once the choice has been made."""
         with self._lock:
-            if self.chosen is None:
-                return Trial(self, self._queue[0].plan, rows)
-            self._calls += 1
-            is_timed = self._watches and self._calls % self._TIMED == 0
-            return Trial(self, self.chosen, rows) if is_timed else None
+            return Trial(self, self._queue[0].plan, rows) if self.chosen is None else None
+
+    def passes_over(self) -> bool:
+        """Whether a call that is checked closely does not count, since not all of them are."""
+        with self._lock:
+            self._close += 1
+            return self._close <= self._CLOSE
 
     def record(self, plan: Plan, seconds: float, rows: int) -> None:
         """A measurement's result."""
         with self._lock:
-            if self.chosen is not None:
-                if plan is self.chosen:
-                    self._watch(seconds / rows)
-                return
-            if self._queue[0].plan is not plan:
+            if self.chosen is not None or self._queue[0].plan is not plan:
                 return  # of calls that overlap, the first counts
             current = self._queue[0]
             current.seconds = seconds
@@ -174,19 +155,8 @@ class Tuner:
         best = min(tried, key=lambda r: r.cost)
         self._queue = [r for r in tried if r.cost <= self._FINAL * best.cost]
         if len(self._queue) == 1 or self._round == self._ROUNDS:
-            self.chosen, self._chosen_cost = best.plan, best.cost
-            self._calls = self._slow = 0
+            self.chosen = best.plan
         self._round += 1
-
-    def _watch(self, cost: float) -> None:
-        """Has all ways measured anew if the chosen one has become slow."""
-        self._slow = self._slow + 1 if cost > self._SLOWER * self._chosen_cost else 0
-        if self._slow < self._PATIENCE or self._calls < self._pause:
-            return
-        self._pause *= 2
-        self._records = [_Record(record.plan) for record in self._records]
-        self._queue, self._step, self._round = [*self._records], 0, 1
-        self.chosen = None
 
 
 def _now() -> float:
@@ -197,7 +167,13 @@ def _now() -> float:
 
 
 class Trial:
-    """One call that is being measured: its forward, and its backward if there is one."""
+    """One call that is being measured: its forward, and its backward if there is one.
+
+    Attributes:
+        closely: whether the call is checked closely, which takes longer: then it does not count.
+    """
+
+    closely = False
 
     def __init__(self, tuner: Tuner, plan: Plan, rows: int) -> None:
         self._tuner, self.plan, self._rows = tuner, plan, rows
@@ -206,10 +182,10 @@ class Trial:
 
     def forward_done(self, outputs: Sequence[object]) -> None:
         """The measurement ends here if nothing is differentiable, else with the backward."""
-        self._forward = self._elapsed()
+        self._forward = _now() - self._since
         tracked = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
         if not tracked:
-            self._tuner.record(self.plan, self._forward, self._rows)
+            self._end(self._forward)
             return
         begun = False
 
@@ -226,16 +202,11 @@ class Trial:
 
     def done(self) -> None:
         """The end of the backward, or of all."""
-        self._tuner.record(self.plan, self._forward + self._elapsed(), self._rows)
+        self._end(self._forward + _now() - self._since)
 
-    def _elapsed(self) -> float:
-        """Seconds since the forward, or the backward, began.
-
-        OpenMP threads that were ended are made again, which the loss or the optimizer pays for.
-        """
-        if self.plan.workers > 1 and not self.plan.keeps_openmp:
-            start_openmp_threads()
-        return _now() - self._since
+    def _end(self, seconds: float) -> None:
+        if not (self.closely and self._tuner.passes_over()):
+            self._tuner.record(self.plan, seconds, self._rows)
 
 
 class Tuners:

@@ -124,7 +124,7 @@ class Engine:
         self._begin()
         arguments = CallArguments(args, kwargs)
         executor, trial = self._choose("forward", all_ways, arguments)
-        run = functools.partial(self.run_in_shards, executor, unsplit, arguments)
+        run = functools.partial(self.run_in_shards, executor, unsplit, arguments, trial)
         if trial is not None:
             result = run()
             trial.forward_done(flatten(result)[0])
@@ -149,6 +149,7 @@ class Engine:
         call = self._call(executor, arguments, "forward_backward")
         loss = call.forward_backward(loss_fn, targets)
         if trial is not None:
+            trial.closely = call.closely
             trial.done()
         return loss
 
@@ -206,6 +207,7 @@ class Engine:
         executor: ShardExecutor,
         unsplit: Callable[..., Any],
         arguments: CallArguments,
+        trial: Trial | None = None,
     ) -> Any:
         """What `forward` does with a plan."""
         if executor.plan.shards == 1 and executor.plan.workers == 0:
@@ -216,6 +218,8 @@ class Engine:
                 # An evaluation's last batch may leave ranks without rows.
                 return unsplit(*arguments.args, **arguments.kwargs)
         call = self._call(executor, arguments)
+        if trial is not None:
+            trial.closely = call.closely
         outputs = call.run_forward()
         if torch.is_grad_enabled() and call.ranks is not None:
             rows, total = call.split.rows, call.split.total

@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_spheres.distributed.group import Ranks
 from torch_spheres.runtime.caller_context import CallerContext, caller_context
-from torch_spheres.runtime.openmp import stop_openmp_threads
+from torch_spheres.runtime.openmp import openmp_threads_asleep
 from torch_spheres.runtime.pool import SpherePool
 from torch_spheres.training.autotune import Plan
 from torch_spheres.training.shard_sums import ShardSums
@@ -59,10 +59,14 @@ class ShardExecutor:
         """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
         if self.plan.workers == 0 or count == 0:
             return [fn(k) for k in range(count)]
+        if self.plan.workers == 1:  # leaves other cores to whoever wants them
+            return self._on_spheres(fn, count)
+        with openmp_threads_asleep():
+            return self._on_spheres(fn, count)
+
+    def _on_spheres(self, fn: Callable[[int], T], count: int) -> list[T]:
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.
         variables = contextvars.copy_context()
-        if self.plan.workers > 1 and not self.plan.keeps_openmp:
-            stop_openmp_threads()
         if self.make_shard_sums is not None:
 
             def run_all(run: Callable[[int], Any]) -> list[Any]:

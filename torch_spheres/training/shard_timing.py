@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.runtime.openmp import start_openmp_threads
 from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
 from torch_spheres.training.autotune import reproducible_ways
 from torch_spheres.training.batch_split import Split
@@ -150,7 +149,6 @@ def time_shards(
 
 
 def _seconds(run: Callable[[], Any], weights: Sequence[Tensor] | None) -> float:
-    start_openmp_threads()  # which the last way may have ended
     begin = time.perf_counter()
     with torch.set_grad_enabled(weights is not None):
         outputs = flatten(run())[0]
