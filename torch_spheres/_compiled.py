@@ -45,9 +45,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def compile_as(source: nn.Module, copied: nn.Module) -> None:
-    """Compiles the copy of a module on which ``compile()`` was called, as the source was."""
-    compiled: Any = source._compiled_call_impl
+    """Compiles the copy of a module that was compiled, as the source was."""
+    compiled: Any = source._compiled_call_impl  # of compile()
     if compiled is not None and compiled.__closure__ is not None:
         cells = zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True)
         context = {name: cell.cell_contents for name, cell in cells}["self"]
         copied._compiled_call_impl = context(copied._call_impl)
+    # What torch.compile returns has a forward that holds the module which was compiled.
+    initialize = getattr(type(source), "_initialize", None)
+    if "_orig_mod" in source._modules and "dynamo_ctx" in vars(source) and initialize is not None:
+        initialize(copied)

@@ -220,3 +220,54 @@ def test_inductor():
         for net in (parallel, bare):
             net(X[:48]).square().sum().backward()
         assert_same_gradients(model, bare)
+
+
+class Running(nn.Module):
+    """Keeps a statistic of its own in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x
+
+
+def with_buffers(kind):
+    torch.manual_seed(0)
+    if kind == "spectral_norm":
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    else:
+        first = {"batch norm": lambda: nn.BatchNorm1d(8), "its own": Running}[kind]()
+    return nn.Sequential(first, nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def part_of_it(model, backend):
+    model[0] = torch.compile(model[0], backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("way", [whole, in_place, part_of_it])
+@pytest.mark.parametrize("kind", ["batch norm", "its own", "spectral_norm"])
+def test_compiled_layers_write_to_the_buffers_of_their_shard(kind, way):
+    """What torch.compile returns holds the module: shards wrote to its buffers, all at once."""
+    with ts.KissingSpheres(concurrency=3) as spheres:
+        eager = ts.SphereParallel(with_buffers(kind), spheres)
+        compiled = ts.SphereParallel(way(with_buffers(kind), "aot_eager"), spheres)
+        for step in range(3):
+            x = X + step
+            for model in (eager, compiled):
+                model.zero_grad()
+                model(x).square().sum().backward()
+            tensors = zip(
+                [*(p.grad for p in eager.parameters()), *eager.buffers()],
+                [*(p.grad for p in compiled.parameters()), *compiled.buffers()],
+                strict=True,
+            )
+            for a, b in tensors:
+                torch.testing.assert_close(b, a)
+        changed = with_buffers(kind).buffers()
+        assert not all(torch.equal(a, b) for a, b in zip(changed, compiled.buffers(), strict=True))
+        torch.testing.assert_close(compiled.eval()(X), eager.eval()(X))
