@@ -16,13 +16,34 @@
 // place of glibc's (tcmalloc, jemalloc), which have settings of their own, it changes nothing.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <cstdlib>  // says which C library it is
 
 #if defined(__GLIBC__)
 #include <malloc.h>
+#include <unistd.h>
 #endif
 
 namespace torch_spheres {
+
+/// Whether threads had better take their memory from the main heap, see fitting_thread.h.
+inline std::atomic<bool> main_heap_is_better{false};
+
+/// Whether the calling thread takes its memory from the main heap, for good: its first block says.
+inline bool on_main_heap() {
+#if defined(__GLIBC__)
+  // (volatile: the compiler may leave out a block that nobody uses.)
+  void* volatile block = std::malloc(4096);
+  // The main heap ends at the program break; glibc maps others, which lie above it.
+  const bool is_main =
+      reinterpret_cast<std::uintptr_t>(block) < reinterpret_cast<std::uintptr_t>(sbrk(0));
+  std::free(block);
+  return is_main;
+#else
+  return true;
+#endif
+}
 
 /// False where the C library has no such setting.
 inline bool keep_freed_memory([[maybe_unused]] bool lean) {
@@ -32,13 +53,16 @@ inline bool keep_freed_memory([[maybe_unused]] bool lean) {
   // room for a block of more than that: it would be mapped and given back after all, with every
   // call (a CNN whose shards have such activations took 1.7 times as long), and each of 144 spheres
   // would keep what it once needed.  That threads wait for each other costs steps of many tiny
-  // tensors up to a tenth.
+  // tensors up to a tenth.  Heaps that other threads have made before stay, and new threads take
+  // turns with them.
   constexpr int kLarge = 1 << 20;
   const bool mapped =
       lean ? mallopt(M_MMAP_MAX, 65536) == 1 && mallopt(M_MMAP_THRESHOLD, kLarge) == 1
            : mallopt(M_MMAP_MAX, 0) == 1;
-  return mapped && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, 64 << 20) == 1 &&
-         mallopt(M_ARENA_MAX, 1) == 1;
+  const bool kept = mapped && mallopt(M_TRIM_THRESHOLD, -1) == 1 &&
+                    mallopt(M_TOP_PAD, 64 << 20) == 1 && mallopt(M_ARENA_MAX, 1) == 1;
+  main_heap_is_better.store(kept && !lean);
+  return kept;
 #else
   return false;
 #endif

@@ -5,7 +5,9 @@
 #include <string>
 #include <system_error>
 
+#include "allocator.h"
 #include "claimer.h"
+#include "fitting_thread.h"
 
 namespace torch_spheres {
 
@@ -60,10 +62,11 @@ void System::start() {
     sphere->presence.store(Presence::kHere);
   }
   running_.store(true, std::memory_order_release);
+  FittingThreads fitting(main_heap_is_better.load() ? &on_main_heap : nullptr);
   for (auto& sphere : spheres_) {
     threads_.fetch_add(1);
     try {
-      sphere->thread = std::thread([this, &s = *sphere] { run_sphere(s); });
+      sphere->thread = fitting.start([this, &s = *sphere] { run_sphere(s); });
     } catch (const std::exception& error) {  // no more threads, or no memory for one
       thread_leaves();
       const SphereId started = sphere->id;

@@ -225,3 +225,31 @@ with ts.KissingSpheres({levels}, concurrency=1) as spheres:
 """
     ran = fork_server.run(script)
     assert ran.stdout.split() == ["True", str(kept)]
+
+
+def test_spheres_have_blocks_of_any_size_in_the_kept_heap_whatever_ran_before():
+    """A heap of a thread's own holds no block of more than 64 MiB: glibc would give it back."""
+    script = """
+import threading, torch, torch_spheres as ts
+torch.set_num_threads(2)
+torch.randn(512, 512) @ torch.randn(512, 512)  # its OpenMP thread makes a heap
+done, ready = threading.Event(), threading.Barrier(4)
+def hold():
+    blocks = [bytearray(3000)]
+    ready.wait()
+    done.wait()
+holders = [threading.Thread(target=hold) for _ in range(3)]
+[holder.start() for holder in holders]
+ready.wait()
+all_run = threading.Barrier(12)
+def place(_):
+    all_run.wait()
+    return torch.empty(20 << 20).data_ptr()  # 80 MiB
+with ts.KissingSpheres(concurrency=12) as spheres:
+    places = spheres.map(place, range(12))
+(heap,) = [line.split()[0] for line in open("/proc/self/maps") if "[heap]" in line]
+low, high = (int(end, 16) for end in heap.split("-"))
+print(sum(low <= at < high for at in places))
+done.set()
+"""
+    assert fork_server.run(script).stdout.split() == ["12"]

@@ -1,0 +1,64 @@
+// Threads are started until one fits, and those that do not fit are gone afterwards.
+#include "fitting_thread.h"
+
+#include <thread>
+#include <vector>
+
+#include "check.h"
+
+using namespace torch_spheres;
+using namespace torch_spheres::testing;
+
+namespace {
+
+std::atomic<int> asked{0};
+std::atomic<int> bodies{0};
+
+bool every_third() { return asked.fetch_add(1) % 3 == 2; }
+bool never() {
+  ++asked;
+  return false;
+}
+void count() { ++bodies; }
+
+/// So many bodies, on threads that were asked; returns how often one was.
+int run(bool (*fits)(), int count_of_bodies) {
+  asked = 0;
+  bodies = 0;
+  std::vector<std::thread> started;
+  {
+    FittingThreads threads(fits);
+    for (int i = 0; i < count_of_bodies; ++i) started.push_back(threads.start(&count));
+  }  // those that do not fit end here, before the others have to
+  for (std::thread& thread : started) thread.join();
+  CHECK_EQ(bodies.load(), count_of_bodies);
+  return asked.load();
+}
+
+}  // namespace
+
+TEST(any_thread_fits_where_nothing_is_asked) { CHECK_EQ(run(nullptr, 5), 0); }
+
+TEST(each_body_runs_on_a_thread_that_fits) { CHECK_EQ(run(&every_third, 20), 60); }
+
+TEST(in_the_end_threads_are_taken_as_they_are) {
+  CHECK_EQ(run(&never, 1), 32);
+  CHECK_EQ(run(&never, 20), 256);  // in all
+}
+
+TEST(a_thread_that_fits_outlives_what_started_it) {
+  for (int i = 0; i < rounds(50); ++i) {
+    std::atomic<bool> go{false};
+    std::thread thread;
+    {
+      FittingThreads threads(&every_third);
+      thread = threads.start([&go] {
+        while (!go.load()) std::this_thread::yield();
+      });
+    }
+    go = true;
+    thread.join();
+  }
+}
+
+int main(int argc, char** argv) { return run_all_tests(argc, argv); }
