@@ -75,7 +75,7 @@ class Replica:
         self._is_unmodified = False  # `compile` has added attributes
         self.rebind(everything)
         for part in self.parts:
-            # (What torch.compile returns has the attributes of what was compiled, and not its type.)
+            # (What torch.compile returns has the attributes of what it was given, not its type.)
             if "parametrizations" in part.copied._modules and is_parametrized(part.copied):
                 _compute_at_each_use(part.copied)
         self.compiled_variants: set[Any] = set()
