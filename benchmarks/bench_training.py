@@ -97,7 +97,8 @@ def measure(
         for n in workers
         for way in (COMPILED_WAYS if compiled else WAYS)
     ]
-    with Crews(setups) as crews:
+    # (Apart: in a forked process OpenMP threads are not held, see runtime/openmp.py.)
+    with Crews(setups, apart=True) as crews:
         outcome.missing = {key(s.way, s.workers): why for s, why in crews.missing.items()}
         wrong = verify(crews.there)
         assert compiled or not wrong, f"{wrong}: nothing is worth timing"
