@@ -97,8 +97,7 @@ def measure(
         for n in workers
         for way in (COMPILED_WAYS if compiled else WAYS)
     ]
-    # (Apart: in a forked process OpenMP threads are not held, see runtime/openmp.py.)
-    with Crews(setups, apart=True) as crews:
+    with Crews(setups) as crews:
         outcome.missing = {key(s.way, s.workers): why for s, why in crews.missing.items()}
         wrong = verify(crews.there)
         assert compiled or not wrong, f"{wrong}: nothing is worth timing"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import fork_server
@@ -34,7 +32,7 @@ def product(x):
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="with one core no thread spins")
 def test_the_callers_openmp_threads_sleep_and_work_on_afterwards():
     """In a process of its own: with other teams about, an OpenMP thread does not spin for long."""
-    script = """
+    done = fork_server.run("""
 import contextlib, time, torch
 from pathlib import Path
 from torch_spheres.runtime.openmp import openmp_threads_asleep
@@ -63,10 +61,7 @@ expected = torch.nn.functional.linear(x, x)
 print(used_in(contextlib.nullcontext) > 4 * used_in(openmp_threads_asleep))
 print(torch.equal(torch.nn.functional.linear(x, x), expected))
 print(threads() == known | {helper}, torch.get_num_threads())
-"""
-    # (No forked one: there they are not held.)
-    command = [sys.executable, "-P", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+""")
     assert (done.stdout.split(), done.stderr) == (["True", "True", "True", "2"], "")
 
 
@@ -185,30 +180,3 @@ except RuntimeError as error:
 print(torch.get_num_threads())
 """)
     assert (done.stdout, done.stderr) == ("can't start new thread\n3\n", "")
-
-
-@pytest.mark.parametrize("imported", ["before", "after"])
-def test_a_forked_process_trains_whose_parent_has_openmp_threads(imported):
-    """There any parallel region hangs, and a small model has none of its own."""
-    script = f"""
-import os, torch
-if "{imported}" == "before":
-    import torch_spheres as ts
-    with ts.KissingSpheres(concurrency=2) as spheres:
-        ts.SphereParallel(torch.nn.Linear(8, 8), spheres)(torch.randn(48, 8)).sum().backward()
-torch.set_num_threads(2)
-torch.randn(512, 512) @ torch.randn(512, 512)
-child = os.fork()
-if child == 0:
-    import torch_spheres as ts
-    with ts.KissingSpheres(concurrency=2) as spheres:
-        model = ts.SphereParallel(torch.nn.Linear(8, 8), spheres)
-        for _ in range(30):
-            model(torch.randn(48, 8)).sum().backward()
-    print("trained", flush=True)
-    os._exit(0)
-os.waitpid(child, 0)
-"""
-    command = [sys.executable, "-P", "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert (done.stdout, done.stderr) == ("trained\n", "")
