@@ -217,7 +217,8 @@ def test_without_reproducible_shards_still_wait_for_each_other() -> None:
         (only,) = waiting_ways(12, 2)
         for _ in range(18):
             parallel(x).sum().backward()
-            assert parallel.plan == only.name and parallel.plan_costs == {}  # nothing to choose from
+            # There is nothing to choose from, so that nothing is measured.
+            assert parallel.plan == only.name and parallel.plan_costs == {}
 
 
 # ---- conversion ----
