@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import threading
 import time
+import types
 import warnings
 
 import pytest
 import torch
+from paid import Paid, heard
 from torch import nn
 
 import torch_spheres as ts
+from torch_spheres.training.autotune import Plan
 from torch_spheres.training.call_arguments import CallArguments
-from torch_spheres.training.slow_warning import Adviser
+from torch_spheres.training.slow_warning import Adviser, WatchedCall
 
 
 @pytest.fixture(autouse=True)
@@ -24,23 +29,14 @@ def one_intra_op_thread():
     torch.set_num_threads(before)
 
 
-class Paid(nn.Module):
-    """Sleeps for each call, and for each row: what is faster, shards or the whole, is sure."""
-
-    def __init__(self, call: float, row: float) -> None:
-        super().__init__()
-        self.call, self.row = call, row
-        self.norm = nn.BatchNorm1d(3)
-        self.calls = 0
-
-    def forward(self, x):
-        time.sleep(self.call + self.row * len(x))
-        return self.norm(x) + torch.rand(len(x), 1)
+@dataclasses.dataclass
+class Record:
+    x: torch.Tensor
 
 
 def train(call, row, concurrency, steps, **options):
     torch.manual_seed(0)
-    heard = []
+    when = []
     hooked = []
     with ts.KissingSpheres(concurrency=concurrency) as spheres:
         module = Paid(call, row)
@@ -51,14 +47,14 @@ def train(call, row, concurrency, steps, **options):
             warnings.simplefilter("always")
             for step in range(steps):
                 model(x).sum().backward()
-                heard += [step] * (len(caught) > len(heard))
+                when += [step] * (len(caught) > len(when))
     assert len(hooked) == (12 * steps if not options else len(hooked))
-    return heard, caught, (module.norm.running_mean, torch.get_rng_state())
+    return when, caught, (module.norm.running_mean, torch.get_rng_state())
 
 
 def test_expensive_calls_are_told_of_once():
-    heard, caught, state = train(0.02, 0.0, 2, 30)
-    assert len(caught) == 1 and heard[0] < 25
+    when, caught, state = train(0.02, 0.0, 2, 30)
+    assert len(caught) == 1 and when[0] < 25
     message = str(caught[0].message)
     assert "plain PyTorch would be faster" in message and "reproducible=False" in message
     assert "in 12 shards and" in message and "; shards=2 would take" in message
@@ -73,22 +69,27 @@ def test_shards_that_pay_are_not():
     assert train(0.0, 0.01, 12, 20)[1] == []
 
 
-def test_nothing_is_compiled_for_advice():
+def test_compiled_shards_are_told_of_without_compiling_anything_else():
+    """torch's compiled code may be slower than its own operators, or have more to do for a call."""
     rows = set()
 
     def backend(graph, _):
         def run(*args):
             rows.update(len(a) for a in args if a.shape[1:] == (3,) and not a.requires_grad)
+            time.sleep(0.005)
             return graph.forward(*args)
 
         return run
 
-    with ts.KissingSpheres(concurrency=1) as spheres:
+    with ts.KissingSpheres(concurrency=1) as spheres, heard() as messages:
         compiled = torch.compile(nn.Linear(3, 3), backend=backend)
         model = ts.SphereParallel(compiled, spheres)
-        for _ in range(5):
+        for _ in range(8):
             model(torch.randn(24, 3)).sum().backward()
     assert rows == {2}
+    (message,) = messages
+    assert "in 12 shards, compiled, and" in message and "as a whole, uncompiled" in message
+    assert "; uncompiled shards would take" in message
 
 
 def test_choosing_by_itself_needs_no_advice():
@@ -114,29 +115,116 @@ def test_a_batch_that_only_fits_in_shards_is_no_case_for_advice(error):
             model(torch.ones(24, 1)).sum().backward()
 
 
-@pytest.mark.parametrize("mode", ["eval", "no_grad"])
-def test_evaluation_is_left_alone(mode):
-    with ts.KissingSpheres(concurrency=2) as spheres:
-        model = ts.SphereParallel(Paid(0.001, 0), spheres).train(mode != "eval")
-        with torch.set_grad_enabled(mode != "no_grad"):
-            for _ in range(20):
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference"])
+@pytest.mark.parametrize("pays", [False, True])
+def test_evaluations_are_told_of_too(mode, pays):
+    with ts.KissingSpheres(concurrency=12 if pays else 1) as spheres, heard() as messages:
+        module = Paid(0.0, 0.005) if pays else Paid(0.005, 0.0)
+        model = ts.SphereParallel(module, spheres)
+        model.train(mode != "eval")
+        with torch.inference_mode(mode == "inference"), torch.set_grad_enabled(mode == "eval"):
+            for _ in range(60):
                 model(torch.ones(24, 3))
+    assert len(messages) == (not pays)
+    assert all("model.module, with the same weights, evaluates" in m for m in messages)
+
+
+def test_what_was_told_of_in_training_is_not_in_evaluation():
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(Paid(0.01, 0.0), spheres)
+        counts = []
+        for training in (True, False):
+            with heard() as messages:
+                for _ in range(20):
+                    model.train(training)(torch.ones(24, 3)).sum().backward()
+            counts.append(len(messages))
+    assert counts == [1, 0]
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_forward_backward_is_told_of(reproducible):
+    with ts.KissingSpheres(concurrency=2) as spheres, heard() as messages:
+        model = ts.SphereParallel(Paid(0.005, 0.0), spheres, reproducible=reproducible)
+        x, y = torch.randn(24, 3), torch.randn(24, 3)
+        for _ in range(60):
+            model.forward_backward(nn.functional.mse_loss, x, y)
+    (message,) = messages
+    assert "in 12 shards and" in message and "loss.backward() in place of" in message
+
+
+def test_a_forward_backward_that_takes_long_is_let_alone():
+    """It is for batches whose activations do not fit."""
+    most = []
+
+    class Slow(Paid):
+        def forward(self, x):
+            most.append(len(x))
+            return super().forward(x)
+
+    with ts.KissingSpheres(concurrency=1) as spheres, heard() as messages:
+        model = ts.SphereParallel(Slow(0.02, 0.0), spheres)
+        x, y = torch.randn(24, 3), torch.randn(24, 3)
+        for _ in range(3):  # (the comparison with the bare module is of two shards' rows)
+            model.forward_backward(nn.functional.mse_loss, x, y)
+        del most[:]
+        for _ in range(6):
+            model.forward_backward(nn.functional.mse_loss, x, y)
+    assert max(most) <= 4 and not messages
+
+
+def test_a_batch_of_few_rows_is_told_of_with_its_shards():
+    with ts.KissingSpheres(concurrency=2) as spheres, heard() as messages:
+        model = ts.SphereParallel(Paid(0.005, 0.0), spheres).eval()
+        for _ in range(60):
+            model(torch.ones(10, 3))
+    (message,) = messages
+    assert "in 10 shards and" in message
+    assert re.search(r"shards=[246] would", message), "a divisor of the twelve"
+
+
+@pytest.mark.parametrize("what", ["advice", "suggest_shards"])
+@pytest.mark.parametrize("kind", [list, dict, Record])
+def test_measurements_leave_arguments_as_they_are(what, kind):
+    """A forward may fill a list, or a cache of keys: only the calls of the user do."""
+
+    class Fills(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.paid, self.seen = Paid(0.005, 0.0), []
+
+        def forward(self, x, given):
+            held = vars(given) if kind is Record else given
+            key = 0 if kind is list else "x"
+            self.seen.append(held[key][0, 0].item())
+            held[key] = held[key] + 1
+            return self.paid(x)
+
+    x = torch.zeros(24, 3)
+    given = kind([x]) if kind is list else kind(x=x)
+    with ts.KissingSpheres(concurrency=1) as spheres, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = ts.SphereParallel(Fills(), spheres)
+        if what == "advice":
+            for _ in range(20):
+                model(x, given).sum().backward()
+        else:
+            model.suggest_shards(x, given, repeats=1)
+        assert {*model.module.seen} == {0.0}
 
 
 def test_two_threads_at_once_do_not_keep_it_measuring(monkeypatch):
     adviser, both = Adviser(), threading.Barrier(2)
     monkeypatch.setattr(adviser, "_compare", lambda *_: None)
+    arguments = CallArguments((), {})
+    engine = types.SimpleNamespace(module=nn.Identity())
+    call = WatchedCall(engine, arguments, Plan(12, 2), "forward", collective=False)
     for _ in range(adviser._SAMPLES - 1):
-        adviser.watch(lambda: None, nn.Identity(), CallArguments((), {}))
-    threads = [
-        threading.Thread(
-            target=adviser.watch, args=(both.wait, nn.Identity(), CallArguments((), {}))
-        )
-        for _ in range(2)
-    ]
+        adviser.watch(lambda: None, call)
+    threads = [threading.Thread(target=adviser.watch, args=(both.wait, call)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    adviser.watch(lambda: None, nn.Identity(), CallArguments((), {}))
-    assert len(adviser._seconds) == adviser._SAMPLES + 1
+    adviser.watch(lambda: None, call)
+    (seconds,) = adviser._seconds.values()
+    assert len(seconds) == adviser._SAMPLES + 1

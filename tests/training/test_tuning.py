@@ -253,3 +253,11 @@ print(sum(at < libc.sbrk(0) for at in places))  # others are mapped above its en
 done.set()
 """
     assert fork_server.run(script).stdout.split() == ["12"]
+
+
+def test_evaluations_that_forget_no_grad_are_measured_by_their_forward():
+    with ts.KissingSpheres(concurrency=2) as spheres:
+        model = ts.SphereParallel(nn.Linear(4, 3), spheres, reproducible=False).eval()
+        for _ in range(70):
+            model(torch.ones(24, 4))  # no backward follows
+        assert model.plan is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -50,6 +51,15 @@ class CallArguments:
             for a in self.each
         ]
         return made
+
+    def copied(self) -> CallArguments:
+        """The same, in containers, dataclasses and key-value caches that a forward may write to."""
+        inside = itertools.chain.from_iterable(a.nesting.in_objects() for a in self.each)
+        leaves = (
+            v.clone() if is_inside and isinstance(v, Tensor) else v
+            for v, is_inside in zip(self.leaves(), inside, strict=True)
+        )
+        return CallArguments(*self.build(leaves))
 
     @property
     def keys(self) -> list[int | str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,7 +44,7 @@ from torch_spheres.training.refusals import (
 )
 from torch_spheres.training.replica_pool import ReplicaPool
 from torch_spheres.training.sharded_call import ShardedCall
-from torch_spheres.training.slow_warning import Adviser
+from torch_spheres.training.slow_warning import Adviser, WatchedCall
 from torch_spheres.training.split_options import SplitOptions
 from torch_spheres.training.step_checks import StepChecks
 from torch_spheres.training.sync_batch_norm import waits_for_others
@@ -127,13 +127,12 @@ class Engine:
         run = functools.partial(self.run_in_shards, executor, unsplit, arguments, trial)
         if trial is not None:
             result = run()
-            trial.forward_done(flatten(result)[0])
+            # (Evaluations have no backward, even where they forget torch.no_grad().)
+            trial.forward_done(flatten(result)[0] if self.module.training else ())
             return result
-        advise = self.reproducible and not self._is_collective and self.module.training
-        advise = advise and current_source() is None
-        if advise and torch.is_grad_enabled() and executor.plan.workers > 0:
-            return self._adviser.watch(run, self, arguments)
-        return run()
+        if not self.reproducible and not self._is_collective:
+            return run()  # the fastest of all ways
+        return self._watched(run, executor, arguments, "forward")
 
     def forward_backward(
         self, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
@@ -146,12 +145,37 @@ class Engine:
         # Whole batches are no choice here: they would take the memory that this call saves.
         arguments = CallArguments(args, kwargs)
         executor, trial = self._choose("forward_backward", lean_ways, arguments)
-        call = self._call(executor, arguments, "forward_backward")
-        loss = call.forward_backward(loss_fn, targets)
+
+        def run() -> Tensor:
+            call = self._call(executor, arguments, "forward_backward")
+            loss = call.forward_backward(loss_fn, targets)
+            if trial is not None:
+                trial.closely = call.closely
+                trial.done()
+            return loss
+
         if trial is not None:
-            trial.closely = call.closely
-            trial.done()
+            return run()
+        loss: Tensor = self._watched(run, executor, arguments, "forward_backward")
         return loss
+
+    def _watched(
+        self, run: Callable[[], Any], executor: ShardExecutor, arguments: CallArguments, what: str
+    ) -> Any:
+        """Runs a call, and has it compared with plain torch.
+
+        But for calls on accelerators, inside of another call, and a rank's own evaluations, of
+        which the shards are those of all ranks' rows.
+        """
+        is_own = self.ranks is not None and not self._is_collective
+        if is_own or current_source() is not None or not self._is_on_cpu(arguments.tensors()):
+            return run()
+        call = WatchedCall(self, arguments, executor.plan, what, self._is_collective)
+        return self._adviser.watch(run, call)
+
+    def _is_on_cpu(self, tensors: Iterable[Tensor]) -> bool:
+        first = itertools.islice(self.module.parameters(), 1)
+        return all(t.is_cpu for t in (*first, *tensors))
 
     def _begin(self) -> None:
         self.refuse_inside()
@@ -181,11 +205,11 @@ class Engine:
     ) -> tuple[ShardExecutor, Trial | None]:
         if not self._is_collective:
             arguments.caught.raise_if_any()
-        spheres, tensors = self.spheres, arguments.tensors()
+        spheres = self.spheres
         rows = rows_to_tune_by(arguments, self.options)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
-        on_cpu = all(t.is_cpu for t in (*itertools.islice(self.module.parameters(), 1), *tensors))
+        on_cpu = self._is_on_cpu(arguments.tensors())
         concurrency = spheres.concurrency if on_cpu else 0
         if self.reproducible or self._is_collective:
             ways = reproducible_ways

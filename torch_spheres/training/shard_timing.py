@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_spheres import _compat
 from torch_spheres.reduction.partition import possible_world_sizes
 from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
-from torch_spheres.training.autotune import reproducible_ways
+from torch_spheres.training.autotune import Plan, reproducible_ways
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.buffers import needs_two_rows
 from torch_spheres.training.call_arguments import CallArguments
@@ -28,7 +29,7 @@ from torch_spheres.training.sync_batch_norm import waits_for_others
 if TYPE_CHECKING:
     from torch_spheres.training.engine import Engine
 
-__all__ = ["ShardTimes", "bare_copy", "suggest_shards", "time_shards"]
+__all__ = ["ShardTimes", "bare_copy", "count_shards", "suggest_shards", "time_shards"]
 
 _CLOSE = 1.05  # of the least time: then more shards are the better ones, since they spread wider
 
@@ -60,12 +61,25 @@ class ShardTimes:
         )
 
 
-def bare_copy(module: nn.Module) -> nn.Module:
-    """The module on the same parameters, with copies of its buffers, and without its hooks."""
+def bare_copy(module: nn.Module, *, compiled: bool = True) -> nn.Module:
+    """The module on the same parameters, with copies of its buffers, and without its hooks.
+
+    Without torch.compile, if it is not to be `compiled`.
+    """
     replica = Replica(module)
     replica.rebind([[*vars(part)] for part in module.modules()], hooks=False)
     replica.begin_shard()
-    return replica.module
+    return replica.module if compiled else _compat.uncompiled(replica.module)
+
+
+def count_shards(engine: Engine, arguments: CallArguments, shards: int) -> int:
+    """How many shards of `shards` a batch is cut into: fewer if it has few rows."""
+    return len(_cut(engine, arguments, shards).bounds)
+
+
+def _cut(engine: Engine, arguments: CallArguments, shards: int) -> Split:
+    least = 2 if any(map(needs_two_rows, engine.module.modules())) else 1
+    return Split(arguments, shards, options=engine.options, module=engine.module, least=least)
 
 
 def suggest_shards(
@@ -76,13 +90,11 @@ def suggest_shards(
     if any(map(is_lazy, engine.module.modules())):
         raise RuntimeError("a lazy module has no shapes yet: run a batch through the model first")
     arguments = CallArguments(args, kwargs)
-    least = 2 if any(map(needs_two_rows, engine.module.modules())) else 1
-    cut = functools.partial(Split, options=engine.options, module=engine.module, least=least)
-    rows = cut(arguments, 1).rows
+    rows = _cut(engine, arguments, 1).rows
     # With several processes, only numbers that they can share; and rows for each shard.
     world = 1 if engine.ranks is None else engine.ranks.world
     possible = [n for n in possible_world_sizes(engine.spheres.leaves) if n % world == 0]
-    numbers = [n for n in possible if n == world or len(cut(arguments, n).bounds) == n]
+    numbers = [n for n in possible if n == world or count_shards(engine, arguments, n) == n]
     found = time_shards(engine, arguments, numbers, repeats=repeats, backward=True)
     ratios = {n: seconds / found[0] for n, seconds in found.items() if n > 0}
     return ShardTimes(rows, ratios)
@@ -95,11 +107,13 @@ def time_shards(
     *,
     repeats: int,
     backward: bool,
+    compiled: bool = True,
+    workers: int | None = None,
 ) -> dict[int, float]:
     """Seconds that a batch takes in each number of shards; by 0, those of plain PyTorch.
 
     The ways take turns, and the median of each counts. No trace is left: no gradients, buffers,
-    random numbers, and no hook is called.
+    random numbers, keys and values in caches, and no hook is called.
 
     Args:
         engine: whose module and spheres are used, by this process alone.
@@ -107,11 +121,13 @@ def time_shards(
         candidates: numbers of shards.
         repeats: measurements of each way, after one that does not count.
         backward: whether a backward, with a gradient of ones, is part of what is measured.
+        compiled: whether a module that is compiled is measured so.
+        workers: how many spheres run shards; None: as many as is fastest.
     """
-    bare = bare_copy(engine.module)
+    bare = bare_copy(engine.module, compiled=compiled)
     together = waits_for_others(engine.module)
-    ways: dict[tuple[int, int], Callable[[], Any]] = {
-        (0, 0): functools.partial(bare, *arguments.args, **arguments.kwargs)
+    ways: dict[tuple[int, int], Callable[[CallArguments], Any]] = {
+        (0, 0): lambda own: bare(*own.args, **own.kwargs)
     }
     for shards in candidates:
         trial = type(engine)(
@@ -124,11 +140,12 @@ def time_shards(
         )
         trial.pool.reported = engine.pool.reported  # what was said once is not said again
         trial.pool.checks_closely = False
-        most = min(engine.spheres.concurrency, shards)
-        plans = reproducible_ways(shards, most)
+        plans = reproducible_ways(shards, min(engine.spheres.concurrency, shards))
+        if workers is not None:
+            plans = [Plan(shards, min(workers, shards))]
         for i, plan in enumerate(plans[:1] if together else plans):
             executor = ShardExecutor(engine.spheres, plan, together)
-            ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare, arguments)
+            ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
     states, draws = random_states(), TrialRandom()
@@ -139,7 +156,8 @@ def time_shards(
             for way, run in ways.items():
                 # (The first round shows whether torch's generator has to be put back.)
                 with contextlib.nullcontext() if k else draws.active():
-                    seconds[way].append(_seconds(run, weights if backward else None))
+                    run_once = functools.partial(run, arguments.copied())
+                    seconds[way].append(_seconds(run_once, weights if backward else None))
     finally:
         undo_draws(states, of_torch=draws.drew)
         for device, state in on_cuda.items():
