@@ -5,7 +5,7 @@ in no bit; with ``reproducible=False`` the bare module on the whole batch is one
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
 which the first does not count: it finds the caches and the memory of the way before. All ways that
-are worth a try have a block; those close to the best then have two more. So it takes 6 to 45 steps
+are worth a try have a block, those not far from the best a second, and those close to it a third. So it takes 6 to 45 steps
 in which the training goes on as ever. Calls that are checked closely take longer and do not count.
 """
 
@@ -101,8 +101,9 @@ class Tuner:
     """Chooses the plan of each call.   Any thread."""
 
     _STEPS = 3  # of a block; the first of them does not count
-    _ROUNDS = 3
-    _FINAL = 1.2  # in later rounds are those that took at most so much of the fastest's time
+    # In later rounds are those that took at most so much of the fastest's time. (One block alone is
+    # easily a quarter too slow, where others have the machine for a few seconds.)
+    _CLOSE_TO_BEST = (1.4, 1.2)
     _CLOSE = 8  # calls at most that do not count because they were checked closely
 
     def __init__(self, plans: Sequence[Plan]) -> None:
@@ -153,8 +154,10 @@ class Tuner:
     def _end_round(self) -> None:
         tried = [r for r in self._records if r.costs]
         best = min(tried, key=lambda r: r.cost)
-        self._queue = [r for r in tried if r.cost <= self._FINAL * best.cost]
-        if len(self._queue) == 1 or self._round == self._ROUNDS:
+        if self._round <= len(self._CLOSE_TO_BEST):
+            most = self._CLOSE_TO_BEST[self._round - 1] * best.cost
+            self._queue = [r for r in tried if r.cost <= most]
+        if len(self._queue) <= 1:
             self.chosen = best.plan
         self._round += 1
 
