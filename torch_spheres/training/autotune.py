@@ -5,8 +5,9 @@ in no bit; with ``reproducible=False`` the bare module on the whole batch is one
 
 A way (`Plan`) is measured over whole calls, forward and backward, in blocks of three steps, of
 which the first does not count: it finds the caches and the memory of the way before. All ways that
-are worth a try have a block, those not far from the best a second, and those close to it a third. So it takes 6 to 45 steps
-in which the training goes on as ever. Calls that are checked closely take longer and do not count.
+are worth a try have a block, those not far from the best a second, and those close to it a third.
+So it takes 6 to 45 steps in which the training goes on as ever. Calls that are checked closely take
+longer and do not count, of which there are at most 8 more.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Tuner:
 
     _STEPS = 3  # of a block; the first of them does not count
     # In later rounds are those that took at most so much of the fastest's time. (One block alone is
-    # easily a quarter too slow, where others have the machine for a few seconds.)
+    # easily a third too slow, where others have the machine for a few seconds.)
     _CLOSE_TO_BEST = (1.4, 1.2)
     _CLOSE = 8  # calls at most that do not count because they were checked closely
 

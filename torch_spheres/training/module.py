@@ -39,7 +39,7 @@ class SphereParallel(Delegating):
             gradients, buffers and weights do not depend on ``spheres.concurrency``, on which thread
             ran what, nor on the number of processes. (A UserWarning says once if the bare module
             turns out to be faster.) False: a few ways to run the batch are measured during the
-            first 6 to 63 steps, among them the bare module, and the fastest is kept; see `plan`.
+            first 6 to 53 steps, among them the bare module, and the fastest is kept; see `plan`.
             (With several processes it is as True.)
         process_group: with `torch.distributed` initialised, the processes that share each batch:
             None: all of them. False: none, this process is alone with its batch (inside
