@@ -13,6 +13,7 @@ import pytest
 import torch
 from paid import Paid, heard
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_spheres as ts
 from torch_spheres.training.autotune import Plan
@@ -210,6 +211,22 @@ def test_measurements_leave_arguments_as_they_are(what, kind):
         else:
             model.suggest_shards(x, given, repeats=1)
         assert {*model.module.seen} == {0.0}
+
+
+def test_counters_of_operators_see_the_calls_alone():
+    layer, x, counts = nn.Linear(3, 3), torch.ones(24, 3), set()
+    with ts.KissingSpheres(concurrency=1) as spheres, heard() as messages:
+        model = ts.SphereParallel(layer, spheres)
+        for _ in range(12):
+            with FlopCounterMode(display=False) as counter:
+                model(x).sum().backward()
+            counts.add(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        assert counts == {counter.get_total_flops()}
+        for _ in range(12):  # it comes when nobody counts any more
+            model(x).sum().backward()
+    assert len(messages) == 1
 
 
 def test_two_threads_at_once_do_not_keep_it_measuring(monkeypatch):

@@ -164,11 +164,14 @@ class Engine:
     ) -> Any:
         """Runs a call, and has it compared with plain torch.
 
-        But for calls on accelerators, inside of another call, and a rank's own evaluations, of
-        which the shards are those of all ranks' rows.
+        But for calls on accelerators, inside of another call, or under a profiler or a counter of
+        operators, which would see more than the call's; and for a rank's own evaluations, of which
+        the shards are those of all ranks' rows.
         """
         is_own = self.ranks is not None and not self._is_collective
-        if is_own or current_source() is not None or not self._is_on_cpu(arguments.tensors()):
+        is_seen = bool(_compat.dispatch_modes()) or _compat.profiler_is_on()
+        is_inside = current_source() is not None
+        if is_own or is_seen or is_inside or not self._is_on_cpu(arguments.tensors()):
             return run()
         call = WatchedCall(self, arguments, executor.plan, what, self._is_collective)
         return self._adviser.watch(run, call)
