@@ -84,6 +84,8 @@ dispatch_modes: Callable[[], list[Any]] = _look_up(
 )
 push_dispatch_mode = _look_up("torch.utils._python_dispatch._push_mode", *_BOTH)
 pop_dispatch_mode = _look_up("torch.utils._python_dispatch._pop_mode", *_BOTH)
+dispatch_mode_of = _look_up("torch._C._get_dispatch_mode", *_BOTH)
+dispatch_mode_keys = _look_up("torch._C._TorchDispatchModeKey", *_BOTH)
 functorch_level: Callable[[], Any] = _look_up("torch._C._functorch.peek_interpreter_stack", *_BOTH)
 is_functorch_wrapped: Callable[[Tensor], bool] = _look_up(
     "torch._C._functorch.is_functorch_wrapped_tensor",

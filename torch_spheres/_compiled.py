@@ -1,4 +1,4 @@
-"""What `torch.compile` and `torch.jit` leave on modules and threads; reached as ``_compat.x``."""
+"""What `torch.compile`, `torch.jit` and hooks of all modules leave on modules and threads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,46 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["compile_as", "is_compiled", "is_tracing", "static_shapes", "uncompiled"]
+__all__ = [
+    "compile_as",
+    "global_hooks",
+    "has_compiled_functions",
+    "is_compiled",
+    "is_tracing",
+    "static_shapes",
+    "uncompiled",
+]
 
 
 def is_tracing() -> bool:
     """Whether `torch.jit.trace` is recording the calling thread."""
     return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
+
+
+def has_compiled_functions(module: nn.Module) -> bool:
+    """Whether a part of the module has a method, function or layer that `uncompiled` leaves as is.
+
+    Methods of its class, and what lies on attributes or in lists and tuples on them.
+    """
+    for part in module.modules():
+        if "_orig_mod" in part._modules:
+            continue
+        values = [v for name, v in vars(part).items() if name != "_compiled_call_impl"]
+        values += (v for kind in type(part).__mro__ for v in vars(kind).values())
+        for value in values:
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(each, nn.Module):
+                    if any(map(is_compiled, each.modules())):
+                        return True
+                elif getattr(each, "_torchdynamo_orig_callable", None) is not None:
+                    return True
+    return False
+
+
+def global_hooks() -> bool:
+    """Whether there are hooks for the forward of every module of the process."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return any(getattr(nn.modules.module, name, None) for name in names)
 
 
 def static_shapes() -> contextlib.AbstractContextManager[None]:

@@ -42,7 +42,7 @@ from torch_spheres.distributed.drift import (
 from torch_spheres.distributed.group import Ranks, find_ranks
 from torch_spheres.errors import DeferredError, RankError
 from torch_spheres.runtime.arguments import as_index
-from torch_spheres.runtime.rng import random_states, restore_random_states
+from torch_spheres.runtime.random_states import random_states, restore_random_states
 from torch_spheres.runtime.stack_level import users_level
 
 __all__ = ["checkpoint_state", "load_checkpoint", "restore_checkpoint_state", "save_checkpoint"]
@@ -69,8 +69,7 @@ def checkpoint_state(*, step: int = 0, **objects: Any) -> dict[str, Any]:
         CPU's, from which `SphereParallel` derives all it draws).
 
     Raises:
-        TypeError: an object has no state, or a sharded one that is not a model's; or `step` is no
-            integer.
+        TypeError: an object has no state, a sharded one is no model's, or `step` is no integer.
     """
     _compat.require(_compat.CHECKPOINT)
     _need_states(objects)
@@ -279,15 +278,16 @@ def _check(state: Any, objects: Mapping[str, Any]) -> None:
             )
 
 
-def _shards_of(thing: Any) -> int | None:
-    """Into how many shards a parallel model, also one in a wrapper, cuts a batch."""
+def _shards_of(thing: Any) -> Any:
+    """Into how many shards a parallel model cuts a batch; a list for several in a wrapper."""
     for owner in (thing, getattr(thing, "forward", None)):  # (`parallelize_` has it there)
         ours = getattr(type(owner), "shards", None)  # and not an attribute of the user's
         getter: Any = ours.fget if isinstance(ours, property) else None
         if (getattr(getter, "__module__", None) or "").startswith("torch_spheres."):
             return int(getter(owner))
     inside = map(_shards_of, thing.children() if isinstance(thing, nn.Module) else ())
-    return next((found for found in inside if found is not None), None)
+    found = [numbers for numbers in inside if numbers is not None]
+    return found[0] if len(found) == 1 else found or None
 
 
 def _misfit(thing: Any, saved: Any) -> str:

@@ -11,11 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torch_spheres as ts
+from torch_spheres.training.autotune import Plan
 from torch_spheres.training.call_arguments import CallArguments
-from torch_spheres.training.slow_warning import _seconds_of_whole_batch
+from torch_spheres.training.slow_warning import WatchedCall, _seconds_of_whole_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:something drew random numbers:RuntimeWarning")
 X = torch.ones(24, 4)
+
+
+def watched(model: ts.SphereParallel) -> WatchedCall:
+    arguments = CallArguments((X,), {})
+    return WatchedCall(model._engine, arguments, Plan(12, 2), "forward", collective=False)
 
 
 def test_passes_that_leave_no_trace_leave_the_numbers_of_other_threads():
@@ -38,7 +44,7 @@ def test_passes_that_leave_no_trace_leave_the_numbers_of_other_threads():
             model.forward_backward(loss_fn, X, X)
         model.eval()(X)
         model.suggest_shards(X, repeats=1)
-        _seconds_of_whole_batch(model.module, CallArguments((X,), {}), patience=1.0)
+        _seconds_of_whole_batch(watched(model), patience=1.0)
     # Initial weights, and so on, were drawn before.
     torch.manual_seed(3)
     W(forward)
@@ -52,5 +58,5 @@ def test_what_a_measured_pass_draws_itself_is_put_back():
         model = ts.SphereParallel(W(lambda module, x: F.dropout(module.n(x))), spheres)
         before = torch.get_rng_state()
         model.suggest_shards(X, repeats=1)
-        _seconds_of_whole_batch(model.module, CallArguments((X,), {}), patience=1.0)
+        _seconds_of_whole_batch(watched(model), patience=1.0)
         assert torch.equal(torch.get_rng_state(), before)

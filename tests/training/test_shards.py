@@ -388,3 +388,13 @@ def test_an_attribute_of_the_users_is_not_the_number() -> None:
         assert ts.checkpoint_state(model=ts.SphereParallel(module, spheres))["shards"] == {
             "model": 12
         }
+
+
+def test_a_checkpoint_of_two_parallel_models_in_one_knows_the_shards_of_both(spheres):
+    def both(*numbers):
+        return nn.ModuleList(ts.SphereParallel(nn.Linear(2, 2), spheres, shards=n) for n in numbers)
+
+    state = ts.checkpoint_state(model=both(4, 2))
+    ts.restore_checkpoint_state(state, model=both(4, 2))
+    with pytest.warns(UserWarning, match=r"trained with shards=\[4, 2\], and now has \[4, 12\]"):
+        ts.restore_checkpoint_state(state, model=both(4, 12))

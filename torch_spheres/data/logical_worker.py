@@ -25,8 +25,9 @@ from torch_spheres.data.loader_stats import Meter
 from torch_spheres.data.resume import WorkerSnapshot, has_position
 from torch_spheres.data.worker_info import LoadPosition, asked_for_info, thread_shows
 from torch_spheres.runtime.caller_context import CallerContext
+from torch_spheres.runtime.random_states import random_states
 from torch_spheres.runtime.rebinding import rebound
-from torch_spheres.runtime.rng import RandomSource, random_states
+from torch_spheres.runtime.rng import RandomSource
 
 __all__ = ["LogicalWorker", "Result", "Task", "WorkerConfig"]
 

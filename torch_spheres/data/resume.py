@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torch_spheres import _compat
 from torch_spheres.data.fetch import Fetcher
 from torch_spheres.data.sampler_state import draw_source, from_state
-from torch_spheres.runtime.rng import numpy_state, restore_random_states
+from torch_spheres.runtime.random_states import numpy_state, restore_random_states
 
 __all__ = [
     "EpochPosition",

@@ -15,44 +15,38 @@ Shards include one for which every operator falls through, at no cost, except th
 that take none (dropout, LSTM, attention) draw through operators that do. The key is `DeferredInit`,
 which PyTorch declares and does not use.
 
-`training` uses this for shards, `data` for a loader's workers, `checkpoint` to save states.
+`training` uses this for shards, `data` for a loader's workers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, library
 
 from torch_spheres import _compat
+from torch_spheres.runtime.random_states import random_states, undo_draws
+from torch_spheres.runtime.stack_level import users_level
 
 __all__ = [
     "CallRandom",
     "RandomSource",
     "ShardRandom",
     "TrialRandom",
-    "numpy_state",
     "peek_base",
-    "random_states",
-    "restore_random_states",
-    "undo_draws",
 ]
 
 _KEYS = _compat.DispatchKeySet(_compat.draw_key)
 _MAX_SEED = 2**63 - 1
-# With the attributes of ``get_worker_info().rng``.
-_PROCESS_GENERATORS = SimpleNamespace(
-    torch_generator=torch.default_generator, random_generator=random, numpy_generator=np.random
-)
+
+# What a shard's generator has for a state before its first draw.
+_NOTHING_DRAWN = torch.Generator().manual_seed(0x7E5C_5943_A11E_D0).get_state()
 
 _here = threading.local()
 _install_lock = threading.Lock()
@@ -112,7 +106,7 @@ class CallRandom:
                 "is not reproducible. Draw with torch's own operators inside the module, or use "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=users_level(),
             )
 
 
@@ -139,6 +133,15 @@ class RandomSource:
             generator = torch.Generator(device).manual_seed(self._seed())
             self._generators[device] = generator
         return generator
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether the CPU's generator has been made."""
+        return torch.device("cpu") in self._generators
+
+    def forget_draws(self) -> None:
+        """Has the CPU's generator begin anew, with the same seed."""
+        self._generators.pop(torch.device("cpu"), None)
 
     def replace_given(self, given: torch.Generator, op: Any) -> torch.Generator:
         """The generator that replaces one that was given to an operator: itself."""
@@ -229,7 +232,7 @@ class TrialRandom(RandomSource):
             with self.active():
                 yield
         finally:
-            self.drew |= undo_draws(before, of_torch=False)
+            self.drew |= undo_draws(before)
 
 
 def peek_base() -> int:
@@ -243,53 +246,6 @@ def _draw_base(generator: torch.Generator) -> int:
     # Inside a shard too, the draw must come from the generator that is given.
     with _compat.ExcludeDispatchKey(_KEYS):
         return int(torch.randint(_MAX_SEED, (), generator=generator, device="cpu"))
-
-
-def random_states(rng: Any = _PROCESS_GENERATORS) -> dict[str, Any]:
-    """The states of torch's, Python's and numpy's generators, as plain values and a tensor.
-
-    Args:
-        rng: has the generators: a worker's ``get_worker_info().rng``; default: the process's.
-    """
-    version, words, gauss = rng.random_generator.getstate()
-    return {
-        "torch": rng.torch_generator.get_state(),
-        "python": [version, [*words], gauss],
-        "numpy": numpy_state(rng.numpy_generator),
-    }
-
-
-def numpy_state(generator: Any) -> Any:
-    """The state of a `RandomState` or of `numpy.random`, as plain values.
-
-    Plain values can be compared by ``==``, set by ``set_state`` and loaded by ``torch.load``.
-    """
-    state = generator.get_state(legacy=False)
-    return _compat.pytree.tree_map_only(np.ndarray, np.ndarray.tolist, state)
-
-
-def restore_random_states(states: Mapping[str, Any], rng: Any = _PROCESS_GENERATORS) -> None:
-    """Sets the generators' states to what `random_states` returned, or to some of it."""
-    if "python" in states:
-        version, words, gauss = states["python"]
-        rng.random_generator.setstate((version, tuple(words), gauss))
-    if "numpy" in states:
-        rng.numpy_generator.set_state(states["numpy"])
-    if "torch" in states:
-        rng.torch_generator.set_state(states["torch"])
-
-
-def undo_draws(before: Mapping[str, Any], *, of_torch: bool) -> bool:
-    """Puts those of the process's generators back that have moved; returns whether one had.
-
-    Other threads then draw the same numbers again: `of_torch` is for who has drawn from it.
-    """
-    now = random_states()
-    moved = [name for name in ("python", "numpy") if now[name] != before[name]]
-    if of_torch and not torch.equal(now["torch"], before["torch"]):
-        moved.append("torch")
-    restore_random_states({name: before[name] for name in moved})
-    return bool(moved)
 
 
 def current_source() -> RandomSource | None:
@@ -319,11 +275,21 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     return torch.device(kwargs.get("device") or "cpu")
 
 
+def _is_compiling() -> bool:
+    """Whether operators are recorded for the compiler on the calling thread, and not run."""
+    keys = _compat.dispatch_mode_keys
+    kinds = (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+    return any(_compat.dispatch_mode_of(kind) is not None for kind in kinds)
+
+
+@_compat.disable_compiler
 def _draw(op: Any, position: int | None, /, *args: Any, **kwargs: Any) -> Any:
     """Calls a random operator with the active source's generator in place of the default one."""
     source = current_source()
     with _compat.ExcludeDispatchKey(_KEYS):
-        if source is None:  # another library has included the key
+        # Another library has included the key; or code is compiled, which must draw from whatever
+        # generator is the default one where it runs.
+        if source is None or _is_compiling():
             return op(*args, **kwargs)
         in_args = position is not None and position < len(args)
         given = args[position] if in_args else kwargs.get("generator")  # type: ignore[index]
@@ -342,6 +308,7 @@ def _draw(op: Any, position: int | None, /, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
 
+@_compat.disable_compiler
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     """The CPU's kernel, for any device: CUDA's own draws its mask without a generator."""
     if train is False or p == 0:
@@ -360,10 +327,29 @@ class _DefaultGenerator:
     def __init__(self, default: torch.Generator) -> None:
         self._default = default
 
+    @_compat.disable_compiler
     def __getattr__(self, name: str) -> Any:
         source = current_source()
         here = self._default if source is None else source.generator(torch.device("cpu"))
         return getattr(here, name)
+
+    @_compat.disable_compiler
+    def get_state(self) -> Tensor:
+        """As a generator's; inside a shard that has drawn nothing yet, `_NOTHING_DRAWN`."""
+        source = current_source()
+        if source is not None and not source.has_drawn:
+            # (A seed would be drawn for it. torch.compile asks for the state of each frame.)
+            return _NOTHING_DRAWN.clone()
+        return self.__getattr__("get_state")()  # type: ignore[no-any-return]
+
+    @_compat.disable_compiler
+    def set_state(self, state: Tensor) -> torch.Generator:
+        """As a generator's, and its inverse for `_NOTHING_DRAWN`."""
+        source = current_source()
+        if source is not None and torch.equal(state, _NOTHING_DRAWN):
+            source.forget_draws()
+            return torch.default_generator
+        return self.__getattr__("set_state")(state)  # type: ignore[no-any-return]
 
 
 def _install() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -53,11 +52,10 @@ class CallArguments:
         return made
 
     def copied(self) -> CallArguments:
-        """The same, in containers, dataclasses and key-value caches that a forward may write to."""
-        inside = itertools.chain.from_iterable(a.nesting.in_objects() for a in self.each)
+        """The same in tensors, containers and key-value caches of their own, for a trial run."""
         leaves = (
-            v.clone() if is_inside and isinstance(v, Tensor) else v
-            for v, is_inside in zip(self.leaves(), inside, strict=True)
+            v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+            for v in self.leaves()
         )
         return CallArguments(*self.build(leaves))
 

@@ -132,7 +132,8 @@ class Engine:
             return result
         if not self.reproducible and not self._is_collective:
             return run()  # the fastest of all ways
-        return self._watched(run, executor, arguments, "forward")
+        call = WatchedCall(self, arguments, executor.plan, "forward", self._is_collective)
+        return self._adviser.watch(run, call)
 
     def forward_backward(
         self, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
@@ -156,27 +157,14 @@ class Engine:
 
         if trial is not None:
             return run()
-        loss: Tensor = self._watched(run, executor, arguments, "forward_backward")
+        watched = WatchedCall(
+            self, arguments, executor.plan, "forward_backward", self._is_collective
+        )
+        loss: Tensor = self._adviser.watch(run, watched)
         return loss
 
-    def _watched(
-        self, run: Callable[[], Any], executor: ShardExecutor, arguments: CallArguments, what: str
-    ) -> Any:
-        """Runs a call, and has it compared with plain torch.
-
-        But for calls on accelerators, inside of another call, or under a profiler or a counter of
-        operators, which would see more than the call's; and for a rank's own evaluations, of which
-        the shards are those of all ranks' rows.
-        """
-        is_own = self.ranks is not None and not self._is_collective
-        is_seen = bool(_compat.dispatch_modes()) or _compat.profiler_is_on()
-        is_inside = current_source() is not None
-        if is_own or is_seen or is_inside or not self._is_on_cpu(arguments.tensors()):
-            return run()
-        call = WatchedCall(self, arguments, executor.plan, what, self._is_collective)
-        return self._adviser.watch(run, call)
-
-    def _is_on_cpu(self, tensors: Iterable[Tensor]) -> bool:
+    def is_on_cpu(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether the module's parameters are, and the tensors."""
         first = itertools.islice(self.module.parameters(), 1)
         return all(t.is_cpu for t in (*first, *tensors))
 
@@ -212,7 +200,7 @@ class Engine:
         rows = rows_to_tune_by(arguments, self.options)
         # On an accelerator kernels queue up anyway, and autograd runs backward on a thread of the
         # device's own, for which threads that it waits for would wait in turn.
-        on_cpu = self._is_on_cpu(arguments.tensors())
+        on_cpu = self.is_on_cpu(arguments.tensors())
         concurrency = spheres.concurrency if on_cpu else 0
         if self.reproducible or self._is_collective:
             ways = reproducible_ways

@@ -13,7 +13,11 @@ from torch_spheres.distributed.group import ProcessGroup
 from torch_spheres.runtime.arguments import as_index
 from torch_spheres.training.delegation import Delegating
 from torch_spheres.training.engine import Engine, start_engine
-from torch_spheres.training.parallel_forward import PARALLEL_FORWARD, ParallelForward
+from torch_spheres.training.parallel_forward import (
+    PARALLEL_FORWARD,
+    ParallelForward,
+    keeping_grad_mode,
+)
 from torch_spheres.training.shard_timing import ShardTimes, suggest_shards
 
 if TYPE_CHECKING:
@@ -210,14 +214,15 @@ class SphereParallel(Delegating):
                 in their rows.
             RuntimeError: called under ``torch.no_grad()``.
         """
-        return self._engine.forward_backward(loss_fn, inputs, targets)
+        return keeping_grad_mode(lambda: self._engine.forward_backward(loss_fn, inputs, targets))  # type: ignore[no-any-return]
 
     def suggest_shards(self, *args: Any, repeats: int = 5, **kwargs: Any) -> ShardTimes:
         """Measures a forward and backward of a batch in each number of shards, and in plain torch.
 
         As in ``print(model.suggest_shards(x))``. It changes nothing: neither this model's `shards`,
-        of which its bits depend, nor weights, ``.grad``, buffers or random numbers; no hook is
-        called. Call it with nothing else running.
+        of which its bits depend, nor weights, ``.grad``, buffers, arguments or random numbers; and
+        no hook is called, unless the forward fails without. (Other objects that a forward changes,
+        as a list of its own, each pass changes.) Call it with nothing else running.
 
         Args:
             args: of the model, as for a call: a batch as it comes in training.
@@ -230,7 +235,8 @@ class SphereParallel(Delegating):
         Raises:
             TypeError: `repeats` is not an integer.
             ValueError: it is less than 1.
-            RuntimeError: the module is lazy and has no shapes yet; or a shard calls this.
+            RuntimeError: the module is lazy and has no shapes yet; or a shard calls this, or
+                somebody in ``torch.inference_mode()``, which has no backward.
         """
         return suggest_shards(self._engine, args, kwargs, as_index("repeats", repeats, 1))
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torch_spheres import _compat
@@ -14,7 +15,7 @@ from torch_spheres import _compat
 if TYPE_CHECKING:
     from torch_spheres.training.engine import Engine
 
-__all__ = ["PARALLEL_FORWARD", "ParallelForward"]
+__all__ = ["PARALLEL_FORWARD", "ParallelForward", "keeping_grad_mode"]
 
 PARALLEL_FORWARD = "_parallel_forward"
 """The attribute of a parallel model that has its `ParallelForward`."""
@@ -37,7 +38,7 @@ class ParallelForward:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call."""
-        return self.engine.forward(self.engine.module, args, kwargs)
+        return keeping_grad_mode(lambda: self.engine.forward(self.engine.module, args, kwargs))
 
     def is_used_by(self, model: nn.Module) -> bool:
         """Whether calls of the model run this forward."""
@@ -62,6 +63,19 @@ class ParallelForward:
         if name in (*functools.WRAPPER_ASSIGNMENTS, "__annotations__", "__code__"):
             return getattr(self.__wrapped__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def keeping_grad_mode(run: Callable[[], Any]) -> Any:
+    """Runs a call; grad mode is afterwards what it was before.
+
+    Ctrl-C may come between two lines of `torch.no_grad`, which are Python.
+    """
+    before = torch.is_grad_enabled()
+    try:
+        return run()
+    finally:
+        if torch.is_grad_enabled() != before:
+            torch.set_grad_enabled(before)
 
 
 class _Unbound:

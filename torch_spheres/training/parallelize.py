@@ -14,7 +14,11 @@ from torch_spheres import _compat
 from torch_spheres.distributed.group import ProcessGroup
 from torch_spheres.training.engine import Engine, check_model, start_engine
 from torch_spheres.training.lazy_modules import is_lazy
-from torch_spheres.training.parallel_forward import PARALLEL_FORWARD, ParallelForward
+from torch_spheres.training.parallel_forward import (
+    PARALLEL_FORWARD,
+    ParallelForward,
+    keeping_grad_mode,
+)
 
 if TYPE_CHECKING:
     from torch_spheres.spheres import KissingSpheres
@@ -130,7 +134,7 @@ class InPlaceForward(ParallelForward):
         if type(bare) is not type(model):  # parametrizations and lazy modules change it
             bare.__class__ = type(model)
         object.__setattr__(bare, "__dict__", attributes | self._instead)
-        return self.engine.forward(self.__wrapped__, args, kwargs)
+        return keeping_grad_mode(lambda: self.engine.forward(self.__wrapped__, args, kwargs))
 
     def is_used_by(self, model: nn.Module) -> bool:
         """Not if ``del model.forward`` was the way back."""

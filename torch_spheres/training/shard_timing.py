@@ -6,7 +6,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_spheres import _compat
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
+from torch_spheres.runtime.rng import TrialRandom
 from torch_spheres.training.autotune import Plan, reproducible_ways
 from torch_spheres.training.batch_split import Split
 from torch_spheres.training.buffers import needs_two_rows
@@ -61,13 +61,16 @@ class ShardTimes:
         )
 
 
-def bare_copy(module: nn.Module, *, compiled: bool = True) -> nn.Module:
-    """The module on the same parameters, with copies of its buffers, and without its hooks.
+def bare_copy(module: nn.Module, *, compiled: bool = True, hooks: bool = False) -> nn.Module:
+    """The module on the same parameters, with copies of its buffers.
 
-    Without torch.compile, if it is not to be `compiled`.
+    Args:
+        module: the user's.
+        compiled: whether the copy is, if the module is.
+        hooks: whether the copy has the module's.
     """
     replica = Replica(module)
-    replica.rebind([[*vars(part)] for part in module.modules()], hooks=False)
+    replica.rebind([[*vars(part)] for part in module.modules()], hooks=hooks)
     replica.begin_shard()
     return replica.module if compiled else _compat.uncompiled(replica.module)
 
@@ -87,6 +90,11 @@ def suggest_shards(
 ) -> ShardTimes:
     """See `SphereParallel.suggest_shards`."""
     engine.refuse_inside()
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "suggest_shards measures a forward and a backward, which torch.inference_mode() does "
+            "not have: call it outside of that block"
+        )
     if any(map(is_lazy, engine.module.modules())):
         raise RuntimeError("a lazy module has no shapes yet: run a batch through the model first")
     arguments = CallArguments(args, kwargs)
@@ -95,7 +103,15 @@ def suggest_shards(
     world = 1 if engine.ranks is None else engine.ranks.world
     possible = [n for n in possible_world_sizes(engine.spheres.leaves) if n % world == 0]
     numbers = [n for n in possible if n == world or count_shards(engine, arguments, n) == n]
-    found = time_shards(engine, arguments, numbers, repeats=repeats, backward=True)
+    try:
+        found = time_shards(engine, arguments, numbers, repeats=repeats, backward=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error) or "checkpointing is not compatible" in str(error).lower():
+            error.add_note(
+                "suggest_shards computes gradients with torch.autograd.grad, which reentrant "
+                "checkpoints refuse: measure the model with checkpoint(..., use_reentrant=False)"
+            )
+        raise
     ratios = {n: seconds / found[0] for n, seconds in found.items() if n > 0}
     return ShardTimes(rows, ratios)
 
@@ -124,10 +140,12 @@ def time_shards(
         compiled: whether a module that is compiled is measured so.
         workers: how many spheres run shards; None: as many as is fastest.
     """
-    bare = bare_copy(engine.module, compiled=compiled)
+    draws = TrialRandom()
+    with draws.leaving_no_trace():
+        bare = _copy_that_runs(engine.module, arguments, compiled)
     together = waits_for_others(engine.module)
     ways: dict[tuple[int, int], Callable[[CallArguments], Any]] = {
-        (0, 0): lambda own: bare(*own.args, **own.kwargs)
+        (0, 0): functools.partial(_run, bare)
     }
     for shards in candidates:
         trial = type(engine)(
@@ -148,22 +166,39 @@ def time_shards(
             ways[shards, i] = functools.partial(trial.run_in_shards, executor, bare)
     seconds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     weights = [p for p in bare.parameters() if p.requires_grad]
-    states, draws = random_states(), TrialRandom()
-    devices = {p.device for p in bare.parameters() if p.is_cuda}
-    on_cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-    try:
-        for k in range(1 + repeats):
+    with _cuda_generators_kept(bare), draws.leaving_no_trace():
+        for _ in range(1 + repeats):
             for way, run in ways.items():
-                # (The first round shows whether torch's generator has to be put back.)
-                with contextlib.nullcontext() if k else draws.active():
-                    run_once = functools.partial(run, arguments.copied())
-                    seconds[way].append(_seconds(run_once, weights if backward else None))
-    finally:
-        undo_draws(states, of_torch=draws.drew)
-        for device, state in on_cuda.items():
-            torch.cuda.set_rng_state(state, device)
+                run_once = functools.partial(run, arguments.copied())
+                seconds[way].append(_seconds(run_once, weights if backward else None))
     medians = {way: statistics.median(each[1:]) for way, each in seconds.items()}
     return {n: min(s for (shards, _), s in medians.items() if shards == n) for n, _ in ways}
+
+
+@contextlib.contextmanager
+def _cuda_generators_kept(module: nn.Module) -> Iterator[None]:
+    """Puts those of the module's devices back: CUDA kernels may draw past any source."""
+    devices = {p.device for p in module.parameters() if p.is_cuda}
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        yield
+    finally:
+        for device, state in states.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _copy_that_runs(module: nn.Module, arguments: CallArguments, compiled: bool) -> nn.Module:
+    """`bare_copy`, with the module's hooks if its forward fails without them."""
+    bare = bare_copy(module, compiled=compiled)
+    try:
+        _seconds(functools.partial(_run, bare, arguments.copied()), None)
+    except Exception:  # noqa: BLE001 - if it was something else, the next pass raises it again
+        bare = bare_copy(module, compiled=compiled, hooks=True)
+    return bare
+
+
+def _run(module: nn.Module, arguments: CallArguments) -> Any:
+    return module(*arguments.args, **arguments.kwargs)
 
 
 def _seconds(run: Callable[[], Any], weights: Sequence[Tensor] | None) -> float:

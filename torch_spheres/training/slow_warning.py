@@ -3,26 +3,24 @@
 Twelve small shards cost twelve times what torch needs for each call. Whether that is more than the
 spheres gain is measured, not guessed, once the way to run the shards has been chosen: the forward
 of the whole batch is timed on a copy of the module with torch's own threads, and if it is faster,
-so is the forward in fewer shards.
+so are other numbers of shards.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from torch_spheres import _compat
+from torch_spheres import _compat, _compiled
 from torch_spheres.reduction.partition import possible_world_sizes
-from torch_spheres.runtime.rng import TrialRandom, random_states, undo_draws
+from torch_spheres.runtime.rng import TrialRandom, current_source
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.shard_timing import bare_copy, count_shards, time_shards
 from torch_spheres.training.sync_batch_norm import waits_for_others
@@ -54,9 +52,39 @@ class WatchedCall:
     collective: bool
 
     @property
+    def is_let_alone(self) -> bool:
+        """Whether it is not compared with plain torch.
+
+        That is so on accelerators, inside of another call, under a profiler, a counter of operators
+        or hooks of all modules, which would see more than the call's, and in a rank's own
+        evaluations, of which the shards are those of all ranks' rows.
+        """
+        is_own = self.engine.ranks is not None and not self.collective
+        is_seen = _compat.dispatch_modes() or _compat.profiler_is_on() or _compiled.global_hooks()
+        is_inside = current_source() is not None
+        return bool(
+            is_own or is_seen or is_inside or not self.engine.is_on_cpu(self.arguments.tensors())
+        )
+
+    @property
     def is_compiled(self) -> bool:
         """Whether a part of the module is."""
         return any(map(_compat.is_compiled, self.engine.module.modules()))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the model is one that `parallelize_` was called on."""
+        return self.engine.pool.calls_forward
+
+    @property
+    def suggest(self) -> str:
+        """What measures all numbers of shards."""
+        return "SphereParallel.suggest_shards" if self.is_in_place else "suggest_shards"
+
+    @property
+    def is_measured_apart(self) -> bool:
+        """Whether the call's own time is not that of a forward."""
+        return self.collective or self.what != "forward"
 
     @property
     def most_shards(self) -> int:
@@ -67,100 +95,154 @@ class WatchedCall:
         return self.plan.shards // self.engine.ranks.world
 
 
+@dataclass
+class _Watch:
+    """What is known about calls of one kind."""
+
+    calls: int = 0
+    samples: list[tuple[float, float]] = field(default_factory=list)  # of one round
+    is_over: bool = False
+
+
 class Adviser:
     """Compares a model's calls, which it is told of, with a forward of the whole batch.
 
-    Each kind of call is compared once: forwards that train, evaluations, `forward_backward`.
+    Forwards that train, evaluations, and `forward_backward` are each compared in three rounds of
+    three calls. In all calls of a round the shards have to be slower: one that others on the
+    machine have slowed down says nothing, nor does one batch that is smaller than the others.
     """
 
     _SAMPLES = 3
+    _ROUNDS = (4, 20, 80)  # calls before a round begins; the first ones are checked closely
     _MARGIN = 1.25  # the forward passes differ by less than this: no advice
     _LONG = 0.2  # seconds of a call from which on no other way to run it is tried
     _TOO_LONG = 2.0  # ... and a forward that waits for other ranks is not measured
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seconds: dict[Hashable, list[float]] = {}
+        self._watches: dict[Hashable, _Watch] = {}
         self._has_warned = False
 
     def watch(self, run: Callable[[], Any], call: WatchedCall) -> Any:
-        """Runs a call on the spheres; after a few of a kind comes the comparison."""
+        """Runs a call on the spheres; some calls of a kind are then compared."""
+        if self._has_warned or call.is_let_alone:
+            return run()
         kind = call.what, call.engine.module.training, torch.is_grad_enabled()
-        seconds = self._seconds.setdefault(kind, [])
-        if self._has_warned or len(seconds) >= self._SAMPLES:
-            return run()  # (several threads may have come at once)
+        with self._lock:
+            watch = self._watches.setdefault(kind, _Watch())
+            watch.calls += 1
+            number = watch.calls - 1
+        starts = [start for start in self._ROUNDS if start <= number < start + self._SAMPLES]
+        if watch.is_over or not starts:
+            return run()
         begin = time.perf_counter()
         result = run()
-        seconds.append(time.perf_counter() - begin)
-        if len(seconds) == self._SAMPLES:
-            self._compare(call, min(seconds))
+        seconds = time.perf_counter() - begin
+        place = number - starts[0]
+        if place == 0:
+            watch.samples.clear()
+        try:
+            self._compare(call, watch, place, seconds)
+        except Exception:  # noqa: BLE001
+            watch.is_over = True  # a batch that only works in shards is no case for advice
+        if place == self._SAMPLES - 1 and starts[0] == self._ROUNDS[-1]:
+            watch.is_over = True
         return result
 
-    def _compare(self, call: WatchedCall, seconds: float) -> None:
-        try:
-            ours, whole = self._measure(call, seconds)
-        except Exception:  # noqa: BLE001
-            return  # a batch that only works in shards (memory, for one) is no case for advice
-        if whole * self._MARGIN > ours:
+    def _compare(self, call: WatchedCall, watch: _Watch, place: int, seconds: float) -> None:
+        """Takes one sample, and warns after the last one of a round."""
+        if place == 0 and _compiled.has_compiled_functions(call.engine.module):
+            watch.is_over = True  # to compile them for the whole batch can take minutes
             return
+        if len(watch.samples) == place and not call.is_measured_apart:
+            whole = _seconds_of_whole_batch(call, 1.5 * seconds)
+            if seconds >= self._MARGIN * whole:
+                watch.samples.append((seconds, whole))
+        elif call.is_measured_apart and place == self._SAMPLES - 1:
+            found = self._measure_apart(call, seconds)
+            if found[0] >= self._MARGIN * found[1]:
+                watch.samples = [found] * self._SAMPLES
+        if len(watch.samples) < self._SAMPLES:
+            return
+        ours, whole = sorted(watch.samples, key=lambda s: s[0] / s[1])[self._SAMPLES // 2]
+        watch.samples.clear()
+        text = self._advice(call, ours, whole)
         with self._lock:
-            if self._has_warned:
-                return
-            self._has_warned = True
+            first, self._has_warned = not self._has_warned, True
+        if first:
+            warnings.warn(text, UserWarning, stacklevel=users_level())
+
+    def _measure_apart(self, call: WatchedCall, seconds: float) -> tuple[float, float]:
+        """Seconds of a forward in shards, and as a whole, without gradients.
+
+        `seconds` is what the call took, which was more than a forward, or had to wait for ranks.
+        """
+        # forward_backward is for batches whose activations do not fit: long ones are let alone.
+        longest = self._LONG if call.what == "forward_backward" else self._TOO_LONG
+        waits = call.collective and waits_for_others(call.engine.module)
+        if seconds > longest or call.is_compiled or waits:
+            return seconds, math.inf
+        repeats = 1 if seconds > self._LONG else 3
+        found = _time(call, [call.most_shards], repeats, workers=call.plan.workers)
+        return found[call.most_shards], found[0]
+
+    def _advice(self, call: WatchedCall, ours: float, whole: float) -> str:
         count = count_shards(call.engine, call.arguments, call.most_shards)
+        at_once = min(count, max(1, call.plan.workers))
+        is_few = at_once < torch.get_num_threads()
         shards = "1 shard" if count == 1 else f"{count} shards"
         in_shards, as_a_whole = f"in {shards}", "as a whole"
         if call.is_compiled:
             in_shards, as_a_whole = f"in {shards}, compiled,", "as a whole, uncompiled"
         rows = " of this rank's rows" if call.collective else ""
-        warnings.warn(
-            f"the shards of this model are so small that plain PyTorch would be faster: a forward"
-            f"{rows} takes {ours * 1e3:.1f} ms {in_shards} and {whole * 1e3:.1f} ms {as_a_whole}, "
-            f"{ours / whole:.1f}x of it{self._faster_shards(call, count, ours)}. Larger batches "
-            f"make shards worth it; {_other_way(call)}; ignore this if it is the same bits that "
-            "you are here for",
-            UserWarning,
-            stacklevel=users_level(),
+        cure = "Larger batches make shards worth it"
+        if is_few:
+            cure = (
+                f"{at_once} at a time run{'s' if at_once == 1 else ''} with one intra-op thread "
+                f"each, where plain PyTorch has {torch.get_num_threads()}: more shards=, or a "
+                "larger concurrency of the spheres, make use of more cores"
+            )
+        return (
+            f"the shards of this model are so {'few' if is_few else 'small'} that plain PyTorch "
+            f"would be faster: a forward{rows} takes {ours * 1e3:.3g} ms {in_shards} and "
+            f"{whole * 1e3:.3g} ms {as_a_whole}, {ours / whole:.1f}x of it"
+            f"{self._faster_shards(call, count, ours, is_few)}. {cure}; {_other_way(call)}; "
+            "ignore this if it is the same bits that you are here for"
         )
 
-    def _measure(self, call: WatchedCall, seconds: float) -> tuple[float, float]:
-        """Seconds of a forward in shards, and as a whole.
-
-        The call itself took `seconds`. That is a forward's time if the call was no more, and had no
-        other ranks to wait for. Else both are measured, without gradients.
-        """
-        module = call.engine.module
-        if call.what == "forward" and not call.collective:
-            return seconds, _seconds_of_whole_batch(module, call.arguments, 1.5 * seconds)
-        # forward_backward is for batches whose activations do not fit: long ones are let alone.
-        longest = self._LONG if call.what == "forward_backward" else self._TOO_LONG
-        waits = call.collective and waits_for_others(module)
-        if seconds > longest or call.is_compiled or waits:
-            return seconds, math.inf
-        repeats = 1 if seconds > self._LONG else 3
-        found = _time(call, [call.most_shards], repeats, call.plan.workers)
-        return found[call.most_shards], found[0]
-
-    def _faster_shards(self, call: WatchedCall, count: int, ours: float) -> str:
-        """What fewer shards take, or those of a compiled model without that, if it is less."""
+    def _faster_shards(self, call: WatchedCall, count: int, ours: float, is_few: bool) -> str:
+        """What other numbers of shards take, or those of a compiled model without that, if less."""
         ranks = call.engine.ranks.world if call.collective and call.engine.ranks else 1
-        fewer = possible_world_sizes(call.engine.shards // ranks)
-        numbers = [n for n in fewer if n * ranks > 1 and n < count]
         if call.is_compiled:
             numbers = [call.most_shards]
+        elif is_few:
+            possible = possible_world_sizes(call.engine.spheres.leaves // ranks)
+            numbers = [n for n in possible if count < n <= _MANY]
+        else:
+            possible = possible_world_sizes(call.engine.shards // ranks)
+            numbers = [n for n in possible if n < count]
         if not numbers or ours > self._LONG:
             return ""
+        trains = call.engine.module.training and call.what == "forward" and not call.is_compiled
         try:
-            found = _time(call, numbers, 2)
+            found = _time(call, [*numbers, call.most_shards], 2, backward=trains)
         except Exception:  # noqa: BLE001
             return ""  # (as above)
         best = min(numbers, key=lambda n: found[n])
-        if found[best] * self._MARGIN > ours:
-            return ""
-        ratio = f"would take {found[best] / found[0]:.1f}x"
         if call.is_compiled:
-            return f"; uncompiled shards {ratio}"
-        return f"; shards={best * ranks} {ratio} (see suggest_shards)"
+            faster = found[best] * self._MARGIN <= ours
+            return f"; uncompiled shards would take {found[best] / found[0]:.1f}x" * faster
+        if found[best] * self._MARGIN > found[call.most_shards]:
+            return ""
+        what = "forward and backward" if trains else "forward"
+        here = found[call.most_shards] / found[0]
+        return (
+            f"; shards={best * ranks} would take {found[best] / found[0]:.1f}x for a {what}, and "
+            f"these take {here:.1f}x (see {call.suggest})"
+        )
+
+
+_MANY = 12  # shards: no larger number is proposed
 
 
 def _other_way(call: WatchedCall) -> str:
@@ -168,43 +250,54 @@ def _other_way(call: WatchedCall) -> str:
         return "torch's own batch norm does not have shards wait for each other"
     if call.collective:
         return "DistributedDataParallel runs a rank's rows as a whole"
+    made_by = "parallelize_" if call.is_in_place else "SphereParallel"
     if call.what == "forward_backward":
         return (
             "loss.backward() in place of forward_backward needs more memory, and "
-            "SphereParallel(..., reproducible=False) chooses the faster way for it by itself"
+            f"{made_by}(..., reproducible=False) chooses the faster way for it by itself"
         )
     if torch.is_grad_enabled() and call.engine.module.training:
-        return "SphereParallel(..., reproducible=False) chooses the faster way by itself"
+        return f"{made_by}(..., reproducible=False) chooses the faster way by itself"
+    if call.is_in_place:
+        return "model.forward.remove() has it evaluate without shards"
     return "model.module, with the same weights, evaluates without shards"
 
 
 def _time(
-    call: WatchedCall, numbers: Sequence[int], repeats: int, workers: int | None = None
+    call: WatchedCall,
+    numbers: Sequence[int],
+    repeats: int,
+    *,
+    backward: bool = False,
+    workers: int | None = None,
 ) -> dict[int, float]:
-    """See `time_shards`, for a forward, uncompiled."""
+    """See `time_shards`; uncompiled."""
     return time_shards(
         call.engine, call.arguments, numbers,
-        repeats=repeats, backward=False, compiled=False, workers=workers,
+        repeats=repeats, backward=backward, compiled=False, workers=workers,
     )  # fmt: skip
 
 
-def _seconds_of_whole_batch(module: nn.Module, arguments: CallArguments, patience: float) -> float:
-    """The fastest of a few forward passes that leave no trace: no hooks, buffers, random numbers.
+def _seconds_of_whole_batch(call: WatchedCall, patience: float) -> float:
+    """The fastest of at most two forward passes, which leave no trace: no hooks, buffers, draws.
 
     The module is copied, but for its parameters; no other pass is tried after `patience` seconds.
     It runs uncompiled: to compile it for other rows can take minutes.
     """
-    bare = bare_copy(module, compiled=False)
+    bare = bare_copy(call.engine.module, compiled=False)
     seconds: list[float] = []
-    states, draws = random_states(), TrialRandom()
-    try:
-        with torch.no_grad():
-            while len(seconds) < 3 and sum(seconds) <= patience:
-                own = arguments.copied()
+    with TrialRandom().leaving_no_trace(), torch.no_grad():
+        while len(seconds) < 2 and sum(seconds) <= patience:
+            own = call.arguments.copied()
+            begin = time.perf_counter()
+            try:
+                bare(*own.args, **own.kwargs)
+            except Exception:
+                if seconds:
+                    raise
+                bare = bare_copy(call.engine.module, compiled=False, hooks=True)  # it needs them
+                own = call.arguments.copied()
                 begin = time.perf_counter()
-                with contextlib.nullcontext() if seconds else draws.active():
-                    bare(*own.args, **own.kwargs)
-                seconds.append(time.perf_counter() - begin)
-    finally:
-        undo_draws(states, of_torch=draws.drew)
+                bare(*own.args, **own.kwargs)
+            seconds.append(time.perf_counter() - begin)
     return min(seconds)
