@@ -21,8 +21,13 @@
 #include <cstdlib>  // says which C library it is
 
 #if defined(__GLIBC__)
+#include <dlfcn.h>
+#include <gnu/libc-version.h>
 #include <malloc.h>
 #include <unistd.h>
+
+#include <fstream>
+#include <string>
 #endif
 
 namespace torch_spheres {
@@ -30,14 +35,43 @@ namespace torch_spheres {
 /// Whether threads had better take their memory from the main heap, see fitting_thread.h.
 inline std::atomic<bool> main_heap_is_better{false};
 
+/// Whether malloc is the C library's own, and no other one that was loaded before it.
+inline bool has_glibcs_malloc() {
+#if defined(__GLIBC__)
+  Dl_info used{}, own{};
+  void* const in_use = dlsym(RTLD_DEFAULT, "malloc");
+  return in_use != nullptr && dladdr(in_use, &used) != 0 &&
+         dladdr(reinterpret_cast<void*>(&gnu_get_libc_version), &own) != 0 &&
+         used.dli_fbase == own.dli_fbase;
+#else
+  return false;
+#endif
+}
+
+#if defined(__GLIBC__)
+/// Where the main heap begins, 0 if the system does not say.
+inline std::uintptr_t begin_of_main_heap() {
+  static const std::uintptr_t begin = [] {
+    std::uintptr_t found = 0;
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; found == 0 && std::getline(maps, line);) {
+      if (line.find("[heap]") != std::string::npos) found = std::stoull(line, nullptr, 16);
+    }
+    return found;
+  }();
+  return begin;
+}
+#endif
+
 /// Whether the calling thread takes its memory from the main heap, for good: its first block says.
 inline bool on_main_heap() {
 #if defined(__GLIBC__)
   // (volatile: the compiler may leave out a block that nobody uses.)
   void* volatile block = std::malloc(4096);
-  // The main heap ends at the program break; glibc maps others, which lie above it.
+  // The main heap ends at the program break; glibc maps others elsewhere.
+  const auto address = reinterpret_cast<std::uintptr_t>(block);
   const bool is_main =
-      reinterpret_cast<std::uintptr_t>(block) < reinterpret_cast<std::uintptr_t>(sbrk(0));
+      begin_of_main_heap() <= address && address < reinterpret_cast<std::uintptr_t>(sbrk(0));
   std::free(block);
   return is_main;
 #else
@@ -61,7 +95,7 @@ inline bool keep_freed_memory([[maybe_unused]] bool lean) {
            : mallopt(M_MMAP_MAX, 0) == 1;
   const bool kept = mapped && mallopt(M_TRIM_THRESHOLD, -1) == 1 &&
                     mallopt(M_TOP_PAD, 64 << 20) == 1 && mallopt(M_ARENA_MAX, 1) == 1;
-  main_heap_is_better.store(kept && !lean);
+  main_heap_is_better.store(kept && !lean && has_glibcs_malloc());
   return kept;
 #else
   return false;

@@ -34,7 +34,8 @@ struct OpenMp {
 
 class HeldTeam {
  public:
-  HeldTeam(const OpenMp& openmp, unsigned threads) : openmp_(openmp) {
+  HeldTeam(const OpenMp& openmp, unsigned threads)
+      : openmp_(openmp), fork_generation_(fork_generation()) {
     openmp_.start(&wait_at_gate, this, threads);
   }
   ~HeldTeam() { release(); }
@@ -47,7 +48,10 @@ class HeldTeam {
     // (The library may have given fewer threads than it was asked for.)
     others_ = static_cast<std::uint32_t>(openmp_.team_size() - 1);
     gate_.store(kOpen, std::memory_order_release);
-    if (others_ > 0) wake_all(gate_);
+    // A child that was forked in the region has none of the others: it stays in the region, in
+    // which its kernels run on one thread.
+    if (fork_generation_ != fork_generation()) return;
+    wake_all(gate_);
     for (;;) {
       const std::uint32_t seen = passed_.load(std::memory_order_acquire);
       if (seen == others_) break;
@@ -69,6 +73,7 @@ class HeldTeam {
   static constexpr std::uint32_t kShut = 0;
   static constexpr std::uint32_t kOpen = 1;
   const OpenMp openmp_;
+  const std::uint64_t fork_generation_;
   std::atomic<std::uint32_t> gate_{kShut};
   std::atomic<std::uint32_t> passed_{0};
   std::uint32_t others_ = 0;  // written before the gate opens

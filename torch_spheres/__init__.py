@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch_spheres.runtime.forks  # noqa: F401 - sees the forks that come from now on
 from torch_spheres.runtime.default_pool import register_pool_class
 
 if TYPE_CHECKING:

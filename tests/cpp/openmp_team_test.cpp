@@ -1,6 +1,9 @@
 // A team is held and let go, with a parallel region made of plain threads in OpenMP's place.
 #include "openmp_team.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <optional>
 #include <vector>
 
@@ -49,6 +52,22 @@ TEST(threads_sleep_until_the_team_is_released) {
   team.release();
   CHECK_EQ(finished.load(), 3);
   team.release();  // only the first one ends the region
+  CHECK_EQ(regions_ended, 1);
+}
+
+TEST(a_forked_child_leaves_the_region_as_it_is) {
+  finished = 0;
+  regions_ended = 0;
+  HeldTeam team(kOpenMp, 3);
+  const pid_t child = fork();
+  if (child == 0) {
+    team.release();
+    _exit(regions_ended);
+  }
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK_EQ(status, 0);
+  team.release();
   CHECK_EQ(regions_ended, 1);
 }
 

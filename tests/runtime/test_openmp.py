@@ -180,3 +180,78 @@ except RuntimeError as error:
 print(torch.get_num_threads())
 """)
     assert (done.stdout, done.stderr) == ("can't start new thread\n3\n", "")
+
+
+FORKS = """
+import os, signal, sys, time, torch, torch_spheres as ts
+from torch import nn
+torch.set_num_threads(2)
+x = torch.randn(24, 4)
+
+def train(wrapped):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    if wrapped:
+        model = ts.SphereParallel(model, ts.KissingSpheres(levels=2, concurrency=2))
+    for _ in range(4):
+        model(x).square().mean().backward()
+
+def kernel():
+    (torch.ones(2_000_000) + 1).sum()
+
+before, child = sys.argv[1:]
+acts = {"kernel": kernel, "spheres": lambda: train(True), "plain": lambda: train(False)}
+acts.get(before, lambda: None)()
+pid = os.fork()
+if pid == 0:
+    train(child == "spheres")
+    os._exit(7)
+for _ in range(600):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.05)
+else:
+    os.kill(pid, signal.SIGKILL)
+    sys.exit("the child hangs")
+assert os.waitstatus_to_exitcode(status) == 7
+"""
+
+
+@pytest.mark.parametrize("before", ["nothing", "kernel", "plain", "spheres"])
+@pytest.mark.parametrize("child", ["plain", "spheres"])
+def test_a_child_of_a_process_with_threads_trains_a_small_model(before, child):
+    """A parallel region would wait for threads that the parent had; small models have none."""
+    done = fork_server.run(FORKS, before, child)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_child_that_is_forked_while_shards_run_ends():
+    done = fork_server.run("""
+import os, signal, time, torch, torch_spheres as ts
+from torch import nn
+torch.set_num_threads(2)
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(20, 3)
+    def forward(self, x):
+        time.sleep(0.02)
+        return self.layer(x)
+
+model = ts.SphereParallel(Slow(), ts.KissingSpheres(levels=2, concurrency=2))
+x = torch.randn(96, 20)
+model(x).sum().backward()
+children = []
+def fork(*_):
+    pid = os.fork()
+    if pid == 0:
+        raise SystemExit(7)
+    children.append(pid)
+signal.signal(signal.SIGALRM, fork)
+signal.setitimer(signal.ITIMER_REAL, 0.03)
+while not children:
+    model(x).sum().backward()
+assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+""")
+    assert done.returncode == 0, done.stderr

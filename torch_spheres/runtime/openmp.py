@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 from torch_spheres._core import HeldTeam
+from torch_spheres.runtime.forks import came_from_threads
 
 __all__ = ["openmp_threads_asleep"]
+
 
 _FUNCTIONS = ("GOMP_parallel_start", "GOMP_parallel_end", "omp_get_num_threads")
 
@@ -50,9 +52,10 @@ def _addresses() -> tuple[int, int, int] | None:
 def openmp_threads_asleep() -> contextlib.AbstractContextManager[None]:
     """Inside the block, which runs no kernel of its own, the calling thread's OpenMP threads sleep.
 
-    They are made first if the thread has none yet; its next parallel kernel finds them awake.
+    They are made first if the thread has none yet; its next parallel kernel finds them awake. (What
+    runs in the block nevertheless, a signal handler for one, has one intra-op thread.)
     """
     threads, addresses = torch.get_num_threads(), _addresses()
-    if threads == 1 or addresses is None:
+    if threads == 1 or addresses is None or came_from_threads():
         return contextlib.nullcontext()
     return HeldTeam(*addresses, threads)
