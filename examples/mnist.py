@@ -63,9 +63,14 @@ def parse() -> argparse.Namespace:
         parser.error("argument --plot: there are no spheres to draw with --plain")
     if args.compare and args.plain:
         parser.error("argument --compare: it times steps on the spheres, and --plain has none")
+    if args.shards is not None and args.plain:
+        parser.error("argument --shards: --plain cuts nothing")
     args.shards = args.shards or (1 if args.levels == 1 else 4)
     if (leaves := 12 ** (args.levels - 1)) % args.shards:
-        parser.error(f"argument --shards: must divide the {leaves} leaves, got {args.shards}")
+        parser.error(
+            f"argument --shards: must divide {leaves}, the leaves of --levels {args.levels}, "
+            f"got {args.shards}"
+        )
     if args.data is not None and not args.data.is_dir():
         parser.error(f"argument --data: no such folder: {args.data}")
     if args.trace is not None and args.plain:

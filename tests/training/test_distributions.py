@@ -52,7 +52,11 @@ DISTRIBUTIONS: dict[str, tuple[Any, Any]] = {
         lambda s, x: dists.MultivariateNormal(s.layer(x), torch.diag_embed(s.layer(x).exp())),
         X,
     ),
-    "one covariance": (lambda s, x: dists.MultivariateNormal(s.layer(x), s.matrix @ s.matrix.T), X),
+    # (The identity, because rounding, which differs between processors, is large without it.)
+    "one covariance": (
+        lambda s, x: dists.MultivariateNormal(s.layer(x), s.matrix @ s.matrix.T + torch.eye(4)),
+        X,
+    ),
     "low rank": (
         lambda s, x: dists.LowRankMultivariateNormal(
             s.layer(x), s.layer(x)[..., None], s.layer(x).exp()

@@ -100,7 +100,8 @@ def test_aux_outputs_of_training_alone(spheres):
     with torch.no_grad():
         y, transposed = model(EVEN)
     assert torch.equal(y.T, transposed)
-    assert torch.equal(model.eval()(EVEN), module(EVEN))
+    # (Processors with AMX have other kernels for two rows than for 24.)
+    torch.testing.assert_close(model.eval()(EVEN), module(EVEN))
     module.load_state_dict(state)
     module.train()
     reference = ts.SphereParallel(module, spheres)

@@ -173,7 +173,8 @@ class Split:
                 texts.append(f"{argument_name(self._module, key)}: {'; '.join(several[:4])}")
         return (
             f"SphereParallel cut the arguments into shards, {' | '.join(texts)} "
-            "(batch_dim= and whole= of SphereParallel say otherwise)"
+            "(batch_dim= and whole= of SphereParallel say otherwise; a sample alone needs a batch "
+            "dimension, x[None])"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torch_spheres.distributed.group import Ranks
+from torch_spheres.errors import StoppedError
 from torch_spheres.runtime.caller_context import CallerContext, caller_context
 from torch_spheres.runtime.openmp import openmp_threads_asleep
 from torch_spheres.runtime.pool import SpherePool
@@ -59,10 +60,17 @@ class ShardExecutor:
         """``[fn(0), ..., fn(count - 1)]``; the first error stops the rest."""
         if self.plan.workers == 0 or count == 0:
             return [fn(k) for k in range(count)]
-        if self.plan.workers == 1:  # leaves other cores to whoever wants them
-            return self._on_spheres(fn, count)
-        with openmp_threads_asleep():
-            return self._on_spheres(fn, count)
+        try:
+            if self.plan.workers == 1:  # leaves other cores to whoever wants them
+                return self._on_spheres(fn, count)
+            with openmp_threads_asleep():
+                return self._on_spheres(fn, count)
+        except StoppedError as error:
+            error.add_note(
+                "a model runs its forward and its backward on the spheres that it was given: both "
+                "belong inside their 'with' block, or before stop()"
+            )
+            raise
 
     def _on_spheres(self, fn: Callable[[int], T], count: int) -> list[T]:
         # Context variables are the caller's too: torch's compiler keeps its configuration in them.

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_spheres.runtime.object_graph import walk
+from torch_spheres.runtime.random_states import random_states
 from torch_spheres.runtime.rebinding import MUTABLE
 from torch_spheres.runtime.stack_level import users_level
 from torch_spheres.training.change_detection import FUNCTIONS, PLAIN, content_of
@@ -51,6 +52,7 @@ class ForwardEffects:
         self._containers = self._find_containers() if closely and again else []
         self._contents = self._read_contents() if closely and again else {}
         self._attributes = [dict(vars(part)) for part in pool.parts] if closely else []
+        self._random = random_states() if closely else {}
 
     def _find_containers(self) -> list[tuple[str, Any, list[Tensor]]]:
         """Containers that functions hold, and the tensors in them; numbers may be counters."""
@@ -99,8 +101,9 @@ class ForwardEffects:
         self._writes.check({id(shard.replica): shard.replica for shard in shards}.values())
 
     def warn(self) -> None:
-        """Warns of attributes and arguments that were changed, once for each name."""
+        """Warns of attributes and arguments that were changed, once for each name; and of draws."""
         self._warn_of_arguments()
+        self._warn_of_draws()
         # A function that holds the original module sets attributes on the original.
         for i, (part, before) in enumerate(zip(self._pool.parts, self._attributes, strict=False)):
             now = vars(part)
@@ -129,6 +132,25 @@ class ForwardEffects:
             UserWarning,
             stacklevel=users_level(),
         )
+
+    def _warn_of_draws(self) -> None:
+        if not self._random:
+            return
+        now = random_states()
+        moved = [name for name in ("python", "numpy") if now[name] != self._random[name]]
+        moved = [name for name in moved if name not in self._pool.drawn_from]
+        if moved:
+            self._pool.drawn_from.update(moved)
+            source = {"python": "Python's random", "numpy": "numpy.random"}
+            warnings.warn(
+                f"{' and '.join(source[name] for name in moved)} drew, or was seeded, while the "
+                "shards ran: each shard draws for itself, in the order in which threads come by, "
+                "so that a run does not repeat, and plain PyTorch draws once for the whole batch. "
+                "Draw with torch's operators, whose numbers belong to shards, or draw in the loop "
+                "and pass what was drawn (if another thread drew, nothing is the matter)",
+                UserWarning,
+                stacklevel=users_level(),
+            )
 
     def _warn_of_arguments(self) -> None:
         reported = self._pool.reported

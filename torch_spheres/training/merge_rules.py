@@ -121,9 +121,9 @@ def merge_output(
 STATISTIC = (
     "has no rows and differs from shard to shard, as a statistic over the batch does: each shard "
     "knows its own rows alone. Compute it from the outputs that have rows, outside of the module, "
-    "or return one value for each row (expand it); tensors without dimensions are averaged or "
-    "summed, see scalars=. If the batch is not dimension 0 of the arguments (batch_first=False), "
-    "SphereParallel(..., batch_dim=1) says so"
+    "or return one value for each row (expand it; a count is the sum of such). Floating-point "
+    "tensors without dimensions are averaged or summed, see scalars=. If the batch is not "
+    "dimension 0 of the arguments (batch_first=False), SphereParallel(..., batch_dim=1) says so"
 )
 
 

@@ -32,6 +32,7 @@ class ReplicaPool:
         checks: of what must be the same on all ranks.
         written: large buffers that a forward writes to: id of the module, name.
         reported: names that the user was warned of, see forward_effects.py.
+        drawn_from: generators that are not torch's, from which shards are known to draw.
         parts: the module's ``modules()``.
         parameters: the module's ``parameters()``.
         scan: what the module's attributes hold.
@@ -52,6 +53,7 @@ class ReplicaPool:
         self.checks: StepChecks | None = None
         self.written: set[tuple[int, str]] = set()
         self.reported: set[str] = set()
+        self.drawn_from: set[str] = set()
         self.parts: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
         self.scan = ModuleScan([], [], None)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_spheres import _compat
 from torch_spheres.runtime.caller_context import CallerContext
 from torch_spheres.runtime.rng import ShardRandom
+from torch_spheres.runtime.thread_hooks import take_one_intra_op_thread
 from torch_spheres.runtime.trace_hooks import phase_since
 from torch_spheres.training.batch_split import Split, without_dim
 from torch_spheres.training.change_detection import checksum, contents, version_of
@@ -129,6 +130,8 @@ class in_shard:  # noqa: N801 - used as a function is
 
     def __enter__(self) -> None:
         self._begin = time.monotonic_ns()
+        if torch.get_num_threads() != 1 and self._call.executor.plan.workers > 0:
+            take_one_intra_op_thread()  # an earlier forward has set another number
         for i, context in enumerate(self._contexts):
             try:
                 context.__enter__()
