@@ -70,6 +70,25 @@ def test_expensive_calls_are_told_of_once():
     assert all(torch.equal(a, b) for a, b in zip(state, quiet[2], strict=True))
 
 
+def test_a_warning_that_is_an_error_is_raised():
+    with ts.KissingSpheres(concurrency=1) as spheres, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ts.SphereParallel(Paid(0.002, 0.0), spheres)
+        with pytest.raises(UserWarning, match="plain PyTorch would be faster"):
+            for _ in range(8):
+                model(torch.randn(24, 3)).sum().backward()
+
+
+def test_small_shards_on_one_of_several_spheres_are_not_called_few():
+    torch.set_num_threads(2)
+    with ts.KissingSpheres(concurrency=2) as spheres, heard() as messages:
+        model = ts.SphereParallel(nn.Linear(3, 3), spheres)
+        for _ in range(120):
+            model(torch.randn(24, 3)).sum().backward()
+    (message,) = messages
+    assert "so small" in message and "at a time" not in message
+
+
 def test_shards_that_pay_are_not():
     assert train(0.0, 0.01, 12, 20)[1] == []
 

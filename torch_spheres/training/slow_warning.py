@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Adviser", "WatchedCall"]
 
+_MANY = 12  # shards: no larger number is proposed
+
 
 @dataclass(frozen=True)
 class WatchedCall:
@@ -141,19 +143,25 @@ class Adviser:
         place = number - starts[0]
         if place == 0:
             watch.samples.clear()
+        text = None
         try:
-            self._compare(call, watch, place, seconds)
+            text = self._compare(call, watch, place, seconds)
         except Exception:  # noqa: BLE001
             watch.is_over = True  # a batch that only works in shards is no case for advice
         if place == self._SAMPLES - 1 and starts[0] == self._ROUNDS[-1]:
             watch.is_over = True
+        if text is not None:
+            with self._lock:
+                is_first, self._has_warned = not self._has_warned, True
+            if is_first:
+                warnings.warn(text, UserWarning, stacklevel=users_level())
         return result
 
-    def _compare(self, call: WatchedCall, watch: _Watch, place: int, seconds: float) -> None:
-        """Takes one sample, and warns after the last one of a round."""
+    def _compare(self, call: WatchedCall, watch: _Watch, place: int, seconds: float) -> str | None:
+        """Takes one sample; after the last one of a round, what there is to say."""
         if place == 0 and _compiled.has_compiled_functions(call.engine.module):
             watch.is_over = True  # to compile them for the whole batch can take minutes
-            return
+            return None
         if len(watch.samples) == place and not call.is_measured_apart:
             whole = _seconds_of_whole_batch(call, 1.5 * seconds)
             if seconds >= self._MARGIN * whole:
@@ -163,14 +171,10 @@ class Adviser:
             if found[0] >= self._MARGIN * found[1]:
                 watch.samples = [found] * self._SAMPLES
         if len(watch.samples) < self._SAMPLES:
-            return
+            return None
         ours, whole = sorted(watch.samples, key=lambda s: s[0] / s[1])[self._SAMPLES // 2]
         watch.samples.clear()
-        text = self._advice(call, ours, whole)
-        with self._lock:
-            first, self._has_warned = not self._has_warned, True
-        if first:
-            warnings.warn(text, UserWarning, stacklevel=users_level())
+        return self._advice(call, ours, whole)
 
     def _measure_apart(self, call: WatchedCall, seconds: float) -> tuple[float, float]:
         """Seconds of a forward in shards, and as a whole, without gradients.
@@ -188,7 +192,7 @@ class Adviser:
 
     def _advice(self, call: WatchedCall, ours: float, whole: float) -> str:
         count = count_shards(call.engine, call.arguments, call.most_shards)
-        at_once = min(count, max(1, call.plan.workers))
+        at_once = min(count, call.engine.spheres.concurrency)  # more than the plan, where one pays
         is_few = at_once < torch.get_num_threads()
         shards = "1 shard" if count == 1 else f"{count} shards"
         in_shards, as_a_whole = f"in {shards}", "as a whole"
@@ -240,9 +244,6 @@ class Adviser:
             f"; shards={best * ranks} would take {found[best] / found[0]:.1f}x for a {what}, and "
             f"these take {here:.1f}x (see {call.suggest})"
         )
-
-
-_MANY = 12  # shards: no larger number is proposed
 
 
 def _other_way(call: WatchedCall) -> str:
