@@ -40,7 +40,7 @@ def main() -> None:
             assert "a forward of this rank's rows takes" in message, message
             assert "in 6 shards and" in message, message
             assert "DistributedDataParallel runs a rank's rows" in message, message
-            assert "; shards=2 would take 1." in message, message
+            assert "; shards=2 would take" in message, message
     with ts.KissingSpheres(concurrency=6) as spheres:
         # Who waits for another rank has shards that take no longer for it.
         assert messages(spheres, Paid(0.0, 0.005), "backward", 0.05) == []

@@ -61,7 +61,7 @@ def test_expensive_calls_are_told_of_once():
     assert "plain PyTorch would be faster" in message and "reproducible=False" in message
     assert "in 12 shards and" in message
     assert re.search(
-        r"; shards=[12] would take 1\.\dx for a forward and backward, and these", message
+        r"; shards=[12] would take \S+x for a forward and backward, and these", message
     )
     assert caught[0].filename == __file__, "the user's line, not one of ours"
     # The measurement left no trace: neither hooks nor buffers nor random numbers.
@@ -349,7 +349,7 @@ def test_few_shards_are_not_called_small():
     (message,) = messages
     assert "so few that plain PyTorch" in message and "Larger batches" not in message
     assert "1 at a time runs with one intra-op thread each, where plain PyTorch has 4" in message
-    assert re.search(r"; shards=(4|12) would take", message)
+    assert re.search(r"; shards=(2|3|4|6|12) would take", message)
 
 
 @pytest.mark.parametrize("even", [False, True])
