@@ -105,6 +105,7 @@ def run(program) -> None:
         if how not in ("alone", "not_wrapped", "losses", "drift"):
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("error", message=".*(ranks|rank's)")
+            warnings.filterwarnings("ignore", "the shards of this model are so")
         if function.__code__.co_argcount == 2:
             function(spheres, folder)
         else:

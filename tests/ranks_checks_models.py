@@ -254,6 +254,7 @@ def losses(spheres):
     x, y = part(X[:96]), part(Y[:96])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the shards of this model are so")
         (F.cross_entropy(now(x), y, reduction="sum") / len(x) / 2).backward()
     now, _ = model_on(spheres)
     with pytest.warns(UserWarning, match="a sum divided by 96, not a mean over the rank's 48 rows"):
@@ -262,6 +263,7 @@ def losses(spheres):
     now, _ = model_on(spheres)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the shards of this model are so")
         penalty = sum(p.square().sum() for p in now.parameters())
         (F.cross_entropy(now(x), y) + penalty).backward()
 
@@ -323,6 +325,7 @@ def alone(spheres):
     test = ts.wrap(DataLoader(DATA, BATCH, shuffle=True), spheres, process_group=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the shards of this model are so")
         for _ in range(2):
             for n, (x, y) in enumerate(loader):
                 step(model, optimizer, x, y)
@@ -377,6 +380,7 @@ def untold():
         loader = ts.wrap(DataLoader(DATA, BATCH), spheres)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "the shards of this model are so")
             step(model, optimizer, X[:24], Y[:24])  # once
         dist.init_process_group("gloo")
         with pytest.warns(UserWarning, match="the model was made before torch.distributed was"):
@@ -385,6 +389,7 @@ def untold():
             next(iter(loader))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "the shards of this model are so")
             step(model, optimizer, X[:24], Y[:24])
             mine(X[:24])
             next(iter(loader))

@@ -13,7 +13,8 @@ LIMIT = 300  # MiB; the whole batch's activations are 675
 
 def run(*arguments: object):
     size = ("--width", 64, "--rows", 57_600)
-    return fork_server.run(EXAMPLE, *size, *arguments, warn=(("error",),))
+    slow = "ignore", "the shards of this model are so"  # depends on the machine
+    return fork_server.run(EXAMPLE, *size, *arguments, warn=(("error",), slow))
 
 
 def test_a_batch_that_plain_pytorch_cannot_hold():

@@ -13,7 +13,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "hierarchy_demo.py"
 
 
 def run(*arguments, folder):
-    return fork_server.run(SCRIPT, *arguments, cwd=folder, warn=(("error",),))
+    slow = "ignore", "the shards of this model are so"  # depends on the machine
+    return fork_server.run(SCRIPT, *arguments, cwd=folder, warn=(("error",), slow))
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])

@@ -38,7 +38,7 @@ def write_mnist(folder, compress=False, train=20, test=10):
 
 def run(*arguments):
     # Whether plain torch would be faster depends on the machine; test_advice.py looks for it.
-    slow = "ignore", "the shards of this model are so small"
+    slow = "ignore", "the shards of this model are so"
     return fork_server.run(TRAINER, *arguments, warn=(("error",), slow))
 
 
