@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def main() -> None:
             assert "a forward of this rank's rows takes" in message, message
             assert "in 6 shards and" in message, message
             assert "DistributedDataParallel runs a rank's rows" in message, message
-            assert "; shards=2 would take" in message, message
+            assert re.search("; shards=[24] would take", message), message
     with ts.KissingSpheres(concurrency=6) as spheres:
         # Who waits for another rank has shards that take no longer for it.
         assert messages(spheres, Paid(0.0, 0.005), "backward", 0.05) == []
