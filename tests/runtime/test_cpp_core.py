@@ -25,9 +25,9 @@ PROGRAMS = sorted((ROOT / "tests" / "cpp").glob("*_test.cpp"))
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror", "-I", "cpp"]
 VARIANTS = {
-    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "thread": ["-Og", "-g1", "-fsanitize=thread"],
     "address": [
-        "-O1",
+        "-Og",
         "-g1",
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=undefined",
