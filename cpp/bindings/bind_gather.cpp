@@ -21,7 +21,7 @@ namespace torch_spheres::bindings {
 namespace {
 
 /// Below this a hand-over to other threads costs more than it saves.
-constexpr std::size_t kWorthSharing = 256u << 10;
+constexpr std::size_t kRowsWorthSharing = 256u << 10;
 
 /// Seconds without a piece being copied.  All spheres may be busy with something long, or wait for
 /// this very thread: then it copies the rows itself.
@@ -94,7 +94,7 @@ class PyGather {
 
  private:
   void begin(const std::shared_ptr<PySystem>& system) {
-    if (batch_ || bytes() < kWorthSharing || !system->running() || system->core().on_own_thread()) {
+    if (batch_ || bytes() < kRowsWorthSharing || !system->running() || system->core().on_own_thread()) {
       return;
     }
     auto batch = std::make_shared<Batch>(work_, work_->items());

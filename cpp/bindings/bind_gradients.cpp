@@ -20,7 +20,7 @@ namespace torch_spheres::bindings {
 namespace {
 
 /// Below this a hand-over to other threads costs more than it saves.
-constexpr std::size_t kWorthSharing = 4u << 20;
+constexpr std::size_t kSumWorthSharing = 4u << 20;
 
 /// Owner: one thread at a time, as its sums are run without the GIL; a second one gets an error.
 class PySumJob {
@@ -56,7 +56,7 @@ class PySumJob {
   void run(PySystem* system) {
     const Turn turn(taken_, "SumJob");
     if (system == nullptr || !system->running() || system->core().on_own_thread() ||
-        work_->bytes() < kWorthSharing) {
+        work_->bytes() < kSumWorthSharing) {
       const GilRelease release;
       work_->run_here();
       return;

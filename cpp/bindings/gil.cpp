@@ -45,7 +45,7 @@ bool ending() {
 }
 
 void stay() {
-  for (;;) pause();
+  for (;;) ::pause();
 }
 
 bool without_python() { return ending() && System::current() != nullptr; }
