@@ -1,11 +1,16 @@
 """Refuses to run on the source folder, whose package has no built extension; shared spheres."""
 
+import os
 import signal
 
 import effort
 import fork_server
 import pytest
 from hypothesis import settings
+
+# Threads of OpenMP spin for a while before they sleep. Beside the other processes of the tests, which
+# need the cores meanwhile, that takes twice the time. (It is read when torch is imported.)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background, by a shell that keeps Ctrl-C away from it: the processes that tests
