@@ -28,6 +28,12 @@ class Calls(nn.Module):
         return self.fn(self, *args, **kwargs)
 
 
+def parallel(
+    fn: Callable[..., Any], spheres: ts.KissingSpheres, **options: Any
+) -> ts.SphereParallel:
+    return ts.SphereParallel(Calls(fn), spheres, **options)
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     return [v for v in flatten(value)[0] if isinstance(v, Tensor)]
 

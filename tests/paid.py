@@ -6,6 +6,7 @@ import contextlib
 import time
 import warnings
 
+import pytest
 import torch
 from torch import nn
 
@@ -32,3 +33,12 @@ def heard():
         yield messages
     texts = (str(warning.message) for warning in caught)
     messages += [text for text in texts if "plain PyTorch would be faster" in text]
+
+
+@pytest.fixture(autouse=True)
+def one_intra_op_thread():
+    """Two that meet, where other programs have the cores, take longer than what is paid here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

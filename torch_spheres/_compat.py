@@ -8,7 +8,8 @@ torch's objects that other modules read are listed here. A name has either
 - features that need it. Where the name is missing, importing the package warns, and these features
   refuse (`require`) with the names that are missing; everything else works.
 
-`tests/test_compat.py` tries all names, and holds that nothing private is used elsewhere.
+`tests/test_compat.py` tries all names; `tests/test_private_names.py` holds that nothing private is
+used elsewhere.
 """
 
 from __future__ import annotations

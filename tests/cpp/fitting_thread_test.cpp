@@ -1,10 +1,13 @@
-// Threads are started until one fits, and those that do not fit are gone afterwards.
+// Threads are started until one fits, and those that do not fit are gone afterwards; a system's own
+// where there is no memory for them, or where an item ends one.
 #include "fitting_thread.h"
 
 #include <thread>
 #include <vector>
 
 #include "check.h"
+#include "no_memory.h"
+#include "system_support.h"
 
 using namespace torch_spheres;
 using namespace torch_spheres::testing;
@@ -60,5 +63,38 @@ TEST(a_thread_that_fits_outlives_what_started_it) {
     thread.join();
   }
 }
+
+TEST(a_start_without_memory_leaves_no_thread_and_may_be_tried_again) {
+  System system(2, 2);
+  int failed = 0;
+  for (bool started = false; !started;) {
+    allocations_left = failed;
+    try {
+      system.start();
+      started = true;
+    } catch (const std::bad_alloc&) {
+      ++failed;
+    }
+    allocations_left = -1;
+    CHECK_EQ(system.running(), started);
+  }
+  CHECK(failed >= system.topology().total());  // each thread needs some
+  auto work = std::make_shared<CountingWork>();
+  finish(submit(system, work, 100));
+  check_all_once(*work, 100);
+}
+
+// glibc unwinds with GCC's library, which crashes among frames of LLVM's.
+#if !defined(_LIBCPP_VERSION)
+TEST(a_thread_that_an_item_ends_is_not_waited_for) {
+  System system(2, 2);
+  system.start();
+  auto work =
+      std::make_shared<CountingWork>(1, [](SphereId, std::int64_t) { pthread_exit(nullptr); });
+  const auto batch = submit(system, work, 1);
+  while (work->most_running.load() == 0) std::this_thread::yield();
+  stop(system);
+}
+#endif
 
 int main(int argc, char** argv) { return run_all_tests(argc, argv); }

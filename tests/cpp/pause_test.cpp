@@ -1,8 +1,148 @@
+// Threads that sleep until they are called: the parker's lost wake-ups, news that nobody hears, and
+// leaves that pause within work items.
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "park.h"
+#include "shaky_atomic.h"
 #include "start_line.h"
 #include "system_support.h"
 
 using namespace torch_spheres;
 using namespace torch_spheres::testing;
+using ShakyParker = BasicParker<ShakyAtomic>;
+
+TEST(a_wake_before_the_park_is_kept) {
+  Parker parker;
+  parker.wake();
+  parker.wake();  // one token, however often
+  parker.park();
+  std::atomic<bool> returned{false};
+  std::thread sleeper([&] {
+    parker.park();
+    returned = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  const bool slept = !returned;
+  parker.wake();
+  sleeper.join();
+  CHECK(slept);
+}
+
+// Plain ints: that each side sees the other's write rests on park and wake alone, which is for
+// ThreadSanitizer to judge.  A lost wake-up would hang.
+TEST(two_parkers_hammering_each_other) {
+  ShakyParker ping, pong;
+  int value = 0;
+  const int turns = rounds(4'000);
+  std::thread other([&] {
+    for (int i = 0; i < turns; ++i) {
+      ping.park();
+      ++value;
+      pong.wake();
+    }
+  });
+  int wrong = 0;
+  for (int i = 0; i < turns; ++i) {
+    ping.wake();
+    pong.park();
+    wrong += value != i + 1;
+  }
+  other.join();
+  CHECK_EQ(wrong, 0);
+  CHECK_EQ(value, turns);
+}
+
+TEST(many_wakers_and_one_sleeper) {
+  ShakyParker parker;
+  std::atomic<std::int64_t> count{0}, sum{0};
+  const int wakers = 3, each = rounds(5'000);
+  std::vector<std::thread> threads;
+  for (int w = 0; w < wakers; ++w) {
+    threads.emplace_back([&, w] {
+      for (int i = 0; i < each; ++i) {
+        sum.fetch_add(w * each + i, std::memory_order_relaxed);
+        count.fetch_add(1, std::memory_order_relaxed);
+        parker.wake();
+      }
+    });
+  }
+  // Hangs if the last wake is lost.
+  while (count.load(std::memory_order_relaxed) < wakers * each) parker.park();
+  for (auto& thread : threads) thread.join();
+  const std::int64_t n = wakers * each;
+  CHECK_EQ(sum.load(), n * (n - 1) / 2);
+}
+
+// A word for each way to sleep: what waits for news on one thread is told by another.
+template <typename Wait, typename Wake>
+void run_sleepers(Wait wait, Wake wake) {
+  std::atomic<std::uint32_t> word{0};
+  const std::uint32_t turns = static_cast<std::uint32_t>(rounds(2'000));
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 2; ++t) {
+    threads.emplace_back([&] {
+      for (std::uint32_t seen = 0; seen < turns; seen = word.load()) wait(word, seen, kForever);
+    });
+  }
+  for (std::uint32_t i = 1; i <= turns; ++i) {
+    word.store(i);
+    wake(word);
+    if (i % 3 == 0) std::this_thread::yield();
+  }
+  for (auto& thread : threads) thread.join();  // hangs if the last wake is lost
+  const auto begin = std::chrono::steady_clock::now();
+  const auto until = begin + std::chrono::milliseconds(20);
+  while (std::chrono::steady_clock::now() < until) wait(word, turns, until);
+  wait(word, turns, until);         // its time is over
+  wait(word, turns + 1, kForever);  // it holds something else
+  CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(60));
+}
+
+TEST(sleepers_on_a_word_are_woken_and_look_up_when_their_time_is_over) {
+  using Word = std::atomic<std::uint32_t>;
+  run_sleepers([](Word& word, std::uint32_t seen, Deadline until) { wait_on(word, seen, until); },
+               [](Word& word) { wake_all(word); });
+  run_sleepers(
+      [](Word& word, std::uint32_t seen, Deadline until) { portable::wait_on(word, seen, until); },
+      [](Word& word) { portable::wake_all(word); });
+}
+
+TEST(news_reach_all_that_wait) {
+  BasicNews<ShakyAtomic> news;
+  std::atomic<int> value{0};
+  const int turns = rounds(300);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 1; i <= turns; ++i) news.wait(kForever, [&] { return value.load() >= i; });
+    });
+  }
+  for (int i = 1; i <= turns; ++i) {
+    value.store(i);
+    news.tell();
+  }
+  for (auto& thread : threads) thread.join();  // hangs if one is not heard
+  const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
+  CHECK(!news.wait(until, [] { return false; }));
+  CHECK(std::chrono::steady_clock::now() >= until);
+}
+
+TEST(spinning_that_does_not_pay_is_tried_seldom) {
+  Luck luck;
+  int tried = 0;
+  const auto never = [&] { return false; };
+  for (int i = 0; i < 200; ++i) {
+    tried += luck.allows();
+    spin_until(luck, 0, never);
+  }
+  CHECK(tried >= 8 && tried < 60);
+  for (int i = 0; i < 4; ++i) luck.tell(true);
+  CHECK(luck.allows() && luck.allows());
+}
 
 namespace {
 

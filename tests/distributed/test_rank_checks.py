@@ -32,7 +32,7 @@ def test_what_any_number_of_ranks_would_not_have_noticed(how, world, tmp_path):
     [
         *(("data", how) for how in ("right_loops", "evaluations", "other_models", "skipped")),
         *(("models", how) for how in ("calls", "by_hand", "drift", "losses", "checkpoints")),
-        *(("models", how) for how in ("alone", "again", "untold")),
+        *(("groups", how) for how in ("alone", "again", "untold")),
     ],
 )
 def test_what_ranks_would_not_have_noticed(program, how, tmp_path):
@@ -47,7 +47,7 @@ def test_sums_of_an_evaluation_are_those_of_one_process(tmp_path):
 
 @pytest.mark.timeout(200)
 def test_a_rank_that_exits_is_said_to_have_exited(tmp_path):
-    with fork_server.ranks(3, HERE / "ranks_checks_models.py", "leaves_early", tmp_path) as ranks:
+    with fork_server.ranks(3, HERE / "ranks_checks_groups.py", "leaves_early", tmp_path) as ranks:
         for number in (0, 2):
             assert ranks[number].wait() == 0, ranks[number].stderr
             told = printed(ranks[number].stdout)

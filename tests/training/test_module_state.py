@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 import re
-import threading
 import types
 import warnings
 from typing import Any
@@ -15,17 +13,14 @@ import numpy as np
 import pytest
 import torch
 from loop_support import W
+from spheres_support import spheres_of
 from torch import Tensor, nn
 
 import torch_spheres as ts
 
 X = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
 
-
-@pytest.fixture(params=[1, 12], scope="module")
-def spheres(request):
-    with ts.KissingSpheres(concurrency=request.param) as running:
-        yield running
+spheres = spheres_of(1, 12)
 
 
 def shard_by_shard(model: nn.Module, x: Tensor = X) -> Tensor:
@@ -365,161 +360,6 @@ def test_looking_at_large_objects_takes_no_time(spheres):
     for _ in range(4):
         parallel(X)
     assert len(looks) < 20_000
-
-
-@dataclasses.dataclass
-class Batch:
-    x: Tensor
-    hidden: Tensor | None = None
-
-
-class Plain:
-    hidden: Tensor | None = None
-
-
-def fill_list(s: Any, x: Tensor, found: list[Any]) -> Tensor:
-    found.append(s.n(x))
-    return s.n(x)
-
-
-def fill_dict(s: Any, batch: dict[str, Any]) -> Tensor:
-    batch["hidden"] = s.n(batch["x"])
-    return s.n(batch["x"])
-
-
-def pop(s: Any, batch: dict[str, Any]) -> Tensor:
-    return s.n(batch.pop("x"))
-
-
-def fill_object(s: Any, x: Tensor, found: Any) -> Tensor:
-    found.hidden = s.n(x)
-    return s.n(x)
-
-
-def fill_dataclass(s: Any, batch: Batch) -> Tensor:
-    batch.hidden = s.n(batch.x)
-    return s.n(batch.x)
-
-
-@pytest.mark.parametrize(
-    ("forward", "make"),
-    [
-        (fill_list, lambda: (X, [])),
-        (fill_list, lambda: (X, [X])),
-        (fill_dict, lambda: ({"x": X},)),
-        (pop, lambda: ({"x": X, "y": X},)),
-        (fill_object, lambda: (X, Plain())),
-        (fill_dataclass, lambda: (Batch(X),)),
-    ],
-)
-def test_arguments_that_a_forward_fills_are_reported_once(spheres, forward, make):
-    parallel = ts.SphereParallel(W(forward), spheres)
-    with pytest.warns(UserWarning, match=r"changes its arguments \['args'\].*Return what"):
-        out = parallel(*make())
-    assert torch.equal(out, parallel.module(*make()))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the module's forward")
-        parallel(*make())
-
-
-def test_arguments_that_a_forward_only_reads(spheres):
-    def forward(s: Any, batch: dict[str, Any], extra: Batch) -> Tensor:
-        return s.n(batch["x"]) + sum(batch["more"]) + extra.x
-
-    parallel = ts.SphereParallel(W(forward), spheres)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the module's forward")
-        for _ in range(3):
-            parallel({"x": X, "more": [X, X]}, Batch(X))
-
-
-# ---- what the loop changes between steps ----
-
-
-class Slotted:
-    __slots__ = ("value",)
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-
-class Scale:
-    def __init__(self) -> None:
-        self.by = 1.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * self.by
-
-
-@pytest.mark.parametrize(
-    ("value", "change", "read"),
-    [
-        ({1}, lambda v: v.add(2), lambda v: sum(v)),
-        (collections.deque([1.0]), lambda v: v.append(2.0), lambda v: sum(v)),
-        (np.ones(4, np.float32), lambda v: v.__imul__(3), torch.from_numpy),
-        (Slotted(1.0), lambda v: setattr(v, "value", 3.0), lambda v: v.value),
-        (Scale(), lambda v: setattr(v, "by", 3.0), lambda v: v(1.0)),
-        (
-            {"a": {"b": {"c": {"d": {"e": [1.0]}}}}},
-            lambda v: v["a"]["b"]["c"]["d"]["e"].append(2.0),
-            lambda v: sum(v["a"]["b"]["c"]["d"]["e"]),
-        ),
-        (torch.ones(4), lambda v: v.mul_(3), lambda v: v),
-        (bytearray(b"a"), lambda v: v.extend(b"b"), len),
-        ([[1.0]], lambda v: v[0].append(2.0), lambda v: sum(v[0])),
-    ],
-    ids=["set", "deque", "array", "slots", "callable", "deep", "tensor", "bytearray", "list"],
-)
-def test_objects_that_the_loop_changes_in_place_are_seen(spheres, value, change, read):
-    model = W(lambda s, x: s.n(x) * read(s.value), value=value)
-    parallel = ts.SphereParallel(model, spheres)
-    for _ in range(2):
-        torch.testing.assert_close(parallel(X), model(X), rtol=1e-5, atol=1e-6)
-        change(value)
-
-
-@pytest.mark.usefixtures("no_comparison")
-def test_the_replicas_have_the_users_own_objects(spheres):
-    lock, seen = threading.Lock(), []
-    model = W(lambda s, x: (seen.append(s.lock is lock and s.config is config), s.n(x))[1])
-    config = model.config = {"a": [1]}
-    model.lock = lock  # which cannot be copied
-    ts.SphereParallel(model, spheres)(X)
-    assert seen == [True] * 12
-
-
-def test_parameters_of_the_users_own_class(spheres):
-    class Scaled(nn.Parameter):
-        def times(self) -> Tensor:
-            return self * self.factor
-
-    model = W(lambda s, x: s.n(x) * s.w.times())
-    model.w = Scaled(torch.ones(4))
-    parallel = ts.SphereParallel(model, spheres)
-    for factor in (2.0, 3.0):
-        model.w.factor = factor
-        torch.testing.assert_close(parallel(X), factor * model.n(X))
-
-
-def test_classes_with_slots_and_with_arguments_for_new(spheres):
-    class Odd(nn.Module):
-        __slots__ = ("factor",)
-
-        def __new__(cls, factor: float) -> Odd:
-            return super().__new__(cls)
-
-        def __init__(self, factor: float) -> None:
-            super().__init__()
-            self.factor = factor
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.factor
-
-    model = nn.Sequential(nn.Linear(4, 4), Odd(3.0))
-    parallel = ts.SphereParallel(model, spheres)
-    torch.testing.assert_close(parallel(X), model(X))
-    model[1].factor = 5.0
-    torch.testing.assert_close(parallel(X), model(X))
 
 
 def test_nothing_is_reported_of_a_forward_that_changes_nothing(spheres):

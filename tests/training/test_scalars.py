@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from judge import Calls, judged
+from judge import Calls, judged, parallel
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,10 +22,6 @@ def told(model, *args, calls=1, **kwargs):
         for _ in range(calls):
             model(*args, **kwargs)
     return [w for w in caught if "of the module" in str(w.message)]
-
-
-def parallel(fn, spheres, **options):
-    return ts.SphereParallel(Calls(fn), spheres, **options)
 
 
 # ---- scalars ----
