@@ -14,7 +14,7 @@ HEADERS = sorted(glob("cpp/*.h") + glob("cpp/bindings/*.h"))
 
 
 def as_one(name: str, sources: list[str]) -> str:
-    """A file that includes them all: most of the time goes to compile what each of them includes."""
+    """A file that includes them all: what each of them includes takes most of the time."""
     file = Path("build", f"{name}.cpp")
     file.parent.mkdir(exist_ok=True)
     text = "".join(f'#include "{source}"\n' for source in sources)

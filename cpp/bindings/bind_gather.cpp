@@ -94,7 +94,8 @@ class PyGather {
 
  private:
   void begin(const std::shared_ptr<PySystem>& system) {
-    if (batch_ || bytes() < kRowsWorthSharing || !system->running() || system->core().on_own_thread()) {
+    if (batch_ || bytes() < kRowsWorthSharing || !system->running() ||
+        system->core().on_own_thread()) {
       return;
     }
     auto batch = std::make_shared<Batch>(work_, work_->items());

@@ -116,7 +116,9 @@ def test_bits_are_equal_in_many_buckets(world, concurrency, tmp_path):
         ["mlp with dropout", "sgd", "loop", 2, 5, concurrency],
         ["transformer with dropout", "sgd", "loop", 3, 150, concurrency],
     ]
-    step, first = {(2, 6): (1, 0), (3, 1): (3, 0), (3, 4): (3, 1), (6, 2): (3, 2)}[world, concurrency]
+    step, first = {(2, 6): (1, 0), (3, 1): (3, 0), (3, 4): (3, 1), (6, 2): (3, 2)}[
+        world, concurrency
+    ]
     suite = effort.every(step, suite, first)
     found = compared(suite, world, tmp_path, "small buckets")
     assert all(rank["buckets"] > 10 * len(suite) for rank in found)
