@@ -8,8 +8,8 @@ import fork_server
 import pytest
 from hypothesis import settings
 
-# Threads of OpenMP spin for a while before they sleep. Beside the tests' other processes, which need
-# the cores meanwhile, that takes twice the time. (It is read when torch is imported.)
+# Threads of OpenMP spin for a while before they sleep. Beside the tests' other processes, which
+# need the cores meanwhile, that takes twice the time. (It is read when torch is imported.)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
