@@ -25,7 +25,7 @@ def as_one(name: str, sources: list[str]) -> str:
 
 def is_outdated(object_file: str, source: str) -> bool:
     """Also after a change of what the file includes, which may be any of ours."""
-    return any(naive_recompile(object_file, file) for file in (source, *BINDINGS, *CORE, *HEADERS))
+    return any(naive_recompile(object_file, file) for file in (source, *BINDINGS, *HEADERS))
 
 
 ParallelCompile("NPY_NUM_BUILD_JOBS", needs_recompile=is_outdated, default=0).install()

@@ -36,8 +36,9 @@ def test_the_callers_openmp_threads_sleep_and_work_on_afterwards():
     """In a process of its own: with other teams about, an OpenMP thread does not spin for long."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # see conftest.py
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SPINNING], env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-P", "-c", SPINNING],
+        env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
     assert (done.stdout.split(), done.stderr) == (["True", "True", "True", "2"], "")
 
 
