@@ -6,8 +6,10 @@
     ends = fork_server.run_ranks(4, Path("train.py"))                        # as torchrun has it
 
 The server starts with the first of them. It has one thread, and leaves its main loop in each child,
-whose program therefore runs, and ends, as that of any interpreter does. What the import of torch
-does, or reads from the environment, needs a new interpreter instead.
+whose program therefore runs, and ends, as that of any interpreter does. It has imported all of the
+package too, and has replaced torch's kernels that draw random numbers, as the first shard that runs
+does; with `bare=True` it has imported torch alone. What the import of torch does, or reads from the
+environment, needs a new interpreter instead.
 """
 
 from __future__ import annotations
@@ -30,28 +32,25 @@ from typing import Any
 
 LIMIT = 100.0  # seconds, for what ends long before that unless it hangs
 
-# In front of a program that is about what the import of the package does.
-IMPORT_ANEW = """
-import sys
-for name in [name for name in sys.modules if name.startswith("torch_spheres")]:
-    if name != "torch_spheres._core":
-        del sys.modules[name]
-"""
-
 # ---- the side of the tests ----
 
 _running: set[Process] = set()
 
 
 @functools.cache
-def _server() -> tuple[socket.socket, Any]:
-    """Where it takes requests, and what it has on stderr; it ends with this process."""
-    requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def _servers() -> tuple[socket.socket, socket.socket, Any]:
+    """Where the one with the package takes requests, where the bare one does, and their stderr.
+
+    Both end with this process.
+    """
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
     errors = tempfile.TemporaryFile()  # noqa: SIM115
-    with theirs:
+    (full, full_end), (bare, bare_end) = pairs
+    with full_end, bare_end:
+        ends = [full_end.fileno(), bare_end.fileno()]
         server = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-P", __file__, *map(str, ends)],
+            pass_fds=ends,
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
@@ -61,12 +60,13 @@ def _server() -> tuple[socket.socket, Any]:
         )
 
     def end() -> None:
-        requests.close()
+        full.close()
+        bare.close()
         server.wait()
         errors.close()
 
     atexit.register(end)
-    return requests, errors
+    return full, bare, errors
 
 
 class Process:
@@ -77,7 +77,9 @@ class Process:
         returncode: None as long as it runs; the number of a signal is negative.
     """
 
-    def __init__(self, program: Path | str, arguments: tuple[object, ...], **more: Any) -> None:
+    def __init__(
+        self, program: Path | str, arguments: tuple[object, ...], bare: bool, **more: Any
+    ) -> None:
         is_file = isinstance(program, Path)
         request = {
             "file": str(program.absolute()) if is_file else None,
@@ -90,12 +92,12 @@ class Process:
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self._read = 0  # characters of stdout that `readline` has returned
         self._channel, theirs = socket.socketpair()
-        requests, self._server_errors = _server()
+        *servers, self._server_errors = _servers()
         with theirs, Path(os.devnull).open("rb") as nothing:
             files = [nothing, *self._files, theirs]
             message = json.dumps(request).encode()
             with contextlib.suppress(BrokenPipeError):  # it has failed: `_receive` says why
-                socket.send_fds(requests, [message], [f.fileno() for f in files])
+                socket.send_fds(servers[bare], [message], [f.fileno() for f in files])
         self.pid = self._receive()
         _running.add(self)
 
@@ -191,6 +193,7 @@ def start(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     warn: tuple[tuple[str, ...], ...] = (),
+    bare: bool = False,
 ) -> Process:
     """Starts a program: that in a file, whose folder is searched for modules, or a text.
 
@@ -199,9 +202,10 @@ def start(
         cwd: the folder it runs in, other than this process's.
         warn: arguments of `warnings.filterwarnings`, of which a later one has precedence; for the
             option ``-W error``, ``("error",)``.
+        bare: whether nothing of the package has been imported.
     """
     environment = {**os.environ, **(env or {})}
-    return Process(program, arguments, env=environment, cwd=str(cwd or Path.cwd()), warn=warn)
+    return Process(program, arguments, bare, env=environment, cwd=str(cwd or Path.cwd()), warn=warn)
 
 
 def run(
@@ -363,12 +367,23 @@ if __name__ == "__main__":
     import torch.distributed
     import torch.utils.data
 
-    import torch_spheres  # noqa: F401
-
     torch.optim.SGD([torch.zeros(1)])  # the first one imports torch's compiler
+    _full, _bare = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    if os.fork() == 0:
+        _bare.close()
+        _requests = _full
+        import torch_spheres
+        from torch_spheres.runtime.rng import RandomSource
+
+        for _name in torch_spheres.__all__:
+            getattr(torch_spheres, _name)
+        RandomSource(int).active()
+    else:
+        _full.close()
+        _requests = _bare
     gc.collect()
     gc.freeze()  # else every child copies all of that, to look for garbage in it when it ends
-    _request = serve(socket.socket(fileno=int(sys.argv[1])))
+    _request = serve(_requests)
     become(_request)
     # From here on this is the program's own `__main__`, which lives until the interpreter ends.
     for _name in [name for name in globals() if not name.startswith("__") and name != "_request"]:

@@ -174,7 +174,7 @@ for feature in (ts.SphereParallel, lambda _: ts.wrap(torch.utils.data.DataLoader
 
 
 def test_a_torch_without_any_of_them_is_imported_with_warnings():
-    done = fork_server.run(fork_server.IMPORT_ANEW + WITHOUT_ANY)
+    done = fork_server.run(WITHOUT_ANY, bare=True)
     assert (done.returncode, done.stderr) == (0, "")
     parallel, loader = done.stdout.splitlines()
     assert "torch._C._jit_get_all_schemas" in parallel and "SphereParallel needs" in parallel
@@ -189,7 +189,7 @@ def test_importing_under_another_default_device(device):
         "assert all(api.found for api in _compat.LOOKED_UP if api.needed_by)\n"
         "assert not torch.cuda.is_initialized()"
     )
-    done = fork_server.run(fork_server.IMPORT_ANEW + code)
+    done = fork_server.run(code, bare=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -279,21 +279,23 @@ def test_the_alternative_has_the_same_bits(alternative):
 
 
 ALL_ALTERNATIVES = """
-import test_compat
+import sys, test_compat
 gone = {path for path, _ in test_compat.ALTERNATIVES}
-IMPORT_ANEW
+for name in [name for name in sys.modules if name.startswith("torch_spheres")]:
+    if name != "torch_spheres._core":  # which registers types, once
+        del sys.modules[name]
 sys.modules["torch_spheres._compat"] = test_compat.compat_without(*gone)[0]
 del sys.modules["test_compat"]
 import test_compat
 assert {a.path for a in test_compat._compat.LOOKED_UP if not a.found} == gone
 print(test_compat.train())
-""".replace("IMPORT_ANEW", fork_server.IMPORT_ANEW)
+"""
 
 
 def test_all_alternatives_at_once():
     """From the import on: some are used there."""
     tests = {"PYTHONPATH": str(Path(__file__).parent)}
-    done = fork_server.run(ALL_ALTERNATIVES, env=tests, warn=(("ignore",),))
+    done = fork_server.run(ALL_ALTERNATIVES, env=tests, warn=(("ignore",),), bare=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == train()
 

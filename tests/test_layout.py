@@ -88,7 +88,7 @@ def test_importing_a_package_imports_nothing_above_it(module, without):
     """
     code = textwrap.dedent(code)
     if all(name.startswith("torch_spheres.") for name in without.split()):
-        done = fork_server.run(fork_server.IMPORT_ANEW + code)
+        done = fork_server.run(code, bare=True)
     else:  # which the fork server has
         command = [sys.executable, "-P", "-c", code]  # (-P: the installed package)
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -109,7 +109,7 @@ def test_every_public_name_is_there_in_any_order():
         from torch_spheres import *
         assert prepare is ts.prepare
     """
-    done = fork_server.run(fork_server.IMPORT_ANEW + textwrap.dedent(code))
+    done = fork_server.run(textwrap.dedent(code), bare=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,9 +1,12 @@
 // The few macros that the core's tests need: a fresh machine has a compiler and nothing else.
 //
-//     TEST(wake_before_park) { CHECK(ready); CHECK_EQ(count, 12); CHECK_THROWS(f(),
-//     std::bad_alloc); } int main(int argc, char** argv) { return
-//     torch_spheres::testing::run_all_tests(argc, argv); }
+//     TEST(wake_before_park) {
+//       CHECK(ready);
+//       CHECK_EQ(count, 12);
+//       CHECK_THROWS(f(), std::bad_alloc);
+//     }
 //
+// Files of tests are compiled together (tests/runtime/test_cpp_core.py): all names are the program's.
 // A failed check is printed with its place and values and ends its test.  Checks may be used on the
 // test's own thread only: let other threads count, and check the counts.
 #pragma once
@@ -24,6 +27,7 @@ namespace torch_spheres::testing {
 struct Failed {};
 
 struct Case {
+  const char* file;
   const char* name;
   void (*body)();
 };
@@ -34,7 +38,9 @@ inline std::vector<Case>& cases() {
 }
 
 struct Register {
-  Register(const char* name, void (*body)()) { cases().push_back({name, body}); }
+  Register(const char* file, const char* name, void (*body)()) {
+    cases().push_back({file, name, body});
+  }
 };
 
 [[noreturn]] inline void fail(const char* file, int line, const std::string& what) {
@@ -60,12 +66,13 @@ void check_equal(const A& a, const B& b, const char* text, const char* file, int
   fail(file, line, message.str());
 }
 
-/// Runs the tests whose names contain argv[1], or all; returns 0 if some ran and none failed.
+/// Runs the tests whose names, or the names of whose files, contain argv[1], or all; returns 0 if
+/// some ran and none failed.
 inline int run_all_tests(int argc, char** argv) {
   int ran = 0;
   int failed = 0;
   for (const Case& test : cases()) {
-    if (argc > 1 && std::strstr(test.name, argv[1]) == nullptr) continue;
+    if (argc > 1 && !std::strstr(test.name, argv[1]) && !std::strstr(test.file, argv[1])) continue;
     const auto start = std::chrono::steady_clock::now();
     const char* result = "ok  ";
     try {
@@ -88,9 +95,9 @@ inline int run_all_tests(int argc, char** argv) {
 
 }  // namespace torch_spheres::testing
 
-#define TEST(name)                                                                    \
-  static void test_##name();                                                          \
-  static const torch_spheres::testing::Register register_##name{#name, &test_##name}; \
+#define TEST(name)                                                                              \
+  static void test_##name();                                                                    \
+  static const torch_spheres::testing::Register register_##name{__FILE__, #name, &test_##name}; \
   static void test_##name()
 #define CHECK(condition)                                                            \
   do {                                                                              \

@@ -96,5 +96,3 @@ TEST(a_thread_that_an_item_ends_is_not_waited_for) {
   stop(system);
 }
 #endif
-
-int main(int argc, char** argv) { return run_all_tests(argc, argv); }

@@ -346,5 +346,3 @@ TEST(an_isa_that_this_machine_lacks_is_named) {
 }
 
 }  // namespace
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -254,5 +254,3 @@ TEST(stop_waits_for_the_helper_and_leaves_all_permits) {
     CHECK_EQ(work->most_running.load(), concurrency);
   }
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

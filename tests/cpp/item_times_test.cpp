@@ -304,5 +304,3 @@ TEST(times_in_states_never_go_back) {
   CHECK_EQ(worse, 0);
   CHECK_EQ(most, 0u);
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

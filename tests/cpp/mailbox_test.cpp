@@ -351,5 +351,3 @@ TEST(what_is_taken_of_a_cursor_and_what_is_cancelled_make_up_its_items) {
   CHECK_EQ(twice, 0);
   CHECK_EQ(lost, 0);
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -117,5 +117,3 @@ TEST(many_callers_hold_teams_again_and_again) {
   CHECK_EQ(ended.load(), kCallers * times);
   CHECK_EQ(finished.load(), times * (1 + 2 + 3 + 4));
 }
-
-int main(int argc, char** argv) { return run_all_tests(argc, argv); }

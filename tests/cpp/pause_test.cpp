@@ -312,5 +312,3 @@ TEST(a_pause_is_for_work_items) {
   system.start();
   CHECK_THROWS(system.pause(), std::logic_error);
 }
-
-int main(int argc, char** argv) { return run_all_tests(argc, argv); }

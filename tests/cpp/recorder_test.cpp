@@ -131,5 +131,3 @@ TEST(a_change_of_state_is_recorded_or_seen_as_the_trace_begins) {
   owner.join();
   CHECK_EQ(missed, 0);
 }
-
-int main(int argc, char** argv) { return run_all_tests(argc, argv); }

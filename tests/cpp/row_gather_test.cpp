@@ -97,5 +97,3 @@ TEST(a_batch_that_is_given_up_leaves_its_memory_alone) {
     }
   }
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -297,5 +297,3 @@ TEST(work_handed_out_by_work) {
     CHECK_EQ(inner->count.load(), 200 * (round + 1));
   }
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -374,5 +374,3 @@ TEST(bad_arguments) {
   CHECK(system.try_submit(empty) == Submitted::kAccepted);
   CHECK(empty->done());
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -215,5 +215,3 @@ TEST(an_illegal_transition_aborts) {
   CHECK_EQ(waitpid(child, &status, 0), child);
   CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

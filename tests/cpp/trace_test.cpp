@@ -267,5 +267,3 @@ TEST(wakes_and_gradients_are_recorded_by_who_is_woken_and_who_takes_them) {
   CHECK_EQ(gradients, std::int64_t{144});
   CHECK(woken >= 3);
 }
-
-int main(int argc, char** argv) { return run_all_tests(argc, argv); }

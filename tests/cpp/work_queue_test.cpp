@@ -391,5 +391,3 @@ TEST(an_error_inside_a_chunk_counts_exactly) {
     CHECK_THROWS(std::rethrow_exception(batch->error()), std::runtime_error);
   }
 }
-
-int main(int argc, char** argv) { return torch_spheres::testing::run_all_tests(argc, argv); }

@@ -1,7 +1,8 @@
 """Builds and runs the C++ core's own tests: with ThreadSanitizer, with AddressSanitizer, plain.
 
-All programs that were selected are built at once, by as many compilers as there are cores, before
-the first of them runs. `pytest --long` has each repeat what it repeats many times more.
+All that were selected are built at once, by as many compilers as there are cores, before the first
+of them runs, and files of tests in one program where that is possible: what each of them includes
+takes most of the time. `pytest --long` has each repeat what it repeats many times more.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import fcntl
 import os
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import effort
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "cpp").glob("*.cpp"))
 SUMS = ROOT / "cpp" / "gradient_sum.cpp"
 """Compiles for long; needs nothing else of the core, and nothing else there needs it."""
-PROGRAMS = sorted((ROOT / "tests" / "cpp").glob("*_test.cpp"))
+TESTS = sorted((ROOT / "tests" / "cpp").glob("*_test.cpp"))
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror", "-I", "cpp"]
 VARIANTS = {
@@ -35,13 +37,13 @@ VARIANTS = {
     "plain": ["-O3"],  # as in setup.py
 }
 # ThreadSanitizer has nothing to say of what no two threads share. Bits depend on how the compiler
-# optimises, and the order of events on how fast the code is: two programs run as users have them.
+# optimises, and the order of events on how fast the code is: two files run as users have them.
 NOT_SHARED = {"gradient_sum_test", "topology_test"}
 AS_SHIPPED = {"gradient_sum_test", "stress_test"}
 RUNS = [
     pytest.param(source, variant, id=f"{source.stem}-{variant}")
     for variant in VARIANTS
-    for source in PROGRAMS
+    for source in TESTS
     if source.stem not in (NOT_SHARED if variant == "thread" else set())
     if source.stem in AS_SHIPPED or variant != "plain"
 ]
@@ -52,7 +54,10 @@ ENVIRONMENT = {
     "TORCH_SPHERES_TEST_EFFORT": str(effort.rounds(1)),
 }
 LIMIT = effort.rounds(400)
-"""Seconds that a program may take: it hangs."""
+"""Seconds that a file's tests may take: they hang."""
+MAIN = f"""#include "{ROOT}/tests/cpp/check.h"
+int main(int argc, char** argv) {{ return torch_spheres::testing::run_all_tests(argc, argv); }}
+"""
 # In one place, so that a race or overflow that goes unnoticed fails the tests of the harness.
 RACE = """
 #include <thread>
@@ -81,6 +86,22 @@ def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
     )
+
+
+def include(files: Iterable[Path]) -> str:
+    return "".join(f'#include "{file}"\n' for file in files)
+
+
+def needs_only_sums(source: Path) -> bool:
+    return source.stem == f"{SUMS.stem}_test"
+
+
+def program_of(source: Path) -> str:
+    """The one that has the tests of a file."""
+    if needs_only_sums(source):
+        return source.stem
+    # That header replaces `operator new`, for the whole program.
+    return "no_memory_tests" if "no_memory.h" in source.read_text() else "core_tests"
 
 
 def compile_to(target: Path, variant: str, *arguments: str) -> None:
@@ -137,46 +158,35 @@ class Toolchain:
         return {variant: f"a program built for '{variant}' does not run here: {said}"}
 
     def program(self, source: Path, variant: str) -> Path:
-        return self.folder / f"{source.stem}.{variant}"
+        return self.folder / f"{program_of(source)}.{variant}"
 
     def build(self, wanted: Iterable[tuple[Path, str]]) -> None:
-        """Builds programs, unless another process has, and waits where it does."""
+        """Builds the programs with these files, unless another process has; waits where it does."""
         with (self.folder / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            missing = [
-                (source, variant)
-                for source, variant in wanted
-                if self.probe(variant) and not self.program(source, variant).exists()
-            ]
+            texts: dict[tuple[str, str], str] = {}  # of what is compiled as one: name, variant
+            rests: dict[tuple[str, str], str] = {}  # what the programs among them are linked with
+            for source, variant in wanted:
+                if not self.probe(variant) or self.program(source, variant).exists():
+                    continue
+                name, rest = program_of(source), "sums" if needs_only_sums(source) else "core"
+                texts[name, variant] = texts.get((name, variant), MAIN) + include([source])
+                texts[rest, variant] = include(f for f in CORE if (f == SUMS) == (rest == "sums"))
+                rests[name, variant] = rest
+
+            def compile_text(which: tuple[str, str]) -> None:
+                source = self.folder / "{}.{}.cpp".format(*which)
+                source.write_text(texts[which])
+                compile_to(source.with_suffix(".o"), which[1], "-c", str(source))
+
+            def link(which: tuple[str, str]) -> None:
+                name, variant = which
+                objects = [f"{self.folder}/{part}.{variant}.o" for part in (name, rests[which])]
+                compile_to(self.folder / f"{name}.{variant}", variant, *objects)
+
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for done in [
-                    done
-                    for variant in VARIANTS
-                    for done in self._build(pool, [s for s, v in missing if v == variant], variant)
-                ]:
-                    done.result()
-
-    def _build(
-        self, pool: ThreadPoolExecutor, sources: list[Path], variant: str
-    ) -> list[Future[None]]:
-        if not sources:
-            return []
-
-        def compile_object(source: Path) -> str:
-            target = self.folder / f"{source.stem}.{variant}.o"
-            compile_to(target, variant, "-c", str(source))
-            return str(target)
-
-        together = self.folder / f"core.{variant}.cpp"  # most of the time goes to what all include
-        together.write_text("".join(f'#include "{file}"\n' for file in CORE if file != SUMS))
-        core = pool.submit(compile_object, together)
-
-        def link(source: Path) -> None:
-            own = compile_object(source)
-            rest = compile_object(SUMS) if source.stem == f"{SUMS.stem}_test" else core.result()
-            compile_to(self.program(source, variant), variant, own, rest)
-
-        return [pool.submit(link, source) for source in sources]
+                deque(pool.map(compile_text, texts), maxlen=0)
+                deque(pool.map(link, rests), maxlen=0)
 
 
 @pytest.fixture(scope="module")
@@ -188,27 +198,27 @@ def toolchain(request, tmp_path_factory):
     found = Toolchain(folder / "core")
     selected = [item for item in request.session.items if item.parent is request.node]
     calls = [item.callspec.params for item in selected if item.originalname == test_core.__name__]
-    found.build((call["program"], call["variant"]) for call in calls)
+    found.build((call["source"], call["variant"]) for call in calls)
     return found
 
 
-def test_there_are_programs():
-    assert len(PROGRAMS) >= 2
-    assert {source.stem for source in PROGRAMS} > NOT_SHARED | AS_SHIPPED
+def test_there_are_files():
+    assert len(TESTS) >= 2
+    assert {source.stem for source in TESTS} > NOT_SHARED | AS_SHIPPED
 
 
 @pytest.mark.timeout(3 * LIMIT)
-@pytest.mark.parametrize(("program", "variant"), RUNS)
-def test_core(toolchain, program, variant):
+@pytest.mark.parametrize(("source", "variant"), RUNS)
+def test_core(toolchain, source, variant):
     prefix = toolchain.prefix(variant)
-    done = run([*prefix, str(toolchain.program(program, variant))], LIMIT)
+    done = run([*prefix, str(toolchain.program(source, variant)), source.name], LIMIT)
     output = done.stdout + done.stderr
     print(output)
     assert done.returncode == 0, output
     assert "Sanitizer" not in output
 
 
-@pytest.mark.parametrize("source", [*CORE, *PROGRAMS], ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", [*CORE, *TESTS], ids=lambda source: source.stem)
 def test_clang_with_its_own_library_takes_it(source, tmp_path):
     clang = [shutil.which("clang++") or "clang++", "-stdlib=libc++"]
     probe = tmp_path / "nothing.cpp"

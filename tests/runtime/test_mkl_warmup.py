@@ -39,7 +39,7 @@ def test_import_calls_every_function_in_both_types():
         assert sorted(names, key=str) == sorted(wanted, key=str), names
     """
     script = textwrap.dedent(script).format(functions=FUNCTIONS)
-    done = fork_server.run(fork_server.IMPORT_ANEW + script)
+    done = fork_server.run(script, bare=True)
     assert done.returncode == 0, done.stderr
 
 
