@@ -6,7 +6,7 @@
 //       CHECK_THROWS(f(), std::bad_alloc);
 //     }
 //
-// Files of tests are compiled together (tests/runtime/test_cpp_core.py): all names are the program's.
+// Files of tests are compiled together (tests/runtime/test_cpp_core.py): names are the program's.
 // A failed check is printed with its place and values and ends its test.  Checks may be used on the
 // test's own thread only: let other threads count, and check the counts.
 #pragma once
