@@ -45,7 +45,28 @@ def children(parent):
     return found
 
 
-# torchrun that is ready to start when a file is there.
+# torchrun, in the network namespace in that file if there is one. Its worker processes are forks of
+# it, which have imported torch, rather than new interpreters.
+AGENT = """
+import ctypes, os, runpy, sys
+from torch.distributed import run as torchrun
+log, namespace = sys.argv[1:3]
+written = os.open(log, os.O_WRONLY)
+os.dup2(written, 1)
+os.dup2(written, 2)
+if namespace:
+    libc, CLONE_NEWNET = ctypes.CDLL(None, use_errno=True), 0x40000000
+    if libc.setns(os.open(namespace, os.O_RDONLY), CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns", namespace)
+def run_script(*arguments):
+    sys.argv = [*arguments]
+    runpy.run_path(arguments[0], run_name="__main__")
+config, _, arguments = torchrun.config_from_args(torchrun.parse_args(sys.argv[3:]))
+config.start_method = "fork"
+torchrun.elastic_launch(config, run_script)(*arguments[1:])  # the first is an option of python
+"""
+
+# As a user has it, ready to start when a file is there.
 HELD = """
 import pathlib, sys, time
 from torch.distributed.run import main
@@ -90,36 +111,39 @@ class Agents:
         self.script = folder / "holding.py"
         self.script.write_text(HOLDING)
 
-    def start(self, address, interface="lo", before=(), gate=None):
-        """One more, at its own address, as soon as the file `gate` is there.
+    def start(self, address, interface="lo", namespace="", gate=None):
+        """One more, at its own address, in the network namespace of that file.
 
-        `before` is put in front of its command.
+        With the file `gate` it is a program of its own, as a user has it, and starts when that is
+        there.
         """
         conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5,"
         if ":" in self.endpoint:
             conf += f"is_host={not self.agents}".lower()
         else:
             conf += "store_type=file"
-        command = [
-            *before,
-            *(sys.executable, "-P"),
-            *(("-c", HELD, str(gate)) if gate else ("-m", "torch.distributed.run")),
+        options = [
             *("--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=100", "--rdzv-backend=c10d"),
             *(f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=mnist", "--monitor-interval=0.5"),
             *(f"--local-addr={address}", "--rdzv-conf", conf),
             *(str(self.script), str(EXAMPLE), str(self.folder)),
             *("--checkpoint", str(self.folder / "last.pt"), *self.options),
         ]
-        environment = os.environ | {
+        environment = {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "GLOO_SOCKET_IFNAME": interface,
             "OMP_NUM_THREADS": "1",
         }
-        self.logs.append(self.folder / f"{len(self.agents)}.log")
-        with self.logs[-1].open("wb") as log:
-            self.agents.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            )
+        log = self.folder / f"{len(self.agents)}.log"
+        self.logs.append(log)
+        with log.open("wb") as written:
+            if gate:
+                command = [sys.executable, "-P", "-c", HELD, str(gate), *options]
+                environment = os.environ | environment
+                agent = subprocess.Popen(command, stdout=written, stderr=written, env=environment)
+            else:
+                agent = fork_server.start(AGENT, log, namespace, *options, env=environment)
+        self.agents.append(agent)
 
     def text(self):
         return "\n".join(f"---- {log.name}\n{log.read_text()}" for log in self.logs)

@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from elastic_support import Agents, digest_alone
@@ -59,8 +60,8 @@ class Hosts:
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
 
-    def command(self, number):
-        return [IP, "netns", "exec", self.names[number]]
+    def namespace(self, number):
+        return Path("/var/run/netns", self.names[number])
 
     def cut(self, number):
         ip("-n", self.bridge, "link", "set", self.names[number], "down")
@@ -90,7 +91,7 @@ def test_a_host_is_cut_off(tmp_path):
         agents = Agents(tmp_path, f"{hosts.addresses[0]}:29400", EPOCHS, timeout=5)
         try:
             for k in range(3):
-                agents.start(hosts.addresses[k], "eth0", hosts.command(k))
+                agents.start(hosts.addresses[k], "eth0", hosts.namespace(k))
             agents.wait_for(r"rank 0 of 3 goes on")
             agents.wait_for(r"^step 40:")
             hosts.cut(2)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import effort
 import fork_server
 import pytest
 import reference
@@ -78,9 +77,7 @@ def compared(suite, world, folder, *options):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 def test_the_bits_of_one_process(world, tmp_path):
-    """Two ranks run each case; 3, 4 and 6 a third of them each, one process the first third too."""
-    first = {1: 0, 2: 0, 3: 0, 4: 1, 6: 2}[world]
-    compared(effort.every(1 if world == 2 else 3, SUITE, first), world, tmp_path)
+    compared(SUITE, world, tmp_path)
 
 
 @pytest.mark.timeout(300)
@@ -105,7 +102,7 @@ def test_the_bits_of_one_process_on_ranks_that_share_groups(world, tmp_path):
     if world == 9:
         compared(suite, world, tmp_path, "small buckets")
     else:  # so many processes on few cores take their time
-        compared(effort.every(3, suite), world, tmp_path)
+        compared(suite[::2], world, tmp_path)
 
 
 @pytest.mark.timeout(300)
@@ -117,10 +114,6 @@ def test_bits_are_equal_in_many_buckets(world, concurrency, tmp_path):
         ["mlp with dropout", "sgd", "loop", 2, 5, concurrency],
         ["transformer with dropout", "sgd", "loop", 3, 150, concurrency],
     ]
-    step, first = {(2, 6): (1, 0), (3, 1): (3, 0), (3, 4): (3, 1), (6, 2): (3, 2)}[
-        world, concurrency
-    ]
-    suite = effort.every(step, suite, first)
     found = compared(suite, world, tmp_path, "small buckets")
     assert all(rank["buckets"] > 10 * len(suite) for rank in found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -99,13 +100,20 @@ def test_minus_zero_survives_absent_siblings():
     assert total.data_ptr() != shards[0].data_ptr()
 
 
+@functools.cache
+def large(levels):
+    """Shards, one of them absent, and their sum: the same for all tests."""
+    numel = 100_003 if levels == 3 else 1_000_003
+    shards = shards_of((numel,), torch.float32, 12 ** (levels - 1), 1, {2})
+    return shards, tree(shards)
+
+
 @pytest.mark.parametrize("concurrency", [1, 2, 12])
 @pytest.mark.parametrize("levels", [2, 3])
 def test_large_tensors_on_spheres_have_the_same_bits(levels, concurrency):
     with ts.KissingSpheres(levels, concurrency=concurrency) as spheres:
-        numel = 20_003 if levels == 3 else 240_003
-        shards = shards_of((numel,), torch.float32, spheres.leaves, 1, {2})
-        assert_same_bits(ts.tree_sum(shards, spheres=spheres), tree(shards))
+        shards, total = large(levels)
+        assert_same_bits(ts.tree_sum(shards, spheres=spheres), total)
         # It was shared out: to the leaves, which count their time as accumulating, and to the
         # thread that waits here, for which the root counts.
         stats = spheres.stats()
