@@ -369,7 +369,7 @@ if __name__ == "__main__":
 
     torch.optim.SGD([torch.zeros(1)])  # the first one imports torch's compiler
     _full, _bare = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
-    if os.fork() == 0:
+    if not (_other := os.fork()):
         _bare.close()
         _requests = _full
         import torch_spheres
@@ -383,7 +383,12 @@ if __name__ == "__main__":
         _requests = _bare
     gc.collect()
     gc.freeze()  # else every child copies all of that, to look for garbage in it when it ends
-    _request = serve(_requests)
+    try:
+        _request = serve(_requests)
+    except SystemExit:  # the tests have ended
+        if _other:
+            os.waitpid(_other, 0)
+        raise
     become(_request)
     # From here on this is the program's own `__main__`, which lives until the interpreter ends.
     for _name in [name for name in globals() if not name.startswith("__") and name != "_request"]:

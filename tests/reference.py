@@ -89,7 +89,9 @@ class ShardSeeds:
         if k in self.after:
             torch.set_rng_state(self.after[k])
         else:
-            torch.manual_seed(self.base + k)
+            torch.default_generator.manual_seed(self.base + k)
+            if torch.cuda.is_available():  # else each call is kept for a CUDA that may start later
+                torch.cuda.manual_seed_all(self.base + k)
         before = torch.get_rng_state()
         yield
         self.after[k] = torch.get_rng_state()
