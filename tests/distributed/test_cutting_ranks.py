@@ -13,5 +13,5 @@ HERE = Path(__file__).parents[1]
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("world", [2, 12])
 def test_ranks_are_as_one_process(world, tmp_path):
-    fork_server.run_ranks(world, HERE / "ranks_cutting.py", tmp_path, timeout=110)
+    fork_server.run_ranks(world, HERE / "ranks_cutting.py", tmp_path, timeout=110, quick_end=True)
     assert {path.name for path in tmp_path.iterdir()} == {str(rank) for rank in range(world)}

@@ -13,7 +13,8 @@ HERE = Path(__file__).parents[1]
 
 def run(program, how, world, folder):
     """Each rank's output."""
-    with fork_server.ranks(world, HERE / f"ranks_checks_{program}.py", how, folder) as ranks:
+    program = HERE / f"ranks_checks_{program}.py"
+    with fork_server.ranks(world, program, how, folder, quick_end=True) as ranks:
         codes = [rank.wait() for rank in ranks]
         assert codes == [0] * world, "\n".join(rank.stderr for rank in ranks)
         return [printed(rank.stdout) for rank in ranks]

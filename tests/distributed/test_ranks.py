@@ -64,7 +64,9 @@ SUITE = [
 def compared(suite, world, folder, *options):
     """Digests of all ranks, which are those of one process."""
     script = HERE / "ranks_suite.py"
-    fork_server.run_ranks(world, script, json.dumps(suite), folder, *options, timeout=280)
+    fork_server.run_ranks(
+        world, script, json.dumps(suite), folder, *options, timeout=280, quick_end=True
+    )
     found = [json.loads((folder / f"{r}.json").read_text()) for r in range(world)]
     for case in suite:
         name, kind, way, levels, rows, _ = case
@@ -136,7 +138,7 @@ def in_order(parts, world, rows, levels):
 @pytest.mark.timeout(300)
 def test_loaders_hooks_and_gather_on_any_number_of_ranks(tmp_path):
     """The rows of one process, each on one rank; states of four ranks resume on 3, 2 and 1."""
-    fork_server.run_ranks(4, HERE / "ranks_loaders.py", tmp_path, timeout=280)
+    fork_server.run_ranks(4, HERE / "ranks_loaders.py", tmp_path, timeout=280, quick_end=True)
     found = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(4)]
     alone = found[0]["1"]
     for world in (4, 3, 2):

@@ -30,7 +30,9 @@ def alone(way: str, levels: int, rows: int) -> str:
 @pytest.mark.parametrize("world", [2, 3, 4, 6])
 def test_the_bits_of_one_process(world: int, tmp_path: Path) -> None:
     more = {2: ["failures"], 3: ["failures", "small buckets"], 4: ["small buckets"], 6: []}[world]
-    fork_server.run_ranks(world, SCRIPT, json.dumps(CASES), tmp_path, *more, timeout=280)
+    fork_server.run_ranks(
+        world, SCRIPT, json.dumps(CASES), tmp_path, *more, timeout=280, quick_end=True
+    )
     found = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(world)]
     for way, levels, rows, _ in CASES:
         for rank, mine in enumerate(found):
