@@ -257,20 +257,23 @@ TEST(meetings_one_after_another_with_work_from_elsewhere) {
 }
 
 TEST(a_meeting_comes_among_work_that_never_ends) {
-  // The ring is always full, so no leaf ever finds its queue empty.
+  // The ring is full at first, and filled all the time, so no leaf finds its queue empty.
   for (int levels = 1; levels <= 3; ++levels) {
     for (const int concurrency : {1, 3}) {
       System system(levels, concurrency);
       system.start();
       std::atomic<bool> over{false};
       std::vector<std::shared_ptr<Batch>> batches;
-      auto flood = std::make_shared<CountingWork>(1, [](SphereId, std::int64_t) {
+      Gate full;  // else leaves might be faster than the submitter
+      auto flood = std::make_shared<CountingWork>(1, [&](SphereId, std::int64_t) {
+        full.pass();
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       });
       std::thread submitter([&] {
         while (!over.load()) batches.push_back(submit(system, flood, 12));
       });
       while (system.wait_for_room(Milliseconds(0))) std::this_thread::yield();
+      full.open();
       for (int level = -1; level < levels; ++level) {
         CHECK(meet(system, level) == Meeting::kReleased);
         auto before = std::make_shared<CountingWork>();
